@@ -1,0 +1,12 @@
+"""Uniform allocation: every KV head of a row gets the same number of slots."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from kv_gym.budgets.budget import Budget, slots_per_head
+
+
+def uniform(budget: Budget, seen: Tensor, kv_heads: int) -> Tensor:
+    """Slots per head, `[batch, kv_heads]` int64."""
+    return slots_per_head(budget, seen)[:, None].expand(-1, kv_heads)

@@ -1,0 +1,125 @@
+"""CacheView: all that a policy may see of one layer of a KV cache."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Future:
+    """What later queries attended to; only oracles may ask for it, and only replay has it.
+
+    Attributes:
+        attention: `[batch, kv_heads, tokens, blocks, 2]` float32, mean attention per query of each block of
+            continuation queries; the last axis is the maximum and the mean over the KV head's query heads.
+        weights: `[blocks]` float32, sums to 1: every continuation weighs the same, its queries too.
+    """
+
+    attention: Tensor
+    weights: Tensor
+
+    def expected(self, reduction: str = "max") -> Tensor:
+        """Expected utility `[batch, kv_heads, tokens]`: the mean over continuations of attention per query."""
+        return self.attention[..., ("max", "mean").index(reduction)] @ self.weights
+
+
+@dataclass(frozen=True)
+class CacheView:
+    """One layer: B batch rows, H KV heads, Hq query heads, n slots, m recent queries, d head dimension.
+
+    Attributes:
+        keys: `[B, H, n, d]` after rotary embedding.
+        values: `[B, H, n, d]`.
+        positions: `[B, H, n]` int64, the original position of each slot's token, -1 where not valid.
+        valid: `[B, H, n]` bool; invalid slots (padding) come last and never count.
+        seen: `[B]` int64, real tokens seen so far, evicted ones included.
+        budget: `[B, H]` int64, slots the head may keep (to read, never to set).
+        layer: index of the layer in the model.
+        scaling: factor on query-key products before the softmax (None: d ** -0.5).
+        queries: `[B, Hq, m, d]` the last m queries after rotary embedding, or None if not declared as needed.
+        state: a stateful policy's own tensors, each `[B, H, n, ...]`.
+        hidden: `[B, n, D]` the layer's input, or None.
+        future: only for oracles, only in replay.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    valid: Tensor
+    seen: Tensor
+    budget: Tensor
+    layer: int = 0
+    scaling: float | None = None
+    queries: Tensor | None = None
+    state: Mapping[str, Tensor] = field(default_factory=dict)
+    hidden: Tensor | None = None
+    future: Future | None = None
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor, budget: int | Tensor = 1, **rest) -> CacheView:
+        """A view of a plain cache of `[B, H, n, d]` tensors with nothing evicted, and one budget for all heads."""
+        batch, heads, n, _ = keys.shape
+        positions = torch.arange(n, device=keys.device).expand(batch, heads, n)
+        seen = torch.full((batch,), n, device=keys.device)
+        per_head = torch.as_tensor(budget, device=keys.device).expand(batch, heads)
+        valid = torch.ones_like(positions, dtype=torch.bool)
+        return cls(keys, values, positions, valid, seen, per_head, **rest)
+
+    @property
+    def age(self) -> Tensor:
+        """`[B, H, n]` int64: how many tokens came after each slot's own (meaningless where not valid)."""
+        return self.seen[:, None, None] - 1 - self.positions
+
+    def with_budget(self, budget: Tensor) -> CacheView:
+        """The same view for another budget `[B, H]`."""
+        return replace(self, budget=budget)
+
+    def attention(self, window: int | None = None) -> Tensor:
+        """Attention of the last `window` queries over every visible slot, `[B, Hq, window, n]` float32.
+
+        Softmax over all valid slots at or before each query's position, so causal inside the window.
+
+        Raises:
+            ValueError: no queries, or fewer than `window`, are in the view.
+        """
+        if self.queries is None:
+            raise ValueError("this view holds no queries: set `needs_queries` on the policy to be given them")
+        m = self.queries.shape[2]
+        window = min(m, m if window is None else window)
+        query_positions = self.seen[:, None] - window + torch.arange(window, device=self.keys.device)
+        return attention_weights(
+            self.queries[:, :, m - window :], self.keys, query_positions, self.positions, self.valid, self.scaling
+        )
+
+
+def attention_weights(
+    queries: Tensor, keys: Tensor, query_positions: Tensor, positions: Tensor, valid: Tensor, scaling: float | None
+) -> Tensor:
+    """Softmax attention `[B, Hq, m, n]` in float32 over valid slots at or before each query's position.
+
+    Args:
+        queries: `[B, Hq, m, d]`; Hq is a multiple of the number of KV heads H.
+        keys: `[B, H, n, d]`.
+        query_positions: `[B, m]` int64.
+        positions: `[B, H, n]` int64 of the keys.
+        valid: `[B, H, n]` bool.
+        scaling: factor on the products; None means d ** -0.5.
+    """
+    batch, query_heads, m, d = queries.shape
+    heads, n = keys.shape[1:3]
+    grouped = queries.reshape(batch, heads, -1, d)  # query heads of one KV head lie side by side
+    scores = (grouped @ keys.transpose(-1, -2)).float().reshape(batch, heads, -1, m, n)
+    scores *= d**-0.5 if scaling is None else scaling
+    visible = valid[:, :, None] & (positions[:, :, None] <= query_positions[:, None, :, None])  # [B, H, m, n]
+    scores.masked_fill_(~visible[:, :, None], float("-inf"))
+    # a query that sees nothing (padding) gets zeros, not NaN
+    return scores.softmax(-1).nan_to_num_(0.0).reshape(batch, query_heads, m, n)
+
+
+def group_mean(attention: Tensor, kv_heads: int) -> Tensor:
+    """Mean over the query heads of each KV head: `[B, Hq, ...]` to `[B, H, ...]`."""
+    return attention.unflatten(1, (kv_heads, -1)).mean(2)

@@ -1,0 +1,8 @@
+"""The one error of this library that is meant for the user's eyes."""
+
+
+class UserError(ValueError):
+    """Something the user gave cannot be used: one sentence with what was seen, what was expected, what to do.
+
+    The command line prints it on stderr and exits with code 2.
+    """

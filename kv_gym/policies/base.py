@@ -1,0 +1,79 @@
+"""What every policy is: frozen settings and one function from a cache view to scores."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+
+
+@dataclass(frozen=True)
+class Policy(ABC):
+    """Scores slots. Budgets, protection, triggers and ties belong to the machinery around it.
+
+    Class attributes:
+        sinks, recent: how many first and last tokens are always kept unless the caller says otherwise.
+        needs_future: an oracle; it can be replayed, never run live.
+        comparable: scores of different heads and layers may be compared as they are.
+
+    A policy that needs the last m queries overrides :attr:`needs_queries`.
+    """
+
+    sinks: ClassVar[int] = 0
+    recent: ClassVar[int] = 0
+    needs_future: ClassVar[bool] = False
+    needs_hidden: ClassVar[bool] = False
+    comparable: ClassVar[bool] = False
+
+    @property
+    def name(self) -> str:
+        """The registry's name: the name of the file that the policy lives in."""
+        return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def needs_queries(self) -> int:
+        """How many of the last queries the policy wants to see."""
+        return 0
+
+    @property
+    def protection(self) -> tuple[int, int]:
+        """First and last tokens that the machinery always keeps, unless the caller says otherwise."""
+        return self.sinks, self.recent
+
+    @abstractmethod
+    def score(self, view: CacheView) -> Tensor:
+        """Scores `[batch, kv_heads, tokens]`, higher = keep; values at invalid slots do not matter."""
+
+
+class StatefulPolicy(Policy):
+    """A policy with memory: tensors `[batch, kv_heads, tokens, ...]` that the machinery keeps beside the slots."""
+
+    @abstractmethod
+    def initial_state(self, view: CacheView) -> dict[str, Tensor]:
+        """State of the slots of `view` before any query was observed."""
+
+    @abstractmethod
+    def observe(self, view: CacheView, attention: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The state after a block of at most 128 new queries.
+
+        Args:
+            view: the slots that are cached, with the new tokens among them.
+            attention: `[batch, query_heads, new, tokens]` float32, what the new queries attended to.
+            state: the state before.
+        """
+
+
+def load_settings(kind: type[Policy], settings: Mapping[str, Any]) -> Policy:
+    """A new policy of class `kind`; an unknown setting is an error that lists the known ones."""
+    known = [f.name for f in fields(kind) if f.init]
+    for key in settings:
+        if key not in known:
+            listed = ", ".join(known) if known else "none"
+            raise UserError(f"policy {kind.__name__} has no setting {key!r}; its settings: {listed}")
+    return kind(**settings)

@@ -1,0 +1,82 @@
+"""Policies by name: a name of this package, a class path ``package.module:Class``, or an exported folder."""
+
+from __future__ import annotations
+
+import difflib
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from kv_gym.errors import UserError
+from kv_gym.policies.base import Policy, load_settings
+
+# name = file name; the class spells the paper's way
+_CLASSES = {
+    "golden": "Golden",
+    "h2o": "H2O",
+    "keydiff": "KeyDiff",
+    "knorm": "Knorm",
+    "oracle": "Oracle",
+    "recency": "Recency",
+    "scorer": "Scorer",
+    "snapkv": "SnapKV",
+    "streaming_llm": "StreamingLLM",
+    "tova": "TOVA",
+    "uniform_order": "UniformOrder",
+}
+
+
+def list_policies() -> list[str]:
+    """Names of the bundled policies; `scorer` is the learned one and is loaded from a folder."""
+    return sorted(_CLASSES)
+
+
+def make_policy(policy: str | Path | Policy, **settings: Any) -> Policy:
+    """A new policy object.
+
+    Args:
+        policy: a name from :func:`list_policies`, a class path ``package.module:Class``, a folder with an
+            exported policy, or a policy object, which is returned as it is.
+        **settings: of the policy; unknown ones are refused.
+
+    Raises:
+        UserError: unknown name (the nearest known one is suggested), unknown setting, or unreadable folder.
+    """
+    if isinstance(policy, Policy):
+        return policy
+    name = str(policy)
+    if name in _CLASSES and name != "scorer":
+        kind = getattr(import_module(f"kv_gym.policies.{name}"), _CLASSES[name])
+        return load_settings(kind, settings)
+    if ":" in name and not Path(name).exists():
+        return load_settings(_from_class_path(name), settings)
+    if (Path(name) / "policy.json").is_file():
+        from kv_gym.policies.scorer import Scorer
+
+        if settings:
+            raise UserError(
+                f"the exported policy {name} carries its own settings; give none (got {', '.join(settings)})"
+            )
+        return Scorer.from_pretrained(name)
+    raise UserError(_unknown(name))
+
+
+def _from_class_path(path: str) -> type[Policy]:
+    module, _, attribute = path.partition(":")
+    try:
+        kind = getattr(import_module(module), attribute)
+    except (ImportError, AttributeError) as error:
+        raise UserError(f"cannot import policy {path}: {error}; expected package.module:Class") from None
+    if not (isinstance(kind, type) and issubclass(kind, Policy)):
+        raise UserError(f"{path} is no subclass of kv_gym.Policy")
+    return kind
+
+
+def _unknown(name: str) -> str:
+    if name == "scorer":
+        return "policy 'scorer' is learned: name the folder that `kv-gym train` exported, with its policy.json"
+    if Path(name).is_dir():
+        return f"folder {name} holds no policy.json; expected a policy exported by `kv-gym train` or `kv-gym export`"
+    nearest = difflib.get_close_matches(name, _CLASSES, n=1, cutoff=0.4)
+    hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(list_policies())}"
+    return f"unknown policy {name!r}; {hint}"

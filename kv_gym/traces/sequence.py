@@ -1,0 +1,110 @@
+"""One recorded context in memory: what was cached, and what later queries attended to."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from kv_gym.budgets import uniform
+from kv_gym.budgets.budget import Budget
+from kv_gym.cache_view import CacheView, Future
+
+
+@dataclass(frozen=True)
+class Continuation:
+    """What one continuation's queries attended to.
+
+    Attributes:
+        tokens: `[c]` int64, its token ids; every one of them is a query.
+        future: `[L, H, n, K, 2]` float32: attention received by each context slot, summed over the queries of each
+            of K blocks; the last axis is the maximum and the mean over the KV head's query heads.
+        block: queries per block; the last block holds the rest.
+    """
+
+    tokens: np.ndarray
+    future: np.ndarray
+    block: int
+
+    @property
+    def block_queries(self) -> np.ndarray:
+        """Queries in each block, `[K]` int64."""
+        starts = np.arange(self.future.shape[3]) * self.block
+        return np.minimum(len(self.tokens) - starts, self.block)
+
+
+@dataclass(frozen=True)
+class Sequence:
+    """One recorded context; L recorded layers, H KV heads, Hq query heads, n tokens, d head dimension.
+
+    Attributes:
+        id: unique in its trace set.
+        tokens: `[n]` int64.
+        keys, values: `[L, H, n, d]` float32 (bfloat16 and float16 recordings are widened when read).
+        queries: `[L, Hq, m, d]`, the last m context queries.
+        stats: state of stateful policies after the context: policy name -> state name -> `[L, H, n, ...]`.
+        continuations: at least one for utility; none for an unlabelled context.
+        layers: the model's indices of the recorded layers.
+        scaling: factor on query-key products, per recorded layer.
+        task, split, text_hash: what the context is, `train` or `test`, and the hash of its document.
+        dtype: the type the model computed in, such as ``float32``.
+    """
+
+    id: str
+    tokens: np.ndarray
+    keys: np.ndarray
+    values: np.ndarray
+    queries: np.ndarray
+    continuations: tuple[Continuation, ...]
+    layers: tuple[int, ...]
+    scaling: tuple[float, ...]
+    stats: Mapping[str, Mapping[str, np.ndarray]] = field(default_factory=dict)
+    task: str = ""
+    split: str = "train"
+    text_hash: str = ""
+    dtype: str = "float32"
+
+    @cached_property
+    def _expected(self) -> dict[str, np.ndarray]:
+        futures = [(c.future.sum(3) / len(c.tokens)) for c in self.continuations]
+        mean = np.mean(futures, axis=0) if futures else np.zeros((*self.keys.shape[:3], 2), np.float32)
+        return {"max": mean[..., 0], "mean": mean[..., 1]}
+
+    def utility(self, reduction: str = "max") -> np.ndarray:
+        """Expected utility of every slot, `[L, H, n]` float32: equal-weight mean over the continuations."""
+        return self._expected[reduction]
+
+    def future(self, layer: int) -> Future:
+        """The future of recorded layer number `layer`, as oracles see it."""
+        blocks, weights = [], []
+        for continuation in self.continuations:
+            queries = continuation.block_queries
+            blocks.append(continuation.future[layer] / queries[:, None])
+            weights.append(queries / queries.sum() / len(self.continuations))
+        attention = torch.from_numpy(np.concatenate(blocks, axis=2))[None]
+        return Future(attention.float(), torch.from_numpy(np.concatenate(weights)).float())
+
+    def view(self, layer: int, budget: Budget = 1.0, policy: str = "", oracle: bool = False) -> CacheView:
+        """The CacheView of recorded layer number `layer` at the end of the context, batch 1.
+
+        Args:
+            layer: index into the recorded layers (not the model's own index).
+            budget: slots per head or share, allocated uniformly.
+            policy: name of the stateful policy whose recorded state to load, or "".
+            oracle: include the future.
+        """
+        dtype = getattr(torch, self.dtype)  # values are exact in the recording's own type
+        as_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array))[None]  # noqa: E731
+        view = CacheView.of(
+            as_tensor(self.keys[layer]).to(dtype),
+            as_tensor(self.values[layer]).to(dtype),
+            layer=self.layers[layer],
+            scaling=self.scaling[layer],
+            queries=as_tensor(self.queries[layer]).to(dtype),
+            state={name: as_tensor(state[layer]) for name, state in self.stats.get(policy, {}).items()},
+            future=self.future(layer) if oracle and self.continuations else None,
+        )
+        return replace(view, budget=uniform(budget, view.seen, view.keys.shape[1]))
