@@ -1,0 +1,43 @@
+# Every target does its own set-up: a virtual environment in .venv with the versions of constraints.txt.
+#   make demo [SEED=1] [ARGS=...]   record, train, compare, export and decode on the bundled model; writes runs/demo/
+#   make test                       the test suite
+#   make test-all                   the test suite and the slow tests
+#   make lint                       ruff and mypy
+#   make clean                      removes .venv, caches and build folders; runs/ stays
+PYTHON ?= python3
+SEED ?=
+ARGS ?=
+
+BIN := .venv/bin
+READY := .venv/ready
+
+.PHONY: demo test test-all lint clean
+.DEFAULT_GOAL := test
+
+demo: $(READY)
+	$(BIN)/kv-gym demo $(if $(SEED),--seed $(SEED)) $(ARGS)
+
+test: $(READY)
+	$(BIN)/python -m pytest
+
+# after `test`, never beside it
+test-all: test
+	$(BIN)/python -m pytest -m slow
+
+lint: $(READY)
+	$(BIN)/ruff check --output-format concise .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+clean:
+	rm -rf .venv build dist kv_gym.egg-info .pytest_cache .mypy_cache .ruff_cache
+	find kv_gym tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
+
+# The stamp is written last, so an interrupted set-up starts over and a changed dependency installs again.
+$(READY): setup.cfg setup.py pyproject.toml constraints.txt
+	@command -v $(PYTHON) >/dev/null || { echo "kv_gym needs Python 3.11 or newer and found no $(PYTHON): install it, or name it with make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "kv_gym needs Python 3.11 or newer and $(PYTHON) is $$($(PYTHON) -V 2>&1): name a newer one with make PYTHON=/path/to/python3" >&2; exit 2; }
+	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear .venv || { echo "$(PYTHON) cannot make a virtual environment: install its venv module (python3-venv on Debian and Ubuntu)" >&2; exit 2; }
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@

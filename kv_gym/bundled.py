@@ -1,0 +1,33 @@
+"""Where the data that ships with the library lies: in the package when installed, else in the repository."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from kv_gym.errors import UserError
+
+_PACKAGE = Path(__file__).parent
+_IN_REPOSITORY = {"agents": "agents", "traces": "traces/sample"}
+
+
+def bundled(name: str) -> Path:
+    """The folder of bundled data.
+
+    Args:
+        name: `"traces"`, the small recorded sample that environments replay by default, or `"agents"`, the
+            training settings `<agent>.yml`.
+
+    Raises:
+        UserError: the data is not there.
+        KeyError: no such kind of data.
+    """
+    repository = _PACKAGE.parent
+    in_repository = repository / _IN_REPOSITORY[name]
+    installed = _PACKAGE / "_data" / name
+    # beside an installed package lie other people's folders: only a checkout has setup.cfg there
+    folder = in_repository if (repository / "setup.cfg").is_file() else installed
+    if not folder.is_dir() or not any(folder.iterdir()):
+        raise UserError(
+            f"the bundled {name} are missing ({folder}): install kv-gym again, or name a folder of your own"
+        )
+    return folder

@@ -1,0 +1,26 @@
+"""Puts the sample traces and the agents' settings, which live at the top of the repository, into the wheel."""
+
+from pathlib import Path
+
+from setuptools import setup
+from setuptools.command.build_py import build_py
+
+DATA = {"traces": "traces/sample/*", "agents": "agents/*.yml"}  # folder in kv_gym/_data -> files
+
+
+class BuildWithData(build_py):
+    """The ordinary build, and the files that `kv_gym.bundled` looks for."""
+
+    def run(self) -> None:
+        """Build; an editable install reads the data where it lies."""
+        super().run()
+        if self.editable_mode:
+            return
+        for folder, pattern in DATA.items():
+            target = Path(self.build_lib, "kv_gym", "_data", folder)
+            self.mkpath(str(target))
+            for file in sorted(Path(__file__).parent.glob(pattern)):
+                self.copy_file(str(file), str(target / file.name))
+
+
+setup(cmdclass={"build_py": BuildWithData})
