@@ -1,0 +1,267 @@
+"""The contract that every policy keeps, as a test for policies of your own: ``check_policy(MyPolicy())``."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kv_gym.cache_view import CacheView, Future, attention_weights
+from kv_gym.policies.base import Policy, StatefulPolicy
+
+_HIDDEN_SIZE = 16
+_BLOCKS = 3
+
+
+def check_policy(
+    policy: Policy,
+    *,
+    kv_heads: int = 2,
+    query_heads: int = 4,
+    head_dim: int = 8,
+    layers: Sequence[int] = (0,),
+    tokens: int = 40,
+    seed: int = 0,
+) -> None:
+    """Check a policy on small random views: whole caches, one token, heads left ragged by evictions, padded rows.
+
+    Scores are `[batch, kv_heads, tokens]`, floating, finite and on the view's device; the same view gets the same
+    scores and is not modified; rows do not influence one another; invalid slots influence nothing, whatever they
+    hold; the order in which slots lie does not matter (neighbours are found by `positions`). A policy with memory
+    gives state of shape `[batch, kv_heads, tokens, ...]`, the same names, shapes and types after every `observe`.
+
+    Args:
+        policy: the object to check. It is given only what it declares (queries, hidden states, the future).
+        kv_heads, query_heads, head_dim: sizes of one layer; those of the model for a learned policy.
+        layers: indices of the layers to try.
+        tokens: slots in the largest view.
+        seed: of the random views.
+
+    Raises:
+        AssertionError: in one sentence, the first promise that is not kept.
+        UserError: what the policy itself refuses, such as head sizes it was not trained for.
+    """
+    _require(isinstance(policy, Policy), f"{policy!r} is no kv_gym.Policy")
+    _check_declarations(policy)
+    for layer in layers:
+        maker = _Maker(policy, kv_heads, query_heads, head_dim, layer, torch.Generator().manual_seed(seed))
+        for occasion, bare in (
+            ("a whole cache", maker.whole(2, tokens)),
+            ("one token", maker.whole(1, 1)),
+            ("ragged heads after evictions", maker.ragged(2, tokens)),
+        ):
+            _check_view(maker, bare, f"policy {policy.name!r} on {occasion}, layer {layer}")
+
+
+def _check_declarations(policy: Policy) -> None:
+    protection = policy.protection
+    _require(
+        len(protection) == 2 and all(isinstance(count, int) and count >= 0 for count in protection),
+        f"policy {policy.name!r} declares protection {protection!r}; expected (sinks, recent), two integers from 0",
+    )
+    _require(
+        isinstance(policy.needs_queries, int) and policy.needs_queries >= 0,
+        f"policy {policy.name!r} declares needs_queries {policy.needs_queries!r}; expected an integer from 0",
+    )
+
+
+def _check_view(maker: _Maker, bare: CacheView, who: str) -> None:
+    view = maker.observed(bare, who)
+    before = _snapshot(view)
+    scores = maker.policy.score(view)
+    for name, tensor in _snapshot(view).items():
+        _require(torch.equal(tensor, before[name]), f"{who} changed the view's {name} in place; expected a pure score")
+
+    _check_scores(scores, view, who)
+    again = maker.policy.score(view)
+    _require(torch.equal(again[view.valid], scores[view.valid]), f"{who} scored the same view differently twice")
+
+    for row in range(len(view.keys)):
+        alone = maker.policy.score(maker.observed(_row(bare, row), who))
+        _compare(alone, scores[row : row + 1], view.valid[row : row + 1], f"{who} lets batch rows change one another")
+
+    padded = maker.policy.score(maker.observed(maker.padded(bare, extra=5), who))
+    n = view.keys.shape[2]
+    _compare(padded[..., :n], scores, view.valid, f"{who} lets invalid slots change the scores of valid ones")
+
+    order = maker.shuffle(bare)
+    shuffled = maker.policy.score(maker.observed(_take(bare, order), who))
+    _compare(
+        shuffled,
+        scores.gather(-1, order),
+        view.valid.gather(-1, order),
+        f"{who} depends on the order in which slots lie; sort by view.positions where neighbours matter",
+    )
+
+    half = replace(bare, **{name: getattr(bare, name).bfloat16() for name in ("keys", "values")})
+    half = replace(half, queries=None if bare.queries is None else bare.queries.bfloat16())
+    _check_scores(maker.policy.score(maker.observed(half, who)), half, f"{who} in bfloat16")
+
+
+@dataclass
+class _Maker:
+    """Makes views that hold what the policy declares, and random numbers where slots are invalid."""
+
+    policy: Policy
+    kv_heads: int
+    query_heads: int
+    head_dim: int
+    layer: int
+    generator: torch.Generator
+
+    def whole(self, batch: int, n: int) -> CacheView:
+        positions = torch.arange(n).expand(batch, self.kv_heads, n)
+        return self._view(positions, torch.full((batch,), n))
+
+    def ragged(self, batch: int, n: int) -> CacheView:
+        """Every head has kept other tokens and another number of them; rows have seen different lengths."""
+        seen = torch.tensor([2 * n + 7 * row for row in range(batch)])
+        positions = torch.full((batch, self.kv_heads, n), -1)
+        for row in range(batch):
+            for head in range(self.kv_heads):
+                kept = max(1, n - 3 * row - 2 * head)
+                older = torch.randperm(int(seen[row]) - 1, generator=self.generator)[: kept - 1]
+                newest = seen[row : row + 1] - 1
+                positions[row, head, :kept] = torch.cat((older, newest)).sort().values
+        return self._view(positions, seen)
+
+    def _view(self, positions: Tensor, seen: Tensor) -> CacheView:
+        batch, heads, n = positions.shape
+        m = min(self.policy.needs_queries, int(seen.min()))
+        return CacheView(
+            keys=self._randn(batch, heads, n, self.head_dim),
+            values=self._randn(batch, heads, n, self.head_dim),
+            positions=positions,
+            valid=positions >= 0,
+            seen=seen,
+            budget=torch.full((batch, heads), max(1, n // 4)),
+            layer=self.layer,
+            queries=self._randn(batch, self.query_heads, m, self.head_dim) if m else None,
+            hidden=self._randn(batch, n, _HIDDEN_SIZE) if self.policy.needs_hidden else None,
+            future=self._future(batch, n) if self.policy.needs_future else None,
+        )
+
+    def _future(self, batch: int, n: int) -> Future:
+        attention = torch.rand(batch, self.kv_heads, n, _BLOCKS, 2, generator=self.generator)
+        return Future(attention, torch.full((_BLOCKS,), 1 / _BLOCKS))
+
+    def _randn(self, *shape: int) -> Tensor:
+        return torch.randn(*shape, generator=self.generator)
+
+    def observed(self, view: CacheView, who: str) -> CacheView:
+        """The view with the policy's state after two blocks of queries; the same queries for the same view sizes."""
+        if not isinstance(self.policy, StatefulPolicy):
+            return view
+        state = self.policy.initial_state(view)
+        for block in range(2):
+            _check_state(state, view, who)
+            after = self.policy.observe(view, self._attention(view, block), dict(state))
+            same = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()} == {
+                name: (tensor.shape, tensor.dtype) for name, tensor in after.items()
+            }
+            _require(same, f"{who} changed names, shapes or types of its state in observe")
+            state = after
+        return replace(view, state=state)
+
+    def _attention(self, view: CacheView, block: int, m: int = 4) -> Tensor:
+        queries = torch.randn(1, self.query_heads, m, self.head_dim, generator=torch.Generator().manual_seed(block))
+        queries = queries.expand(len(view.keys), -1, -1, -1).to(view.keys.dtype)
+        positions = (view.seen[:, None] - m + torch.arange(m)).clamp(min=0)
+        return attention_weights(queries, view.keys, positions, view.positions, view.valid, view.scaling)
+
+    def padded(self, view: CacheView, extra: int) -> CacheView:
+        """The view with `extra` invalid slots at the end, which hold large numbers of no meaning."""
+        batch, heads, _, d = view.keys.shape
+        noise = lambda *shape: 30 * self._randn(*shape)  # noqa: E731
+        future = view.future
+        if future is not None:
+            more = noise(batch, heads, extra, *future.attention.shape[3:]).abs()
+            future = replace(future, attention=torch.cat((future.attention, more), 2))
+        return replace(
+            view,
+            keys=torch.cat((view.keys, noise(batch, heads, extra, d)), 2),
+            values=torch.cat((view.values, noise(batch, heads, extra, d)), 2),
+            positions=torch.cat((view.positions, torch.full((batch, heads, extra), -1)), 2),
+            valid=torch.cat((view.valid, torch.zeros(batch, heads, extra, dtype=torch.bool)), 2),
+            hidden=None if view.hidden is None else torch.cat((view.hidden, noise(batch, extra, _HIDDEN_SIZE)), 1),
+            future=future,
+        )
+
+    def shuffle(self, view: CacheView) -> Tensor:
+        """Slot indices `[B, H, n]` in random order, invalid ones last; one order for all heads if hidden is needed."""
+        keys = torch.rand(view.positions.shape, generator=self.generator)
+        if view.hidden is not None:  # one hidden state per slot serves all heads
+            keys = keys[:, :1].expand_as(keys)
+            return keys.argsort(-1)
+        return (keys + 2 * ~view.valid).argsort(-1)
+
+
+def _check_scores(scores: Tensor, view: CacheView, who: str) -> None:
+    shape = list(view.positions.shape)
+    _require(isinstance(scores, Tensor), f"{who} returned {type(scores).__name__}; expected a tensor {shape}")
+    _require(list(scores.shape) == shape, f"{who} returned scores {list(scores.shape)}; expected {shape}")
+    _require(scores.is_floating_point(), f"{who} returned {scores.dtype} scores; expected a floating type")
+    _require(
+        scores.device == view.keys.device, f"{who} returned scores on {scores.device}; expected {view.keys.device}"
+    )
+    _require(bool(scores[view.valid].isfinite().all()), f"{who} returned scores that are not finite")
+
+
+def _check_state(state: dict[str, Tensor], view: CacheView, who: str) -> None:
+    slots = list(view.positions.shape)
+    for name, tensor in state.items():
+        shape = list(tensor.shape)
+        _require(shape[:3] == slots, f"{who} has state {name!r} of shape {shape}; expected {slots} and more axes")
+
+
+def _compare(got: Tensor, expected: Tensor, where: Tensor, complaint: str) -> None:
+    got, expected = got[where].double(), expected[where].double()
+    tolerance = 1e-4 * max(1e-6, float(expected.abs().max()))
+    worst = float((got - expected).abs().max())
+    _require(worst <= tolerance, f"{complaint} (a score differs by {worst:.3g})")
+
+
+def _row(view: CacheView, row: int) -> CacheView:
+    only = slice(row, row + 1)
+    changes: dict[str, Any] = {
+        f.name: value[only] for f in fields(view) if isinstance(value := getattr(view, f.name), Tensor)
+    }
+    future = view.future
+    if future is not None:
+        changes["future"] = replace(future, attention=future.attention[only])
+    return replace(view, **changes)
+
+
+def _take(view: CacheView, order: Tensor) -> CacheView:
+    """The slots `order` `[B, H, n]` of a view without state."""
+    wide = lambda tensor: tensor.gather(2, _as_wide(order, tensor))  # noqa: E731
+    future, hidden = view.future, view.hidden
+    return replace(
+        view,
+        keys=wide(view.keys),
+        values=wide(view.values),
+        positions=wide(view.positions),
+        valid=wide(view.valid),
+        hidden=None if hidden is None else hidden.gather(1, _as_wide(order[:, 0], hidden)),
+        future=None if future is None else replace(future, attention=wide(future.attention)),
+    )
+
+
+def _as_wide(order: Tensor, tensor: Tensor) -> Tensor:
+    trailing = tensor.shape[order.dim() :]
+    return order.reshape(*order.shape, *[1] * len(trailing)).expand(*order.shape, *trailing)
+
+
+def _snapshot(view: CacheView) -> dict[str, Tensor]:
+    tensors = {f.name: value for f in fields(view) if isinstance(value := getattr(view, f.name), Tensor)}
+    tensors.update({f"state {name!r}": tensor for name, tensor in view.state.items()})
+    return {name: tensor.clone() for name, tensor in tensors.items()}
+
+
+def _require(promise: bool, complaint: str) -> None:
+    # not the assert statement: python -O would skip the whole check
+    if not promise:
+        raise AssertionError(complaint)
