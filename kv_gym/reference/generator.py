@@ -15,6 +15,7 @@ from kv_gym.reference import words as w
 
 TASKS = ("single", "multi_key", "multi_value", "multi_query", "variable_tracking", "most_common", "dialogue")
 TOKENS_PER_FACT = 32  # the frozen density: one askable fact, and one look-alike, per 32 context tokens
+FIRST_HELD_OUT_SEED = 10**9  # training, of the model or of a policy, never draws a seed from here on
 
 
 @dataclass(frozen=True)

@@ -19,10 +19,8 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from kv_gym.reference.generator import make_context
+from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, make_context
 from kv_gym.reference.tokenizer import build_tokenizer, encode, word_ids
-
-FIRST_HELD_OUT_SEED = 10**9  # training never draws a seed from here on
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,250 @@
+"""The command line: kv-gym record | train | evaluate | export | generate | report | trace | policies | demo."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from kv_gym.errors import UserError
+
+app = typer.Typer(
+    help="The gym for KV-cache eviction: record, replay, train, compare, export, decode.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+trace_app = typer.Typer(help="Look at recorded traces.", no_args_is_help=True, rich_markup_mode=None)
+app.add_typer(trace_app, name="trace")
+
+Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a transformers decoder, or `reference`.")]
+Device = Annotated[str, typer.Option(help="cpu, cuda, ...")]
+Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU), float32, bfloat16 or float16.")]
+Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
+Sinks = Annotated[int | None, typer.Option(help="First tokens always kept (default: the policy's own).")]
+Recent = Annotated[int | None, typer.Option(help="Last tokens always kept (default: the policy's own).")]
+ReferenceTask = Annotated[str, typer.Option("--task", help="With --tasks reference: which task.")]
+ReferenceTokens = Annotated[int, typer.Option("--tokens", help="With --tasks reference: words per context.")]
+
+
+def _model(name: str, device: str, dtype: str):
+    from kv_gym.reference import MODEL
+    from kv_gym.traces import load_model
+
+    return load_model(MODEL if name == "reference" else name, device=device, dtype=dtype)
+
+
+@app.command()
+def record(
+    model: Model,
+    out: Annotated[Path, typer.Option(help="Folder of the trace set; run again to resume.")],
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines with context and continuations.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file, cut into contexts and continuations.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="`reference`: the bundled task generator.")] = None,
+    task: ReferenceTask = "multi_key",
+    tokens: ReferenceTokens = 512,
+    continuation_tokens: Annotated[int, typer.Option(help="With --text: tokens per continuation.")] = 128,
+    continuations: Annotated[int, typer.Option(help="With --tasks: questions per context.")] = 8,
+    count: Annotated[int, typer.Option(help="How many contexts.")] = 64,
+    split: Annotated[str, typer.Option(help="With --tasks: train, or the pinned test contexts.")] = "train",
+    seed: Annotated[int, typer.Option(help="With --tasks: names the training contexts.")] = 0,
+    window: Annotated[int, typer.Option(help="How many of the last context queries to keep.")] = 32,
+    stats: Annotated[str, typer.Option(help="Policies whose statistics to record, with commas; '' for none.")] = "h2o",
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    progress: Progress = True,
+) -> None:
+    """Record what a model's later queries attended to."""
+    if sum(source is not None for source in (prompts, text, tasks)) != 1:
+        raise UserError("record needs exactly one of --prompts FILE.jsonl, --text FILE or --tasks reference")
+    from kv_gym.traces import prompts_from_jsonl, prompts_from_text
+    from kv_gym.traces import record as record_traces
+
+    if tasks is not None and tasks != "reference":
+        raise UserError(f"unknown --tasks {tasks!r}; expected `reference` (or use --prompts FILE.jsonl)")
+    loaded, tokenizer = _model(model, device, dtype)
+    if prompts is not None:
+        source = prompts_from_jsonl(prompts, tokenizer)
+    elif text is not None:
+        source = prompts_from_text(text, tokenizer, tokens, continuation_tokens, count)
+    else:
+        from kv_gym.reference.prompts import reference_prompts
+
+        source = list(reference_prompts(task, tokens, count, continuations, split, seed))
+    names = tuple(name for name in stats.split(",") if name)
+    done = record_traces(loaded, source, out, window=window, stats=names, progress=progress)
+    typer.echo(f"{len(done)} contexts in {out}")
+
+
+@app.command()
+def train(
+    agent: Annotated[str, typer.Argument(help="joint or expected; settings in agents/<agent>.yml.")],
+    traces: Annotated[Path, typer.Option(help="Trace set; its split `train` is used.")],
+    out: Annotated[Path, typer.Option(help="Folder of the exported policy; run again to resume.")],
+    seed: Annotated[int, typer.Option(help="Of weights and draws.")] = 0,
+    steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the networks.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    progress: Progress = True,
+) -> None:
+    """Train an eviction policy and export its best checkpoint."""
+    from kv_gym.training import train as train_agent
+
+    policy = train_agent(agent, traces, out, seed=seed, progress=progress, steps=steps, hidden=hidden, rate=rate)
+    typer.echo(f"{out}: held-out reward {policy.training['held_out_reward']:.4f}, {policy.nbytes():,} bytes of weights")
+
+
+@app.command()
+def evaluate(
+    policies: Annotated[str, typer.Option(help="Names, class paths or folders, with commas.")],
+    budgets: Annotated[
+        str, typer.Option(help="Slots per head or shares, with commas: 64,0.25,1/8.")
+    ] = "0.5,0.25,0.125",
+    traces: Annotated[Path | None, typer.Option(help="Replay on this trace set.")] = None,
+    model: Annotated[str | None, typer.Option(help="Decode with this model (or `reference`).")] = None,
+    tasks: Annotated[str | None, typer.Option(help="Task file (JSON lines), or `reference`.")] = None,
+    task: ReferenceTask = "multi_key",
+    tokens: ReferenceTokens = 512,
+    count: Annotated[int | None, typer.Option(help="With --tasks reference: how many contexts (default: all).")] = None,
+    split: Annotated[str, typer.Option(help="Of the traces; `all` takes every context.")] = "test",
+    sinks: Sinks = None,
+    recent: Recent = None,
+    json: Annotated[Path | None, typer.Option(help="File to write the result to.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+    progress: Progress = True,
+) -> None:
+    """Compare policies on traces (replay) or on a decoding model (live)."""
+    from kv_gym.budgets import parse_budget
+    from kv_gym.evaluation import evaluate as compare
+    from kv_gym.evaluation.report import markdown, merged
+    from kv_gym.evaluation.tasks import read_tasks, reference_tasks
+
+    chosen = [parse_budget(budget) for budget in budgets.split(",")]
+    loaded = asked = None
+    if model is not None:
+        if tasks is None:
+            raise UserError("evaluate --model needs --tasks FILE.jsonl or --tasks reference")
+        loaded, tokenizer = _model(model, device, dtype)
+        asked = reference_tasks(task, tokens, count) if tasks == "reference" else read_tasks(tasks, tokenizer)
+    data = compare(
+        [name.strip() for name in policies.split(",") if name.strip()], chosen, traces=traces, model=loaded,
+        tasks=asked, split=None if split == "all" else split, sinks=sinks, recent=recent, json=json, progress=progress,
+    )  # fmt: skip
+    typer.echo(markdown(merged(data)))
+
+
+@app.command()
+def export(
+    policy: Annotated[Path, typer.Argument(help="A trained policy's folder.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.")],
+) -> None:
+    """Write a trained policy, its description and card into a folder of their own."""
+    from kv_gym.policies.scorer import Scorer
+
+    typer.echo(f"exported to {Scorer.from_pretrained(policy).save_pretrained(out)}")
+
+
+@app.command()
+def generate(
+    model: Model,
+    prompt: Annotated[str, typer.Option(help="The text to go on with.")],
+    policy: Annotated[str, typer.Option(help="Name, class path or folder.")] = "keydiff",
+    budget: Annotated[str, typer.Option(help="Slots per head or a share.")] = "0.25",
+    trigger: Annotated[str, typer.Option(help="prefill, or every:K.")] = "prefill",
+    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.")] = 64,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+) -> None:
+    """Generate text with an evicting cache and show what the cache held."""
+    from kv_gym.budgets import parse_budget
+    from kv_gym.live import generate as decode
+
+    share = parse_budget(budget)
+    loaded, tokenizer = _model(model, device, dtype)
+    if tokenizer is None:
+        raise UserError(f"model {model} has no tokenizer, so text cannot be read; use kv_gym.EvictingCache in Python")
+    held = decode(loaded, tokenizer, prompt, policy, share, trigger, max_new_tokens, sys.stdout.write)
+    typer.echo(f"\n[cache: {held.kept:,} of {held.seen:,} tokens per head, {held.nbytes:,} bytes]", err=True)
+
+
+@app.command()
+def report(
+    results: Annotated[list[Path], typer.Argument(help="JSON files that `kv-gym evaluate --json` wrote.")],
+    out: Annotated[Path, typer.Option(help="Folder for report.md and report.png.")],
+) -> None:
+    """Write result files as a table and a picture."""
+    from kv_gym.evaluation.report import write_report
+    from kv_gym.evaluation.result import read_json
+
+    typer.echo(f"wrote {write_report([read_json(file) for file in results], out)}")
+
+
+@app.command()
+def policies() -> None:
+    """List the bundled policies."""
+    from kv_gym.policies import list_policies
+
+    typer.echo("\n".join(list_policies()))
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write.")] = Path("runs/demo"),
+    seed: Annotated[int, typer.Option(help="Of the training contexts and of the policy.")] = 0,
+    progress: Progress = True,
+) -> None:
+    """The main job on the bundled reference model: record, train, compare, export, decode."""
+    from kv_gym.demo import demo as run
+
+    run(out, seed, progress)
+
+
+@trace_app.command("info")
+def trace_info(path: Annotated[Path, typer.Argument(help="Folder or file.")]) -> None:
+    """What a trace set holds."""
+    from kv_gym.traces import info
+
+    for name, value in info(path).items():
+        typer.echo(f"{name}: {value}")
+
+
+@trace_app.command("validate")
+def trace_validate(path: Annotated[Path, typer.Argument(help="Folder or file.")]) -> None:
+    """Read everything and check it."""
+    from kv_gym.traces import validate
+
+    for name, value in validate(path).items():
+        typer.echo(f"{name}: {value}")
+
+
+@trace_app.command("show")
+def trace_show(
+    path: Annotated[Path, typer.Argument(help="Folder or file.")],
+    sequence: Annotated[str, typer.Option(help="Id or number of the context.")] = "0",
+) -> None:
+    """Show one context and what its future kept."""
+    from rich.console import Console
+
+    from kv_gym.traces import show
+
+    Console().print(show(path, sequence))
+
+
+def main() -> None:
+    """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
+    try:
+        app(standalone_mode=True)
+    except UserError as error:
+        typer.echo(f"kv-gym: {error}", err=True)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        typer.echo("kv-gym: interrupted; run the same command again to go on", err=True)
+        sys.exit(130)
+
+
+if __name__ == "__main__":
+    main()

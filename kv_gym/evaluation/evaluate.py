@@ -1,0 +1,112 @@
+"""`kv-gym evaluate`: compare policies on recorded traces, or on a decoding model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+
+from rich.progress import Progress
+
+from kv_gym.budgets import parse_budget
+from kv_gym.errors import UserError
+from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.result import result, write_json
+from kv_gym.evaluation.tasks import TaskContext, tasks_hash
+from kv_gym.policies import Policy, make_policy
+
+Policies = Iterable[str | Path | Policy] | Mapping[str, str | Path | Policy]
+
+
+def evaluate(
+    policies: Policies,
+    budgets: Iterable[str | int | float],
+    *,
+    traces=None,
+    model=None,
+    tasks: Iterable[TaskContext] | None = None,
+    split: str | None = "test",
+    sinks: int | None = None,
+    recent: int | None = None,
+    json: str | Path | None = None,
+    progress: bool = True,
+) -> dict:
+    """Compare policies; give either `traces` (replay) or `model` and `tasks` (live).
+
+    Args:
+        policies: names, class paths, exported folders or policy objects; a mapping gives them names for the rows.
+        budgets: slots per head or shares, see :func:`kv_gym.budgets.parse_budget`.
+        traces: a trace set or its folder.
+        model: a transformers decoder.
+        tasks: contexts with questions, see :mod:`kv_gym.evaluation.tasks`.
+        split: of the traces; None takes all. Where no context has the split, all are taken.
+        sinks, recent: protection for every policy; None means each policy's own.
+        json: file to write the result to.
+        progress: show a bar.
+
+    Returns:
+        ``{"rows": [...], "command", "versions", ...}``; rows as in :func:`replay` and :func:`answer`.
+
+    Raises:
+        UserError: an unusable policy, budget, trace set or task; a policy of another model; an oracle live.
+    """
+    chosen_budgets = [parse_budget(budget) for budget in budgets]
+    chosen = _named(policies)
+    if (traces is None) == (model is None):
+        raise UserError("evaluate compares either on traces or on a model with tasks; give exactly one of them")
+    if traces is not None:
+        rows, about = _replayed(chosen, chosen_budgets, traces, split, sinks, recent, progress)
+    else:
+        rows, about = _live(chosen, chosen_budgets, model, list(tasks or ()), sinks, recent, progress)
+    data = result(rows, **about)
+    if json is not None:
+        write_json(json, data)
+    return data
+
+
+def _named(policies: Policies) -> dict[str, Policy]:
+    if isinstance(policies, Mapping):
+        chosen = {name: make_policy(given) for name, given in policies.items()}
+    else:
+        objects = [(given, make_policy(given)) for given in policies]
+        chosen = {p.name if isinstance(given, Policy) else str(given).rstrip("/"): p for given, p in objects}
+    if not chosen:
+        raise UserError("no policy to evaluate; give at least one name (`kv-gym policies` lists them)")
+    return chosen
+
+
+def _refuse_other_model(policies: dict[str, Policy], fingerprint, what: str) -> None:
+    for name, policy in policies.items():
+        theirs = getattr(policy, "fingerprint", None)
+        if theirs is not None:
+            theirs.refuse_other(fingerprint, f"policy {name}", what)
+
+
+def _replayed(policies, budgets, traces, split, sinks, recent, progress):
+    from kv_gym.traces import TraceSet, open_traces
+
+    trace_set = traces if isinstance(traces, TraceSet) else open_traces(traces)
+    _refuse_other_model(policies, trace_set.fingerprint, "the model of the traces")
+    part = trace_set.select(split=split) if split else trace_set
+    part = part if len(part) else trace_set
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("replay", total=len(part) * len(policies))
+        rows = replay(policies, part, budgets, sinks, recent, lambda: bar.advance(task))
+    return rows, {"traces": part.hash, "contexts": len(part)}
+
+
+def _live(policies, budgets, model, tasks, sinks, recent, progress):
+    from kv_gym.evaluation.live import answer
+    from kv_gym.fingerprint import Fingerprint
+
+    if not tasks:
+        raise UserError("live evaluation needs tasks; give --tasks FILE.jsonl or --tasks reference")
+    for name, policy in policies.items():
+        if policy.needs_future:
+            raise UserError(
+                f"policy {name} is an oracle and a live model has no recorded future: evaluate it on traces"
+            )
+    _refuse_other_model(policies, Fingerprint.of(model), "this model")
+    with Progress(transient=True, disable=not progress) as bar:
+        task = bar.add_task("answer", total=len(tasks))
+        rows = answer(model, tasks, policies, budgets, sinks, recent, advance=lambda n: bar.advance(task, n))
+    return rows, {"tasks": tasks_hash(tasks), "contexts": len(tasks), "model": str(model.config.name_or_path)}

@@ -1,0 +1,96 @@
+"""Judging policies on a decoding model: compress each context before the question is known, then answer."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+
+import torch
+
+from kv_gym.budgets.budget import Budget
+from kv_gym.evaluation.tasks import TaskContext
+from kv_gym.live import EvictingCache, Panel
+from kv_gym.policies import Policy
+
+FULL = "full_cache"
+
+
+@torch.no_grad()
+def answer(
+    model,
+    contexts: Sequence[TaskContext],
+    policies: Mapping[str, Policy],
+    budgets: Iterable[Budget],
+    sinks: int | None = None,
+    recent: int | None = None,
+    rows_at_once: int = 8,
+    advance: Callable[[int], None] = lambda _: None,
+) -> list[dict]:
+    """One prefill per context, forked for every policy, budget and question.
+
+    Greedy answers are judged in one pass: decoding greedily gives the expected answer exactly when the most likely
+    token after each of its prefixes is the next one, so the answer is fed whole and every argmax must be right.
+
+    Args:
+        model: a transformers decoder that :class:`EvictingCache` serves.
+        contexts: what to ask; contexts of equal length that stand together are prefilled together.
+        policies: by the name that rows carry.
+        budgets: slots per head or shares.
+        sinks, recent: protection; None means each policy's own.
+        rows_at_once: contexts per prefill.
+        advance: called with the number of contexts done (progress).
+
+    Returns:
+        Rows of policy, budget, allocation, task, ``accuracy`` (greedy exact match of the whole answer), ``nll`` (mean
+        over questions of the mean over answer tokens, nats), ``cache_bytes`` (mean per context, all that the
+        compressed cache holds), ``policy_bytes`` (weights of a learned policy) and ``n`` (questions). The full cache
+        is the row named ``full_cache``.
+    """
+    sums: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0])  # right, nll, bytes, n
+    sized: dict[tuple, int] = defaultdict(int)
+    arms: list[tuple[str, Policy | None, Budget]] = [(FULL, None, 1.0)]
+    arms += [(name, policy, budget) for name, policy in policies.items() for budget in budgets]
+    for _, group in groupby(contexts, lambda context: (len(context.context_ids), context.task)):
+        same = list(group)
+        for start in range(0, len(same), rows_at_once):
+            batch = same[start : start + rows_at_once]
+            ids = torch.tensor([context.context_ids for context in batch], device=model.device)
+            with EvictingCache(model, policy=Panel(tuple(policies.values())), budget=1.0) as cache:
+                model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                for name, policy, budget in arms:
+                    place = (name, budget, batch[0].task)
+                    with cache.fork(policy=policy, budget=budget, sinks=sinks, recent=recent) as fork:
+                        if policy is not None:
+                            fork.compress()
+                        sums[place][2] += fork.nbytes()
+                        sized[place] += len(batch)
+                        for right, nll in _answers(model, fork, batch):
+                            sums[place][0] += right
+                            sums[place][1] += nll
+                            sums[place][3] += 1
+            advance(len(batch))
+    weights = {name: getattr(policy, "nbytes", int)() for name, policy in policies.items()}
+    return [
+        {"policy": name, "budget": budget, "allocation": "uniform", "task": task, "accuracy": right / n,
+         "nll": nll / n, "cache_bytes": held / sized[name, budget, task], "policy_bytes": weights.get(name, 0),
+         "n": int(n)}
+        for (name, budget, task), (right, nll, held, n) in sums.items()
+    ]  # fmt: skip
+
+
+def _answers(model, cache: EvictingCache, batch: Sequence[TaskContext]) -> Iterable[tuple[bool, float]]:
+    """Exact match and NLL of every question of a batch of contexts; the cache itself stays as it is."""
+    asked = [(row, question) for row, context in enumerate(batch) for question in context.questions]
+    size = lambda item: (len(item[1].question_ids), len(item[1].answer_ids))  # noqa: E731
+    for (question_size, _), items in groupby(sorted(asked, key=size), size):
+        same = list(items)
+        ids = torch.tensor([(*q.question_ids, *q.answer_ids) for _, q in same], device=model.device)
+        with cache.fork() as fork:
+            fork.batch_select_indices(torch.tensor([row for row, _ in same], device=model.device))
+            logits = model(input_ids=ids[:, :-1], past_key_values=fork, use_cache=True).logits
+        expected = ids[:, question_size:]
+        likelihood = logits[:, question_size - 1 :].float().log_softmax(-1)
+        right = (likelihood.argmax(-1) == expected).all(-1)
+        nll = -likelihood.gather(-1, expected[..., None])[..., 0].mean(-1)
+        yield from zip(right.tolist(), nll.tolist(), strict=True)

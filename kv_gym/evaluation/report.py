@@ -1,0 +1,106 @@
+"""A readable report of result files: one table in Markdown, one picture."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+
+from kv_gym.budgets import format_budget
+
+COLUMNS = ("policy", "budget", "utility kept", "accuracy", "NLL", "cache bytes")
+
+
+def merged(*results: dict) -> list[dict]:
+    """Rows of several results, those of one policy, budget and task made one (replay has utility, live the rest)."""
+    rows: dict[tuple, dict] = {}
+    for row in (row for result in results for row in result["rows"]):
+        rows.setdefault((row["policy"], row["budget"], row.get("task", "")), {}).update(row)
+    return list(rows.values())
+
+
+def table(rows: Iterable[dict]) -> list[tuple[str, ...]]:
+    """Cells of `COLUMNS`, the full cache first, then by budget from large to small and accuracy (or utility)."""
+    rows = list(rows)
+    several = len({row.get("task", "") for row in rows}) > 1
+
+    def order(row: dict):
+        worth = row.get("accuracy", row.get("utility_kept", 0.0))
+        return row["policy"] != "full_cache", row.get("task", ""), -row["budget"], -worth
+
+    def cell(row: dict, name: str, form: str) -> str:
+        return form.format(row[name]) if row.get(name) is not None else ""
+
+    return [
+        (
+            f"{row['policy']} ({row['task']})" if several else row["policy"],
+            format_budget(row["budget"]),
+            cell(row, "utility_kept", "{:.3f}"),
+            cell(row, "accuracy", "{:.1%}"),
+            cell(row, "nll", "{:.3f}"),
+            cell(row, "cache_bytes", "{:,.0f}"),
+        )
+        for row in sorted(rows, key=order)
+    ]
+
+
+def markdown(rows: Iterable[dict]) -> str:
+    """The table in Markdown."""
+    lines = [COLUMNS, ("---", "---:", "---:", "---:", "---:", "---:"), *table(rows)]
+    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+
+
+def picture(rows: list[dict], file: Path) -> None:
+    """Accuracy and utility kept against the budget, a line for each policy, written as PNG."""
+    from matplotlib.figure import Figure
+
+    labels = {"accuracy": "questions answered right", "utility_kept": "future attention kept"}
+    measures = [(name, label) for name, label in labels.items() if any(name in row for row in rows)]
+    figure = Figure(figsize=(5.2 * len(measures) + 1.8, 4), layout="constrained")
+    axes = figure.subplots(1, len(measures), squeeze=False)[0]
+    names = sorted({row["policy"] for row in rows} - {"full_cache"})
+    styles = [(f"C{i % 10}", "-" if i < 10 else "--", "o^sDvPX*<>"[i % 10]) for i in range(len(names))]
+    for axis, (measure, label) in zip(axes, measures, strict=True):
+        for name, (colour, dash, mark) in zip(names, styles, strict=True):
+            points: dict[float, list[float]] = {}
+            for row in rows:
+                if row["policy"] == name and row.get(measure) is not None:
+                    points.setdefault(row["budget"], []).append(row[measure])
+            if points:
+                xs = sorted(points)
+                ys = [sum(points[x]) / len(points[x]) for x in xs]
+                axis.plot(xs, ys, color=colour, linestyle=dash, marker=mark, label=name)
+        full = [row[measure] for row in rows if row["policy"] == "full_cache" and row.get(measure) is not None]
+        if full:
+            axis.axhline(sum(full) / len(full), color="0.6", linestyle=":", label="full cache")
+        budgets = sorted({row["budget"] for row in rows if row["policy"] != "full_cache"})
+        axis.set_xscale("log", base=2)
+        axis.set_xticks(budgets, [format_budget(b) for b in budgets], minor=False)
+        axis.set(xlabel="budget per KV head", ylabel=label, ylim=(-0.02, 1.03))
+        axis.grid(alpha=0.3)
+    axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    part = file.with_name(file.name + ".tmp")
+    figure.savefig(part, dpi=130, format="png")
+    os.replace(part, file)
+
+
+def write_report(results: list[dict], folder: str | Path, title: str = "kv_gym report", notes: str = "") -> Path:
+    """Write ``report.md`` and ``report.png`` into `folder` and return the Markdown file."""
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = merged(*results)
+    picture(rows, folder / "report.png")
+    counts = sorted({row["n"] for result in results for row in result["rows"]})
+    commands = "\n".join(f"- `{command}`" for command in dict.fromkeys(result["command"] for result in results))
+    versions = ", ".join(f"{name} {version}" for name, version in results[-1]["versions"].items())
+    text = (
+        f"# {title}\n\n{markdown(rows)}\n![budgets against quality](report.png)\n\n{notes}\n\n"
+        f"Equal budgets for all heads (`uniform`). Utility kept: share of the recorded future attention on kept slots."
+        f" Accuracy: greedy exact match of the whole answer, question unseen while compressing."
+        f" Rows stand on n = {', '.join(map(str, counts))} contexts or questions.\n\n"
+        f"Made by:\n{commands}\n\nWith {versions}.\n"
+    )
+    part = folder / "report.md.tmp"
+    part.write_text(text)
+    os.replace(part, folder / "report.md")
+    return folder / "report.md"

@@ -1,0 +1,51 @@
+"""Result files: rows with everything that is needed to make them again."""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import sys
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from kv_gym.errors import UserError
+
+_PACKAGES = ("gymnasium", "h5py", "kv-gym", "numpy", "stable-baselines3", "torch", "transformers")
+
+
+def versions() -> dict[str, str]:
+    """Versions of Python and of the packages that results depend on."""
+    return {"python": platform.python_version(), **{name: version(name) for name in _PACKAGES}}
+
+
+def result(rows: list[dict], **about: Any) -> dict:
+    """A result: rows, the command that made them, versions, and whatever else identifies the run."""
+    return {"rows": rows, "command": _command(), "versions": versions(), **about}
+
+
+def _command() -> str:
+    program, *arguments = sys.argv
+    return " ".join([Path(program).name, *arguments])
+
+
+def write_json(file: str | Path, data: dict) -> Path:
+    """Write JSON whole or not at all."""
+    file = Path(file)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    part = file.with_name(file.name + ".tmp")
+    part.write_text(json.dumps(data, indent=1) + "\n")
+    os.replace(part, file)
+    return file
+
+
+def read_json(file: str | Path) -> dict:
+    """Read a result file; a UserError where it is missing or none of ours."""
+    try:
+        data = json.loads(Path(file).read_text())
+        if isinstance(data["rows"], list) and all({"policy", "budget"} <= set(row) for row in data["rows"]):
+            return data
+    except (OSError, ValueError, KeyError, TypeError):
+        pass
+    raise UserError(f"{file} is no result of kv-gym evaluate; expected a JSON file with rows")

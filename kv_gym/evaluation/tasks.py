@@ -1,0 +1,111 @@
+"""Questions to ask a decoding model: a context, and questions that it has not seen while compressing."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+from kv_gym.errors import UserError
+
+
+@dataclass(frozen=True)
+class TaskQuestion:
+    """What is asked, and the tokens that answer it whole."""
+
+    question_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class TaskContext:
+    """One context and the questions that share it: it is prefilled once."""
+
+    context_ids: tuple[int, ...]
+    questions: tuple[TaskQuestion, ...]
+    task: str = ""
+
+
+def tasks_hash(contexts: Iterable[TaskContext]) -> str:
+    """SHA-256 over everything that is asked."""
+    digest = hashlib.sha256()
+    for context in contexts:
+        asked = [(question.question_ids, question.answer_ids) for question in context.questions]
+        digest.update(json.dumps([context.task, context.context_ids, asked]).encode())
+    return digest.hexdigest()
+
+
+def read_tasks(path: str | Path, tokenizer=None) -> list[TaskContext]:
+    """Read JSON lines ``{"context", "question", "answer", "task"}``, or the same with ``context_ids`` and so on.
+
+    Lines that follow one another with the same context share its prefill. Context, question and answer are
+    tokenised apart, the context with the tokenizer's special tokens, the others without.
+
+    Raises:
+        UserError: missing file, bad JSON, a missing or empty field, or text without a tokenizer; the line is named.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise UserError(f"task file {path} does not exist; expected JSON lines with context, question and answer")
+    contexts: list[TaskContext] = []
+    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+        if not line.strip():
+            continue
+        where = f"{path}, line {number}"
+        try:
+            data = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise UserError(f"{where} is no JSON ({error}); expected one object per line") from None
+        if not isinstance(data, dict):
+            raise UserError(f"{where} is no JSON object; expected context, question and answer")
+        context, question, answer = (
+            _ids(data, name, tokenizer, where, special=name == "context") for name in ("context", "question", "answer")
+        )
+        asked, task = TaskQuestion(question, answer), str(data.get("task", ""))
+        if contexts and (contexts[-1].context_ids, contexts[-1].task) == (context, task):
+            contexts[-1] = TaskContext(context, (*contexts[-1].questions, asked), task)
+        else:
+            contexts.append(TaskContext(context, (asked,), task))
+    if not contexts:
+        raise UserError(f"task file {path} holds no task; expected JSON lines with context, question and answer")
+    return contexts
+
+
+def _ids(data: dict, name: str, tokenizer, where: str, special: bool) -> tuple[int, ...]:
+    ids = data.get(f"{name}_ids")
+    if ids is None:
+        text = data.get(name)
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where} has no {name}; expected a text {name!r} or a list of ids {name + '_ids'!r}")
+        if tokenizer is None:
+            raise UserError(f"{where} holds text and the model has no tokenizer; give {name}_ids instead")
+        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+        raise UserError(f"{where}: {name}_ids is no list of token ids from 0; expected at least one")
+    return tuple(ids)
+
+
+def reference_tasks(task: str = "multi_key", tokens: int = 512, count: int | None = None) -> list[TaskContext]:
+    """The pinned held-out contexts of a reference task (`count` of them) with their questions.
+
+    Raises:
+        UserError: unknown task or unusable length.
+    """
+    from kv_gym.reference.generator import TASKS
+    from kv_gym.reference.heldout import held_out
+    from kv_gym.reference.tokenizer import encode, word_ids
+
+    if task not in TASKS:
+        raise UserError(f"unknown reference task {task!r}; choose one of {', '.join(TASKS)}")
+    if tokens % 32 or tokens < 64:
+        raise UserError(f"reference contexts have a multiple of 32 tokens from 64 on, got {tokens}")
+    return [
+        TaskContext(
+            (word_ids()["<bos>"], *encode(context.words)),
+            tuple(TaskQuestion(tuple(encode(q.question)), tuple(encode(q.answer))) for q in context.questions),
+            task,
+        )
+        for context in held_out(task, tokens).make(count)
+    ]

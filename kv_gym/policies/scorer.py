@@ -1,0 +1,225 @@
+"""The learned policy: one small network per KV head, from key, value and position to a score.
+
+The same inputs as KVP (arXiv 2602.10238, section 4: key, value and position of a token, an MLP per head).
+Differs from the paper in: inputs are standardised, position enters as the logarithms of position and age (a
+policy meets lengths it was not trained on), all heads run as one batched product, and the agent called `joint`
+trains all heads against one another.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import asdict, dataclass, field
+from itertools import pairwise
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+from kv_gym.fingerprint import Fingerprint
+from kv_gym.policies.base import Policy
+
+FORMAT = 1
+POSITION_FEATURES = 2
+
+
+class GroupedScorer(nn.Module):
+    """One MLP per head with a leading head axis: A heads, input 2 d + 2, two hidden layers, one score."""
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, heads: int, head_dim: int, hidden: int = 128):
+        super().__init__()
+        self.heads, self.head_dim, self.hidden = heads, head_dim, hidden
+        sizes = (2 * head_dim + POSITION_FEATURES, hidden, hidden, 1)
+        self.register_buffer("mean", torch.zeros(heads, 1, sizes[0]))
+        self.register_buffer("scale", torch.ones(heads, 1, sizes[0]))
+        pairs = list(pairwise(sizes))
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(heads, i, o) * (2 / i) ** 0.5) for i, o in pairs)
+        self.biases = nn.ParameterList(nn.Parameter(torch.zeros(heads, 1, o)) for _, o in pairs)
+        with torch.no_grad():  # scores start almost equal, so that no slot begins with all of the softmax
+            self.weights[-1] *= 0.1
+
+    def standardise(self, inputs: Tensor) -> None:
+        """Take mean and scale of every input from a sample `[heads, m, 2 d + 2]`."""
+        self.mean.copy_(inputs.mean(1, keepdim=True))
+        self.scale.copy_(1 / inputs.std(1, keepdim=True).clamp(min=1e-3))
+
+    def forward(self, inputs: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Scores `[heads, m]` of inputs `[heads, m, 2 d + 2]`; `heads` picks a run of the networks."""
+        x = (inputs - self.mean[heads]) * self.scale[heads]
+        *inner, last = zip(self.weights, self.biases, strict=True)
+        for weight, bias in inner:
+            x = torch.baddbmm(bias[heads], x, weight[heads]).relu()
+        return torch.baddbmm(last[1][heads], x, last[0][heads])[..., 0]
+
+
+def slot_inputs(keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
+    """What a network sees of each slot, `[..., n, 2 d + 2]` float32: key, value, log position, log age.
+
+    Args:
+        keys, values: `[..., n, d]`.
+        positions: `[..., n]` int64 original positions.
+        seen: tokens seen, broadcastable to `positions`.
+    """
+    place = torch.stack((positions, seen - 1 - positions), -1).clamp(min=0).float().log1p() / 4
+    return torch.cat((keys.float(), values.float(), place.expand(*keys.shape[:-1], -1)), -1)
+
+
+@dataclass(frozen=True, eq=False)
+class Scorer(Policy):
+    """A trained :class:`GroupedScorer` and the model it belongs to.
+
+    Attributes:
+        network: one MLP for each of the fingerprint's layers x KV heads.
+        fingerprint: of the model whose cache it was trained on; any other is refused.
+        lengths: shortest and longest context it was trained on.
+        protect: first and last tokens it wants protected.
+        calibrated: scores were trained against one another across heads.
+        training: how it was made: agent, seed, settings, trace hash, held-out reward.
+    """
+
+    network: GroupedScorer
+    fingerprint: Fingerprint
+    lengths: tuple[int, int]
+    protect: tuple[int, int] = (1, 1)
+    calibrated: bool = False
+    training: dict = field(default_factory=dict)
+
+    @property
+    def protection(self) -> tuple[int, int]:
+        return self.protect
+
+    @property
+    def comparable(self) -> bool:  # type: ignore[override]
+        """Whether scores of different heads may be compared as they are."""
+        return self.calibrated
+
+    def nbytes(self) -> int:
+        """Bytes of the network's weights, charged in tables."""
+        return sum(tensor.numel() * tensor.element_size() for tensor in self.network.state_dict().values())
+
+    @torch.no_grad()
+    def score(self, view: CacheView) -> Tensor:
+        batch, heads, n, _ = view.keys.shape
+        if next(self.network.parameters()).device != view.keys.device:
+            self.network.to(view.keys.device)
+        first = self._place(view.layer) * heads
+        inputs = slot_inputs(view.keys, view.values, view.positions, view.seen[:, None, None])
+        flat = inputs.transpose(0, 1).reshape(heads, batch * n, -1)
+        return self.network(flat, slice(first, first + heads)).view(heads, batch, n).transpose(0, 1)
+
+    def _place(self, layer: int) -> int:
+        try:
+            return self.fingerprint.layers.index(layer)
+        except ValueError:
+            raise UserError(
+                f"the policy knows layers {list(self.fingerprint.layers)} and was asked about layer {layer}: "
+                "use it with the model that it was trained on"
+            ) from None
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write ``policy.safetensors``, ``policy.json`` and a generated card; the folder appears whole or not at all.
+
+        Raises:
+            UserError: `folder` exists and holds something else than an exported policy.
+        """
+        from safetensors.torch import save_file
+
+        folder = Path(folder)
+        if folder.exists() and any(folder.iterdir()) and not (folder / "policy.json").exists():
+            raise UserError(f"{folder} exists and is no exported policy; name a new folder")
+        folder.mkdir(parents=True, exist_ok=True)
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
+        writers = {
+            "policy.safetensors": lambda path: save_file(tensors, path),
+            "README.md": lambda path: path.write_text(self.card()),
+            # last: a folder without it is no policy, so an interrupted save is never half of one
+            "policy.json": lambda path: path.write_text(json.dumps(self._description(), indent=1) + "\n"),
+        }
+        for name, write in writers.items():
+            write(folder / f"{name}.tmp")
+            os.replace(folder / f"{name}.tmp", folder / name)
+        return folder
+
+    def _description(self) -> dict:
+        return {
+            "format": FORMAT,
+            "policy": "scorer",
+            "hidden": self.network.hidden,
+            "fingerprint": self.fingerprint.to_json(),
+            "lengths": list(self.lengths),
+            "protect": list(self.protect),
+            "calibrated": self.calibrated,
+            "training": self.training,
+        }
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Scorer:
+        """Read an exported policy; nothing in the folder is ever run.
+
+        Raises:
+            UserError: missing, damaged or newer files, or weights of other sizes than described.
+        """
+        folder = Path(folder)
+        try:
+            about = json.loads((folder / "policy.json").read_text())
+            newer = about["format"] > FORMAT
+            hidden, lengths, protect = int(about["hidden"]), tuple(about["lengths"]), tuple(about["protect"])
+            fingerprint = Fingerprint.from_json(about["fingerprint"])
+            calibrated, training = bool(about["calibrated"]), dict(about["training"])
+        except FileNotFoundError:
+            raise UserError(f"{folder} holds no policy.json; expected a folder that `kv-gym train` exported") from None
+        except (KeyError, TypeError, ValueError, OSError) as error:
+            if isinstance(error, UserError):
+                raise
+            raise UserError(f"{folder / 'policy.json'} is damaged ({error}); export the policy again") from None
+        if newer:
+            raise UserError(f"{folder} has policy format {about['format']}, newer than {FORMAT}: upgrade kv-gym")
+        network = _read_weights(folder / "policy.safetensors", fingerprint, hidden)
+        return cls(network, fingerprint, lengths, protect, calibrated, training)  # type: ignore[arg-type]
+
+    def card(self) -> str:
+        """The model card, generated from what the policy carries."""
+        about = self._description()
+        rows = {"bytes of weights": self.nbytes(), **asdict(self.fingerprint), **self.training}
+        rows |= {
+            "trained on contexts of": f"{self.lengths[0]} to {self.lengths[1]} tokens",
+            "protects": about["protect"],
+        }
+        lines = "\n".join(f"| {name} | `{value}` |" for name, value in rows.items())
+        return (
+            "# A KV-cache eviction policy\n\nScores the slots of a transformers KV cache; trained with kv_gym.\n\n"
+            f"| | |\n|---|---|\n{lines}\n\n```python\nfrom kv_gym import EvictingCache\n\n"
+            'cache = EvictingCache(model, policy="this-folder", budget="1/8")\n'
+            "model.generate(**inputs, past_key_values=cache)\n```\n"
+        )
+
+
+def _read_weights(file: Path, fingerprint: Fingerprint, hidden: int) -> GroupedScorer:
+    from safetensors import SafetensorError, safe_open
+
+    heads = len(fingerprint.layers) * fingerprint.kv_heads
+    if not (0 < hidden <= 8192 and 0 < heads <= 65536 and 0 < fingerprint.head_dim <= 4096):
+        raise UserError(f"{file.parent} describes impossible sizes; export the policy again")
+    with torch.device("meta"):  # shapes alone: nothing is allocated before the file proves that it holds them
+        expected = {
+            name: tuple(t.shape) for name, t in GroupedScorer(heads, fingerprint.head_dim, hidden).state_dict().items()
+        }
+    try:
+        with safe_open(file, "pt") as stored:
+            found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
+            if found != expected:
+                raise UserError(f"the weights in {file} have other sizes than its policy.json says; export it again")
+            tensors = {name: stored.get_tensor(name) for name in found}
+    except (FileNotFoundError, SafetensorError, OSError) as error:
+        raise UserError(f"{file} is missing or damaged ({error}); export the policy again") from None
+    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
+        raise UserError(f"the weights in {file} are not finite; train and export the policy again")
+    network = GroupedScorer(heads, fingerprint.head_dim, hidden)
+    network.load_state_dict(tensors)
+    return network.eval()

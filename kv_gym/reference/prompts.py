@@ -1,0 +1,60 @@
+"""Prompts to record from the reference tasks: contexts, and one continuation per question."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from kv_gym.errors import UserError
+from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, TASKS, Context, make_context
+from kv_gym.reference.heldout import held_out
+from kv_gym.reference.tokenizer import encode, word_ids
+from kv_gym.traces.prompts import Prompt
+
+
+def reference_prompts(
+    task: str = "multi_key",
+    tokens: int = 512,
+    count: int = 64,
+    continuations: int = 8,
+    split: str = "train",
+    seed: int = 0,
+) -> Iterator[Prompt]:
+    """`count` contexts of a task, each with up to `continuations` questions and answers that follow it.
+
+    Args:
+        task: one of `kv_gym.reference.generator.TASKS`.
+        tokens: words per context; a beginning token comes before them.
+        count: number of contexts.
+        continuations: questions per context; each is a continuation of its own.
+        split: ``train`` draws from `seed`; ``test`` gives the pinned held-out contexts.
+        seed: names the training contexts; sets of different seeds below 1,000 share none.
+
+    Raises:
+        UserError: unknown task or split, or a length that the density does not divide.
+    """
+    if task not in TASKS:
+        raise UserError(f"unknown reference task {task!r}; choose one of {', '.join(TASKS)}")
+    if split not in ("train", "test"):
+        raise UserError(f"unknown split {split!r}; choose train or test")
+    if tokens % 32 or tokens < 64:
+        raise UserError(f"reference contexts have a multiple of 32 tokens from 64 on, got {tokens}")
+    if split == "test":
+        contexts = held_out(task, tokens).make(count)
+    else:
+        first = seed * 1_000_000 % FIRST_HELD_OUT_SEED
+        contexts = (make_context(task, tokens, first + i, continuations) for i in range(count))
+    for i, context in enumerate(contexts):
+        name = f"{task}-{tokens}-{split}-{seed if split == 'train' else 'pinned'}-{i}"
+        yield _prompt(context, name, split, continuations)
+
+
+def _prompt(context: Context, name: str, split: str, continuations: int) -> Prompt:
+    asked = context.questions[:continuations]
+    return Prompt(
+        id=name,
+        context_ids=[word_ids()["<bos>"], *encode(context.words)],
+        continuation_ids=[encode((*question.question, *question.answer, ".")) for question in asked],
+        task=context.task,
+        split=split,
+        text_hash=name,
+    )
