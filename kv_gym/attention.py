@@ -4,10 +4,14 @@ transformers applies the rotary embedding, hands keys and values to the cache (`
 registered attention function with the final query. A layer that wants to see that call leaves itself here in
 `update` (:func:`hand_over`); the next call on the same thread takes it and lets it :meth:`~Watcher.attend`.
 Without a watcher the function does what the model's own implementation would do.
+
+Two hooks on the decoder tell a cache that cares about a forward that begins (``before_forward(arguments)``, which
+may refuse it) and about one that failed (``forward_failed()``).
 """
 
 from __future__ import annotations
 
+import inspect
 import sys
 import threading
 import weakref
@@ -23,7 +27,10 @@ PREFIX = "kv_gym_"
 SERVED = ("sdpa", "eager")
 
 _pending = threading.local()
-_switched: weakref.WeakKeyDictionary[nn.Module, list] = weakref.WeakKeyDictionary()  # model -> [count, original name]
+_switched: weakref.WeakKeyDictionary[nn.Module, _Switch] = weakref.WeakKeyDictionary()
+
+# arguments of attention functions that change the softmax in ways that a CacheView cannot tell a policy
+ALTERING = ("softcap", "s_aux", "position_bias")
 
 
 @dataclass
@@ -37,6 +44,8 @@ class AttentionCall:
         mask: additive or boolean mask `[B, 1, m, n]`, or None.
         scaling: factor on the products.
         plain: the model's own implementation; same arguments and results as a registered attention function.
+        rest: the other arguments, passed on as they are.
+        implementation: name of the model's own implementation, one of `SERVED`.
     """
 
     module: nn.Module
@@ -47,6 +56,7 @@ class AttentionCall:
     scaling: float
     plain: Callable
     rest: dict[str, Any] = field(default_factory=dict)
+    implementation: str = "sdpa"
 
     def run(self) -> tuple[Tensor, Tensor | None]:
         """Output `[B, m, Hq, d]` and weights (or None) of the model's own implementation."""
@@ -61,11 +71,20 @@ class Watcher(Protocol):
 
 
 def hand_over(watcher: Watcher) -> None:
-    """Let `watcher` see the attention call that follows on this thread."""
+    """Let `watcher` see the attention call that follows on this thread.
+
+    Raises:
+        UserError: nobody took the watcher before, so the model is not the one that was attached.
+    """
+    if _take() is not None:
+        raise UserError(
+            "the cache was given keys and values by a model that it does not watch: make a cache for that model"
+        )
     _pending.watcher = watcher
 
 
 def _take() -> Watcher | None:
+    """The watcher that waits on this thread, which then waits no longer."""
     watcher = getattr(_pending, "watcher", None)
     _pending.watcher = None
     return watcher
@@ -77,8 +96,14 @@ def _through(plain_name: str) -> Callable:
         watcher = _take()
         if watcher is None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, **rest)
+        for name in ALTERING:
+            if rest.get(name) is not None:
+                raise UserError(
+                    f"{type(module).__name__} changes its attention by {name!r}, which policies do not see yet: "
+                    "use a model with plain softmax attention"
+                )
         scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-        return watcher.attend(AttentionCall(module, query, key, value, attention_mask, scale, plain, rest))
+        return watcher.attend(AttentionCall(module, query, key, value, attention_mask, scale, plain, rest, plain_name))
 
     return attention
 
@@ -98,7 +123,7 @@ def attach(model) -> None:
         UserError: the model does not run on the attention interface, or with an implementation not served here.
     """
     if model in _switched:
-        _switched[model][0] += 1
+        _switched[model].count += 1
         return
     original = model.config.get_text_config()._attn_implementation
     refuse_unserved(model)
@@ -109,17 +134,58 @@ def attach(model) -> None:
         )
     _register()
     model.set_attn_implementation(PREFIX + original)
-    _switched[model] = [1, original]
+    _switched[model] = _Switch(model, original)
 
 
 def detach(model) -> None:
     """Undo one :func:`attach`; the last one restores the model's own attention."""
     if model not in _switched:
         return
-    _switched[model][0] -= 1
-    if _switched[model][0] == 0:
-        model.set_attn_implementation(_switched.pop(model)[1])
+    _switched[model].count -= 1
+    if _switched[model].count == 0:
+        switch = _switched.pop(model)
+        model.set_attn_implementation(switch.original)
+        switch.remove_hooks()
         _take()
+
+
+class _Switch:
+    """A model's switched attention: how many asked for it, what to go back to, and the hooks on its decoder."""
+
+    def __init__(self, model, original: str):
+        self.count, self.original = 1, original
+        self._failing = False
+        decoder = model.base_model
+        self._begin = decoder.register_forward_pre_hook(self._before, with_kwargs=True)
+        self._end = decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+
+    def remove_hooks(self) -> None:
+        self._begin.remove()
+        if not self._failing:  # torch iterates over these hooks right now: the next forward removes this one
+            self._end.remove()
+
+    def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
+        _take()  # left by a forward that failed between a cache's update and its attention
+        arguments = _arguments(decoder, args, kwargs)
+        cache = arguments.get("past_key_values")
+        if hasattr(cache, "before_forward"):
+            cache.before_forward(arguments)
+
+    def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        if self.count == 0:
+            self._end.remove()
+        elif output is None:  # always_call: the forward raised
+            cache = _arguments(decoder, args, kwargs).get("past_key_values")
+            if hasattr(cache, "forward_failed"):
+                self._failing = True
+                try:
+                    cache.forward_failed()
+                finally:
+                    self._failing = False
+
+
+def _arguments(decoder: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
+    return {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
 
 
 def refuse_unserved(model) -> None:
@@ -133,6 +199,8 @@ def refuse_unserved(model) -> None:
             f"{kind} is no decoder on transformers' attention interface, so its queries cannot be seen: "
             "use a model such as Llama, Qwen, Mistral, Phi-3 or GPT-NeoX"
         )
+    if getattr(config, "num_kv_shared_layers", 0):
+        raise UserError(f"{kind} has layers that share keys and values with earlier ones, which is not served yet")
     full_layers(config)
 
 
