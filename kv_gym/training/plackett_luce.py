@@ -18,7 +18,8 @@ def expected_rank_cost(scores: Tensor, worth: Tensor, against: Tensor | None = N
         against: indices `[m]` of the slots to count, a random subset for long rows (unbiased); None counts all.
 
     Returns:
-        Cost `[...]`: 0 when all worth is ranked first, (about) 1 when it is last.
+        Cost `[...]`: the worth-weighted mean of (E[rank_i] + 1/2) / n, so about 0 when all worth comes first and
+        about 1 when it comes last; the half is the slot itself, which costs nothing to count and moves no gradient.
     """
     others = scores if against is None else scores[..., against]
     before = (others[..., None, :] - scores[..., :, None]).sigmoid().mean(-1)  # [..., n], in [0, 1]
