@@ -167,19 +167,19 @@ class _Switch:
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         _take()  # left by a forward that failed between a cache's update and its attention
         arguments = _arguments(decoder, args, kwargs)
-        cache = arguments.get("past_key_values")
-        if hasattr(cache, "before_forward"):
-            cache.before_forward(arguments)
+        check = getattr(arguments.get("past_key_values"), "before_forward", None)
+        if check is not None:
+            check(arguments)
 
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         if self.count == 0:
             self._end.remove()
         elif output is None:  # always_call: the forward raised
-            cache = _arguments(decoder, args, kwargs).get("past_key_values")
-            if hasattr(cache, "forward_failed"):
+            tell = getattr(_arguments(decoder, args, kwargs).get("past_key_values"), "forward_failed", None)
+            if tell is not None:
                 self._failing = True
                 try:
-                    cache.forward_failed()
+                    tell()
                 finally:
                     self._failing = False
 

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import copy
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache
+from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from kv_gym.attention import attach, detach, full_layers, refuse_unserved
 from kv_gym.budgets import parse_budget, protection_for
 from kv_gym.errors import UserError
 from kv_gym.fingerprint import Fingerprint
 from kv_gym.live.layers import EvictingLayer
+from kv_gym.live.panel import watched
 from kv_gym.live.trigger import Eviction, Trigger
 from kv_gym.policies import Policy, StatefulPolicy, make_policy
 
@@ -42,7 +43,6 @@ class EvictingCache(Cache):
         trigger: ``prefill`` evicts once, at the end of the first forward, and later tokens are appended;
             ``every:64`` also evicts whenever 64 tokens came since it last did, at the end of that forward.
         sinks, recent: first and last tokens that always stay; None means the policy's own.
-        watch: other policies that a fork may change to; their queries and state are kept beside the policy's own.
 
     Raises:
         UserError: an oracle, a policy made for another model, a model that cannot be served, a bad budget, or an
@@ -58,16 +58,15 @@ class EvictingCache(Cache):
         trigger: str = "prefill",
         sinks: int | None = None,
         recent: int | None = None,
-        watch: Sequence[str | Path | Policy] = (),
     ):
         refuse_unserved(model)
         if allocation != "uniform":
             raise UserError(f"allocation {allocation!r} is not served live; expected 'uniform'")
-        watched = tuple(make_policy(each) for each in (policy, *watch))
-        for each in watched:
+        chosen = make_policy(policy)
+        for each in watched(chosen):
             _refuse_unfit(each, model)
-        protection = protection_for(watched[0], sinks, recent)
-        self._eviction = Eviction(watched[0], parse_budget(budget), *protection, Trigger.parse(trigger), watched)
+        protection = protection_for(chosen, sinks, recent)
+        self._eviction = Eviction(chosen, parse_budget(budget), *protection, Trigger.parse(trigger), watched(chosen))
         config = model.config.get_text_config()
         layers = list(DynamicCache(config=config).layers)
         for index in full_layers(config):
@@ -82,6 +81,11 @@ class EvictingCache(Cache):
     def seen(self) -> int:
         """Tokens seen by every row, evicted ones included."""
         return self._evicting[0].seen
+
+    @property
+    def slots_per_head(self) -> int:
+        """Tokens that each KV head holds now."""
+        return self._evicting[0].slots.length
 
     def kept_positions(self, layer: int) -> Tensor:
         """Original positions of the tokens that each head of a layer holds, `[batch, kv_heads, kept]` int64.
@@ -115,24 +119,36 @@ class EvictingCache(Cache):
         for layer in self._evicting:
             layer.evict()
 
-    def fork(self, policy: str | Path | Policy | None = None, budget: str | int | float | None = None) -> EvictingCache:
+    def fork(
+        self,
+        policy: str | Path | Policy | None = None,
+        budget: str | int | float | None = None,
+        sinks: int | None = None,
+        recent: int | None = None,
+    ) -> EvictingCache:
         """An independent copy of the same context, which may evict differently from here on.
 
-        One prefill serves many questions, budgets and policies: prefill at budget 1.0, fork, `compress`, fork again
-        for every question.
+        One prefill serves many questions, budgets and policies: prefill at budget 1.0 with a
+        :class:`~kv_gym.live.Panel` of the policies, fork with one of them, `compress`, fork again for every question.
 
         Args:
-            policy: another policy for the copy, with its own protection; None means the same.
-            budget: another budget for the copy; None means the same.
+            policy: another policy for the copy, or None for the same.
+            budget: another budget, or None for the same.
+            sinks, recent: another protection; None means the other policy's own, or as before for the same policy.
 
         Raises:
-            UserError: the policy needs state or queries that were not kept; name it in `watch` from the start.
+            UserError: the policy needs state or queries that the cache did not keep.
         """
         eviction = self._eviction
-        if budget is not None:
-            eviction = replace(eviction, budget=parse_budget(budget))
         if policy is not None:
             eviction = self._with_policy(eviction, make_policy(policy))
+        eviction = replace(
+            eviction,
+            budget=eviction.budget if budget is None else parse_budget(budget),
+            sinks=eviction.sinks if sinks is None else sinks,
+            recent=eviction.recent if recent is None else recent,
+        )
+        protection_for(eviction.policy, eviction.sinks, eviction.recent)  # refuses negative ones
         twin = copy.copy(self)
         twin._eviction = eviction
         twin.layers = [
@@ -219,7 +235,7 @@ class EvictingCache(Cache):
         for layer in self.layers:
             if isinstance(layer, EvictingLayer):
                 yield from layer.tensors()
-            elif layer.is_initialized:
+            elif isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
                 yield from (layer.keys, layer.values)
 
     def _attach(self) -> None:
@@ -236,7 +252,8 @@ class EvictingCache(Cache):
         missing = isinstance(policy, StatefulPolicy) and policy not in eviction.watched
         if missing or policy.needs_queries > eviction.queries:
             raise UserError(
-                f"the cache did not keep what policy {policy.name!r} needs: make it with watch=[{policy.name!r}]"
+                f"the cache did not keep what policy {policy.name!r} needs: make it with that policy, or with a Panel "
+                "that has it as a member"
             )
         sinks, recent = protection_for(policy, None, None)
         return replace(eviction, policy=policy, sinks=sinks, recent=recent, watched=(policy,))

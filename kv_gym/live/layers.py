@@ -209,7 +209,7 @@ class EvictingLayer(CacheLayerMixin):
             layer=self.index,
             scaling=self.scaling,
             queries=self.queries[:, :, -wanted:] if wanted and self.queries is not None else None,
-            state=self.states.get(0, {}),
+            state=self.states.get(0, {}),  # the policy's own: it is the only one watched, unless it is a panel
         )
 
     def _retain(self, query: Tensor) -> None:

@@ -55,8 +55,7 @@ class Eviction:
         budget: slots per KV head, or share of the tokens seen when the trigger fires.
         sinks, recent: first and last tokens that always stay.
         trigger: when.
-        watched: the policies whose queries and state are kept up to date: `policy` first, then those that a fork may
-            change to.
+        watched: the policies whose queries and state are kept up to date: `policy`, or the members of a panel.
     """
 
     policy: Policy
@@ -69,7 +68,7 @@ class Eviction:
     @property
     def queries(self) -> int:
         """How many of the last queries must be kept."""
-        return max(policy.needs_queries for policy in self.watched)
+        return max((policy.needs_queries for policy in self.watched), default=0)
 
     def room(self, seen: int) -> int:
         """Slots that each KV head may keep after `seen` tokens; computed on the CPU, so no device waits."""

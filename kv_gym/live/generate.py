@@ -1,0 +1,71 @@
+"""`kv-gym generate`: text from a prompt through an evicting cache, word by word."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from transformers import TextStreamer
+
+from kv_gym.errors import UserError
+from kv_gym.live.cache import EvictingCache
+from kv_gym.policies import Policy
+
+
+@dataclass(frozen=True)
+class Generated:
+    """What was generated, and what the cache held at the end.
+
+    Attributes:
+        text: the new text.
+        seen: tokens that went through the cache.
+        kept: tokens that each KV head still held.
+        nbytes: bytes of the whole cache.
+    """
+
+    text: str
+    seen: int
+    kept: int
+    nbytes: int
+
+
+class _Streamer(TextStreamer):
+    def __init__(self, tokenizer, write: Callable[[str], object]):
+        super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
+        self._write = write
+
+    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
+        self._write(text)
+
+
+def generate(
+    model,
+    tokenizer,
+    prompt: str,
+    policy: str | Path | Policy = "keydiff",
+    budget: str | int | float = 0.25,
+    trigger: str = "prefill",
+    max_new_tokens: int = 64,
+    write: Callable[[str], object] = lambda _: None,
+) -> Generated:
+    """Continue a prompt greedily with an :class:`EvictingCache`; `write` is given the text as it comes.
+
+    Raises:
+        UserError: an empty prompt, or whatever the cache refuses.
+    """
+    if not prompt.strip():
+        raise UserError("the prompt is empty; give some text to go on with")
+    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
+    with EvictingCache(model, policy=policy, budget=budget, trigger=trigger) as cache:
+        tokens = model.generate(
+            **inputs,
+            past_key_values=cache,
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            streamer=_Streamer(tokenizer, write),
+            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        )
+        kept = cache.kept_positions(cache.evicting_layers[0]).shape[-1]
+        text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
+        return Generated(text, cache.seen, kept, cache.nbytes())
