@@ -1,0 +1,96 @@
+"""KVEvict-v0 for Stable-Baselines3, whose vector environments are not Gymnasium's."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from stable_baselines3.common.vec_env import VecEnv
+
+from kv_gym.envs.kv_evict_vector import KVEvictVectorEnv
+from kv_gym.envs.slot_table import Observation
+
+
+class KVEvictVecEnv(VecEnv):
+    """The native batch as an SB3 `VecEnv`: ``PPO("MultiInputPolicy", KVEvictVecEnv(num_envs=64, traces=...))``.
+
+    A step gives four values; `infos` is a list with one dict per environment. When an episode ends its dict holds
+    `terminal_observation` and `TimeLimit.truncated` (always False), and the environment has been reset already.
+
+    Attributes:
+        env: the Gymnasium vector environment.
+    """
+
+    def __init__(self, num_envs: int = 1, traces: Any = None, **settings: Any) -> None:
+        """Arguments of :class:`~kv_gym.envs.kv_evict_vector.KVEvictVectorEnv`."""
+        self.env = KVEvictVectorEnv(num_envs, traces, **settings)
+        self._actions = np.zeros(self.env.action_space.shape or (), np.float32)
+        super().__init__(num_envs, self.env.single_observation_space, self.env.single_action_space)
+
+    def reset(self) -> Observation:  # type: ignore[override]
+        """Begin new episodes, with the seed and the options that were set before."""
+        names = {name for options in self._options for name in options}
+        leaders = self._options[:: self.env.group]
+        options = {name: [one[name] for one in leaders] for name in names}
+        observation, infos = self.env.reset(seed=self._seeds[0], options=options)
+        self.reset_infos = _rows(infos, self.num_envs)
+        self._reset_seeds()
+        self._reset_options()
+        return observation
+
+    def step_async(self, actions: np.ndarray) -> None:
+        """Remember the scores `[num_envs, N]`."""
+        self._actions = actions
+
+    def step_wait(self) -> tuple[Observation, np.ndarray, np.ndarray, list[dict]]:  # type: ignore[override]
+        """Observations, rewards `[num_envs]` float32, dones, and one dict of infos per environment."""
+        observation, rewards, over, _, told = self.env.step(self._actions)
+        infos = [{} for _ in over] if over.all() else _rows(told, self.num_envs)
+        if over.any():
+            final = _rows(told["final_info"], self.num_envs)
+            begun = _rows(told, self.num_envs)
+            for row in np.flatnonzero(over):
+                self.reset_infos[row] = begun[row]
+                infos[row] = final[row] | {
+                    "terminal_observation": dict(told["final_obs"][row]),
+                    "TimeLimit.truncated": False,
+                }
+        return observation, rewards.astype(np.float32), over, infos
+
+    def close(self) -> None:
+        """Release nothing: all is in memory."""
+        self.env.close()
+
+    def get_images(self) -> list[np.ndarray | None]:
+        """One picture per environment; needs ``render_mode="rgb_array"``."""
+        return list(self.env.render() or [None] * self.num_envs)
+
+    def get_attr(self, attr_name: str, indices: Any = None) -> list[Any]:
+        """An attribute of the batch, once per environment asked for."""
+        return [getattr(self.env, attr_name) for _ in self._get_indices(indices)]
+
+    def set_attr(self, attr_name: str, value: Any, indices: Any = None) -> None:
+        """Set an attribute of the batch: the environments share it."""
+        setattr(self.env, attr_name, value)
+
+    def env_method(self, method_name: str, *method_args: Any, indices: Any = None, **method_kwargs: Any) -> list[Any]:
+        """Call a method of the batch once, and give its result once per environment asked for."""
+        result = getattr(self.env, method_name)(*method_args, **method_kwargs)
+        return [result for _ in self._get_indices(indices)]
+
+    def env_is_wrapped(self, wrapper_class: type[gym.Wrapper], indices: Any = None) -> list[bool]:
+        """No environment of a native batch is wrapped."""
+        return [False for _ in self._get_indices(indices)]
+
+
+def _rows(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
+    """Gymnasium's dict of arrays as SB3's list of dicts."""
+    rows: list[dict[str, Any]] = [{} for _ in range(count)]
+    for name, values in infos.items():
+        there = infos.get(f"_{name}")
+        if name.startswith(("_", "final_")) or there is None:
+            continue
+        for row in np.flatnonzero(there):
+            rows[row][name] = values[row]
+    return rows

@@ -1,0 +1,195 @@
+"""What an agent sees: the slots of every decision, stacked once so that a batch is one gather."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+from gymnasium import spaces
+from numpy.typing import NDArray
+
+from kv_gym.errors import UserError
+from kv_gym.policies import Policy, make_policy
+from kv_gym.traces.sequence import Sequence
+
+BOUND = 65504.0  # the largest float16: what a 16-bit model can cache is never clipped
+LAST_POSITION = 2.0**24  # the integers a float32 can tell apart
+LAST_DECISION = 2**31 - 1
+
+Observation = dict[str, np.ndarray]
+Heads = str | Seq[tuple[int, int]]
+
+
+class SlotTable:
+    """The slots of M decisions of N slots each; N = `tokens` for one head, heads x `tokens` for a joint ranking.
+
+    Attributes:
+        pairs: every recorded head as (model layer, head), in the order of its number.
+        chosen: numbers of the heads that are replayed.
+        joint: all heads are one decision.
+        tokens: tokens per head, padding included.
+        heads: heads within one decision (1 unless joint).
+        sequence, head: `[M]` int64, which context and which head (-1 if joint) a decision shows.
+        length: `[M]` int64, tokens of its context.
+        clipped: `[M]` int64, numbers of its observation that lay out of bounds.
+    """
+
+    def __init__(
+        self,
+        sequences: Seq[Sequence],
+        heads: Heads = "all",
+        max_tokens: int | None = None,
+        features: Seq[str | Policy] = (),
+    ) -> None:
+        """Copy keys and values of all contexts into two arrays.
+
+        Raises:
+            UserError: no context, contexts of different models, an unknown head, or a context above `max_tokens`.
+        """
+        self.pairs = _pairs(sequences)
+        self.joint = heads == "joint"
+        self.chosen = _chosen(heads, self.pairs)
+        self.tokens = _tokens(sequences, max_tokens)
+        self.heads = len(self.chosen) if self.joint else 1
+        per_context = 1 if self.joint else len(self.chosen)
+        lengths = np.array([len(sequence.tokens) for sequence in sequences])
+        self.sequence = np.repeat(np.arange(len(sequences)), per_context)
+        self.length = np.repeat(lengths, per_context)
+        self.head = np.full(len(sequences), -1) if self.joint else np.tile(self.chosen, len(sequences))
+        self._stack(sequences, tuple(make_policy(policy) for policy in features))
+
+    def __len__(self) -> int:
+        return len(self.sequence)
+
+    @property
+    def size(self) -> int:
+        """Slots of one decision, padding included."""
+        return self.heads * self.tokens
+
+    def _stack(self, sequences: Seq[Sequence], scorers: tuple[Policy, ...]) -> None:
+        shape = (len(sequences), len(self.chosen), self.tokens)
+        width = sequences[0].keys.shape[-1]
+        arrays = {"key": np.zeros((*shape, width), np.float32), "value": np.zeros((*shape, width), np.float32)}
+        if scorers:
+            arrays["features"] = np.zeros((*shape, len(scorers)), np.float32)
+        for i, sequence in enumerate(sequences):
+            n = len(sequence.tokens)
+            arrays["key"][i, :, :n] = sequence.keys.reshape(-1, n, width)[self.chosen]
+            arrays["value"][i, :, :n] = sequence.values.reshape(-1, n, width)[self.chosen]
+            if scorers:
+                arrays["features"][i, :, :n] = _scores(sequence, scorers)[self.chosen]
+        self.clipped = np.zeros(len(self), np.int64)
+        self._arrays: Observation = {}
+        for name, array in arrays.items():
+            stacked = array.reshape(len(self), self.size, -1)
+            for decision, slots in enumerate(stacked):
+                # NaN counts too: it is out of every bound
+                self.clipped[decision] += slots.size - np.count_nonzero(np.abs(slots) <= BOUND)
+            if self.clipped.any():
+                np.nan_to_num(np.clip(stacked, -BOUND, BOUND, out=stacked), copy=False)
+            self._arrays[name] = stacked
+        different, self._layout = np.unique(self.length, return_inverse=True)
+        there = np.tile(np.arange(self.tokens), self.heads) < different[:, None]
+        self._mask = there.astype(np.int8)
+        self._position = np.where(there, np.tile(np.arange(self.tokens), self.heads), -1).astype(np.float32)
+        self._slot_head = np.repeat(self.chosen, self.tokens).astype(np.int32)
+
+    def gather(self, decisions: NDArray[np.int64], cached: NDArray[np.bool_] | None = None) -> Observation:
+        """New arrays with the observations of B decisions.
+
+        Args:
+            decisions: `[B]` int64.
+            cached: `[B, N]` bool, the slots that are still there; None means all. The others are zeros.
+        """
+        layout = self._layout[decisions]
+        observation = {name: array.take(decisions, axis=0) for name, array in self._arrays.items()}
+        observation["position"] = self._position.take(layout, axis=0)
+        observation["mask"] = self._mask.take(layout, axis=0)
+        if cached is not None:
+            for name in self._arrays:
+                observation[name] *= cached[..., None]
+            observation["position"] = np.where(cached, observation["position"], np.float32(-1))
+            observation["mask"] &= cached
+        if self.joint:
+            observation["head"] = np.repeat(self._slot_head[None], len(decisions), axis=0)
+        else:
+            observation["head"] = self.head[decisions]
+        return observation
+
+    def nothing(self) -> Observation:
+        """What is seen when an episode is over: no slots."""
+        observation: Observation = {name: np.zeros(array.shape[1:], np.float32) for name, array in self._arrays.items()}
+        observation["position"] = np.full(self.size, -1, np.float32)
+        observation["mask"] = np.zeros(self.size, np.int8)
+        observation["head"] = self._slot_head.copy() if self.joint else np.zeros((), np.int64)[()]
+        return observation
+
+    def space(self, index: bool) -> spaces.Dict:
+        """The observation space of one decision; its bounds do not depend on the numbers in the traces."""
+        known: dict[str, spaces.Space] = {
+            name: spaces.Box(-BOUND, BOUND, array.shape[1:], np.float32) for name, array in self._arrays.items()
+        }
+        known["position"] = spaces.Box(-1.0, LAST_POSITION, (self.size,), np.float32)
+        known["mask"] = spaces.Box(0, 1, (self.size,), np.int8)
+        if self.joint:
+            known["head"] = spaces.Box(0, len(self.pairs) - 1, (self.size,), np.int32)
+        else:
+            known["head"] = spaces.Discrete(len(self.pairs))
+        if index:
+            known["decision"] = spaces.Box(0, LAST_DECISION, (1,), np.int32)
+        return spaces.Dict(known)
+
+
+def _pairs(sequences: Seq[Sequence]) -> list[tuple[int, int]]:
+    if not sequences:
+        raise UserError("the trace set holds no context; expected at least one (is the split or task right?)")
+    first = sequences[0]
+    for sequence in sequences:
+        if sequence.layers != first.layers or _sizes(sequence) != _sizes(first):
+            raise UserError(
+                f"context {sequence.id!r} has layers {sequence.layers} and [layers, heads, dim] {_sizes(sequence)}, "
+                f"and {first.id!r} has {first.layers} and {_sizes(first)}: replay traces of one model at a time"
+            )
+    return [(layer, head) for layer in first.layers for head in range(first.keys.shape[1])]
+
+
+def _sizes(sequence: Sequence) -> tuple[int, int, int]:
+    layers, heads, _, width = sequence.keys.shape
+    return layers, heads, width
+
+
+def _chosen(heads: Heads, pairs: list[tuple[int, int]]) -> NDArray[np.int64]:
+    if isinstance(heads, str):
+        if heads not in ("all", "joint"):
+            raise UserError(f"heads is {heads!r}; expected 'all', 'joint' or a list of (layer, head) pairs")
+        return np.arange(len(pairs))
+    wanted = [(int(layer), int(head)) for layer, head in heads]
+    unknown = [pair for pair in wanted if pair not in pairs]
+    if unknown or not wanted:
+        what = f"head {unknown[0]} is not in the traces" if unknown else "heads is empty"
+        raise UserError(f"{what}; expected (layer, head) pairs from {pairs[0]} to {pairs[-1]}")
+    return np.array([pairs.index(pair) for pair in wanted])
+
+
+def _tokens(sequences: Seq[Sequence], max_tokens: int | None) -> int:
+    longest = max(sequences, key=lambda sequence: len(sequence.tokens))
+    if max_tokens is not None and len(longest.tokens) > max_tokens:
+        raise UserError(
+            f"context {longest.id!r} has {len(longest.tokens)} tokens and max_tokens is {max_tokens}: raise max_tokens "
+            "or choose shorter contexts"
+        )
+    return len(longest.tokens) if max_tokens is None else max_tokens
+
+
+def _scores(sequence: Sequence, scorers: tuple[Policy, ...]) -> np.ndarray:
+    """Scores of policies as features, `[L * H, n, F]`."""
+    columns = []
+    for policy in scorers:
+        views = (sequence.view(layer, policy=policy.name) for layer in range(len(sequence.layers)))
+        try:
+            columns.append(np.concatenate([policy.score(view)[0].float().numpy() for view in views]))
+        except KeyError as missing:
+            raise UserError(
+                f"context {sequence.id!r} holds no state {missing} of policy {policy.name!r}: record it with the traces"
+            ) from None
+    return np.stack(columns, axis=-1)
