@@ -1,0 +1,30 @@
+"""Recorded contexts: what a model cached, and what its later queries attended to."""
+
+from __future__ import annotations
+
+from importlib import import_module
+
+# name -> the file it lives in, imported on first use: recording takes transformers, reading does not
+_HOMES = {
+    "Continuation": "sequence",
+    "Prompt": "prompts",
+    "Sequence": "sequence",
+    "TraceSet": "store",
+    "info": "describe",
+    "load_model": "models",
+    "open_traces": "store",
+    "prompts_from_jsonl": "prompts",
+    "prompts_from_text": "prompts",
+    "record": "recording",
+    "record_sequence": "recording",
+    "show": "describe",
+    "validate": "describe",
+}
+
+__all__ = sorted(_HOMES)
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module 'kv_gym.traces' has no attribute {name!r}")
+    return getattr(import_module(f"kv_gym.traces.{_HOMES[name]}"), name)

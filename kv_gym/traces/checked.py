@@ -1,0 +1,155 @@
+"""Read HDF5 that a stranger may have made: plain arrays inside one file, whole and finite, or a refusal."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import h5py
+import numpy as np
+
+from kv_gym.errors import UserError
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[h5py.File]:
+    """Open a file for reading; whatever HDF5 cannot read in it becomes a UserError that names the file."""
+    if not path.is_file():
+        raise UserError(f"there is no trace file {path}; expected one that `kv-gym record` wrote")
+    if not h5py.is_hdf5(path):
+        raise UserError(f"{path} is no HDF5 file; expected one that `kv-gym record` wrote")
+    try:
+        with h5py.File(path, "r") as file:
+            yield file
+    except UserError:
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+        raise UserError(
+            f"{path} is damaged or cut short ({reason}): remove it and record again, what is whole is kept"
+        ) from None
+
+
+def group_at(parent: h5py.Group, name: str) -> h5py.Group:
+    """A group that lies in the same file."""
+    found = _member(parent, name)
+    if not isinstance(found, h5py.Group):
+        raise UserError(f"{_name(parent, name)} is no group; expected a trace file that `kv-gym record` wrote")
+    return found
+
+
+def has(parent: h5py.Group, name: str) -> bool:
+    """Whether a group has a member of this name; a link is not followed."""
+    return parent.get(name, getlink=True) is not None
+
+
+def names_in(parent: h5py.Group, name: str) -> list[str]:
+    """Names in an optional group, sorted; none where the group is missing."""
+    return sorted(group_at(parent, name)) if has(parent, name) else []
+
+
+def array_at(parent: h5py.Group, name: str, types: tuple[str, ...], shape: tuple[int | None, ...]) -> np.ndarray:
+    """A whole array: its size is compared with the file's before memory is taken, its numbers must be finite.
+
+    Args:
+        parent: the group it lies in.
+        name: of the dataset.
+        types: NumPy types that are allowed, such as ``float32``.
+        shape: expected lengths, None where any will do; more axes may follow a final ``-1``.
+
+    Raises:
+        UserError: missing, linked, virtual, filtered, of another type or shape, larger than its file, or not finite.
+    """
+    data = dataset_at(parent, name)
+    where = _name(parent, name)
+    if data.dtype.name not in types:
+        raise UserError(f"{where} is of type {data.dtype}; expected {' or '.join(types)}")
+    open_end = shape[-1] == -1
+    wanted = shape[:-1] if open_end else shape
+    fits = len(data.shape) >= len(wanted) if open_end else len(data.shape) == len(wanted)
+    if not fits or any(w is not None and w != s for w, s in zip(wanted, data.shape, strict=False)):
+        shown = ", ".join("any" if w is None else "..." if w == -1 else str(w) for w in shape)
+        raise UserError(f"{where} has shape {list(data.shape)}; expected [{shown}]")
+    try:
+        array = data[()]
+    except OSError:
+        raise UserError(f"{where} cannot be read or fails its checksum: the file is damaged, record it again") from None
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise UserError(f"{where} holds NaN or infinite numbers; expected finite ones (did the model overflow?)")
+    return array
+
+
+def dataset_at(parent: h5py.Group, name: str) -> h5py.Dataset:
+    """A dataset whose bytes lie in the same file, with a checksum as its only filter; nothing is read yet."""
+    data = _member(parent, name)
+    where = _name(parent, name)
+    if not isinstance(data, h5py.Dataset) or data.shape is None:
+        raise UserError(f"{where} is no array; expected a trace file that `kv-gym record` wrote")
+    if data.is_virtual or data.external:
+        raise UserError(f"{where} takes its data from other files, which is refused; copy the data into one file")
+    properties = data.id.get_create_plist()
+    filters = [properties.get_filter(i)[0] for i in range(properties.get_nfilters())]
+    if filters != [h5py.h5z.FILTER_FLETCHER32]:
+        raise UserError(f"{where} has HDF5 filters {filters}; expected the Fletcher-32 checksum and nothing else")
+    stored, size = data.id.get_storage_size(), data.file.id.get_filesize()
+    if math.prod(data.shape) * data.dtype.itemsize > stored or stored > size:
+        raise UserError(f"{where} declares shape {list(data.shape)}, more than the file's {size} bytes can hold")
+    return data
+
+
+def text_attribute(owner: h5py.Group | h5py.Dataset, name: str) -> str:
+    """A text attribute."""
+    return _attribute(owner, name, str)
+
+
+def whole_attribute(owner: h5py.Group | h5py.Dataset, name: str) -> int:
+    """An integer attribute, at least 0."""
+    value = int(_attribute(owner, name, np.integer))
+    if value < 0:
+        raise UserError(f"attribute {name!r} of {_name(owner)} is {value}; expected a number from 0")
+    return value
+
+
+def numbers_attribute(owner: h5py.Group, name: str, count: int) -> tuple[float, ...]:
+    """An attribute of `count` finite numbers."""
+    value = np.asarray(_attribute(owner, name, np.ndarray))
+    if value.shape != (count,) or value.dtype.kind != "f" or not np.isfinite(value).all():
+        raise UserError(f"attribute {name!r} of {_name(owner)} is not {count} finite numbers")
+    return tuple(float(x) for x in value)
+
+
+def sha256(array: np.ndarray) -> str:
+    """SHA-256 of an array's type, shape and bytes in C order."""
+    array = np.ascontiguousarray(array)
+    digest = hashlib.sha256(f"{array.dtype.name}{list(array.shape)}".encode())
+    digest.update(array.data if array.size else b"")
+    return digest.hexdigest()
+
+
+def _attribute(owner: h5py.Group | h5py.Dataset, name: str, kind: type) -> Any:
+    if name not in owner.attrs:
+        raise UserError(f"{_name(owner)} has no attribute {name!r}; expected a trace file that `kv-gym record` wrote")
+    value = owner.attrs[name]
+    if not isinstance(value, kind):
+        raise UserError(f"attribute {name!r} of {_name(owner)} is a {type(value).__name__}; expected {kind.__name__}")
+    return value
+
+
+def _member(parent: h5py.Group, name: str) -> Any:
+    first, _, rest = name.partition("/")
+    if rest:  # step by step, so that no link hides in the middle of a path
+        return _member(group_at(parent, first), rest)
+    link = parent.get(name, getlink=True)
+    if link is None:
+        raise UserError(f"{_name(parent)} has no {name!r}; expected a trace file that `kv-gym record` wrote")
+    if not isinstance(link, h5py.HardLink):
+        raise UserError(f"{_name(parent, name)} is a link, which is refused; copy what it points to into the file")
+    return parent[name]
+
+
+def _name(owner: h5py.Group | h5py.Dataset, name: str = "") -> str:
+    return f"{owner.file.filename}:{owner.name.rstrip('/')}/{name}".rstrip("/")

@@ -1,0 +1,160 @@
+"""The cache that records: transformers' own layers, of which the full-attention ones watch their attention."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
+
+from kv_gym.attention import AttentionCall, full_layers, hand_over
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+from kv_gym.policies.base import StatefulPolicy
+from kv_gym.policies.observing import observe_blocks
+
+# arguments of an attention function that change the weights in a way that is not followed here
+_UNFOLLOWED = ("softcap", "s_aux", "position_bias")
+
+
+class RecordingLayer(DynamicLayer):
+    """A full-attention layer: first it takes a context's queries and statistics, then what continuations attend to.
+
+    Attributes:
+        queries: `[B, Hq, m, d]`, the last m queries of the context.
+        scaling: factor on query-key products.
+        stats: policy name -> its state after the context.
+        received: `[B, H, n, K, 2]` float32 of the last continuation, or None.
+    """
+
+    def __init__(self, layer: int, window: int, policies: Mapping[str, StatefulPolicy]):
+        super().__init__()
+        self.layer = layer
+        self.window = window
+        self.policies = policies
+        self.block: int | None = None  # None while the context is read, then queries per block
+        self.context = 0
+        self.queries: Tensor | None = None
+        self.scaling = 0.0
+        self.stats: dict[str, dict[str, Tensor]] = {}
+        self.received: Tensor | None = None
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Store as usual, and ask to see the attention that follows."""
+        keys, values = super().update(key_states, value_states, *args, **kwargs)
+        hand_over(self)
+        return keys, values
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """The model's own attention; what is recorded is computed beside it.
+
+        Raises:
+            UserError: the layer weighs its keys in a way that could not be computed again.
+        """
+        for name in _UNFOLLOWED:
+            if call.rest.get(name) is not None:
+                raise UserError(
+                    f"{type(call.module).__name__} changes its attention weights by {name!r}, which kv_gym does not "
+                    "follow: its recorded attention would be wrong"
+                )
+        output = call.run()
+        if self.block is None:
+            self._take_context(call)
+        else:
+            self.received = attention_received(call.query, call.key, self.context, call.scaling, self.block)
+        return output
+
+    def _take_context(self, call: AttentionCall) -> None:
+        n = call.key.shape[2]
+        self.context, self.scaling = n, call.scaling
+        self.queries = call.query[:, :, max(0, n - self.window) :].clone()
+        view = CacheView.of(call.key, call.value, budget=n, layer=self.layer, scaling=call.scaling)
+        for name, policy in self.policies.items():
+            self.stats[name] = observe_blocks(policy, view, call.query, policy.initial_state(view))
+
+
+class RecordingCache(Cache):
+    """A model's cache for one context, from which several continuations may start.
+
+    Args:
+        model: a transformers decoder.
+        window: how many of the context's last queries to keep.
+        policies: policies with memory, by name, whose statistics to take over the context.
+    """
+
+    def __init__(self, model, window: int, policies: Mapping[str, StatefulPolicy]):
+        config = model.config.get_text_config()
+        layers = DynamicCache(config=config).layers
+        full = set(full_layers(config))
+        super().__init__(
+            layers=[RecordingLayer(i, window, policies) if i in full else layer for i, layer in enumerate(layers)]
+        )
+
+    @property
+    def recorded(self) -> list[RecordingLayer]:
+        """The full-attention layers.
+
+        Raises:
+            UserError: one of them was never used, or they differ in shape.
+        """
+        recorded = [layer for layer in self.layers if isinstance(layer, RecordingLayer)]
+        for layer in recorded:
+            if layer.queries is None:
+                raise UserError(f"layer {layer.layer} of the model caches nothing of its own, so it cannot be recorded")
+            if (layer.keys.shape, layer.queries.shape) != (recorded[0].keys.shape, recorded[0].queries.shape):
+                raise UserError("the model's full-attention layers differ in heads or sizes, and traces hold one size")
+        return recorded
+
+    @contextmanager
+    def continuing(self, rows: int, block: int) -> Iterator[None]:
+        """Let `rows` continuations start from the context; afterwards the context is cached as before.
+
+        Args:
+            rows: batch size of the continuation.
+            block: its queries per block of `received`.
+        """
+        before = [dict(vars(layer)) for layer in self.layers]
+        try:
+            for layer in self.layers:
+                if layer.is_initialized:  # expanded, not copied: the next `update` makes new tensors anyway
+                    layer.keys = layer.keys.expand(rows, -1, -1, -1)
+                    layer.values = layer.values.expand(rows, -1, -1, -1)
+                if isinstance(layer, RecordingLayer):
+                    layer.block = block
+            yield
+        finally:
+            for layer, attributes in zip(self.layers, before, strict=True):
+                vars(layer).update(attributes)
+
+
+def attention_received(queries: Tensor, keys: Tensor, context: int, scaling: float, block: int) -> Tensor:
+    """What each context slot received from a continuation: `[B, H, context, K, 2]` float32.
+
+    The softmax is over all the keys that a query sees, those of earlier continuation tokens included. Attention is
+    summed over the queries of each block; the last axis is the maximum (taken query by query) and the mean over the
+    KV head's query heads. Memory: one block's attention.
+
+    Args:
+        queries: `[B, Hq, c, d]`, those of the last c positions.
+        keys: `[B, H, context + c, d]`.
+        context: number of context slots.
+        scaling: factor on the products.
+        block: queries per block, K = ceil(c / block).
+    """
+    batch, heads, n, d = keys.shape
+    c = queries.shape[2]
+    grouped = (queries.float() * scaling).unflatten(1, (heads, -1))  # [B, H, g, c, d]
+    transposed = keys.float().transpose(-1, -2)
+    blocks: list[Tensor] = []
+    for start in range(0, c, block):
+        stop = min(start + block, c)
+        m, visible = stop - start, context + stop
+        rows = grouped[:, :, :, start:stop].reshape(batch, heads, -1, d)
+        scores = (rows @ transposed[..., :visible]).unflatten(2, (-1, m))  # [B, H, g, m, visible]
+        later = torch.ones(m, m, dtype=torch.bool, device=keys.device).triu(1)
+        scores[..., visible - m :].masked_fill_(later, float("-inf"))
+        weights = scores.softmax(-1)[..., :context]
+        blocks.append(torch.stack([weights.amax(2).sum(2), weights.mean(2).sum(2)], -1))
+    return torch.stack(blocks, 3)
