@@ -1,7 +1,7 @@
 """Live decoding: a transformers cache that evicts while the model reads and writes."""
 
 from kv_gym.live.cache import EvictingCache
-from kv_gym.live.generate import Held, generate
+from kv_gym.live.generate import Generated, generate
 from kv_gym.live.panel import Panel
 
-__all__ = ["EvictingCache", "Held", "Panel", "generate"]
+__all__ = ["EvictingCache", "Generated", "Generated", "Panel", "generate"]

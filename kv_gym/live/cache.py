@@ -83,9 +83,9 @@ class EvictingCache(Cache):
         return self._evicting[0].seen
 
     @property
-    def slots_per_head(self) -> int:
-        """Tokens that each KV head holds now."""
-        return self._evicting[0].slots.length
+    def evicting_layers(self) -> list[int]:
+        """Indices of the layers that evict, those with full attention."""
+        return [layer.index for layer in self._evicting]
 
     def kept_positions(self, layer: int) -> Tensor:
         """Original positions of the tokens that each head of a layer holds, `[batch, kv_heads, kept]` int64.
@@ -95,12 +95,11 @@ class EvictingCache(Cache):
         Raises:
             UserError: the layer does not evict, or nothing was seen yet.
         """
-        chosen = [each for each in self._evicting if each.index == layer]
-        if not chosen:
-            known = ", ".join(str(each.index) for each in self._evicting)
+        if layer not in self.evicting_layers:
+            known = ", ".join(map(str, self.evicting_layers))
             raise UserError(f"layer {layer} does not evict; the layers with full attention are {known}")
         self._refuse_empty()
-        return chosen[0].slots["positions"].clone()
+        return self.layers[layer].slots["positions"].clone()
 
     def nbytes(self) -> int:
         """Bytes of all that the cache holds: keys, values, positions, state and queries, with the buffers' slack."""

@@ -188,6 +188,7 @@ class EvictingLayer(CacheLayerMixin):
         self.fired_at = self.seen
         if self.eviction.room(self.seen) >= self.slots.length:
             return
+        self.eviction.warn_of_length(self.seen)
         index = self.eviction.keep(self.view())
         self.slots.take(index)
         self.states = {
@@ -243,10 +244,12 @@ class EvictingLayer(CacheLayerMixin):
             return copy
         copy.lazy_initialization(self.slots["keys"])
         copy.slots.buffers, copy.slots.length = dict(self.slots.buffers), self.slots.length
-        known = {
-            policy: self.states[place] for place, policy in enumerate(self.eviction.watched) if place in self.states
+        copy.states = {
+            place: self.states[known]
+            for place, policy in enumerate(eviction.watched)
+            for known in self.states
+            if self.eviction.watched[known] == policy
         }
-        copy.states = {place: known[policy] for place, policy in enumerate(eviction.watched) if policy in known}
         if self.queries is not None and eviction.queries:
             copy.queries = self.queries[:, :, -eviction.queries :]
         copy._map(torch.clone)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -77,6 +78,16 @@ class Eviction:
     def budgets(self, seen: Tensor, kv_heads: int) -> Tensor:
         """The budget of each head `[batch, kv_heads]` as policies read it; `seen` is `[batch]`."""
         return uniform(self.budget, seen, kv_heads)
+
+    def warn_of_length(self, seen: int) -> None:
+        """Warn when a learned policy is asked about a context shorter or longer than those it was trained on."""
+        shortest, longest = getattr(self.policy, "lengths", (seen, seen))
+        if not shortest <= seen <= longest:
+            warnings.warn(
+                f"policy {self.policy.name!r} was trained on contexts of {shortest} to {longest} tokens and evicts "
+                f"now after {seen}: its choice may be poor",
+                stacklevel=2,
+            )
 
     def keep(self, view: CacheView) -> Tensor:
         """Indices of the slots that stay, `[batch, kv_heads, kept]` int64 ascending; `kept` is alike in all heads."""
