@@ -5,7 +5,8 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-DATA = {"traces": "traces/sample/*", "agents": "agents/*.yml"}  # folder in kv_gym/_data -> files
+ROOT = Path(__file__).parent
+DATA = {"traces": ("traces/sample", "**/*"), "agents": ("agents", "*.yml")}  # folder in kv_gym/_data -> files
 
 
 class BuildWithData(build_py):
@@ -16,11 +17,12 @@ class BuildWithData(build_py):
         super().run()
         if self.editable_mode:
             return
-        for folder, pattern in DATA.items():
-            target = Path(self.build_lib, "kv_gym", "_data", folder)
-            self.mkpath(str(target))
-            for file in sorted(Path(__file__).parent.glob(pattern)):
-                self.copy_file(str(file), str(target / file.name))
+        for name, (folder, pattern) in DATA.items():
+            for file in sorted(ROOT.joinpath(folder).glob(pattern)):
+                if file.is_file():
+                    target = Path(self.build_lib, "kv_gym", "_data", name, file.relative_to(ROOT / folder))
+                    self.mkpath(str(target.parent))
+                    self.copy_file(str(file), str(target))
 
 
 setup(cmdclass={"build_py": BuildWithData})
