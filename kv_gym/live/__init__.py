@@ -4,4 +4,4 @@ from kv_gym.live.cache import EvictingCache
 from kv_gym.live.generate import Generated, generate
 from kv_gym.live.panel import Panel
 
-__all__ = ["EvictingCache", "Generated", "Generated", "Panel", "generate"]
+__all__ = ["EvictingCache", "Generated", "Panel", "generate"]

@@ -99,7 +99,7 @@ class EvictingCache(Cache):
             known = ", ".join(map(str, self.evicting_layers))
             raise UserError(f"layer {layer} does not evict; the layers with full attention are {known}")
         self._refuse_empty()
-        return self.layers[layer].slots["positions"].clone()
+        return self._evicting[self.evicting_layers.index(layer)].slots["positions"].clone()
 
     def nbytes(self) -> int:
         """Bytes of all that the cache holds: keys, values, positions, state and queries, with the buffers' slack."""

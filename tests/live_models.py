@@ -1,0 +1,58 @@
+"""Tiny random decoders of every served family: 3 layers, 4 query heads, 2 KV heads."""
+
+import torch
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Phi3Config,
+    Phi3ForCausalLM,
+    Qwen2Config,
+    Qwen2ForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+VOCABULARY = 61
+SIZES = {
+    "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+    "num_attention_heads": 4, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
+}  # fmt: skip
+GROUPED = {"num_key_value_heads": 2, "head_dim": 8}
+FAMILIES = {
+    "llama": (LlamaForCausalLM, LlamaConfig, GROUPED),
+    "qwen2": (Qwen2ForCausalLM, Qwen2Config, {"num_key_value_heads": 2}),
+    "qwen3": (Qwen3ForCausalLM, Qwen3Config, GROUPED),
+    "mistral": (MistralForCausalLM, MistralConfig, GROUPED | {"sliding_window": None}),
+    "phi3": (Phi3ForCausalLM, Phi3Config, {"num_key_value_heads": 2}),
+    "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {}),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        GROUPED
+        | {"sliding_window": 8, "layer_types": ["sliding_attention", "full_attention", "full_attention"]}
+        | {"query_pre_attn_scalar": 8},
+    ),
+}
+
+
+def tiny(family="llama", attention="sdpa", seed=0, **changes):
+    """A float64 model with attention that is far from even, so that a wrong mask shows."""
+    kind, config, more = FAMILIES[family]
+    torch.manual_seed(seed)
+    model = kind(config(**SIZES | more | changes, attn_implementation=attention)).double().eval()
+    with torch.no_grad():
+        for name, weight in model.named_parameters():
+            if weight.dim() == 2 and "embed" not in name:
+                weight.mul_(12)
+    return model
+
+
+def tokens(batch, n, seed=0):
+    """Random token ids `[batch, n]`."""
+    return torch.randint(0, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(seed))
