@@ -90,8 +90,8 @@ def show(
     Args:
         path: as for :func:`~kv_gym.traces.open_traces`.
         sequence: id or number of the sequence.
-        layer: number of the recorded layer; with `head` left out, the two whose utility is least spread out.
-        head: KV head.
+        layer: number of the recorded layer.
+        head: KV head; without both, the head that looks hardest at single tokens beyond the first four.
         budgets: slots per head or shares.
         tokenizer: to show text; without one the recorded model's is looked for on this machine, else ids are shown.
 
@@ -109,7 +109,8 @@ def show(
     known = tokenizer or _tokenizer(traces)
     words = [str(i) for i in one.tokens] if known is None else known.convert_ids_to_tokens(one.tokens.tolist())
     title = (
-        f"{one.id} ({one.task or 'no task'}, {one.split}): {len(words)} tokens, {len(one.continuations)} continuations; "
+        f"{one.id} ({one.task or 'no task'}, {one.split}): {len(words)} tokens, "
+        f"continuations: {len(one.continuations)}; "
         f"layer {one.layers[layer]}, KV head {head}"
     )
     utility = torch.from_numpy(one.utility("max")[layer, head])
@@ -129,9 +130,7 @@ def _find(traces: TraceSet, sequence: str | int) -> Sequence:
         return traces[text]
     if text.isdigit() and int(text) < len(traces):
         return traces[int(text)]
-    raise UserError(
-        f"there is no sequence {text!r}; expected a number below {len(traces)} or an id such as {traces.ids[0]}"
-    )
+    raise UserError(f"there is no sequence {text!r}; expected a number below {len(traces)} or one of {traces.ids[:3]}")
 
 
 def _head(sequence: Sequence, layer: int | None, head: int | None) -> tuple[int, int]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterable
 from collections.abc import Sequence as Row
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,7 +93,7 @@ def refuse_other_manifest(there: dict[str, Any], here: dict[str, Any], where: st
             )
 
 
-def prompt_hash(context: Row[int] | np.ndarray, continuations: list[Row[int]] | list[np.ndarray]) -> str:
+def prompt_hash(context: Row[int] | np.ndarray, continuations: Iterable[Row[int] | np.ndarray]) -> str:
     """Hash of the token ids of a context and its continuations."""
     ids = [[int(i) for i in row] for row in (context, *continuations)]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
@@ -137,9 +138,18 @@ def write_sequence(parent: h5py.Group, sequence: Sequence, ordinal: int, storage
 def read_entry(parent: h5py.Group, name: str, path: Path) -> Entry:
     """What a shard says of the sequence `name`, its arrays left unread."""
     group = checked.group_at(parent, name)
-    texts = {key: checked.text_attribute(group, key) for key in ("task", "split", "text_hash", "prompt", "digest")}
-    wholes = {key: checked.whole_attribute(group, key) for key in ("ordinal", "tokens")}
-    return Entry(path=path, id=name, continuations=len(checked.names_in(group, "continuation")), **wholes, **texts)
+    return Entry(
+        path=path,
+        id=name,
+        ordinal=checked.whole_attribute(group, "ordinal"),
+        tokens=checked.whole_attribute(group, "tokens"),
+        continuations=len(checked.names_in(group, "continuation")),
+        task=checked.text_attribute(group, "task"),
+        split=checked.text_attribute(group, "split"),
+        text_hash=checked.text_attribute(group, "text_hash"),
+        prompt=checked.text_attribute(group, "prompt"),
+        digest=checked.text_attribute(group, "digest"),
+    )
 
 
 def read_sequence(group: h5py.Group, fingerprint: Fingerprint, dtype: str) -> Sequence:
@@ -195,7 +205,7 @@ def verify_sequence(group: h5py.Group) -> int:
         UserError: an array or an attribute is not what was written.
     """
     arrays = _arrays(group)
-    for name, data in arrays.items():
+    for data in arrays.values():
         if checked.sha256(data[()]) != checked.text_attribute(data, "sha256"):
             raise UserError(
                 f"{data.file.filename}:{data.name} fails its checksum: the file is damaged, record it again"

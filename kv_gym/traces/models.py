@@ -47,7 +47,8 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load model {path_or_id}: {reason}") from None
     refuse_unserved(model)
-    return model.to(place).eval(), _tokenizer(path_or_id, local)
+    model.to(place)  # type: ignore[arg-type]  # transformers' wrapper hides the argument from mypy
+    return model.eval(), _tokenizer(path_or_id, local)
 
 
 def usable_device(device: str | None) -> torch.device:

@@ -75,9 +75,9 @@ def record(
         )
     if device is not None:
         model.to(usable_device(device))
-    settings = {"window": window, "stats": sorted(stats), "blocks": blocks}
+    policies = _policies(sorted(stats))
+    settings = {"window": window, "stats": list(policies), "blocks": blocks}
     manifest = manifest_of(model, tokenizer, storage, settings, recipe)
-    policies = _policies(settings["stats"])
     writer = TraceWriter(out, manifest)
     missing = writer.missing(listed)
     with _watched(model), _progress(progress, len(listed), len(listed) - len(missing)) as advance:
@@ -190,7 +190,7 @@ def _continuations(model, prompt: Prompt, cache: RecordingCache, blocks: int) ->
             rows = [prompt.continuation_ids[i] for i in batch]
             with cache.continuing(len(batch), block):
                 _forward(model, rows, cache)
-                received = torch.stack([layer.received for layer in cache.recorded], 1).cpu().numpy()
+                received = torch.stack(cache.received, 1).cpu().numpy()
             for row, i in enumerate(batch):
                 done[i] = Continuation(_tokens(prompt.continuation_ids[i]), received[row], block)
     return tuple(done[i] for i in range(len(done)))

@@ -26,7 +26,7 @@ class RecordingLayer(DynamicLayer):
         queries: `[B, Hq, m, d]`, the last m queries of the context.
         scaling: factor on query-key products.
         stats: policy name -> its state after the context.
-        received: `[B, H, n, K, 2]` float32 of the last continuation, or None.
+        received: `[B, H, n, K, 2]` float32 of the continuation that is running, as soon as it is known.
     """
 
     def __init__(self, layer: int, window: int, policies: Mapping[str, StatefulPolicy]):
@@ -100,12 +100,19 @@ class RecordingCache(Cache):
             UserError: one of them was never used, or they differ in shape.
         """
         recorded = [layer for layer in self.layers if isinstance(layer, RecordingLayer)]
+        shapes = set()
         for layer in recorded:
-            if layer.queries is None:
+            if layer.queries is None or layer.keys is None:
                 raise UserError(f"layer {layer.layer} of the model caches nothing of its own, so it cannot be recorded")
-            if (layer.keys.shape, layer.queries.shape) != (recorded[0].keys.shape, recorded[0].queries.shape):
-                raise UserError("the model's full-attention layers differ in heads or sizes, and traces hold one size")
+            shapes.add((tuple(layer.keys.shape), tuple(layer.queries.shape)))
+        if len(shapes) > 1:
+            raise UserError("the model's full-attention layers differ in heads or sizes, and traces hold one size")
         return recorded
+
+    @property
+    def received(self) -> list[Tensor]:
+        """Of each full-attention layer, what the running continuation attended to: `[B, H, n, K, 2]` float32."""
+        return [layer.received for layer in self.recorded if layer.received is not None]
 
     @contextmanager
     def continuing(self, rows: int, block: int) -> Iterator[None]:
@@ -118,9 +125,9 @@ class RecordingCache(Cache):
         before = [dict(vars(layer)) for layer in self.layers]
         try:
             for layer in self.layers:
-                if layer.is_initialized:  # expanded, not copied: the next `update` makes new tensors anyway
-                    layer.keys = layer.keys.expand(rows, -1, -1, -1)
-                    layer.values = layer.values.expand(rows, -1, -1, -1)
+                for name in ("keys", "values"):  # expanded, not copied: the next `update` makes new tensors anyway
+                    if isinstance(stored := getattr(layer, name, None), Tensor):
+                        setattr(layer, name, stored.expand(rows, -1, -1, -1))
                 if isinstance(layer, RecordingLayer):
                     layer.block = block
             yield
@@ -143,7 +150,7 @@ def attention_received(queries: Tensor, keys: Tensor, context: int, scaling: flo
         scaling: factor on the products.
         block: queries per block, K = ceil(c / block).
     """
-    batch, heads, n, d = keys.shape
+    batch, heads, _, d = keys.shape
     c = queries.shape[2]
     grouped = (queries.float() * scaling).unflatten(1, (heads, -1))  # [B, H, g, c, d]
     transposed = keys.float().transpose(-1, -2)
