@@ -172,9 +172,10 @@ class _Switch:
             check(arguments)
 
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        if self.count == 0:
-            self._end.remove()
-        elif output is None:  # always_call: the forward raised
+        if output is not None:
+            if self.count == 0:
+                self._end.remove()
+        elif self.count:  # always_call: the forward raised
             tell = getattr(_arguments(decoder, args, kwargs).get("past_key_values"), "forward_failed", None)
             if tell is not None:
                 self._failing = True

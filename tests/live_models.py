@@ -18,7 +18,11 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
+from kv_gym import EvictingCache, list_policies, make_policy
+
 VOCABULARY = 61
+# the learned policy has tests of its own; an oracle cannot run live
+LIVE = [name for name in list_policies() if name != "scorer" and not make_policy(name).needs_future]
 SIZES = {
     "vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
     "num_attention_heads": 4, "pad_token_id": None, "bos_token_id": None, "eos_token_id": None,
@@ -56,3 +60,16 @@ def tiny(family="llama", attention="sdpa", seed=0, **changes):
 def tokens(batch, n, seed=0):
     """Random token ids `[batch, n]`."""
     return torch.randint(0, VOCABULARY, (batch, n), generator=torch.Generator().manual_seed(seed))
+
+
+def feed(model, ids, cache):
+    """Logits of one plain forward without position ids."""
+    with torch.no_grad():
+        return model(ids, past_key_values=cache).logits
+
+
+def prefilled(model, policy="knorm", budget=8, n=32, batch=1, **settings):
+    """A cache after a first forward of `n` tokens."""
+    cache = EvictingCache(model, policy, budget, **settings)
+    feed(model, tokens(batch, n), cache)
+    return cache

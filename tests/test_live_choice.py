@@ -4,14 +4,12 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from live_models import tiny, tokens
+from live_models import LIVE, tiny, tokens
 from masked_reference import MaskedReference
 
-from kv_gym import CacheView, EvictingCache, list_policies, make_policy
+from kv_gym import CacheView, EvictingCache, make_policy
 from kv_gym.budgets import protection_for, select, uniform
 from kv_gym.policies import Policy, StatefulPolicy
-
-LIVE = [name for name in list_policies() if name != "scorer" and not make_policy(name).needs_future]
 
 
 def plain_view(reference, layer, policy, budget):
@@ -105,7 +103,7 @@ def test_a_view_shows_the_layer_faithfully():
                 reference.hide(layer, cache.kept_positions(layer))
     for layer in range(3):
         view = cache.layers[layer].view()
-        expected = list(range(10)) + [20, 21, 22, 23, 24]
+        expected = [*range(10), 20, 21, 22, 23, 24]
         assert view.positions[1, 1].tolist() == expected
         assert view.seen.tolist() == [25, 25]
         assert view.budget.tolist() == [[12, 12], [12, 12]]

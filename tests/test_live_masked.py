@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from live_models import tiny, tokens
+from live_models import LIVE, tiny, tokens
 from masked_reference import MaskedReference
 
 from kv_gym import EvictingCache
@@ -54,7 +54,7 @@ def test_evictions_while_decoding(family, attention):
         assert compare(model, cache, pieces) == [12, 12, 12, 12, 16, 16, 20, 26, 26, 26]
 
 
-@pytest.mark.parametrize("policy", ["knorm", "keydiff", "snapkv", "tova", "uniform_order", "streaming_llm", "recency"])
+@pytest.mark.parametrize("policy", LIVE)
 def test_policies_while_decoding(policy):
     model = tiny()
     with EvictingCache(model, policy, 0.25, trigger="every:2", recent=3) as cache:
