@@ -7,6 +7,10 @@ from pathlib import Path
 from kv_gym.errors import UserError
 
 _PACKAGE = Path(__file__).parent
+
+MODEL = _PACKAGE / "reference" / "model"
+"""Folder of the reference model and its tokenizer, as transformers loads them."""
+
 _IN_REPOSITORY = {"agents": "agents", "traces": "traces/sample"}
 
 

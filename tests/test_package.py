@@ -111,12 +111,11 @@ def installed(wheel, tmp_path_factory):
     """Runs Python code in an empty folder, in an environment that holds the wheel and sees only the dependencies."""
     work = tmp_path_factory.mktemp("installed")
     run([sys.executable, "-m", "venv", "--without-pip", "env"], work)
-    site = (
-        next((work / "env").glob("lib*/python*/site-packages")) if os.name != "nt" else work / "env/Lib/site-packages"
-    )
-    python = next(path for path in (work / "env/bin/python", work / "env/Scripts/python.exe") if path.exists())
+    python = work / "env" / "bin" / "python"
+    site = next((work / "env" / "lib").glob("python*/site-packages"))
     # a folder named in a .pth file is searched, and the .pth files in it (our editable install) are not read
-    (site / "dependencies.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    folders = {sysconfig.get_path("purelib"), sysconfig.get_path("platlib")}
+    (site / "dependencies.pth").write_text("\n".join(sorted(folders)) + "\n")
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", str(python)]
     run([*pip, "install", "--quiet", "--no-deps", "--no-index", str(wheel)], work)
     empty = work / "empty"

@@ -12,7 +12,6 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-import kv_gym
 from kv_gym.budgets.budget import Budget, parse_budget
 from kv_gym.envs.eviction import Eviction
 from kv_gym.envs.ranking import Ranking
@@ -21,6 +20,7 @@ from kv_gym.envs.reward import BudgetWeights
 from kv_gym.envs.slot_table import Heads, Observation, SlotTable
 from kv_gym.errors import UserError
 from kv_gym.policies import Policy
+from kv_gym.traces import open_traces
 from kv_gym.traces.sequence import Sequence
 
 Traces = str | Path | Iterable[Sequence] | None
@@ -216,6 +216,6 @@ class Dealer:
 
 
 def _load(traces: Traces) -> list[Sequence]:
-    opened: Any = kv_gym.open_traces(traces) if traces is None or isinstance(traces, str | Path) else traces
+    opened: Any = open_traces(traces) if traces is None or isinstance(traces, str | Path) else traces
     # a trace set promises len and [i], other collections may only be iterated over
     return [opened[i] for i in range(len(opened))] if hasattr(opened, "__getitem__") else list(opened)

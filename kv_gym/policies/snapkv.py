@@ -39,7 +39,7 @@ class SnapKV(Policy):
 
     def score(self, view: CacheView) -> Tensor:
         attention = view.attention(self.window)
-        received = group_mean(attention.mean(2), view.keys.shape[1]).masked_fill(~view.valid, 0.0)
+        received = group_mean(attention.mean(2), view.keys.shape[1])
         order = view.positions.argsort(-1)  # neighbours in the text, however the slots lie
         received = received.gather(-1, order)
         # the paper drops the window before it pools, so neither side smooths into the other

@@ -24,7 +24,7 @@ class TOVA(Policy):
 
     def score(self, view: CacheView) -> Tensor:
         heads = view.keys.shape[1]
-        received = group_mean(view.attention(1)[:, :, 0], heads).masked_fill(~view.valid, 0.0)
+        received = group_mean(view.attention(1)[:, :, 0], heads)
         # by token, not by slot: heads may hold different tokens; in double, so that the order of the sum is no matter
         token = view.positions.clamp(min=0).flatten(1)
         total = received.new_zeros(len(token), int(view.seen.max()) + 1).double()

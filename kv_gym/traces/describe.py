@@ -163,7 +163,7 @@ def _tokenizer(traces: TraceSet):
         return None
     from transformers import AutoTokenizer
 
-    from kv_gym.reference import MODEL
+    from kv_gym.bundled import MODEL
 
     for place in (MODEL, traces.manifest.get("model", "")):
         if not place:
