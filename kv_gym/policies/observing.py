@@ -33,7 +33,10 @@ def observe_blocks(
     q, n = queries.shape[2], view.keys.shape[2]
     offsets = torch.arange(q, device=queries.device) - q
     query_positions = view.seen[:, None] + offsets  # [B, q]
-    newest_last = bool(view.valid.all()) and bool((view.positions[..., n - q :] == query_positions[:, None]).all())
+    # asked only of several blocks: one block cuts nothing off, and a decoding step should not wait for the device
+    newest_last = (
+        q > block and bool(view.valid.all()) and bool((view.positions[..., n - q :] == query_positions[:, None]).all())
+    )
     for start in range(0, q, block):
         stop = min(start + block, q)
         cut = n - q + stop if newest_last else n  # later tokens' slots are not there yet
