@@ -32,7 +32,11 @@ class Fingerprint:
 
     @classmethod
     def of(cls, model) -> Fingerprint:
-        """Read a transformers model; the data type it was loaded in does not matter."""
+        """Read a transformers model.
+
+        A checkpoint has one fingerprint in float32 and bfloat16, and in float16 too if it was saved in 16 bits; a
+        float32 checkpoint loaded in float16 is rounded to another model and has another weights hash.
+        """
         config = model.config.get_text_config()
         heads = config.num_attention_heads
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
