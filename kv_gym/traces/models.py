@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from kv_gym.attention import refuse_unserved
 from kv_gym.errors import UserError
@@ -43,7 +44,7 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
             path_or_id, config=config, dtype=wanted, local_files_only=local, use_safetensors=True,
             attn_implementation="sdpa",
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError) as error:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
         raise UserError(f"cannot load model {path_or_id}: {reason}") from None
     refuse_unserved(model)

@@ -89,7 +89,8 @@ class TraceWriter:
         name = f"shard-{first:06d}-{hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8]}.h5"
         temporary = self.out / f"{name}.{_run()}.tmp"
         try:
-            with h5py.File(temporary, "w") as file:
+            # the 1.10 layout guards its own structures by checksums; readers crash on damage in older ones
+            with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
                 file.attrs["manifest"] = self._text
                 yield Shard(file.create_group("sequences"), self.manifest["storage"])
             _sync(temporary)
