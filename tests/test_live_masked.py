@@ -2,8 +2,10 @@
 
 import pytest
 import torch
-from live_models import LIVE, tiny, tokens
+import transformers
+from live_models import LIVE, feed, tiny, tokens
 from masked_reference import MaskedReference
+from packaging import version
 
 from kv_gym import EvictingCache
 
@@ -67,6 +69,23 @@ def test_chunked_prefill(attention):
     model = tiny("qwen3", attention)
     with EvictingCache(model, "h2o", 6, trigger="every:8", recent=1) as cache:
         assert compare(model, cache, split(tokens(2, 40), 8, 8, 8, 8, 8)) == [2, 10, 18, 26, 34]
+
+
+# before 5.4 transformers gave every chunk the positions of the last one, which the cache refuses
+@pytest.mark.skipif(version.parse(transformers.__version__) < version.parse("5.4"), reason="wrong positions upstream")
+def test_chunked_prefill_through_generate():
+    model = tiny()
+    ids = tokens(2, 40)
+    through, plain = (EvictingCache(model, "h2o", 6, trigger="every:8", recent=1) for _ in range(2))
+    out = model.generate(
+        ids, past_key_values=through, prefill_chunk_size=8, max_new_tokens=1, do_sample=False, output_logits=True,
+        return_dict_in_generate=True,
+    )  # fmt: skip
+    for piece in torch.split(ids, 8, 1):
+        logits = feed(model, piece, plain)
+    torch.testing.assert_close(out.logits[0].double(), logits[:, -1], **EXACT)
+    for layer in range(3):
+        assert torch.equal(through.kept_positions(layer), plain.kept_positions(layer))
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])

@@ -129,6 +129,19 @@ def test_a_policy_of_another_model_is_refused():
         assert cache.kept_positions(2).shape == (1, 2, 8)
 
 
+def test_an_exported_folder_is_a_policy(tmp_path):
+    model = tiny()
+    policy = Scorer(GroupedScorer(heads=6, head_dim=8, hidden=4), Fingerprint.of(model), (16, 40))
+    folder = policy.save_pretrained(tmp_path / "scorer")
+    first, second = prefilled(model, policy, 8), prefilled(model, folder, 8)
+    for layer in range(3):
+        assert torch.equal(first.kept_positions(layer), second.kept_positions(layer))
+    with pytest.raises(UserError, match="weights hash"):
+        EvictingCache(tiny(seed=1), str(folder))
+    with pytest.raises(UserError, match="weights hash"):
+        prefilled(tiny(seed=1), "knorm", 1.0).fork(policy=policy)
+
+
 def test_a_length_out_of_range_is_warned_about():
     model = tiny()
     policy = Scorer(GroupedScorer(heads=6, head_dim=8, hidden=4), Fingerprint.of(model), (16, 24))

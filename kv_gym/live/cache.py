@@ -247,7 +247,8 @@ class EvictingCache(Cache):
             raise UserError("the cache is empty: run the model with past_key_values=cache first")
 
     def _with_policy(self, eviction: Eviction, policy: Policy) -> Eviction:
-        _refuse_unfit(policy, self._model)
+        if policy not in eviction.watched:
+            _refuse_unfit(policy, self._model)
         missing = isinstance(policy, StatefulPolicy) and policy not in eviction.watched
         if missing or policy.needs_queries > eviction.queries:
             raise UserError(
