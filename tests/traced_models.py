@@ -8,17 +8,25 @@ from kv_gym.traces import Prompt
 
 VOCABULARY, CONTEXT = 61, 150  # more than one block of 128 queries
 
-SIZES = dict(vocab_size=VOCABULARY, hidden_size=32, intermediate_size=48, num_hidden_layers=3, initializer_range=0.25,
-             num_attention_heads=4, num_key_value_heads=2, max_position_embeddings=512)  # fmt: skip
+SIZES = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 3,
+    "initializer_range": 0.25,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+}
 SLIDING = ["sliding_attention", "full_attention", "sliding_attention"]
 FAMILIES = {
-    "llama": ("Llama", dict(head_dim=8)),
+    "llama": ("Llama", {"head_dim": 8}),
     "qwen2": ("Qwen2", {}),
-    "qwen3": ("Qwen3", dict(head_dim=16)),
-    "mistral": ("Mistral", dict(sliding_window=None)),
-    "phi3": ("Phi3", dict(pad_token_id=0, bos_token_id=1, eos_token_id=2)),
-    "gpt_neox": ("GPTNeoX", dict(num_key_value_heads=4)),
-    "gemma3": ("Gemma3", dict(head_dim=8, layer_types=SLIDING, sliding_window=16, query_pre_attn_scalar=8)),
+    "qwen3": ("Qwen3", {"head_dim": 16}),
+    "mistral": ("Mistral", {"sliding_window": None}),
+    "phi3": ("Phi3", {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}),
+    "gpt_neox": ("GPTNeoX", {"num_key_value_heads": 4}),
+    "gemma3": ("Gemma3", {"head_dim": 8, "layer_types": SLIDING, "sliding_window": 16, "query_pre_attn_scalar": 8}),
 }
 
 
