@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kv_gym.budgets.budget import Budget
-from kv_gym.envs.reward import by_head, in_time_order, protected_positions, shrunk_protection, slots, worst_first
+from kv_gym.envs.reward import best, by_head, in_time_order, protected_positions, shrunk_protection, slots
 from kv_gym.envs.slot_table import SlotTable
 from kv_gym.traces.sequence import Sequence
 
@@ -100,11 +100,8 @@ class Eviction:
         rows = self._first[episodes] + block
         occasion = self._row_occasion[rows]
         open_slots = self._open_of[occasion]
-        order = worst_first(in_time_order(scores, self._table.heads), open_slots & cached)
-        stays = np.arange(self._table.size) >= self._table.size - self._room_of[occasion, None]
-        chosen = np.empty_like(cached)
-        np.put_along_axis(chosen, order, stays, axis=-1)
-        cached = cached & (chosen | ~open_slots)
+        scores = in_time_order(scores, self._table.heads)
+        cached = cached & (best(scores, open_slots & cached, self._room_of[occasion]) | ~open_slots)
         kept = np.multiply(self._worth[rows], cached, dtype=np.float64).sum(-1)
         losable, total = self._open_total[rows], self._total[rows]
         shielded = total - losable

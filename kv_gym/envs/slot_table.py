@@ -67,27 +67,29 @@ class SlotTable:
         return self.heads * self.tokens
 
     def _stack(self, sequences: Seq[Sequence], scorers: tuple[Policy, ...]) -> None:
-        shape = (len(sequences), len(self.chosen), self.tokens)
         width = sequences[0].keys.shape[-1]
-        arrays = {"key": np.zeros((*shape, width), np.float32), "value": np.zeros((*shape, width), np.float32)}
-        if scorers:
-            arrays["features"] = np.zeros((*shape, len(scorers)), np.float32)
+        widths = {"key": width, "value": width} | ({"features": len(scorers)} if scorers else {})
+        # one more slot than there are, of zeros: what is not cached is taken from there
+        self._rows = {name: np.zeros((len(self) * self.size + 1, w), np.float32) for name, w in widths.items()}
+        self._arrays = {name: rows[:-1].reshape(len(self), self.size, -1) for name, rows in self._rows.items()}
+        by_context = {
+            name: array.reshape(len(sequences), len(self.chosen), self.tokens, -1)
+            for name, array in self._arrays.items()
+        }
         for i, sequence in enumerate(sequences):
             n = len(sequence.tokens)
-            arrays["key"][i, :, :n] = sequence.keys.reshape(-1, n, width)[self.chosen]
-            arrays["value"][i, :, :n] = sequence.values.reshape(-1, n, width)[self.chosen]
+            by_context["key"][i, :, :n] = sequence.keys.reshape(-1, n, width)[self.chosen]
+            by_context["value"][i, :, :n] = sequence.values.reshape(-1, n, width)[self.chosen]
             if scorers:
-                arrays["features"][i, :, :n] = _scores(sequence, scorers)[self.chosen]
+                by_context["features"][i, :, :n] = _scores(sequence, scorers)[self.chosen]
         self.clipped = np.zeros(len(self), np.int64)
-        self._arrays: Observation = {}
-        for name, array in arrays.items():
-            stacked = array.reshape(len(self), self.size, -1)
-            for decision, slots in enumerate(stacked):
+        for array in self._arrays.values():
+            for decision, slots in enumerate(array):
                 # NaN counts too: it is out of every bound
-                self.clipped[decision] += slots.size - np.count_nonzero(np.abs(slots) <= BOUND)
-            if self.clipped.any():
-                np.nan_to_num(np.clip(stacked, -BOUND, BOUND, out=stacked), copy=False)
-            self._arrays[name] = stacked
+                out_of_bounds = slots.size - np.count_nonzero(np.abs(slots) <= BOUND)
+                if out_of_bounds:
+                    self.clipped[decision] += out_of_bounds
+                    np.nan_to_num(np.clip(slots, -BOUND, BOUND, out=slots), copy=False)
         different, self._layout = np.unique(self.length, return_inverse=True)
         there = np.tile(np.arange(self.tokens), self.heads) < different[:, None]
         self._mask = there.astype(np.int8)
@@ -102,14 +104,16 @@ class SlotTable:
             cached: `[B, N]` bool, the slots that are still there; None means all. The others are zeros.
         """
         layout = self._layout[decisions]
-        observation = {name: array.take(decisions, axis=0) for name, array in self._arrays.items()}
-        observation["position"] = self._position.take(layout, axis=0)
-        observation["mask"] = self._mask.take(layout, axis=0)
-        if cached is not None:
-            for name in self._arrays:
-                observation[name] *= cached[..., None]
-            observation["position"] = np.where(cached, observation["position"], np.float32(-1))
-            observation["mask"] &= cached
+        observation: Observation
+        if cached is None:
+            observation = {name: array.take(decisions, axis=0) for name, array in self._arrays.items()}
+            observation["position"] = self._position.take(layout, axis=0)
+            observation["mask"] = self._mask.take(layout, axis=0)
+        else:
+            slots = np.where(cached, decisions[:, None] * self.size + np.arange(self.size), len(self) * self.size)
+            observation = {name: rows.take(slots, axis=0) for name, rows in self._rows.items()}
+            observation["position"] = np.where(cached, self._position.take(layout, axis=0), np.float32(-1))
+            observation["mask"] = self._mask.take(layout, axis=0) & cached
         if self.joint:
             observation["head"] = np.repeat(self._slot_head[None], len(decisions), axis=0)
         else:
