@@ -77,14 +77,12 @@ def time_ratios(repeats: int) -> dict:
 
 def peak_of(way: str, context: int) -> None:
     """In a process of its own: print its peak resident memory in MiB."""
-    model, prompt = make_model(), make_prompt(context)
-    if way == "load":
-        plain(model, make_prompt(64, 16))
-    elif way == "plain":
-        plain(model, prompt)
-    else:
-        record_sequence(model, make_prompt(64, 16))  # what imports and first calls take is not the context's
-        record_sequence(model, prompt)
+    model = make_model()
+    record_sequence(model, make_prompt(64, 16))  # what imports and first calls take is not the context's
+    if way == "plain":
+        plain(model, make_prompt(context))
+    elif way == "record":
+        record_sequence(model, make_prompt(context))
     print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 

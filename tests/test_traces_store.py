@@ -169,6 +169,16 @@ def test_prompts_that_contradict_what_is_there_are_refused(copy):
         record(tiny_model(), both, copy, **settings)
 
 
+def test_a_recipe_is_json_and_compared_as_such(tmp_path):
+    settings = {"window": 4, "recipe": {"lengths": (24, 24)}, "progress": False}  # JSON turns the tuple into a list
+    first = record(tiny_model(), PROMPTS[:1], tmp_path / "set", **settings)
+    again = record(tiny_model(), PROMPTS[:2], tmp_path / "set", **settings)
+    assert (first.ids, again.ids) == (["p0"], ["p0", "p1"])
+    assert again.manifest["recipe"] == {"lengths": [24, 24]}
+    with pytest.raises(UserError, match="no plain JSON"):
+        record(tiny_model(), PROMPTS, tmp_path / "other", recipe={"model": tiny_model}, progress=False)
+
+
 def test_a_failing_prompt_leaves_the_whole_shards_and_nothing_else(tmp_path):
     bad = Prompt("bad", [1, 2, 999], [[3]])
     out = tmp_path / "deep" / "set"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -123,7 +124,7 @@ def manifest_of(
         recipe: how the prompts are made.
 
     Raises:
-        UserError: an unknown storage, or one that would round what was computed.
+        UserError: an unknown storage, one that would round what was computed, or a recipe that is no JSON.
     """
     dtype = str(model.dtype).removeprefix("torch.")
     own = "float32" if dtype == "float64" else dtype
@@ -131,6 +132,12 @@ def manifest_of(
         raise UserError(
             f"storage {storage!r} is not usable for a model that computes in {dtype}; choose auto or float32"
         )
+    try:
+        plain = json.loads(json.dumps({"settings": dict(settings), "recipe": dict(recipe or {})}))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the recipe is no plain JSON data ({error}); expected texts, numbers, lists and objects"
+        ) from None
     name = str(getattr(model.config, "name_or_path", "") or "")
     return {
         "format": FORMAT,
@@ -140,8 +147,7 @@ def manifest_of(
         "tokenizer": tokenizer_hash(tokenizer),
         "dtype": dtype,
         "storage": own if storage == "auto" else storage,
-        "settings": dict(settings),
-        "recipe": dict(recipe or {}),
+        **plain,
         "versions": {"kv_gym": __version__, **{name: version(name) for name in ("torch", "transformers", "h5py")}},
     }
 
