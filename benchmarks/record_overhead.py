@@ -114,7 +114,8 @@ def main() -> None:
         peak_of(arguments.peak_of[0], int(arguments.peak_of[1]))
         return
 
-    result = {"time": time_ratios(arguments.repeats), "memory": memory(), "torch": torch.__version__}
+    # memory first: a child's peak begins at what this process held when it was started
+    result = {"memory": memory(), "time": time_ratios(arguments.repeats), "torch": torch.__version__}
     table = Table(title=f"{CONTEXT} + {CONTINUATION} tokens, one thread")
     for column in ("", "seconds", "times plain", "target"):
         table.add_column(column)

@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils._python_dispatch import TorchDispatchMode
 from traced_models import CONTEXT, FAMILIES, SIZES, VOCABULARY, some_prompt, tiny_model
 
 from kv_gym.errors import UserError
@@ -142,3 +143,26 @@ def test_unserved_models_are_refused_and_leave_nothing(make, reason, tmp_path):
         record(model, [some_prompt()], tmp_path / "out", progress=False)
     assert not (tmp_path / "out").exists()
     assert model.config._attn_implementation == "eager"
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the largest tensor that any operation makes."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        tensors = out if isinstance(out, tuple | list) else [out]
+        self.largest = max([self.largest, *(t.numel() for t in tensors if isinstance(t, torch.Tensor))])
+        return out
+
+
+def test_nothing_of_context_squared_is_made():
+    model = tiny_model(num_hidden_layers=1, max_position_embeddings=4096)
+    largest = []
+    for context in (1024, 2048):
+        with LargestTensor() as watched:
+            record_sequence(model, some_prompt((64,), context=context))
+        largest.append(watched.largest)
+    assert largest[0] >= 4 * 128 * 1024, "the attention of one block of queries was not seen"
+    assert largest[1] <= 2.01 * largest[0] < 1024 * 1024 * 4

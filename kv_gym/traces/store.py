@@ -25,11 +25,11 @@ from kv_gym.traces.sequence import Sequence
 MANIFEST = "manifest.json"
 
 
-def open_traces(path: str | Path | None = None) -> TraceSet:
+def open_traces(path: str | Path | TraceSet | None = None) -> TraceSet:
     """Open recorded traces.
 
     Args:
-        path: a folder that `kv-gym record` wrote, one of its shards, or None for the bundled sample.
+        path: a folder that `kv-gym record` wrote, one of its shards, an open set, or None for the bundled sample.
 
     Raises:
         UserError: nothing there, no trace set, a newer format, or a damaged file.
