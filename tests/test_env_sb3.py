@@ -65,7 +65,15 @@ def test_ppo_learns_what_one_coordinate_tells():
         KVEvictVecEnv(64, traces=worth_follows_value(256, 6, seed=1), sinks=0, recent=0, budget_weights={3: 1.0})
     )
     agent = PPO(
-        "MultiInputPolicy", env, n_steps=8, batch_size=256, n_epochs=4, learning_rate=3e-3, gamma=0.0, seed=0, device="cpu"
+        "MultiInputPolicy",
+        env,
+        n_steps=8,
+        batch_size=256,
+        n_epochs=4,
+        learning_rate=3e-3,
+        gamma=0.0,
+        seed=0,
+        device="cpu",
     )
     before, _ = evaluate_policy(agent, held_out, n_eval_episodes=512)
     agent.learn(10_000)

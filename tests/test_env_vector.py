@@ -69,10 +69,10 @@ def test_every_reward_is_that_of_the_scalar_environment(settings):
 @pytest.mark.parametrize("settings", [{}, {"budget": 4}, {"heads": "joint"}])
 def test_a_group_starts_in_one_state(settings):
     env = gym.make_vec("KVEvict-v0", num_envs=6, group=3, traces=ragged(), index=True, **settings)
-    observations, infos = env.reset(seed=1)
+    env.reset(seed=1)
     starts = set()
     for _ in range(12):
-        observations, _, over, _, infos = env.step(env.action_space.sample())
+        observations, _, over, _, _ = env.step(env.action_space.sample())
         np.testing.assert_array_equal(over.reshape(2, 3), over[::3, None].repeat(3, 1))
         for group in np.flatnonzero(over[::3]):
             copies = slice(3 * group, 3 * group + 3)

@@ -167,6 +167,11 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
         """(layer, head) of every number that an observation's `head` may show."""
         return self.replay.table.pairs
 
+    @property
+    def episodes(self) -> int:
+        """How many different episodes the traces hold."""
+        return len(self.replay)
+
     def reset(
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[Observation, dict[str, Any]]:

@@ -72,6 +72,11 @@ class KVEvictVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """(layer, head) of every number that an observation's `head` may show."""
         return self.replay.table.pairs
 
+    @property
+    def episodes(self) -> int:
+        """How many different episodes the traces hold."""
+        return len(self.replay)
+
     def slots(self, decisions: NDArray[np.int64], mask: np.ndarray | None = None) -> Observation:
         """Observations again from their `decision` ids `[B]`, for buffers that store ids instead of arrays.
 
