@@ -161,7 +161,7 @@ def generate(
 ) -> None:
     """Generate text with an evicting cache and show what the cache held."""
     from kv_gym.budgets import parse_budget
-    from kv_gym.live import generate as decode
+    from kv_gym.live.generate import generate as decode
 
     share = parse_budget(budget)
     loaded, tokenizer = _model(model, device, dtype)

@@ -11,7 +11,7 @@ import torch
 from kv_gym.budgets.budget import Budget
 from kv_gym.evaluation.tasks import TaskContext
 from kv_gym.live import EvictingCache, Panel
-from kv_gym.policies import Policy
+from kv_gym.policies import Policy, make_policy
 
 FULL = "full_cache"
 
@@ -49,20 +49,20 @@ def answer(
     """
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0])  # right, nll, bytes, n
     sized: dict[tuple, int] = defaultdict(int)
-    arms: list[tuple[str, Policy | None, Budget]] = [(FULL, None, 1.0)]
+    # recency keeps nothing but keys, values and positions: at budget 1.0 it is the plain full cache
+    arms: list[tuple[str, Policy, Budget]] = [(FULL, make_policy("recency"), 1.0)]
     arms += [(name, policy, budget) for name, policy in policies.items() for budget in budgets]
     for _, group in groupby(contexts, lambda context: (len(context.context_ids), context.task)):
         same = list(group)
         for start in range(0, len(same), rows_at_once):
             batch = same[start : start + rows_at_once]
             ids = torch.tensor([context.context_ids for context in batch], device=model.device)
-            with EvictingCache(model, policy=Panel(tuple(policies.values())), budget=1.0) as cache:
+            with EvictingCache(model, policy=Panel(tuple(policy for _, policy, _ in arms)), budget=1.0) as cache:
                 model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 for name, policy, budget in arms:
                     place = (name, budget, batch[0].task)
                     with cache.fork(policy=policy, budget=budget, sinks=sinks, recent=recent) as fork:
-                        if policy is not None:
-                            fork.compress()
+                        fork.compress()
                         sums[place][2] += fork.nbytes()
                         sized[place] += len(batch)
                         for right, nll in _answers(model, fork, batch):

@@ -24,6 +24,7 @@ from kv_gym.policies.base import Policy
 
 FORMAT = 1
 POSITION_FEATURES = 2
+CHECKPOINT = "checkpoint.pt"  # of a training run, in the folder that its policy will be exported into
 
 
 class GroupedScorer(nn.Module):
@@ -131,8 +132,7 @@ class Scorer(Policy):
         from safetensors.torch import save_file
 
         folder = Path(folder)
-        if folder.exists() and any(folder.iterdir()) and not (folder / "policy.json").exists():
-            raise UserError(f"{folder} exists and is no exported policy; name a new folder")
+        refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
         writers = {
@@ -198,6 +198,15 @@ class Scorer(Policy):
             'cache = EvictingCache(model, policy="this-folder", budget="1/8")\n'
             "model.generate(**inputs, past_key_values=cache)\n```\n"
         )
+
+
+def refuse_foreign(folder: Path) -> None:
+    """Raise a UserError where `folder` holds things and is neither an exported policy nor a training run."""
+    if folder.is_dir() and any(folder.iterdir()):
+        if not any((folder / name).exists() for name in ("policy.json", CHECKPOINT)):
+            raise UserError(f"{folder} holds other files and is no exported policy; name a new folder")
+    elif folder.exists() and not folder.is_dir():
+        raise UserError(f"{folder} is a file; name a folder to write the policy into")
 
 
 def _read_weights(file: Path, fingerprint: Fingerprint, hidden: int) -> GroupedScorer:

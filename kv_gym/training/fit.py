@@ -15,7 +15,7 @@ from torch import Tensor
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation.replay import replay
-from kv_gym.policies.scorer import GroupedScorer, Scorer, slot_inputs
+from kv_gym.policies.scorer import CHECKPOINT, GroupedScorer, Scorer, refuse_foreign, slot_inputs
 from kv_gym.traces import TraceSet, open_traces
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.expected import expected_loss
@@ -58,6 +58,7 @@ def train(
     if agent not in LOSSES:
         raise UserError(f"unknown agent {agent!r}; known: {', '.join(sorted(LOSSES))}")
     chosen = Settings.load(agent, **settings)
+    refuse_foreign(Path(out))
     trace_set = traces if isinstance(traces, TraceSet) else open_traces(traces)
     run = _Run(agent, chosen, seed, trace_set)
     return run.to_the_end(Path(out), progress)
@@ -100,8 +101,9 @@ class _Run:
 
     def to_the_end(self, out: Path, progress: bool) -> Scorer:
         out.mkdir(parents=True, exist_ok=True)
-        checkpoint = out / "checkpoint.pt"
+        checkpoint = out / CHECKPOINT
         self._resume(checkpoint)
+        self._save(checkpoint)
         with Monitor(out, f"train {self.agent}", self.settings.steps, self.step, progress) as monitor:
             while self.step < self.settings.steps:
                 loss = self._one_step()
