@@ -12,6 +12,7 @@ from traced_models import some_prompt, tiny_model
 
 from kv_gym.errors import UserError
 from kv_gym.traces import open_traces, record, validate
+from kv_gym.traces.checked import set_text, sha256
 
 
 @pytest.fixture(scope="module")
@@ -28,13 +29,12 @@ def shard(recorded, tmp_path):
 
 def rewrite(group, name, array, **how):
     """Replace an array by one whose own checksums are right."""
-    from kv_gym.traces.checked import sha256
-
     attributes = dict(group[name].attrs) if name in group else {}
     if name in group:
         del group[name]
     data = group.create_dataset(name, data=array, **({"chunks": array.shape, "fletcher32": True} | how))
-    data.attrs.update(attributes | {"sha256": sha256(array)})
+    data.attrs.update(attributes)
+    set_text(data, sha256=sha256(array))
 
 
 def nan_keys(file, context):
@@ -77,7 +77,7 @@ def not_an_array(file, context):
 def unknown_bits(file, context):
     keys = context["keys"][()].astype(np.float16).view(np.uint16)
     rewrite(context, "keys", keys)
-    context["keys"].attrs["type"] = "float8"
+    set_text(context["keys"], type="float8")
 
 
 def soft_link(file, context):
@@ -131,6 +131,10 @@ def number_for_text(file, context):
     file["sequences/p0"].attrs["split"] = 3
 
 
+def text_in_a_heap(file, context):
+    file["sequences/p0"].attrs["split"] = "train"  # h5py writes text of variable length
+
+
 def zero_block(file, context):
     file["sequences/p0/continuation/0000"].attrs["block"] = 0
 
@@ -142,7 +146,8 @@ DEFECTS = {
     not_an_array: "is no array", unknown_bits: "unknown type", soft_link: "is a link", external_link: "is a link",
     linked_group: "is a link", virtual: "from other files", external_storage: "from other files",
     filtered: "HDF5 filters", no_checksum: "HDF5 filters", beyond_the_file: "bytes can hold",
-    no_scaling: "no attribute 'scaling'", number_for_text: "attribute 'split'", zero_block: "is empty",
+    no_scaling: "no attribute 'scaling'", number_for_text: "attribute 'split'",
+    text_in_a_heap: "attribute 'split'", zero_block: "is empty",
 }  # fmt: skip
 
 
@@ -190,7 +195,7 @@ def test_changed_numbers_fail_validation(name, shard):
 def test_changed_attributes_fail_validation(shard):
     assert validate(shard)["sequences"] == 1
     with h5py.File(shard, "r+") as file:
-        file["sequences/p0"].attrs["split"] = "test"
+        set_text(file["sequences/p0"], split="test")
     with pytest.raises(UserError, match="fails its digest"):
         validate(shard)
 
@@ -198,7 +203,7 @@ def test_changed_attributes_fail_validation(shard):
 def change_manifest(shard, **changes):
     with h5py.File(shard, "r+") as file:
         data = json.loads(file.attrs["manifest"]) | changes
-        file.attrs["manifest"] = json.dumps({k: v for k, v in data.items() if v is not None})
+        set_text(file, manifest=json.dumps({k: v for k, v in data.items() if v is not None}))
 
 
 @pytest.mark.parametrize(

@@ -101,6 +101,19 @@ def dataset_at(parent: h5py.Group, name: str) -> h5py.Dataset:
     return data
 
 
+def set_text(owner: h5py.Group | h5py.Dataset, **texts: str) -> None:
+    """Set text attributes, each of the length of its UTF-8 bytes."""
+    for name, text in texts.items():
+        data = text.encode("utf-8")
+        owner.attrs.create(name, np.array(data, h5py.string_dtype("utf-8", max(1, len(data)))))
+
+
+def attributes(owner: h5py.Group | h5py.Dataset) -> dict[str, Any]:
+    """All attributes, which are texts, numbers and lists of numbers."""
+    values = {name: _attribute(owner, name, object) for name in owner.attrs}
+    return {name: value.tolist() if hasattr(value, "tolist") else value for name, value in values.items()}
+
+
 def text_attribute(owner: h5py.Group | h5py.Dataset, name: str) -> str:
     """A text attribute."""
     return _attribute(owner, name, str)
@@ -133,9 +146,14 @@ def sha256(array: np.ndarray) -> str:
 def _attribute(owner: h5py.Group | h5py.Dataset, name: str, kind: type) -> Any:
     if name not in owner.attrs:
         raise UserError(f"{_name(owner)} has no attribute {name!r}; expected a trace file that `kv-gym record` wrote")
-    value = owner.attrs[name]
-    if not isinstance(value, kind):
-        raise UserError(f"attribute {name!r} of {_name(owner)} is a {type(value).__name__}; expected {kind.__name__}")
+    about = owner.attrs.get_id(name)
+    # text of variable length lies in a heap without a checksum: HDF5 may loop for ever where that is damaged
+    plain = about.dtype.kind in "Siuf" and about.get_storage_size() <= owner.file.id.get_filesize()
+    value = owner.attrs[name] if plain else None
+    if isinstance(value, bytes):
+        value = value.decode("utf-8")
+    if value is None or not isinstance(value, kind):
+        raise UserError(f"attribute {name!r} of {_name(owner)} is of type {about.dtype}; expected {kind.__name__}")
     return value
 
 

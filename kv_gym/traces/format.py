@@ -109,15 +109,9 @@ def write_sequence(parent: h5py.Group, sequence: Sequence, ordinal: int, storage
         storage: type of keys, values and queries: ``float32``, ``float16`` or ``bfloat16``.
     """
     group = parent.create_group(sequence.id)
-    group.attrs.update(
-        ordinal=ordinal,
-        tokens=len(sequence.tokens),
-        task=sequence.task,
-        split=sequence.split,
-        text_hash=sequence.text_hash,
-        scaling=np.array(sequence.scaling, np.float64),
-        prompt=prompt_hash(sequence.tokens, [c.tokens for c in sequence.continuations]),
-    )
+    group.attrs.update(ordinal=ordinal, tokens=len(sequence.tokens), scaling=np.array(sequence.scaling, np.float64))
+    prompt = prompt_hash(sequence.tokens, [c.tokens for c in sequence.continuations])
+    checked.set_text(group, task=sequence.task, split=sequence.split, text_hash=sequence.text_hash, prompt=prompt)
     context = group.create_group("context")
     _write(context, "tokens", np.asarray(sequence.tokens, np.int64))
     for name in ("keys", "values", "queries"):
@@ -132,7 +126,7 @@ def write_sequence(parent: h5py.Group, sequence: Sequence, ordinal: int, storage
         one.attrs["block"] = continuation.block
         _write(one, "tokens", np.asarray(continuation.tokens, np.int64))
         _write(one, "future", np.asarray(continuation.future, np.float32), by_head=True)
-    group.attrs["digest"] = _digest(group)
+    checked.set_text(group, digest=_digest(group))
 
 
 def read_entry(parent: h5py.Group, name: str, path: Path) -> Entry:
@@ -229,9 +223,9 @@ def _read_continuation(group: h5py.Group, slots: tuple[int, ...]) -> Continuatio
 def _write(group: h5py.Group, name: str, array: np.ndarray, by_head: bool = False) -> None:
     chunks = (1, 1, *array.shape[2:]) if by_head else array.shape
     data = group.create_dataset(name, data=array, chunks=chunks, fletcher32=True)
-    data.attrs["sha256"] = checked.sha256(array)
+    checked.set_text(data, sha256=checked.sha256(array))
     if array.dtype == np.uint16:
-        data.attrs["type"] = "bfloat16"
+        checked.set_text(data, type="bfloat16")
 
 
 def _stored(array: np.ndarray, storage: str) -> np.ndarray:
@@ -266,12 +260,8 @@ def _arrays(group: h5py.Group, prefix: str = "") -> dict[str, h5py.Dataset]:
 
 
 def _digest(group: h5py.Group) -> str:
-    parts: dict[str, Any] = {name: dict(_plain(data.attrs)) for name, data in _arrays(group).items()}
-    parts[""] = {name: value for name, value in _plain(group.attrs) if name != "digest"}
+    parts: dict[str, Any] = {name: checked.attributes(data) for name, data in _arrays(group).items()}
+    parts[""] = {name: value for name, value in checked.attributes(group).items() if name != "digest"}
     for name in checked.names_in(group, "continuation"):
-        parts[f"continuation/{name}"] = dict(_plain(group[f"continuation/{name}"].attrs))
+        parts[f"continuation/{name}"] = checked.attributes(checked.group_at(group, f"continuation/{name}"))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def _plain(attributes: h5py.AttributeManager) -> list[tuple[str, Any]]:
-    return [(name, value.tolist() if hasattr(value, "tolist") else value) for name, value in attributes.items()]

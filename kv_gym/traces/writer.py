@@ -14,6 +14,7 @@ from typing import Any
 import h5py
 
 from kv_gym.errors import UserError
+from kv_gym.traces import checked
 from kv_gym.traces.format import Entry, prompt_hash, refuse_other_manifest, write_sequence
 from kv_gym.traces.prompts import Prompt
 from kv_gym.traces.sequence import Sequence
@@ -91,7 +92,7 @@ class TraceWriter:
         try:
             # the 1.10 layout guards its own structures by checksums; readers crash on damage in older ones
             with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
-                file.attrs["manifest"] = self._text
+                checked.set_text(file, manifest=self._text)
                 yield Shard(file.create_group("sequences"), self.manifest["storage"])
             _sync(temporary)
             if not (self.out / MANIFEST).exists():
