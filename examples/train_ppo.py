@@ -25,7 +25,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--traces", help="trace set to train on (default: the bundled sample)")
     parser.add_argument("--eval-traces", help="trace set to judge on (default: the last training context, held out)")
-    parser.add_argument("--steps", type=int, default=20_000)
+    parser.add_argument("--steps", type=int, default=4_000)
     parser.add_argument("--num-envs", type=int, default=16)
     parser.add_argument("--out", type=Path, default=Path("runs/ppo"))
     parser.add_argument("--seed", type=int, default=0)
@@ -39,7 +39,7 @@ def main() -> None:
     env = VecMonitor(KVEvictVecEnv(args.num_envs, traces, max_tokens=longest))
     env = VecNormalize(env, norm_obs_keys=["position"], norm_reward=False)
     agent = PPO(
-        "MultiInputPolicy", env, n_steps=32, batch_size=128, n_epochs=4, gamma=0.0, learning_rate=3e-4,
+        "MultiInputPolicy", env, n_steps=32, batch_size=128, n_epochs=2, gamma=0.0, learning_rate=3e-4,
         policy_kwargs={"log_std_init": -1.0}, tensorboard_log=str(args.out), seed=args.seed, device="cpu", verbose=1,
     )  # fmt: skip
     agent.learn(args.steps)

@@ -100,6 +100,7 @@ def test_returned_arrays_are_the_users_own():
     np.testing.assert_array_equal(again["key"], kept)
 
 
+@pytest.mark.filterwarnings("ignore:.*render_mode")  # Gymnasium warns before we refuse
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
