@@ -20,7 +20,9 @@ def context(future, queries=None, block=1, keys=None, values=None, name="c"):
         values=np.ones(shape, np.float32) if values is None else np.asarray(values, np.float32),
         queries=np.zeros((layers, heads, 1, 2), np.float32),
         continuations=tuple(
-            Continuation(np.zeros(f.shape[3] * block if queries is None else queries, int), np.stack((f, f / 2), -1), block)
+            Continuation(
+                np.zeros(f.shape[3] * block if queries is None else queries, int), np.stack((f, f / 2), -1), block
+            )
             for f in futures
         ),
         layers=tuple(range(layers)),
