@@ -66,16 +66,21 @@ def record(
     if tasks is not None and tasks != "reference":
         raise UserError(f"unknown --tasks {tasks!r}; expected `reference` (or use --prompts FILE.jsonl)")
     loaded, tokenizer = _model(model, device, dtype)
+    recipe: dict[str, object]
     if prompts is not None:
-        source = prompts_from_jsonl(prompts, tokenizer)
+        source, recipe = prompts_from_jsonl(prompts, tokenizer), {"source": "prompts"}
     elif text is not None:
         source = prompts_from_text(text, tokenizer, tokens, continuation_tokens, count)
+        recipe = {"source": "text", "file": text.name, "tokens": tokens, "continuation_tokens": continuation_tokens}
     else:
-        from kv_gym.reference.prompts import reference_prompts
+        from kv_gym.reference.prompts import reference_prompts, reference_recipe
 
         source = list(reference_prompts(task, tokens, count, continuations, split, seed))
+        recipe = reference_recipe(task, tokens, continuations, split, seed)
     names = tuple(name for name in stats.split(",") if name)
-    done = record_traces(loaded, source, out, window=window, stats=names, progress=progress)
+    done = record_traces(
+        loaded, source, out, tokenizer=tokenizer, window=window, stats=names, recipe=recipe, progress=progress
+    )
     typer.echo(f"{len(done)} contexts in {out}")
 
 

@@ -32,7 +32,7 @@ def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True) ->
     from kv_gym.evaluation.report import COLUMNS, merged, table
     from kv_gym.evaluation.tasks import reference_tasks
     from kv_gym.reference import MODEL
-    from kv_gym.reference.prompts import reference_prompts
+    from kv_gym.reference.prompts import reference_prompts, reference_recipe
     from kv_gym.traces import load_model, record
     from kv_gym.training import train
 
@@ -40,21 +40,24 @@ def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True) ->
     model, tokenizer = load_model(MODEL)
 
     console.print(f"[bold]1. Record[/] what later questions attend to ({TRAINING_CONTEXTS} contexts of {TOKENS} words)")
-    prompts = reference_prompts(TASK, TOKENS, TRAINING_CONTEXTS, CONTINUATIONS, "train", seed)
-    training = record(model, list(prompts), out / "traces" / f"train-{seed}", progress=progress)
-    prompts = reference_prompts(TASK, TOKENS, HELD_OUT_CONTEXTS, CONTINUATIONS, "test")
-    held_out = record(model, list(prompts), out / "traces" / "test", progress=progress)
+    recorded = {}
+    for split, count in (("train", TRAINING_CONTEXTS), ("test", HELD_OUT_CONTEXTS)):
+        settings = (CONTINUATIONS, split, seed)
+        folder = out / "traces" / (f"train-{seed}" if split == "train" else "test")
+        prompts = list(reference_prompts(TASK, TOKENS, count, *settings))
+        recipe = reference_recipe(TASK, TOKENS, *settings)
+        recorded[split] = record(model, prompts, folder, tokenizer=tokenizer, recipe=recipe, progress=progress)
 
     console.print("[bold]2. Train[/] one scorer per KV head, all of them against one another")
     shutil.rmtree(out / "training" / "tensorboard", ignore_errors=True)  # a second run would draw over the first
-    policy = train("joint", training, out / "training", seed=seed, steps=STEPS, progress=progress)
+    policy = train("joint", recorded["train"], out / "training", seed=seed, steps=STEPS, progress=progress)
     exported = policy.save_pretrained(out / "policy")
     console.print(f"   exported to {exported}, {policy.nbytes():,} bytes; log: tensorboard --logdir {out}/training")
 
     console.print("[bold]3. Compare[/] on held-out contexts: replayed, and live with the question unseen")
     arms = {"learned": exported} | {name: name for name in POLICIES}
     replayed = evaluate(
-        arms | {"oracle": "oracle"}, BUDGETS, traces=held_out, json=out / "replay.json", progress=progress
+        arms | {"oracle": "oracle"}, BUDGETS, traces=recorded["test"], json=out / "replay.json", progress=progress
     )
     tasks = reference_tasks(TASK, TOKENS, HELD_OUT_CONTEXTS)
     live = evaluate(arms, BUDGETS, model=model, tasks=tasks, json=out / "live.json", progress=progress)

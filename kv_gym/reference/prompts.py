@@ -48,6 +48,12 @@ def reference_prompts(
         yield _prompt(context, name, split, continuations)
 
 
+def reference_recipe(task: str, tokens: int, continuations: int, split: str, seed: int) -> dict[str, object]:
+    """What a trace set of these prompts says of its making; the count is left out, so that a set can be extended."""
+    made = {"source": "reference", "task": task, "tokens": tokens, "continuations": continuations, "split": split}
+    return made | ({"seed": seed} if split == "train" else {})
+
+
 def _prompt(context: Context, name: str, split: str, continuations: int) -> Prompt:
     asked = context.questions[:continuations]
     return Prompt(

@@ -1,0 +1,36 @@
+"""How well the reference model answers with its full cache: ``python benchmarks/reference_model.py``."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from kv_gym.bundled import MODEL
+from kv_gym.evaluation.live import answer
+from kv_gym.evaluation.result import result, write_json
+from kv_gym.evaluation.tasks import reference_tasks
+from kv_gym.reference.generator import TASKS
+from kv_gym.reference.heldout import LENGTHS
+from kv_gym.traces import load_model
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", type=Path, default=Path("runs/reference_model.json"))
+    arguments = parser.parse_args()
+    model, _ = load_model(MODEL)
+    rows, shown = [], Table("task", "tokens", "exact match", "NLL", "questions", title="Full cache, held-out seeds")
+    for task in TASKS:
+        for tokens in LENGTHS:
+            row = answer(model, reference_tasks(task, tokens), {}, [])[0] | {"tokens": tokens}
+            rows.append(row)
+            shown.add_row(task, str(tokens), f"{row['accuracy']:.1%}", f"{row['nll']:.4f}", str(row["n"]))
+    Console().print(shown)
+    write_json(arguments.json, result(rows))
+
+
+if __name__ == "__main__":
+    main()
