@@ -2,15 +2,16 @@
 
     python benchmarks/held_out.py --out runs/held_out
 
-Records training contexts (never the held-out seeds), trains `joint` and `expected`, replays and decodes all
-policies on the pinned held-out contexts, checks the claims made of them, and writes ``held_out.json`` (rows, claims,
-training seconds) and a report. Interrupted, it goes on where it was.
+For every seed, records training contexts (never the held-out ones) and trains `joint` and `expected`; replays and
+decodes all policies on the pinned held-out contexts, computes the figures claimed of the agents' means, and writes
+``held_out.json`` (rows, claims, training seconds) and a report. Interrupted, it goes on where it was.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from itertools import chain
 from pathlib import Path
@@ -32,38 +33,59 @@ AGENTS = ("joint", "expected")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/held_out"))
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seeds", type=int, default=5, help="training runs of each agent, on contexts of their own")
     parser.add_argument("--task", default="multi_key")
     arguments = parser.parse_args()
-    out, seed, task = arguments.out, arguments.seed, arguments.task
-    model, _ = load_model(MODEL)
+    out, task = arguments.out, arguments.task
+    model, tokenizer = load_model(MODEL)
 
-    prompts = chain(
-        reference_prompts(task, 512, 192, 8, "train", seed), reference_prompts(task, 1024, 64, 8, "train", seed + 500)
-    )
-    training = record(model, list(prompts), out / f"train-{seed}")
-    folders, seconds = {}, {}
-    for agent in AGENTS:
-        began = time.monotonic()
-        train(agent, training, out / f"{agent}-{seed}", seed=seed)
-        seconds[agent] = round(time.monotonic() - began, 1)
-        folders[agent] = out / f"{agent}-{seed}"
+    learned, seconds = {}, {agent: [] for agent in AGENTS}
+    for seed in range(arguments.seeds):
+        prompts = chain(
+            reference_prompts(task, 512, 192, 8, "train", seed),
+            reference_prompts(task, 1024, 64, 8, "train", seed + 500),
+        )
+        training = record(model, list(prompts), out / f"train-{seed}", tokenizer=tokenizer)
+        for agent in AGENTS:
+            learned[f"{agent} {seed}"] = folder = out / f"{agent}-{seed}"
+            if not (folder / "policy.json").exists():
+                began = time.monotonic()
+                train(agent, training, folder, seed=seed)
+                (folder / "seconds").write_text(f"{time.monotonic() - began:.1f}")
+            seconds[agent].append(float((folder / "seconds").read_text()))
 
-    results, claims = [], {}
-    arms = folders | {name: name for name in HEURISTICS}
+    rows, claims = [], {}
+    arms = learned | {name: name for name in HEURISTICS}
     for tokens in LENGTHS:
-        held_out = record(model, list(reference_prompts(task, tokens, 64, 8, "test")), out / f"test-{tokens}")
-        replayed = evaluate(arms | {"oracle": "oracle"}, BUDGETS, traces=held_out)
-        live = evaluate(arms, BUDGETS, model=model, tasks=reference_tasks(task, tokens))
-        claims[tokens] = {agent: check(agent, replayed["rows"], live["rows"]) for agent in AGENTS}
-        for one in (replayed, live):
-            for row in one["rows"]:
-                row["task"] = f"{row['task']} {tokens}"
-        results += [replayed, live]
-    rows = [row for one in results for row in one["rows"]]
-    file = write_json(out / "held_out.json", result(rows, claims=claims, training_seconds=seconds, seed=seed))
-    print(json.dumps({"claims": claims, "training_seconds": seconds}, indent=1))
+        prompts = reference_prompts(task, tokens, 64, 8, "test")
+        held_out = record(model, list(prompts), out / f"test-{tokens}", tokenizer=tokenizer)
+        replayed = over_seeds(evaluate(arms | {"oracle": "oracle"}, BUDGETS, traces=held_out)["rows"])
+        live = over_seeds(evaluate(arms, BUDGETS, model=model, tasks=reference_tasks(task, tokens))["rows"])
+        claims[tokens] = {agent: check(agent, replayed, live) for agent in AGENTS}
+        rows += [row | {"task": f"{row['task']} {tokens}"} for row in replayed + live]
+    about = {"claims": claims, "training_seconds": seconds, "seeds": arguments.seeds}
+    file = write_json(out / "held_out.json", result(rows, **about))
+    print(json.dumps(about, indent=1))
     print(write_report([read_json(file)], out, title="Held-out recall at equal budgets").read_text())
+
+
+def over_seeds(rows: list[dict]) -> list[dict]:
+    """Rows of one agent's seeds made one: the mean, and half the 95 % interval (Student's t) of what varies."""
+    groups: dict[tuple, list[dict]] = {}
+    for row in rows:
+        groups.setdefault((row["policy"].split()[0], row["budget"], row["task"]), []).append(row)
+    merged = []
+    for (policy, _, _), same in groups.items():
+        row = same[0] | {"policy": policy, "seeds": len(same)}
+        for name in ("utility_kept", "accuracy", "nll"):
+            values = [each[name] for each in same if name in each]
+            if values:
+                row[name] = statistics.mean(values)
+            if len(values) > 1:
+                t = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}.get(len(values), 2.6)
+                row[f"{name}_interval"] = t * statistics.stdev(values) / len(values) ** 0.5
+        merged.append(row)
+    return merged
 
 
 def check(agent: str, replayed: list[dict], live: list[dict]) -> dict:

@@ -38,8 +38,10 @@ def traces(tmp_path_factory):
                     worth = np.exp(3 * values[layer, head, :, layer * HEADS + head])
                     future[layer, head, :, 0, :] = (worth / worth.sum())[:, None]
             continuations = (Continuation(np.zeros(1, int), future, 1),)
+            split = "train" if i < 16 else "test"
             sequence = Sequence(
-                name, np.arange(TOKENS) % 8, keys, values, keys[:, :, -1:], continuations, (0, 1), (0.5, 0.5), task="known", split="train" if i < 16 else "test", text_hash=name,
+                name, np.arange(TOKENS) % 8, keys, values, keys[:, :, -1:], continuations, (0, 1), (0.5, 0.5),
+                task="known", split=split, text_hash=name,
             )  # fmt: skip
             shard.add(sequence, i)
     return folder

@@ -26,11 +26,11 @@ class Settings:
         every: steps between validations (and checkpoints).
     """
 
-    steps: int = 400
+    steps: int = 600
     contexts: int = 8
-    slots: int = 512
-    hidden: int = 128
-    rate: float = 2e-3
+    slots: int = 256
+    hidden: int = 64
+    rate: float = 1e-2
     weight_decay: float = 0.01
     protect: tuple[int, int] = (1, 1)
     validation: float = 0.1
