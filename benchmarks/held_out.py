@@ -16,7 +16,7 @@ import time
 from itertools import chain
 from pathlib import Path
 
-from kv_gym.evaluation import evaluate, write_report
+from kv_gym.evaluation import evaluate, report
 from kv_gym.evaluation.result import read_json, result, write_json
 from kv_gym.evaluation.tasks import reference_tasks
 from kv_gym.reference import MODEL
@@ -66,7 +66,7 @@ def main() -> None:
     about = {"claims": claims, "training_seconds": seconds, "seeds": arguments.seeds}
     file = write_json(out / "held_out.json", result(rows, **about))
     print(json.dumps(about, indent=1))
-    print(write_report([read_json(file)], out, title="Held-out recall at equal budgets").read_text())
+    print(report([read_json(file)], out, title="Held-out recall at equal budgets").read_text())
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:
@@ -78,7 +78,7 @@ def over_seeds(rows: list[dict]) -> list[dict]:
     for (policy, _, _), same in groups.items():
         row = same[0] | {"policy": policy, "seeds": len(same)}
         for name in ("utility_kept", "accuracy", "nll"):
-            values = [each[name] for each in same if name in each]
+            values = [each[name] for each in same if each[name] is not None]
             if values:
                 row[name] = statistics.mean(values)
             if len(values) > 1:

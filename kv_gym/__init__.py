@@ -19,6 +19,9 @@ _HOMES = {
     "record": "kv_gym.traces",
     "train": "kv_gym.training",
     "evaluate": "kv_gym.evaluation",
+    "export": "kv_gym.training",
+    "generate": "kv_gym.live",
+    "report": "kv_gym.evaluation",
 }
 
 __all__ = ["__version__", *_HOMES]

@@ -31,9 +31,12 @@ ReferenceTokens = Annotated[int, typer.Option("--tokens", help="With --tasks ref
 
 
 def _model(name: str, device: str, dtype: str):
+    from transformers import logging
+
     from kv_gym.reference import MODEL
     from kv_gym.traces import load_model
 
+    logging.disable_progress_bar()  # its bar would stand before every error
     return load_model(MODEL if name == "reference" else name, device=device, dtype=dtype)
 
 
@@ -148,9 +151,9 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write.")],
 ) -> None:
     """Write a trained policy, its description and card into a folder of their own."""
-    from kv_gym.policies.scorer import Scorer
+    from kv_gym.training import export as write_policy
 
-    typer.echo(f"exported to {Scorer.from_pretrained(policy).save_pretrained(out)}")
+    typer.echo(f"exported to {write_policy(policy, out)}")
 
 
 @app.command()
@@ -182,7 +185,7 @@ def report(
     out: Annotated[Path, typer.Option(help="Folder for report.md and report.png.")],
 ) -> None:
     """Write result files as a table and a picture."""
-    from kv_gym.evaluation.report import write_report
+    from kv_gym.evaluation.report import report as write_report
     from kv_gym.evaluation.result import read_json
 
     typer.echo(f"wrote {write_report([read_json(file) for file in results], out)}")

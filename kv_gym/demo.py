@@ -28,7 +28,7 @@ def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True) ->
     Returns:
         The report's Markdown file.
     """
-    from kv_gym.evaluation import evaluate, write_report
+    from kv_gym.evaluation import evaluate, report
     from kv_gym.evaluation.report import COLUMNS, merged, table
     from kv_gym.evaluation.tasks import reference_tasks
     from kv_gym.reference import MODEL
@@ -69,9 +69,9 @@ def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True) ->
     for line in table(merged(replayed, live)):
         rows.add_row(*line, style="bold green" if line[0] == "learned" else None)
     console.print(rows)
-    report = write_report([replayed, live], out, title="kv_gym demo", notes=f"Task {TASK}, seed {seed}.")
-    console.print(f"{report} and report.png written after {time.monotonic() - began:.0f} s")
-    return report
+    written = report([replayed, live], out, title="kv_gym demo", notes=f"Task {TASK}, seed {seed}.")
+    console.print(f"{written} and report.png written after {time.monotonic() - began:.0f} s")
+    return written
 
 
 def _converse(console: Console, model, tokenizer, policy: Path, task) -> None:

@@ -8,7 +8,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kv_gym.errors import UserError
-from kv_gym.evaluation import evaluate, write_report
+from kv_gym.evaluation import evaluate, report
 from kv_gym.evaluation.live import answer
 from kv_gym.evaluation.replay import replay
 from kv_gym.evaluation.report import markdown, merged
@@ -159,8 +159,8 @@ def test_reports_join_replay_and_live_rows(tmp_path):
     ])  # fmt: skip
     assert "| a | 1/8 | 0.500 | 25.0% | 1.500 | 10 |" in markdown(merged(replayed, live))
     write_json(tmp_path / "live.json", live)
-    report = write_report([replayed, read_json(tmp_path / "live.json")], tmp_path)
-    assert "| a | 1/8 | 0.500 | 25.0% |" in report.read_text()
+    written = report([replayed, read_json(tmp_path / "live.json")], tmp_path)
+    assert "| a | 1/8 | 0.500 | 25.0% |" in written.read_text()
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(UserError, match="no result"):

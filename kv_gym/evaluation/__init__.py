@@ -1,6 +1,6 @@
 """Comparing policies: on traces, on decoding models, and in reports."""
 
 from kv_gym.evaluation.evaluate import evaluate
-from kv_gym.evaluation.report import write_report
+from kv_gym.evaluation.report import report
 
-__all__ = ["evaluate", "write_report"]
+__all__ = ["evaluate", "report"]

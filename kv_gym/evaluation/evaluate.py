@@ -14,6 +14,7 @@ from kv_gym.evaluation.result import result, write_json
 from kv_gym.evaluation.tasks import TaskContext, tasks_hash
 from kv_gym.policies import Policy, make_policy
 
+COLUMNS = ("policy", "budget", "allocation", "task", "utility_kept", "accuracy", "nll", "cache_bytes", "n")
 Policies = Iterable[str | Path | Policy] | Mapping[str, str | Path | Policy]
 
 
@@ -44,7 +45,8 @@ def evaluate(
         progress: show a bar.
 
     Returns:
-        ``{"rows": [...], "command", "versions", ...}``; rows as in :func:`replay` and :func:`answer`.
+        ``{"rows": [...], "command", "versions", ...}``; rows as in :func:`replay` and :func:`answer`, with None for
+        what the other of the two measures.
 
     Raises:
         UserError: an unusable policy, budget, trace set or task; a policy of another model; an oracle live.
@@ -57,7 +59,7 @@ def evaluate(
         rows, about = _replayed(chosen, chosen_budgets, traces, split, sinks, recent, progress)
     else:
         rows, about = _live(chosen, chosen_budgets, model, list(tasks or ()), sinks, recent, progress)
-    data = result(rows, **about)
+    data = result([dict.fromkeys(COLUMNS) | row for row in rows], **about)
     if json is not None:
         write_json(json, data)
     return data

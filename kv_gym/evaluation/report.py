@@ -15,7 +15,8 @@ def merged(*results: dict) -> list[dict]:
     """Rows of several results, those of one policy, budget and task made one (replay has utility, live the rest)."""
     rows: dict[tuple, dict] = {}
     for row in (row for result in results for row in result["rows"]):
-        rows.setdefault((row["policy"], row["budget"], row.get("task", "")), {}).update(row)
+        known = {name: value for name, value in row.items() if value is not None}
+        rows.setdefault((row["policy"], row["budget"], row.get("task", "")), {}).update(known)
     return list(rows.values())
 
 
@@ -55,7 +56,7 @@ def picture(rows: list[dict], file: Path) -> None:
     from matplotlib.figure import Figure
 
     labels = {"accuracy": "questions answered right", "utility_kept": "future attention kept"}
-    measures = [(name, label) for name, label in labels.items() if any(name in row for row in rows)]
+    measures = [(name, label) for name, label in labels.items() if any(row.get(name) is not None for row in rows)]
     figure = Figure(figsize=(5.2 * len(measures) + 1.8, 4), layout="constrained")
     axes = figure.subplots(1, len(measures), squeeze=False)[0]
     names = sorted({row["policy"] for row in rows} - {"full_cache"})
@@ -84,7 +85,7 @@ def picture(rows: list[dict], file: Path) -> None:
     os.replace(part, file)
 
 
-def write_report(results: list[dict], folder: str | Path, title: str = "kv_gym report", notes: str = "") -> Path:
+def report(results: list[dict], folder: str | Path, title: str = "kv_gym report", notes: str = "") -> Path:
     """Write ``report.md`` and ``report.png`` into `folder` and return the Markdown file."""
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,0 +1,85 @@
+"""Write what ``held_out.py`` found into the repository: results, zoo and README; nothing is typed by hand.
+
+    python benchmarks/publish.py --run runs/held_out
+
+Copies ``held_out.json`` to benchmarks/results/, the policies of seed 0 to agents/trained/, and writes agents/README.md
+and the table and figures between the markers of README.md.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import statistics
+from pathlib import Path
+
+from kv_gym.evaluation.report import markdown, merged, picture
+from kv_gym.evaluation.result import read_json
+from kv_gym.policies.scorer import Scorer
+from kv_gym.training.settings import Settings
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "benchmarks" / "results"
+START, END = "<!-- results -->", "<!-- /results -->"
+TASK, BUDGET = "multi_key 1024", 1 / 8
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--run", type=Path, default=Path("runs/held_out"))
+    run = parser.parse_args().run
+    data = read_json(run / "held_out.json")
+    RESULTS.mkdir(exist_ok=True)
+    shutil.copyfile(run / "held_out.json", RESULTS / "held_out.json")
+    for agent in data["claims"]["512"]:
+        Scorer.from_pretrained(run / f"{agent}-0").save_pretrained(ROOT / "agents" / "trained" / agent)
+    (ROOT / "agents" / "README.md").write_text(zoo(data))
+    picture([row for row in named(data) if row["task"] == TASK], RESULTS / "held_out.png")
+    page = (ROOT / "README.md").read_text()
+    before, after = page.split(START)[0], page.split(END)[1]
+    (ROOT / "README.md").write_text(f"{before}{START}\n{headline(data)}{END}{after}")
+
+
+def named(data: dict) -> list[dict]:
+    """Rows of replay and live made one, with learned policies named as such."""
+    agents = data["claims"]["512"]
+    return [row | {"policy": f"learned: {row['policy']}"} if row["policy"] in agents else row for row in merged(data)]
+
+
+def headline(data: dict) -> str:
+    rows = [row for row in named(data) if row["task"] == TASK]
+    shown = [row for row in rows if row["policy"] == "full_cache" or row["budget"] == BUDGET]
+    questions = max(row["n"] for row in shown if "accuracy" in row)
+    return (
+        f"Multi-key recall in 1,024 words from an eighth of the cache, {questions} held-out questions that were unseen "
+        f"while compressing; learned policies are means over {data['seeds']} seeds "
+        f"([all lengths and budgets](benchmarks/results/held_out.json), made by `python benchmarks/{data['command']}`):"
+        f"\n\n{markdown(shown)}"
+    )
+
+
+def zoo(data: dict) -> str:
+    """The zoo's page: settings, and how the agents did."""
+    lines = [
+        "# The zoo", "",
+        "Settings are in `<agent>.yml`; `trained/<agent>/` holds a policy for the bundled reference model (seed 0).",
+        "This page is written by `python benchmarks/publish.py`.", "",
+        "| agent | steps | width | bytes | seconds to train | task | "
+        "points below full at 1/4 | points above keydiff at 1/8 | way to the oracle at 1/8 |",
+        "| --- | ---: | ---: | ---: | ---: | --- | ---: | ---: | ---: |",
+    ]  # fmt: skip
+    for tokens, claims in data["claims"].items():
+        for agent, claim in claims.items():
+            settings = Settings.load(agent)
+            size = Scorer.from_pretrained(ROOT / "agents" / "trained" / agent).nbytes()
+            seconds = statistics.mean(data["training_seconds"][agent])
+            lines.append(
+                f"| {agent} | {settings.steps} | {settings.hidden} | {size:,} | {seconds:.0f} | multi_key {tokens} | "
+                f"{claim['points below the full cache at 1/4']:.1f} | {claim['points above keydiff at 1/8']:.1f} | "
+                f"{claim['share of the distance to the oracle at 1/8']:.0%} |"
+            )
+    return "\n".join(lines) + f"\n\nMeans over {data['seeds']} seeds; equal budgets for all heads.\n"
+
+
+if __name__ == "__main__":
+    main()
