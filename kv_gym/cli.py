@@ -175,8 +175,12 @@ def generate(
     loaded, tokenizer = _model(model, device, dtype)
     if tokenizer is None:
         raise UserError(f"model {model} has no tokenizer, so text cannot be read; use kv_gym.EvictingCache in Python")
-    held = decode(loaded, tokenizer, prompt, policy, share, trigger, max_new_tokens, sys.stdout.write)
+    held = decode(loaded, tokenizer, prompt, policy, share, trigger, max_new_tokens, _stream)
     typer.echo(f"\n[cache: {held.kept:,} of {held.seen:,} tokens per head, {held.nbytes:,} bytes]", err=True)
+
+
+def _stream(text: str) -> None:
+    typer.echo(text, nl=False)  # flushes, so that words appear as they come
 
 
 @app.command()
