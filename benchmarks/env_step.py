@@ -9,8 +9,10 @@ Run: ``python benchmarks/env_step.py``
 from __future__ import annotations
 
 import argparse
+import json
 import statistics
 import time
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -58,7 +60,9 @@ def main() -> None:
     parser.add_argument("--dim", type=int, default=32, help="head dimension")
     parser.add_argument("--contexts", type=int, default=24)
     parser.add_argument("--rounds", type=int, default=100)
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()
+    rows = []
     print("| tokens | mode | step ms | copy + argsort + sum ms | ratio |\n|---|---|---|---|---|")
     for tokens in args.tokens:
         traces = synthetic(args.contexts, tokens, args.dim)
@@ -75,6 +79,9 @@ def main() -> None:
                     ours.append(pair[1])
             step, bound = 1e3 * statistics.median(ours), 1e3 * statistics.median(least)
             print(f"| {tokens} | {mode} | {step:.2f} | {bound:.2f} | {step / bound:.2f} |")
+            rows.append({"tokens": tokens, "mode": mode, "step_ms": step, "yardstick_ms": bound, "ratio": step / bound})
+    if args.json:
+        args.json.write_text(json.dumps({"num_envs": args.num_envs, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

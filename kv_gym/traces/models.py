@@ -75,6 +75,9 @@ def tokenizer_hash(tokenizer) -> str:
 def _tokenizer(path_or_id: str | Path, local: bool) -> Any:
     from transformers import AutoTokenizer
 
+    # transformers 5.2 makes up a tokenizer of three words where a folder has none
+    if local and not any(any(Path(path_or_id).glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
+        return None
     try:
         return AutoTokenizer.from_pretrained(path_or_id, local_files_only=local)
     except (OSError, ValueError, KeyError, ImportError):
