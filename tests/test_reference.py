@@ -106,3 +106,47 @@ def test_word_and_place_alone_do_not_tell_asked_facts_from_look_alikes(task):
     positives = labels == 1
     auc = (ranks[positives].sum() - positives.sum() * (positives.sum() + 1) / 2) / positives.sum() / (~positives).sum()
     assert 0.4 < auc <= 0.6
+
+
+def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
+    from safetensors.torch import load_file
+
+    from kv_gym.reference import train as trainer
+
+    def run(folder):
+        trainer.train(folder, stages=(trainer.Stage(64, 2, 4),), save_every=2, compiled=False)
+
+    run(tmp_path / "whole")
+    step, taken = trainer.batch_loss, 0
+
+    def interrupted(*arguments):
+        nonlocal taken
+        taken += 1
+        if taken == 4:
+            raise KeyboardInterrupt
+        return step(*arguments)
+
+    monkeypatch.setattr(trainer, "batch_loss", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        run(tmp_path / "cut")
+    assert not (tmp_path / "cut" / "model").exists()
+    run(tmp_path / "cut")
+    assert taken == 6  # it went on from step 2
+    whole, cut = (load_file(tmp_path / name / "model" / "model.safetensors") for name in ("whole", "cut"))
+    assert whole.keys() == cut.keys() and all(np.array_equal(whole[k].float(), cut[k].float()) for k in whole)
+
+
+def test_a_quarter_of_a_batch_is_segments_repeated():
+    import random
+
+    from kv_gym.reference.train import Stage, make_batch
+
+    ids, is_answer = make_batch(Stage(64, 200, 1), random.Random(0))
+    assert ids.shape == is_answer.shape and ids.shape[0] == 200
+    repeated = 0
+    for row in ids.numpy():
+        row = row[row != 0][1:]
+        half = len(row) // 2
+        repeated += len(row) % 2 == 0 and np.array_equal(row[:half], row[half:])
+    assert 30 < repeated < 70
+    assert set(ids[is_answer].tolist()) <= set(range(3, len(word_ids())))

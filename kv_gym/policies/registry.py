@@ -5,30 +5,18 @@ from __future__ import annotations
 import difflib
 from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 from typing import Any
 
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy, load_settings
 
-# name = file name; the class spells the paper's way
-_CLASSES = {
-    "golden": "Golden",
-    "h2o": "H2O",
-    "keydiff": "KeyDiff",
-    "knorm": "Knorm",
-    "oracle": "Oracle",
-    "recency": "Recency",
-    "scorer": "Scorer",
-    "snapkv": "SnapKV",
-    "streaming_llm": "StreamingLLM",
-    "tova": "TOVA",
-    "uniform_order": "UniformOrder",
-}
+_MACHINERY = {"base", "observing", "registry"}  # every other file of this package is a policy of its own name
 
 
 def list_policies() -> list[str]:
     """Names of the bundled policies; `scorer` is the learned one and is loaded from a folder."""
-    return sorted(_CLASSES)
+    return sorted(module.name for module in iter_modules([str(Path(__file__).parent)]) if module.name not in _MACHINERY)
 
 
 def make_policy(policy: str | Path | Policy, **settings: Any) -> Policy:
@@ -45,9 +33,8 @@ def make_policy(policy: str | Path | Policy, **settings: Any) -> Policy:
     if isinstance(policy, Policy):
         return policy
     name = str(policy)
-    if name in _CLASSES and name != "scorer":
-        kind = getattr(import_module(f"kv_gym.policies.{name}"), _CLASSES[name])
-        return load_settings(kind, settings)
+    if name in list_policies() and name != "scorer":
+        return load_settings(_class_in(f"kv_gym.policies.{name}"), settings)
     if ":" in name and not Path(name).exists():
         return load_settings(_from_class_path(name), settings)
     if (Path(name) / "policy.json").is_file():
@@ -59,6 +46,12 @@ def make_policy(policy: str | Path | Policy, **settings: Any) -> Policy:
             )
         return Scorer.from_pretrained(name)
     raise UserError(_unknown(name))
+
+
+def _class_in(module: str) -> type[Policy]:
+    kinds = [kind for kind in vars(import_module(module)).values() if isinstance(kind, type)]
+    (kind,) = [kind for kind in kinds if issubclass(kind, Policy) and kind.__module__ == module]
+    return kind
 
 
 def _from_class_path(path: str) -> type[Policy]:
@@ -77,6 +70,6 @@ def _unknown(name: str) -> str:
         return "policy 'scorer' is learned: name the folder that `kv-gym train` exported, with its policy.json"
     if Path(name).is_dir():
         return f"folder {name} holds no policy.json; expected a policy exported by `kv-gym train` or `kv-gym export`"
-    nearest = difflib.get_close_matches(name, _CLASSES, n=1, cutoff=0.4)
+    nearest = difflib.get_close_matches(name, list_policies(), n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(list_policies())}"
     return f"unknown policy {name!r}; {hint}"
