@@ -54,7 +54,7 @@ def headline(data: dict) -> str:
         f"Multi-key recall in 1,024 words from an eighth of the cache, {questions} held-out questions that were unseen "
         f"while compressing; learned policies are means over {data['seeds']} seeds "
         f"([all lengths and budgets](benchmarks/results/held_out.json), made by `python benchmarks/{data['command']}`):"
-        f"\n\n{markdown(shown)}"
+        f"\n\n{markdown(shown)}\n![accuracy and utility against the budget](benchmarks/results/held_out.png)\n"
     )
 
 
