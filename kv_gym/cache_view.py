@@ -111,8 +111,9 @@ def attention_weights(
     """
     batch, query_heads, m, d = queries.shape
     heads, n = keys.shape[1:3]
-    grouped = queries.reshape(batch, heads, -1, d)  # query heads of one KV head lie side by side
-    scores = (grouped @ keys.transpose(-1, -2)).float().reshape(batch, heads, -1, m, n)
+    exact = torch.promote_types(keys.dtype, torch.float32)  # 16-bit products would be rounded before the softmax
+    grouped = queries.to(exact).reshape(batch, heads, -1, d)  # query heads of one KV head lie side by side
+    scores = (grouped @ keys.to(exact).transpose(-1, -2)).float().reshape(batch, heads, -1, m, n)
     scores *= d**-0.5 if scaling is None else scaling
     visible = valid[:, :, None] & (positions[:, :, None] <= query_positions[:, None, :, None])  # [B, H, m, n]
     scores.masked_fill_(~visible[:, :, None], float("-inf"))
