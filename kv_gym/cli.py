@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import warnings
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from kv_gym import __version__
 from kv_gym.errors import UserError
 
 app = typer.Typer(
@@ -27,17 +30,25 @@ Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
 Sinks = Annotated[int | None, typer.Option(help="First tokens always kept (default: the policy's own).")]
 Recent = Annotated[int | None, typer.Option(help="Last tokens always kept (default: the policy's own).")]
 ReferenceTask = Annotated[str, typer.Option("--task", help="With --tasks reference: which task.")]
-ReferenceTokens = Annotated[int, typer.Option("--tokens", help="With --tasks reference: words per context.")]
+ReferenceTokens = Annotated[int, typer.Option("--tokens", help="Length of a reference context, in words.")]
 
 
 def _model(name: str, device: str, dtype: str):
-    from transformers import logging
-
     from kv_gym.reference import MODEL
     from kv_gym.traces import load_model
 
-    logging.disable_progress_bar()  # its bar would stand before every error
     return load_model(MODEL if name == "reference" else name, device=device, dtype=dtype)
+
+
+def _version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"kv-gym {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def options(version: Annotated[bool, typer.Option("--version", callback=_version, is_eager=True)] = False) -> None:
+    """The gym for KV-cache eviction: record, replay, train, compare, export, decode."""
 
 
 @app.command()
@@ -48,11 +59,13 @@ def record(
     text: Annotated[Path | None, typer.Option(help="A text file, cut into contexts and continuations.")] = None,
     tasks: Annotated[str | None, typer.Option(help="`reference`: the bundled task generator.")] = None,
     task: ReferenceTask = "multi_key",
-    tokens: ReferenceTokens = 512,
+    tokens: Annotated[int, typer.Option(help="With --text or --tasks: tokens per context.")] = 512,
     continuation_tokens: Annotated[int, typer.Option(help="With --text: tokens per continuation.")] = 128,
-    continuations: Annotated[int, typer.Option(help="With --tasks: questions per context.")] = 8,
+    continuations: Annotated[int, typer.Option(min=1, help="With --tasks: questions per context.")] = 8,
     count: Annotated[int, typer.Option(help="How many contexts.")] = 64,
-    split: Annotated[str, typer.Option(help="With --tasks: train, or the pinned test contexts.")] = "train",
+    split: Annotated[
+        str, typer.Option(help="With --text or --tasks: train or test (of --tasks: the pinned ones).")
+    ] = "train",
     seed: Annotated[int, typer.Option(help="With --tasks: names the training contexts.")] = 0,
     window: Annotated[int, typer.Option(help="How many of the last context queries to keep.")] = 32,
     stats: Annotated[str, typer.Option(help="Policies whose statistics to record, with commas; '' for none.")] = "h2o",
@@ -73,7 +86,7 @@ def record(
     if prompts is not None:
         source, recipe = prompts_from_jsonl(prompts, tokenizer), {"source": "prompts"}
     elif text is not None:
-        source = prompts_from_text(text, tokenizer, tokens, continuation_tokens, count)
+        source = prompts_from_text(text, tokenizer, tokens, continuation_tokens, count, split)
         recipe = {"source": "text", "file": text.name, "tokens": tokens, "continuation_tokens": continuation_tokens}
     else:
         from kv_gym.reference.prompts import reference_prompts, reference_recipe
@@ -163,7 +176,7 @@ def generate(
     policy: Annotated[str, typer.Option(help="Name, class path or folder.")] = "keydiff",
     budget: Annotated[str, typer.Option(help="Slots per head or a share.")] = "0.25",
     trigger: Annotated[str, typer.Option(help="prefill, or every:K.")] = "prefill",
-    max_new_tokens: Annotated[int, typer.Option(help="How many tokens to generate.")] = 64,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate.")] = 64,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
@@ -197,10 +210,14 @@ def report(
 
 @app.command()
 def policies() -> None:
-    """List the bundled policies."""
+    """List the bundled policies, each with the first sentence of its file."""
+    from importlib import import_module
+
     from kv_gym.policies import list_policies
 
-    typer.echo("\n".join(list_policies()))
+    for name in list_policies():
+        about = import_module(f"kv_gym.policies.{name}").__doc__ or ""
+        typer.echo(f"{name:14} {' '.join(about.split(chr(10) * 2)[0].split())}")
 
 
 @app.command()
@@ -248,14 +265,20 @@ def trace_show(
 
 def main() -> None:
     """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
+    sys.path.append(os.getcwd())  # a policy of one's own, my_policy:MyPolicy, lies where the command is typed
+    warnings.formatwarning = lambda message, *_: f"kv-gym: note: {message}\n"  # type: ignore[assignment]
     try:
-        app(standalone_mode=True)
+        app()
     except UserError as error:
         typer.echo(f"kv-gym: {error}", err=True)
         sys.exit(2)
-    except KeyboardInterrupt:
-        typer.echo("kv-gym: interrupted; run the same command again to go on", err=True)
-        sys.exit(130)
+    except OSError as error:
+        typer.echo(f"kv-gym: cannot use {error.filename}: {error.strerror}", err=True)
+        sys.exit(2)
+    except SystemExit as stop:
+        if stop.code == 130:
+            typer.echo("kv-gym: interrupted; run the same command again to go on", err=True)
+        raise
 
 
 if __name__ == "__main__":

@@ -9,6 +9,8 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from kv_gym.errors import UserError
+
 POLICIES = ("uniform_order", "recency", "streaming_llm", "h2o", "snapkv", "tova", "knorm", "keydiff")
 BUDGETS = (1 / 4, 1 / 8, 1 / 16)
 TASK, TOKENS = "multi_key", 512
@@ -37,6 +39,8 @@ def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True) ->
     from kv_gym.training import train
 
     out, console, began = Path(out), Console(), time.monotonic()
+    if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not (out / "traces").is_dir())):
+        raise UserError(f"{out} holds other things than an earlier demo; name a new folder with --out")
     model, tokenizer = load_model(MODEL)
 
     console.print(f"[bold]1. Record[/] what later questions attend to ({TRAINING_CONTEXTS} contexts of {TOKENS} words)")
@@ -49,7 +53,8 @@ def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True) ->
         recorded[split] = record(model, prompts, folder, tokenizer=tokenizer, recipe=recipe, progress=progress)
 
     console.print("[bold]2. Train[/] one scorer per KV head, all of them against one another")
-    shutil.rmtree(out / "training" / "tensorboard", ignore_errors=True)  # a second run would draw over the first
+    if (out / "training" / "policy.json").exists():  # an earlier demo's: this run trains its own
+        shutil.rmtree(out / "training")
     policy = train("joint", recorded["train"], out / "training", seed=seed, steps=STEPS, progress=progress)
     exported = policy.save_pretrained(out / "policy")
     console.print(f"   exported to {exported}, {policy.nbytes():,} bytes; log: tensorboard --logdir {out}/training")

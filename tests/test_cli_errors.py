@@ -114,6 +114,33 @@ def test_an_unknown_agent_and_a_foreign_folder(sample, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("kv_gym.traces.info", interrupted, raising=False)
+    monkeypatch.setattr(sys, "argv", ["kv-gym", "trace", "info", "x"])
+    with pytest.raises(SystemExit) as stop:
+        cli.main()
+    assert stop.value.code == 130 and "run the same command again" in capsys.readouterr().err
+
+
+def test_a_split_that_the_traces_lack(sample):
+    code, said = run("evaluate", "--traces", sample, "--policies", "keydiff", "--split", "val")
+    assert code == 2 and "no context in split 'val'" in said
+
+
+def test_text_in_words_that_the_model_does_not_know(tmp_path):
+    (tmp_path / "text.txt").write_text("Ceci n'est pas une pipe " * 200)
+    code, said = run("record", "--model", "reference", "--text", tmp_path / "text.txt", "--out", tmp_path / "out")
+    assert code == 2 and "unknown to the model's tokenizer" in said and not (tmp_path / "out").exists()
+
+
+def test_a_result_that_cannot_be_written_is_refused_before_the_work(sample, tmp_path):
+    code, said = run("evaluate", "--traces", sample, "--policies", "keydiff", "--json", tmp_path)
+    assert code == 2 and "is a folder" in said
+
+
 def test_a_failed_evaluation_leaves_the_earlier_result(sample, tmp_path):
     file = tmp_path / "result.json"
     assert run("evaluate", "--traces", sample, "--policies", "keydiff", "--json", file, "--no-progress")[0] == 0

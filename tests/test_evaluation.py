@@ -123,7 +123,7 @@ def test_oracles_are_refused_live(model, contexts):
 
 
 BAD_TASKS = {
-    "missing": (None, "does not exist"),
+    "missing": (None, "is not there"),
     "empty": ("\n", "holds no task"),
     "not json": ("{", "line 1 is no JSON"),
     "no answer": ('{"context_ids": [1], "question_ids": [2]}', "has no answer"),

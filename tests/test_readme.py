@@ -24,6 +24,15 @@ def test_the_first_example_answers_from_half_the_cache():
     assert answer == "4 7" and int(size) > 0
 
 
+def test_the_policy_example_keeps_the_contract():
+    from kv_gym.testing import check_policy
+
+    names: dict = {"__name__": "my_policy"}
+    exec(compile(EXAMPLES[2], str(README), "exec"), names)
+    check_policy(names["LargestValues"]())
+    assert issubclass(names["LargestValues"], names["Policy"])
+
+
 def test_the_environment_example_gives_a_reward():
     names: dict = {}
     exec(compile(EXAMPLES[1], str(README), "exec"), names)

@@ -11,7 +11,7 @@ from kv_gym.traces import Prompt, prompts_from_jsonl, prompts_from_text
 class Letters:
     """A tokenizer of single letters, `a` = 10, with a beginning token 1."""
 
-    bos_token_id = 1
+    bos_token_id, unk_token_id = 1, None
 
     def __call__(self, text, add_special_tokens=True, verbose=True):
         return {"input_ids": [1] * add_special_tokens + [ord(c) - 87 for c in text]}

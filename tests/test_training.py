@@ -116,3 +116,37 @@ def test_settings_come_from_the_zoo_and_unknown_ones_are_refused(traces, tmp_pat
     with pytest.raises(UserError, match="known: expected, joint"):
         train("ppo2", traces, tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_not_repeated_and_not_overwritten(traces, tmp_path):
+    settings = FAST | {"steps": 5}
+    train("joint", traces, tmp_path / "policy", **settings)
+    before = (tmp_path / "policy" / "policy.safetensors").stat().st_mtime_ns
+    train("joint", traces, tmp_path / "policy", **settings)
+    with pytest.raises(UserError, match="trained otherwise"):
+        train("joint", traces, tmp_path / "policy", seed=1, **settings)
+    assert (tmp_path / "policy" / "policy.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_damaged_checkpoint_and_a_rate_that_explodes(traces, tmp_path):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "checkpoint.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged: remove it"):
+        train("joint", traces, tmp_path / "damaged", **FAST)
+    with pytest.raises(UserError, match="lower rate than 1e\\+30"):
+        train("joint", traces, tmp_path / "exploded", **(FAST | {"rate": 1e30}))
+
+
+def test_one_long_document_is_enough_and_its_last_contexts_choose_the_checkpoint(traces):
+    from dataclasses import replace
+
+    from kv_gym.training.fit import _held_out
+
+    one = [replace(sequence, text_hash="one book") for sequence in open_traces(traces).select(split="train").load()]
+    training, validation = _held_out(one, 0.1)
+    assert [s.id for s in validation] == [s.id for s in one[-2:]] and len(training) == 14
+    several = open_traces(traces).select(split="train").load()
+    training, validation = _held_out(several, 0.25)
+    assert not {s.text_hash for s in training} & {s.text_hash for s in validation} and len(validation) == 4
+    with pytest.raises(UserError, match="at least 4 contexts"):
+        _held_out(one[:3], 0.1)

@@ -10,7 +10,7 @@ from rich.progress import Progress
 from kv_gym.budgets import parse_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.replay import replay
-from kv_gym.evaluation.result import result, write_json
+from kv_gym.evaluation.result import refuse_unwritable, result, write_json
 from kv_gym.evaluation.tasks import TaskContext, tasks_hash
 from kv_gym.policies import Policy, make_policy
 
@@ -39,7 +39,7 @@ def evaluate(
         traces: a trace set or its folder.
         model: a transformers decoder.
         tasks: contexts with questions, see :mod:`kv_gym.evaluation.tasks`.
-        split: of the traces; None takes all. Where no context has the split, all are taken.
+        split: of the traces, ``train`` or ``test``; None takes all.
         sinks, recent: protection for every policy; None means each policy's own.
         json: file to write the result to.
         progress: show a bar.
@@ -51,6 +51,8 @@ def evaluate(
     Raises:
         UserError: an unusable policy, budget, trace set or task; a policy of another model; an oracle live.
     """
+    if json is not None:
+        refuse_unwritable(json)
     chosen_budgets = [parse_budget(budget) for budget in budgets]
     chosen = _named(policies)
     if (traces is None) == (model is None):
@@ -89,11 +91,12 @@ def _replayed(policies, budgets, traces, split, sinks, recent, progress):
     trace_set = traces if isinstance(traces, TraceSet) else open_traces(traces)
     _refuse_other_model(policies, trace_set.fingerprint, "the model of the traces")
     part = trace_set.select(split=split) if split else trace_set
-    part = part if len(part) else trace_set
+    if not len(part):
+        raise UserError(f"the traces hold no context in split {split!r}; choose another split, or `all`")
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("replay", total=len(part) * len(policies))
         rows = replay(policies, part, budgets, sinks, recent, lambda: bar.advance(task))
-    return rows, {"traces": part.hash, "contexts": len(part)}
+    return rows, {"traces": part.hash, "contexts": len(part), "split": split or "all"}
 
 
 def _live(policies, budgets, model, tasks, sinks, recent, progress):

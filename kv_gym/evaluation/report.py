@@ -60,7 +60,7 @@ def picture(rows: list[dict], file: Path) -> None:
     figure = Figure(figsize=(5.2 * len(measures) + 1.8, 4), layout="constrained")
     axes = figure.subplots(1, len(measures), squeeze=False)[0]
     names = sorted({row["policy"] for row in rows} - {"full_cache"})
-    styles = [(f"C{i % 10}", "-" if i < 10 else "--", "o^sDvPX*<>"[i % 10]) for i in range(len(names))]
+    styles = [(f"C{i % 10}", "-" if i < 10 else "--", "o^sDvPX*<>hpd8"[i % 14]) for i in range(len(names))]
     for axis, (measure, label) in zip(axes, measures, strict=True):
         for name, (colour, dash, mark) in zip(names, styles, strict=True):
             points: dict[float, list[float]] = {}
@@ -79,7 +79,8 @@ def picture(rows: list[dict], file: Path) -> None:
         axis.set_xticks(budgets, [format_budget(b) for b in budgets], minor=False)
         axis.set(xlabel="budget per KV head", ylabel=label, ylim=(-0.02, 1.03))
         axis.grid(alpha=0.3)
-    axes[-1].legend(loc="center left", bbox_to_anchor=(1.01, 0.5), fontsize=8, frameon=False)
+    lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
+    figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=8, frameon=False)
     part = file.with_name(file.name + ".tmp")
     figure.savefig(part, dpi=130, format="png")
     os.replace(part, file)

@@ -30,6 +30,17 @@ def _command() -> str:
     return " ".join([Path(program).name, *arguments])
 
 
+def refuse_unwritable(file: str | Path) -> None:
+    """Raise a UserError, before any work, where `file` cannot be written to."""
+    file = Path(file)
+    if file.is_dir() or not file.name:
+        raise UserError(f"{file} is a folder; name a file to write the result to")
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {file.parent} ({error.strerror}); name another file") from None
+
+
 def write_json(file: str | Path, data: dict) -> Path:
     """Write JSON whole or not at all."""
     file = Path(file)

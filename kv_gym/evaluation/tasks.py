@@ -48,9 +48,13 @@ def read_tasks(path: str | Path, tokenizer=None) -> list[TaskContext]:
     """
     path = Path(path)
     if not path.is_file():
-        raise UserError(f"task file {path} does not exist; expected JSON lines with context, question and answer")
+        raise UserError(f"task file {path} is not there; expected JSON lines with context, question and answer")
     contexts: list[TaskContext] = []
-    for number, line in enumerate(path.read_text(encoding="utf-8-sig").splitlines(), 1):
+    try:
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except UnicodeDecodeError:
+        raise UserError(f"task file {path} is no UTF-8 text; expected JSON lines") from None
+    for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
         where = f"{path}, line {number}"

@@ -58,7 +58,7 @@ def _from_class_path(path: str) -> type[Policy]:
     module, _, attribute = path.partition(":")
     try:
         kind = getattr(import_module(module), attribute)
-    except (ImportError, AttributeError) as error:
+    except Exception as error:  # whatever the user's module raises while it is imported
         raise UserError(f"cannot import policy {path}: {error}; expected package.module:Class") from None
     if not (isinstance(kind, type) and issubclass(kind, Policy)):
         raise UserError(f"{path} is no subclass of kv_gym.Policy")
@@ -70,6 +70,8 @@ def _unknown(name: str) -> str:
         return "policy 'scorer' is learned: name the folder that `kv-gym train` exported, with its policy.json"
     if Path(name).is_dir():
         return f"folder {name} holds no policy.json; expected a policy exported by `kv-gym train` or `kv-gym export`"
+    if name == "random":
+        return "unknown policy 'random'; random eviction is called 'uniform_order'"
     nearest = difflib.get_close_matches(name, list_policies(), n=1, cutoff=0.4)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(list_policies())}"
     return f"unknown policy {name!r}; {hint}"

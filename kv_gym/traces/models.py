@@ -27,7 +27,7 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
     Raises:
         UserError: no such model, device or dtype, or a model that kv_gym cannot serve.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; expected one of {', '.join(_DTYPES)}")
@@ -37,6 +37,7 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
         raise UserError(f"folder {path_or_id} holds no config.json; expected a model that save_pretrained wrote")
     if not local and (Path(path_or_id).exists() or str(path_or_id).count("/") > 1 or str(path_or_id).startswith(".")):
         raise UserError(f"there is no model folder {path_or_id}; expected one with config.json, or a name on the Hub")
+    logging.disable_progress_bar()  # its bar would stand between ours
     wanted = "float32" if dtype == "auto" and place.type == "cpu" else dtype
     try:
         config = AutoConfig.from_pretrained(path_or_id, local_files_only=local)
@@ -46,7 +47,8 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
         )  # fmt: skip
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
         reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        raise UserError(f"cannot load model {path_or_id}: {reason}") from None
+        missing = "" if local else " (and there is no folder of this name)"
+        raise UserError(f"cannot load model {path_or_id}{missing}: {reason}") from None
     refuse_unserved(model)
     model.to(place)  # type: ignore[arg-type]  # transformers' wrapper hides the argument from mypy
     return model.eval(), _tokenizer(path_or_id, local)

@@ -169,7 +169,14 @@ def _is_ids(value) -> bool:
 
 
 def _encode(tokenizer, text: str) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
+    if unknown > len(ids) / 2:
+        raise UserError(
+            f"{unknown} of {len(ids)} tokens are unknown to the model's tokenizer; expected text in the words that it "
+            "was made for"
+        )
+    return ids
 
 
 def _beginning(tokenizer) -> list[int]:

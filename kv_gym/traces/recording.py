@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -77,6 +78,14 @@ def record(
     if device is not None:
         model.to(usable_device(device))
     policies = _policies(sorted(stats))
+    longest = max(len(p.context_ids) + max(map(len, p.continuation_ids), default=0) for p in listed)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest > limit:
+        warnings.warn(
+            f"the longest prompt has {longest} tokens and the model was made for {limit}: what it attends to beyond "
+            "may mean little",
+            stacklevel=2,
+        )
     settings = {"window": window, "stats": list(policies), "blocks": blocks}
     manifest = manifest_of(model, tokenizer, storage, settings, recipe)
     writer = TraceWriter(out, manifest)

@@ -38,7 +38,8 @@ def train(
 ) -> Scorer:
     """Train an agent on recorded traces and export its best checkpoint into `out`.
 
-    Interrupted runs continue from ``out/checkpoint.pt`` when agent, seed, settings and traces are the same.
+    Interrupted runs continue from ``out/checkpoint.pt`` when agent, seed, settings and traces are the same; a run
+    that ended is not repeated, and its policy is returned.
 
     Args:
         agent: ``joint`` or ``expected``; settings in ``agents/<agent>.yml``.
@@ -53,15 +54,32 @@ def train(
         equal budgets of 1/4, 1/8 and 1/16 on documents that the optimiser never saw.
 
     Raises:
-        UserError: unknown agent or setting, or too few contexts in the split.
+        UserError: unknown agent or setting, too few contexts in the split, or a folder with another policy.
     """
     if agent not in LOSSES:
         raise UserError(f"unknown agent {agent!r}; known: {', '.join(sorted(LOSSES))}")
     chosen = Settings.load(agent, **settings)
     refuse_foreign(Path(out))
     trace_set = traces if isinstance(traces, TraceSet) else open_traces(traces)
+    finished = _finished(Path(out), agent, seed, chosen, trace_set.hash)
+    if finished is not None:
+        return finished
     run = _Run(agent, chosen, seed, trace_set)
     return run.to_the_end(Path(out), progress)
+
+
+def _finished(out: Path, agent: str, seed: int, settings: Settings, traces: str) -> Scorer | None:
+    if not (out / "policy.json").is_file():
+        return None
+    there = Scorer.from_pretrained(out)
+    if {k: v for k, v in there.training.items() if k != "held_out_reward"} != _told(agent, seed, settings, traces):
+        raise UserError(f"{out} holds a policy that was trained otherwise: name a new folder, or remove that one")
+    return there
+
+
+def _told(agent: str, seed: int, settings: Settings, traces: str) -> dict:
+    """What a policy says of its training, as plain JSON data."""
+    return json.loads(json.dumps({"agent": agent, "seed": seed, "settings": asdict(settings), "traces": traces}))
 
 
 @dataclass
@@ -77,15 +95,7 @@ class _Run:
         self.agent, self.settings, self.seed = agent, settings, seed
         self.fingerprint, self.trace_hash = traces.fingerprint, traces.hash
         sequences = traces.select(split="train").load()
-        documents = sorted({s.text_hash for s in sequences})
-        if len(documents) < 4:
-            raise UserError(
-                f"training needs at least 4 documents in the split 'train', and the traces hold {len(documents)}"
-            )
-        every = max(2, round(1 / max(settings.validation, 1e-6)))
-        held_out = set(documents[::every])
-        self.validation = [s for s in sequences if s.text_hash in held_out]
-        training = [s for s in sequences if s.text_hash not in held_out]
+        training, self.validation = _held_out(sequences, settings.validation)
         self.lengths = (min(len(s.tokens) for s in sequences), max(len(s.tokens) for s in sequences))
         self.contexts = [_drawn(s) for s in training]
 
@@ -136,6 +146,10 @@ class _Run:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
+        if not math.isfinite(loss.item()):
+            raise UserError(
+                f"the loss is {loss.item()} at step {self.step}: train with a lower rate than {self.settings.rate}"
+            )
         self.step += 1
         return loss.item()
 
@@ -146,15 +160,9 @@ class _Run:
             group["lr"] = self.settings.rate * factor
 
     def _policy(self) -> Scorer:
-        training = {
-            "agent": self.agent, "seed": self.seed, "settings": asdict(self.settings), "traces": self.trace_hash,
-            "held_out_reward": self.best_reward,
-        }  # fmt: skip
+        training = _told(self.agent, self.seed, self.settings, self.trace_hash) | {"held_out_reward": self.best_reward}
         calibrated = self.agent == "joint"
-        return Scorer(
-            self.network.eval(), self.fingerprint, self.lengths, self.settings.protect, calibrated,
-            json.loads(json.dumps(training)),
-        )  # fmt: skip
+        return Scorer(self.network.eval(), self.fingerprint, self.lengths, self.settings.protect, calibrated, training)
 
     def _validate(self) -> float:
         rows = replay({"": self._policy()}, self.validation, VALIDATION_BUDGETS)
@@ -166,7 +174,7 @@ class _Run:
         return reward
 
     def _identity(self) -> str:
-        return json.dumps([self.agent, self.seed, asdict(self.settings), self.trace_hash])
+        return json.dumps(_told(self.agent, self.seed, self.settings, self.trace_hash))
 
     def _save(self, file: Path) -> None:
         state = {
@@ -179,12 +187,29 @@ class _Run:
     def _resume(self, file: Path) -> None:
         if not file.is_file():
             return
-        state = torch.load(file, weights_only=True)
+        try:
+            state = torch.load(file, weights_only=True)
+        except Exception:  # torch raises many kinds, some of them private to it
+            raise UserError(f"{file} is damaged: remove it to train from the start") from None
         if state.get("identity") != self._identity():
             return  # another run's leftovers: start anew
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
         self.step, self.best_reward, self.best = state["step"], state["best_reward"], state["best"]
+
+
+def _held_out(sequences: list[Sequence], share: float) -> tuple[list[Sequence], list[Sequence]]:
+    """Split by document, or, where there are too few documents for that, keep the last contexts for validation."""
+    if len(sequences) < 4:
+        raise UserError(
+            f"training needs at least 4 contexts in the split 'train', and the traces hold {len(sequences)}"
+        )
+    documents = sorted({s.text_hash for s in sequences})
+    if len(documents) < 4:
+        last = max(1, round(share * len(sequences)))
+        return sequences[:-last], sequences[-last:]
+    chosen = set(documents[:: max(2, round(1 / max(share, 1e-6)))])
+    return [s for s in sequences if s.text_hash not in chosen], [s for s in sequences if s.text_hash in chosen]
 
 
 def _drawn(sequence: Sequence) -> _Drawn:

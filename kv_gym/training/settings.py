@@ -82,4 +82,5 @@ def _typed(name: str, value: Any, default: Any, source: str | Path) -> Any:
         return float(value)
     elif isinstance(default, int) and isinstance(value, int) and not isinstance(value, bool) and value > 0:
         return value
-    raise UserError(f"{source}: setting {name} is {value!r}; expected something like {default!r}")
+    kind = {int: "an integer from 1", float: "a number from 0", tuple: "two integers from 0"}[type(default)]
+    raise UserError(f"{source}: setting {name} is {value!r}; expected {kind}")
