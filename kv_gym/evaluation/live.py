@@ -52,12 +52,13 @@ def answer(
     # recency keeps nothing but keys, values and positions: at budget 1.0 it is the plain full cache
     arms: list[tuple[str, Policy, Budget]] = [(FULL, make_policy("recency"), 1.0)]
     arms += [(name, policy, budget) for name, policy in policies.items() for budget in budgets]
+    panel = Panel(tuple({id(policy): policy for _, policy, _ in arms}.values()))
     for _, group in groupby(contexts, lambda context: (len(context.context_ids), context.task)):
         same = list(group)
         for start in range(0, len(same), rows_at_once):
             batch = same[start : start + rows_at_once]
             ids = torch.tensor([context.context_ids for context in batch], device=model.device)
-            with EvictingCache(model, policy=Panel(tuple(policy for _, policy, _ in arms)), budget=1.0) as cache:
+            with EvictingCache(model, policy=panel, budget=1.0) as cache:
                 model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 for name, policy, budget in arms:
                     place = (name, budget, batch[0].task)
