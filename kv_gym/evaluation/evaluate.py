@@ -114,4 +114,8 @@ def _live(policies, budgets, model, tasks, sinks, recent, progress):
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("answer", total=len(tasks))
         rows = answer(model, tasks, policies, budgets, sinks, recent, advance=lambda n: bar.advance(task, n))
-    return rows, {"tasks": tasks_hash(tasks), "contexts": len(tasks), "model": Path(str(model.config.name_or_path)).name}
+    return rows, {
+        "tasks": tasks_hash(tasks),
+        "contexts": len(tasks),
+        "model": Path(str(model.config.name_or_path)).name,
+    }
