@@ -155,9 +155,10 @@ def test_reports_join_replay_and_live_rows(tmp_path):
     replayed = result([{"policy": "a", "budget": 0.125, "task": "t", "utility_kept": 0.5, "n": 3}])
     live = result([
         {"policy": "full_cache", "budget": 1.0, "task": "t", "accuracy": 1.0, "nll": 0.1, "cache_bytes": 80, "n": 9},
-        {"policy": "a", "budget": 0.125, "task": "t", "accuracy": 0.25, "nll": 1.5, "cache_bytes": 10, "n": 9},
+        {"policy": "a", "budget": 0.125, "task": "t", "accuracy": 0.25, "nll": 1.5, "cache_bytes": 10, "n": 9,
+         "policy_bytes": 4000},
     ])  # fmt: skip
-    assert "| a | 1/8 | 0.500 | 25.0% | 1.500 | 10 |" in markdown(merged(replayed, live))
+    assert "| a | 1/8 | 0.500 | 25.0% | 1.500 | 10 + 4,000 |" in markdown(merged(replayed, live))
     write_json(tmp_path / "live.json", live)
     written = report([replayed, read_json(tmp_path / "live.json")], tmp_path)
     assert "| a | 1/8 | 0.500 | 25.0% |" in written.read_text()

@@ -39,7 +39,7 @@ def table(rows: Iterable[dict]) -> list[tuple[str, ...]]:
             cell(row, "utility_kept", "{:.3f}"),
             cell(row, "accuracy", "{:.1%}"),
             cell(row, "nll", "{:.3f}"),
-            cell(row, "cache_bytes", "{:,.0f}"),
+            cell(row, "cache_bytes", "{:,.0f}") + (f" + {row['policy_bytes']:,}" if row.get("policy_bytes") else ""),
         )
         for row in sorted(rows, key=order)
     ]
@@ -99,7 +99,8 @@ def report(results: list[dict], folder: str | Path, title: str = "kv_gym report"
         f"# {title}\n\n{markdown(rows)}\n![budgets against quality](report.png)\n\n{notes}\n\n"
         f"Equal budgets for all heads (`uniform`). Utility kept: share of the recorded future attention on kept slots."
         f" Accuracy: greedy exact match of the whole answer, question unseen while compressing."
-        f" Rows stand on n = {', '.join(map(str, counts))} contexts or questions.\n\n"
+        f" Cache bytes: all that the compressed cache of one context holds; what stands behind a plus are the weights"
+        f" of a learned policy, held once. Rows stand on n = {', '.join(map(str, counts))} contexts or questions.\n\n"
         f"Made by:\n{commands}\n\nWith {versions}.\n"
     )
     part = folder / "report.md.tmp"
