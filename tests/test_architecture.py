@@ -13,7 +13,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part of kv_gym may import parts of its own layer and of those before it.
 LAYERS = (
-    {"errors"},
+    {"atomic", "errors"},
     {"attention", "bundled", "cache_view", "fingerprint"},
     {"budgets", "policies", "traces"},
     {"envs", "live", "reference"},

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import replace
 
 import torch
 
@@ -54,7 +53,7 @@ def replay(
             for layer in range(len(sequence.layers)):
                 view = sequence.view(layer, policy=policy.name, oracle=policy.needs_future)
                 for budget in budgets:
-                    cut = replace(view, budget=uniform(budget, view.seen, view.keys.shape[1]))
+                    cut = view.with_budget(uniform(budget, view.seen, view.keys.shape[1]))
                     keep = select(policy, cut, first, last)[0]
                     kept[name, budget, sequence.task] += float(utility[layer][keep].sum(dtype=torch.float64))
                     total[name, budget, sequence.task] += float(utility[layer].sum(dtype=torch.float64))

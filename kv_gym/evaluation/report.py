@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterable
 from pathlib import Path
 
+from kv_gym.atomic import whole_file
 from kv_gym.budgets import format_budget
 
 COLUMNS = ("policy", "budget", "utility kept", "accuracy", "NLL", "cache bytes")
@@ -81,9 +81,8 @@ def picture(rows: list[dict], file: Path) -> None:
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=8, frameon=False)
-    part = file.with_name(file.name + ".tmp")
-    figure.savefig(part, dpi=130, format="png")
-    os.replace(part, file)
+    with whole_file(file) as part:
+        figure.savefig(part, dpi=130, format="png")
 
 
 def report(results: list[dict], folder: str | Path, title: str = "kv_gym report", notes: str = "") -> Path:
@@ -103,7 +102,6 @@ def report(results: list[dict], folder: str | Path, title: str = "kv_gym report"
         f" of a learned policy, held once. Rows stand on n = {', '.join(map(str, counts))} contexts or questions.\n\n"
         f"Made by:\n{commands}\n\nWith {versions}.\n"
     )
-    part = folder / "report.md.tmp"
-    part.write_text(text)
-    os.replace(part, folder / "report.md")
+    with whole_file(folder / "report.md") as part:
+        part.write_text(text)
     return folder / "report.md"

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
 import platform
 import sys
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from kv_gym.atomic import whole_file
 from kv_gym.errors import UserError
 
 _PACKAGES = ("gymnasium", "h5py", "kv-gym", "numpy", "stable-baselines3", "torch", "transformers")
@@ -45,9 +45,8 @@ def write_json(file: str | Path, data: dict) -> Path:
     """Write JSON whole or not at all."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(file.name + ".tmp")
-    part.write_text(json.dumps(data, indent=1) + "\n")
-    os.replace(part, file)
+    with whole_file(file) as part:
+        part.write_text(json.dumps(data, indent=1) + "\n")
     return file
 
 

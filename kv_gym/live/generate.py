@@ -8,7 +8,6 @@ from pathlib import Path
 
 from transformers import TextStreamer
 
-from kv_gym.attention import full_layers
 from kv_gym.errors import UserError
 from kv_gym.live.cache import EvictingCache
 from kv_gym.policies import Policy
@@ -67,6 +66,6 @@ def generate(
             streamer=_Streamer(tokenizer, write),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-        kept = cache.kept_positions(full_layers(model.config.get_text_config())[0]).shape[-1]
+        kept = cache.kept_positions(cache.evicting_layers[0]).shape[-1]
         text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
         return Generated(text, cache.seen, kept, cache.nbytes())

@@ -9,7 +9,6 @@ trains all heads against one another.
 from __future__ import annotations
 
 import json
-import os
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from kv_gym.atomic import whole_file
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.fingerprint import Fingerprint
@@ -142,8 +142,8 @@ class Scorer(Policy):
             "policy.json": lambda path: path.write_text(json.dumps(self._description(), indent=1) + "\n"),
         }
         for name, write in writers.items():
-            write(folder / f"{name}.tmp")
-            os.replace(folder / f"{name}.tmp", folder / name)
+            with whole_file(folder / name) as part:
+                write(part)
         return folder
 
     def _description(self) -> dict:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
+from kv_gym.errors import UserError
 from kv_gym.reference import words as w
 
 TASKS = ("single", "multi_key", "multi_value", "multi_query", "variable_tracking", "most_common", "dialogue")
@@ -95,12 +96,9 @@ def make_context(task: str, tokens: int, seed: int, questions: int = 4) -> Conte
         questions: how many questions to draw (a short context has fewer distinct ones).
 
     Raises:
-        ValueError: an unknown task or a length that the density does not divide.
+        UserError: an unknown task or a length that the density does not divide.
     """
-    if task not in TASKS:
-        raise ValueError(f"unknown task {task!r}; choose one of {', '.join(TASKS)}")
-    if tokens % TOKENS_PER_FACT or tokens < 2 * TOKENS_PER_FACT:
-        raise ValueError(f"context length {tokens} is not a multiple of {TOKENS_PER_FACT} from 64 on")
+    refuse_unmade(task, tokens)
     draw = _Draw(seed * len(TASKS) + TASKS.index(task))
     n_facts = tokens // TOKENS_PER_FACT
     asked, look_alikes = _facts(draw, task, n_facts)
@@ -117,6 +115,14 @@ def make_context(task: str, tokens: int, seed: int, questions: int = 4) -> Conte
     if task == "dialogue":
         sentences = _as_dialogue(draw, sentences, topics=tokens // 64)
     return _assemble(draw, task, sentences, asked, frequent, questions)
+
+
+def refuse_unmade(task: str, tokens: int) -> None:
+    """Raise a UserError for a task or a context length that is not made here."""
+    if task not in TASKS:
+        raise UserError(f"unknown reference task {task!r}; choose one of {', '.join(TASKS)}")
+    if tokens % TOKENS_PER_FACT or tokens < 2 * TOKENS_PER_FACT:
+        raise UserError(f"reference contexts have a multiple of {TOKENS_PER_FACT} tokens from 64 on, got {tokens}")
 
 
 def _facts(draw: _Draw, task: str, n: int):

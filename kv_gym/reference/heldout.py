@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, TASKS, Context, make_context
+from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, TASKS, Context, make_context, refuse_unmade
 
 FILE = Path(__file__).with_name("heldout.json")
 LENGTHS = (512, 1024)
@@ -45,7 +45,12 @@ class HeldOut:
 
 
 def held_out(task: str, tokens: int) -> HeldOut:
-    """The pinned set of a task at a length of 512 or 1,024 tokens; another length is made from the same seeds."""
+    """The pinned set of a task at a length of 512 or 1,024 tokens; another length is made from the same seeds.
+
+    Raises:
+        UserError: unknown task, or a length that the density does not divide.
+    """
+    refuse_unmade(task, tokens)
     for row in json.loads(FILE.read_text()):
         if (row["task"], row["tokens"]) == (task, tokens):
             return HeldOut(**row)

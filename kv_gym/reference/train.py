@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import random
 import time
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
+from kv_gym.atomic import whole_file
 from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, make_context
 from kv_gym.reference.tokenizer import build_tokenizer, encode, word_ids
 
@@ -151,8 +151,8 @@ def train(
             print(json.dumps(line | {"right": round(right, 3), "tokens_per_s": round(speed)}), flush=True)
         if step % save_every == 0 or step == total:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            os.replace(checkpoint.with_suffix(".tmp"), checkpoint)
+            with whole_file(checkpoint) as part:
+                torch.save(state, part)
     model.bfloat16().save_pretrained(out / "model")
     build_tokenizer().save_pretrained(out / "model")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -107,4 +107,4 @@ class Sequence:
             state={name: as_tensor(state[layer]) for name, state in self.stats.get(policy, {}).items()},
             future=self.future(layer) if oracle and self.continuations else None,
         )
-        return replace(view, budget=uniform(budget, view.seen, view.keys.shape[1]))
+        return view.with_budget(uniform(budget, view.seen, view.keys.shape[1]))

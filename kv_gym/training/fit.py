@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kv_gym.atomic import whole_file
 from kv_gym.errors import UserError
 from kv_gym.evaluation.replay import replay
 from kv_gym.policies.scorer import CHECKPOINT, GroupedScorer, Scorer, refuse_foreign, slot_inputs
@@ -181,8 +181,8 @@ class _Run:
             "identity": self._identity(), "step": self.step, "best_reward": self.best_reward, "best": self.best,
             "network": self.network.state_dict(), "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
-        torch.save(state, file.with_suffix(".tmp"))
-        os.replace(file.with_suffix(".tmp"), file)
+        with whole_file(file) as part:
+            torch.save(state, part)
 
     def _resume(self, file: Path) -> None:
         if not file.is_file():
