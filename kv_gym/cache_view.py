@@ -43,6 +43,8 @@ class CacheView:
         queries: `[B, Hq, m, d]` the last m queries after rotary embedding, or None if not declared as needed.
         state: a stateful policy's own tensors, each `[B, H, n, ...]`.
         hidden: `[B, n, D]` the layer's input, or None.
+        output: `[Hq, d, D]` the output projection, the slice that each query head's output is multiplied by, or None
+            if not declared as needed.
         future: only for oracles, only in replay.
     """
 
@@ -58,6 +60,7 @@ class CacheView:
     state: Mapping[str, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None
     future: Future | None = None
+    output: Tensor | None = None
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, budget: int | Tensor = 1, **rest) -> CacheView:

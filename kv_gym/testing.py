@@ -12,7 +12,7 @@ from torch import Tensor
 from kv_gym.cache_view import CacheView, Future, attention_weights
 from kv_gym.policies.base import Policy, StatefulPolicy
 
-_HIDDEN_SIZE = 16
+_HIDDEN_SIZE = 16  # of the model: the layer's input and output
 _BLOCKS = 3
 
 
@@ -142,6 +142,7 @@ class _Maker:
             queries=self._randn(batch, self.query_heads, m, self.head_dim) if m else None,
             hidden=self._randn(batch, n, _HIDDEN_SIZE) if self.policy.needs_hidden else None,
             future=self._future(batch, n) if self.policy.needs_future else None,
+            output=self._randn(self.query_heads, self.head_dim, _HIDDEN_SIZE) if self.policy.needs_output else None,
         )
 
     def _future(self, batch: int, n: int) -> Future:
@@ -227,7 +228,9 @@ def _compare(got: Tensor, expected: Tensor, where: Tensor, complaint: str) -> No
 def _row(view: CacheView, row: int) -> CacheView:
     only = slice(row, row + 1)
     changes: dict[str, Any] = {
-        f.name: value[only] for f in fields(view) if isinstance(value := getattr(view, f.name), Tensor)
+        f.name: value[only]
+        for f in fields(view)
+        if isinstance(value := getattr(view, f.name), Tensor) and f.name != "output"  # one for all rows
     }
     future = view.future
     if future is not None:

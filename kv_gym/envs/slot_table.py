@@ -189,11 +189,12 @@ def _scores(sequence: Sequence, scorers: tuple[Policy, ...]) -> np.ndarray:
     """Scores of policies as features, `[L * H, n, F]`."""
     columns = []
     for policy in scorers:
-        views = (sequence.view(layer, policy=policy.name) for layer in range(len(sequence.layers)))
+        views = (sequence.view(layer, policy=policy.statistics) for layer in range(len(sequence.layers)))
         try:
             columns.append(np.concatenate([policy.score(view)[0].float().numpy() for view in views]))
         except KeyError as missing:
             raise UserError(
-                f"context {sequence.id!r} holds no state {missing} of policy {policy.name!r}: record it with the traces"
+                f"context {sequence.id!r} holds no state {missing} of policy {policy.statistics!r}: "
+                "record it with the traces"
             ) from None
     return np.stack(columns, axis=-1)

@@ -10,7 +10,7 @@ import torch
 from kv_gym.budgets import protection_for, select, uniform
 from kv_gym.budgets.budget import Budget
 from kv_gym.errors import UserError
-from kv_gym.policies import Policy, StatefulPolicy
+from kv_gym.policies import Policy
 from kv_gym.traces.sequence import Sequence
 
 
@@ -51,7 +51,7 @@ def replay(
             _refuse_unrecorded(policy, sequence)
             first, last = protection_for(policy, sinks, recent)
             for layer in range(len(sequence.layers)):
-                view = sequence.view(layer, policy=policy.name, oracle=policy.needs_future)
+                view = sequence.view(layer, policy=policy.statistics, oracle=policy.needs_future)
                 for budget in budgets:
                     cut = view.with_budget(uniform(budget, view.seen, view.keys.shape[1]))
                     keep = select(policy, cut, first, last)[0]
@@ -73,7 +73,6 @@ def _refuse_unrecorded(policy: Policy, sequence: Sequence) -> None:
             f"policy {policy.name!r} needs the last {policy.needs_queries} queries and context {sequence.id} has "
             f"{sequence.queries.shape[2]}: record with --window {policy.needs_queries}"
         )
-    if isinstance(policy, StatefulPolicy) and policy.name not in sequence.stats:
-        raise UserError(
-            f"context {sequence.id} holds no statistics of policy {policy.name!r}: record with --stats {policy.name}"
-        )
+    needed = policy.statistics
+    if needed and needed not in sequence.stats:
+        raise UserError(f"context {sequence.id} holds no statistics of policy {needed!r}: record with --stats {needed}")

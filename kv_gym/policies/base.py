@@ -20,7 +20,10 @@ class Policy(ABC):
     Class attributes:
         sinks, recent: how many first and last tokens are always kept unless the caller says otherwise.
         needs_future: an oracle; it can be replayed, never run live.
+        needs_hidden, needs_output: it reads the layer's input, or the slices of its output projection.
         comparable: scores of different heads and layers may be compared as they are.
+        static: a slot's score depends on its layer, its head and its own key, value and position alone, not on
+            other slots nor on what was seen since: a token may be scored once, when it arrives.
 
     A policy that needs the last m queries overrides :attr:`needs_queries`.
     """
@@ -29,12 +32,19 @@ class Policy(ABC):
     recent: ClassVar[int] = 0
     needs_future: ClassVar[bool] = False
     needs_hidden: ClassVar[bool] = False
+    needs_output: ClassVar[bool] = False
     comparable: ClassVar[bool] = False
+    static: ClassVar[bool] = False
 
     @property
     def name(self) -> str:
         """The registry's name: the name of the file that the policy lives in."""
         return type(self).__module__.rpartition(".")[2]
+
+    @property
+    def statistics(self) -> str:
+        """The name under which recordings hold the policy's state; "" for a policy without memory."""
+        return ""
 
     @property
     def needs_queries(self) -> int:
@@ -53,6 +63,10 @@ class Policy(ABC):
 
 class StatefulPolicy(Policy):
     """A policy with memory: tensors `[batch, kv_heads, tokens, ...]` that the machinery keeps beside the slots."""
+
+    @property
+    def statistics(self) -> str:
+        return self.name
 
     @abstractmethod
     def initial_state(self, view: CacheView) -> dict[str, Tensor]:

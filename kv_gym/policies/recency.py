@@ -15,6 +15,7 @@ class Recency(Policy):
     """Newer is better; nothing is protected."""
 
     comparable = True
+    static = True
 
     def score(self, view: CacheView) -> Tensor:
-        return -view.age.float()
+        return view.positions.float()

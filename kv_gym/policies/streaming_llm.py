@@ -20,6 +20,7 @@ class StreamingLLM(Policy):
 
     sinks = 4
     comparable = True
+    static = True
 
     def score(self, view: CacheView) -> Tensor:
-        return -view.age.float()
+        return view.positions.float()

@@ -22,6 +22,8 @@ _MASK = 0xFFFFFFFF
 class UniformOrder(Policy):
     """Random order of slots; `seed` names the order."""
 
+    comparable = True  # uniform in every head: one threshold keeps the same share of each, on average
+    static = True
     seed: int = 0
 
     def score(self, view: CacheView) -> Tensor:

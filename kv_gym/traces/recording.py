@@ -241,9 +241,9 @@ def _policies(names: Iterable[str]) -> dict[str, StatefulPolicy]:
     policies: dict[str, StatefulPolicy] = {}
     for name in names:
         policy = make_policy(name)
-        if not isinstance(policy, StatefulPolicy):
+        if not isinstance(policy, StatefulPolicy) or not policy.statistics:
             raise UserError(f"policy {name!r} keeps no statistics, so there is nothing to record for it")
-        policies[policy.name] = policy
+        policies[policy.statistics] = policy
     return policies
 
 
