@@ -2,7 +2,8 @@
 
 Paper: arXiv 2306.14048 (NeurIPS 2023), section 4 and algorithm 1.
 Differs from the paper in: sums are means over the query heads of each KV head (the paper has one KV head per query
-head); the recent part is a setting of the protection (the paper gives it half the budget).
+head); the recent part is a setting of the protection (the paper gives it half the budget). `reduce="mean"`, which is
+not the paper's, divides by the number of queries that could see the token, so that age is no advantage.
 """
 
 from __future__ import annotations
@@ -13,14 +14,21 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
+from kv_gym.errors import UserError
 from kv_gym.policies.base import StatefulPolicy
 
 
 @dataclass(frozen=True)
 class H2O(StatefulPolicy):
-    """Accumulated attention; state `mass` is float32 `[batch, kv_heads, tokens]`."""
+    """Accumulated attention; state `mass` is float32 `[batch, kv_heads, tokens]`; `reduce` is sum or mean."""
 
     recent = 32
+    comparable = True
+    reduce: str = "sum"
+
+    def __post_init__(self) -> None:
+        if self.reduce not in ("sum", "mean"):
+            raise UserError(f"{self.name} got reduce={self.reduce!r}; expected sum or mean")
 
     def initial_state(self, view: CacheView) -> dict[str, Tensor]:
         return {"mass": view.keys.new_zeros(view.keys.shape[:3]).float()}
@@ -29,4 +37,6 @@ class H2O(StatefulPolicy):
         return {"mass": state["mass"] + group_mean(attention.sum(2), view.keys.shape[1])}
 
     def score(self, view: CacheView) -> Tensor:
-        return view.state["mass"]
+        if self.reduce == "sum":
+            return view.state["mass"]
+        return view.state["mass"] / (view.age + 1)  # all queries from the token's own on are observed

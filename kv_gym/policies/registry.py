@@ -11,7 +11,8 @@ from typing import Any
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy, load_settings
 
-_MACHINERY = {"base", "observing", "over", "registry"}  # every other file of this package is a policy of its own name
+# every other file of this package is a policy of its own name
+_MACHINERY = {"base", "hits", "observing", "over", "registry", "tokens"}
 
 
 def list_policies() -> list[str]:

@@ -1,0 +1,63 @@
+"""When a query uses a slot: attention as the requests of a classic cache.
+
+All functions take the attention of m new queries as :meth:`~kv_gym.policies.StatefulPolicy.observe` gets it. A KV
+head uses a slot when one of its query heads does.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from kv_gym.cache_view import CacheView
+
+
+def query_positions(view: CacheView, m: int) -> Tensor:
+    """Positions of the last `m` queries, `[batch, m]` int64; below zero where a row has fewer."""
+    return view.seen[:, None] - m + torch.arange(m, device=view.seen.device)
+
+
+def above(attention: Tensor, view: CacheView, threshold: float) -> Tensor:
+    """Where attention reaches `threshold`, `[batch, kv_heads, m, tokens]` bool."""
+    return _group_max(attention, view) >= threshold
+
+
+def above_even_share(attention: Tensor, view: CacheView, share: float = 1.0) -> Tensor:
+    """Where attention reaches `share` times what an even split over the visible slots gives.
+
+    Args:
+        attention: `[batch, query_heads, m, tokens]` float32.
+        view: the slots.
+        share: 1 asks for at least the mean over the slots that the query sees.
+
+    Returns:
+        `[batch, kv_heads, m, tokens]` bool.
+    """
+    when = query_positions(view, attention.shape[2])[:, None, :, None]
+    visible = view.valid[:, :, None] & (view.positions[:, :, None] <= when)
+    paid = _group_max(attention, view)
+    # a little below the even share: whoever pays everybody the same uses everybody, however the softmax rounds
+    return (paid * visible.sum(-1, keepdim=True) >= share * (1 - 1e-4)) & (paid > 0)
+
+
+def among_top(attention: Tensor, view: CacheView, top: int) -> Tensor:
+    """Where attention is among the `top` largest of its query, equals included: `[batch, kv_heads, m, tokens]` bool."""
+    paid = _group_max(attention, view)
+    least = paid.topk(min(top, paid.shape[-1]), dim=-1).values[..., -1:]
+    return (paid >= least) & (paid > 0)
+
+
+def last_hit(hits: Tensor, view: CacheView, before: Tensor) -> Tensor:
+    """Position of the last query that hit each slot, `[batch, kv_heads, tokens]` int64.
+
+    Args:
+        hits: `[batch, kv_heads, m, tokens]` bool, of the last m queries.
+        view: the slots.
+        before: `[batch, kv_heads, tokens]` int64, what it was before these queries.
+    """
+    when = query_positions(view, hits.shape[2])[:, None, :, None]
+    return torch.maximum(before, torch.where(hits, when, -1).amax(2))
+
+
+def _group_max(attention: Tensor, view: CacheView) -> Tensor:
+    return attention.unflatten(1, (view.keys.shape[1], -1)).amax(2)

@@ -1,0 +1,68 @@
+"""LazyEviction: keep tokens that come back after long gaps until they are overdue by their own longest gap.
+
+Paper: arXiv 2506.15969 (ACL 2026), the scores H1 + H2 of its code. With D the tokens since the last hit and M the
+longest gap between two hits, H1 = 2 sigmoid(-(1 + D / M)) and H2 = 2 sigmoid(1 - M), or 0 where M is 0.
+Differs from the paper in: the prompt's queries are watched too (the code starts its clock after the prompt); a KV head
+is hit when any of its query heads is (the code repeats the keys); when eviction happens is the caller's trigger
+(the paper evicts every `window` steps: ``every:52``); threshold and window are those of Llama on MATH.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+from kv_gym.policies.base import StatefulPolicy
+from kv_gym.policies.hits import above, query_positions
+
+
+@dataclass(frozen=True)
+class LazyEviction(StatefulPolicy):
+    """How likely a token is to come back; state `last` and `gap` are int64 `[batch, kv_heads, tokens]`.
+
+    Settings:
+        threshold: attention that counts as a hit.
+        window: newest tokens that are kept.
+        offset: the 1 in H1; 0 gives 2 sigmoid(-D / M), as others have written it.
+        gap_weight: factor on H2; 0 leaves it out.
+    """
+
+    threshold: float = 5e-4
+    window: int = 52
+    offset: float = 1.0
+    gap_weight: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.window < 0 or self.threshold <= 0:
+            raise UserError(
+                f"lazy_eviction got window={self.window}, threshold={self.threshold}; "
+                "expected a window from 0 and a threshold above 0"
+            )
+
+    @property
+    def protection(self) -> tuple[int, int]:
+        return 0, self.window
+
+    def initial_state(self, view: CacheView) -> dict[str, Tensor]:
+        return {"last": view.positions.clone(), "gap": torch.zeros_like(view.positions)}
+
+    def observe(self, view: CacheView, attention: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        hits = above(attention, view, self.threshold)
+        when = query_positions(view, attention.shape[2])[:, None, :, None]
+        last = torch.where(hits, when, -1)
+        last = (
+            torch.cat((state["last"][:, :, None], last), 2).cummax(2).values
+        )  # after each query, from before the first
+        gaps = torch.where(hits, when - last[:, :, :-1], 0).amax(2)
+        return {"last": last[:, :, -1], "gap": torch.maximum(state["gap"], gaps)}
+
+    def score(self, view: CacheView) -> Tensor:
+        since = (view.seen[:, None, None] - 1 - view.state["last"]).float()
+        gap = view.state["gap"].float()
+        overdue = 2 * torch.sigmoid(-(self.offset + since / (gap + 1e-5)))
+        return overdue + self.gap_weight * (2 * torch.sigmoid(1 - gap) * (gap > 0))

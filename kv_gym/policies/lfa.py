@@ -1,0 +1,40 @@
+"""LFA: evict the token that the smallest share of queries attended to, where the top 32 of a query count.
+
+Paper: Attendre, arXiv 2401.04881 (its eviction policy LFA).
+Differs from the paper in: the update rule is ours, as the paper's was not at hand: hits are divided by the number of
+queries that could see the token, so a newcomer needs no starting value; there is no query memory; a token is hit
+when any query head of its KV head pays it one of the head's 32 largest weights, ties included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+from kv_gym.policies.base import StatefulPolicy
+from kv_gym.policies.hits import among_top
+
+
+@dataclass(frozen=True)
+class LFA(StatefulPolicy):
+    """Share of queries that had the token among their `top`; state `hits` is int64 `[batch, kv_heads, tokens]`."""
+
+    comparable = True
+    top: int = 32
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UserError(f"lfa got top={self.top}; expected a number from 1")
+
+    def initial_state(self, view: CacheView) -> dict[str, Tensor]:
+        return {"hits": view.positions.new_zeros(view.positions.shape)}
+
+    def observe(self, view: CacheView, attention: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"hits": state["hits"] + among_top(attention, view, self.top).sum(2)}
+
+    def score(self, view: CacheView) -> Tensor:
+        return view.state["hits"] / (view.age + 1)

@@ -1,0 +1,44 @@
+"""LFU: evict the token that was used least often, where a use is attention of at least an even share.
+
+Classic caching, without ageing; of tokens used equally often the least recently used goes first. A query uses a token
+when it pays it at least what an even split over all that it sees would.
+Differs from the classic in: a token that was evicted never comes back, and a query may use many tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+from kv_gym.policies.base import StatefulPolicy
+from kv_gym.policies.hits import above_even_share, last_hit
+
+
+@dataclass(frozen=True)
+class LFU(StatefulPolicy):
+    """Number of uses, and within a number the last use; state `uses` and `last` are int64 `[batch, kv_heads, tokens]`.
+
+    `share` is the least use, in even shares of a query's attention.
+    """
+
+    comparable = True
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.share <= 0:
+            raise UserError(f"lfu got share={self.share}; expected a number above 0")
+
+    def initial_state(self, view: CacheView) -> dict[str, Tensor]:
+        return {"uses": view.positions.new_zeros(view.positions.shape), "last": view.positions.clone()}
+
+    def observe(self, view: CacheView, attention: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        hits = above_even_share(attention, view, self.share)
+        return {"uses": state["uses"] + hits.sum(2), "last": last_hit(hits, view, state["last"])}
+
+    def score(self, view: CacheView) -> Tensor:
+        # in double: the fraction that breaks ties needs the digits that large counts would take
+        return view.state["uses"].double() + (view.state["last"] + 1) / (view.seen[:, None, None] + 1).double()

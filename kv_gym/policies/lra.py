@@ -1,0 +1,43 @@
+"""LRA: evict the token that was attended to least recently, where the top 32 of a query count as attended to.
+
+Paper: Attendre, arXiv 2401.04881 (its eviction policy LRA).
+Differs from the paper in: the update rule is ours, as the paper's was not at hand; there is no query memory (a query
+attends when it comes); one token is hit when any query head of its KV head pays it one of the head's 32 largest
+weights, ties included.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+from kv_gym.policies.base import StatefulPolicy
+from kv_gym.policies.hits import among_top, last_hit
+
+
+@dataclass(frozen=True)
+class LRA(StatefulPolicy):
+    """Position of the last query that had the token among its `top`; state `last` is int64 `[batch, kv_heads, tokens]`.
+
+    A new token starts at its own position.
+    """
+
+    comparable = True
+    top: int = 32
+
+    def __post_init__(self) -> None:
+        if self.top < 1:
+            raise UserError(f"lra got top={self.top}; expected a number from 1")
+
+    def initial_state(self, view: CacheView) -> dict[str, Tensor]:
+        return {"last": view.positions.clone()}
+
+    def observe(self, view: CacheView, attention: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {"last": last_hit(among_top(attention, view, self.top), view, state["last"])}
+
+    def score(self, view: CacheView) -> Tensor:
+        return view.state["last"].float()

@@ -1,0 +1,47 @@
+"""MPCache: keep the tokens that at least one of the last fifth of the prompt's queries looks at, the same in all heads.
+
+Paper: arXiv 2501.06807 (NeurIPS 2025), its static pass after the prompt.
+Differs from the paper in: the budget decides how many stay, by the largest attention that a token got from a query (the
+paper keeps what passes a threshold of each data set); at most `window` queries are asked; attention is the
+model's own (the code neither scales the products nor masks later keys); selecting clusters at each step, which
+deletes nothing, is not part of the score; where heads hold different tokens, a token's absence from a head
+counts as no attention.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kv_gym.cache_view import CacheView, group_mean
+from kv_gym.errors import UserError
+from kv_gym.policies.base import Policy
+from kv_gym.policies.hits import query_positions
+from kv_gym.policies.tokens import mean_over_heads
+
+
+@dataclass(frozen=True)
+class MPCache(Policy):
+    """Largest attention, averaged over heads, that the last `share` of all queries pay, at most `window` of them."""
+
+    comparable = True
+    share: float = 0.2
+    window: int = 32
+
+    def __post_init__(self) -> None:
+        if not 0 < self.share <= 1 or self.window < 1:
+            raise UserError(
+                f"mpcache got share={self.share}, window={self.window}; expected a share in (0, 1] and a window from 1"
+            )
+
+    @property
+    def needs_queries(self) -> int:
+        return self.window
+
+    def score(self, view: CacheView) -> Tensor:
+        attention = view.attention(self.window)
+        paid = mean_over_heads(group_mean(attention, view.keys.shape[1]), view)
+        first = view.seen - (view.seen * self.share).ceil().long().clamp(min=1)
+        asked = query_positions(view, attention.shape[2]) >= first[:, None]
+        return (paid * asked[:, None, :, None]).amax(2)

@@ -1,0 +1,99 @@
+"""R-KV: attention of the last queries, less how much a key repeats other keys.
+
+Paper: arXiv 2505.24133, with the settings of its command line: 0.1 of importance less 0.9 of redundancy. Importance:
+products maximal over the query heads, softmax over keys older than the window, mean over 8 queries, maximum over 7
+neighbours. Redundancy: softmax of the mean cosine to all keys; of the keys that are like a key, the newest is not
+charged for it.
+Differs from the paper in: a key that is like no other excuses nobody (the code excuses its first key); the window
+shrinks with small budgets, as every protection here does, so its tokens have an importance too, from a softmax of
+their own; rows of similarities are computed in chunks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+from kv_gym.policies.base import Policy
+from kv_gym.policies.hits import query_positions
+from kv_gym.policies.tokens import smooth
+
+_CHUNK = 128  # keys compared with all others at a time
+
+
+@dataclass(frozen=True)
+class RKV(Policy):
+    """`importance` of the attention score and the rest of the redundancy; quadratic in tokens, linear in memory.
+
+    Settings:
+        window: last queries, whose tokens are kept.
+        kernel: neighbours over which importance is maximal; odd.
+        importance: weight of importance (lambda in the paper).
+        threshold: cosine above which two keys are alike.
+    """
+
+    window: int = 8
+    kernel: int = 7
+    importance: float = 0.1
+    threshold: float = 0.5
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
+            raise UserError(f"r_kv got window={self.window}, kernel={self.kernel}; expected both above 0, kernel odd")
+        if not 0 <= self.importance <= 1 or not 0 <= self.threshold < 1:
+            raise UserError(
+                f"r_kv got importance={self.importance}, threshold={self.threshold}; "
+                "expected importance from 0 to 1 and a threshold from 0 to below 1"
+            )
+
+    @property
+    def needs_queries(self) -> int:
+        return self.window
+
+    @property
+    def protection(self) -> tuple[int, int]:
+        return 0, self.window
+
+    def score(self, view: CacheView) -> Tensor:
+        return self.importance * self._attended(view) - (1 - self.importance) * self._redundancy(view)
+
+    def _attended(self, view: CacheView) -> Tensor:
+        if view.queries is None:
+            raise ValueError("this view holds no queries: r_kv needs its `needs_queries`")
+        queries = view.queries[:, :, -self.window :].float()
+        window, d = queries.shape[2:]
+        products = queries.unflatten(1, (view.keys.shape[1], -1)) @ view.keys.float().transpose(-1, -2)[:, :, None]
+        logits = products.amax(2) * (d**-0.5 if view.scaling is None else view.scaling)  # [B, H, window, n]
+        when = query_positions(view, window)[:, None, :, None]
+        visible = view.valid[:, :, None] & (view.positions[:, :, None] <= when)
+        recent = (view.age < window)[:, :, None]
+        newer, older = (
+            logits.masked_fill(~(visible & side), float("-inf")).softmax(-1).nan_to_num(0.0)
+            for side in (recent, ~recent)
+        )
+        paid = torch.where(recent, newer, older).sum(2) / view.seen.clamp(max=window)[:, None, None]
+        return smooth(paid, view, window, self.kernel, "max")
+
+    def _redundancy(self, view: CacheView) -> Tensor:
+        order = view.positions.argsort(-1)  # so that the newest of several is the last of them
+        valid = view.valid.gather(-1, order)
+        keys = view.keys.float().gather(2, order[..., None].expand_as(view.keys))
+        unit = F.normalize(keys, dim=-1) * valid[..., None]
+        places = torch.arange(unit.shape[2], device=unit.device, dtype=torch.int32)
+        total = torch.zeros_like(unit[..., 0])
+        for start in range(0, unit.shape[2], _CHUNK):
+            rows = unit[:, :, start : start + _CHUNK]
+            cosines = rows @ unit.transpose(-1, -2)  # [B, H, chunk, n]
+            cosines.diagonal(start, -2, -1).zero_()
+            newest = torch.where(cosines > self.threshold, places, -1).amax(-1, keepdim=True).long()
+            excused = cosines.gather(-1, newest.clamp(min=0)) * (newest >= 0)
+            total += cosines.sum(2)
+            total.scatter_add_(-1, newest.clamp(min=0)[..., 0], -excused[..., 0])
+        mean = total / valid.sum(-1, keepdim=True).clamp(min=1)
+        charged = mean.masked_fill(~valid, float("-inf")).softmax(-1).nan_to_num(0.0)
+        return torch.empty_like(charged).scatter_(-1, order, charged)
