@@ -3,15 +3,18 @@
 #   make test                       the test suite
 #   make test-all                   the test suite and the slow tests
 #   make lint                       ruff and mypy
-#   make clean                      removes .venv, caches and build folders; runs/ stays
+#   make versions                   the live tests under transformers 5.2, 5.4 and the newest; in .versions/
+#   make kvpress                    the tests beside kvpress, in .venv-kvpress (1.4 GB): kvpress needs transformers 5.2
+#   make clean                      removes environments, caches and build folders; runs/ stays
 PYTHON ?= python3
 SEED ?=
 ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/ready
+BESIDE := .venv-kvpress/ready
 
-.PHONY: demo test test-all lint clean
+.PHONY: demo test test-all lint versions kvpress clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -29,8 +32,14 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+versions: $(READY)
+	@$(BIN)/python tests/versions.py
+
+kvpress: $(BESIDE)
+	OMP_NUM_THREADS=1 .venv-kvpress/bin/python -m pytest -c tests/kvpress/pytest.ini tests/kvpress
+
 clean:
-	rm -rf .venv build dist kv_gym.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-kvpress .versions build dist kv_gym.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find kv_gym tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up starts over and a changed dependency installs again.
@@ -41,4 +50,10 @@ $(READY): setup.cfg setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@# compat: a plain path, so that a folder of the clone's name beside the user's script does not hide the package
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[dev]'
+	@touch $@
+
+$(BESIDE): tests/kvpress/constraints.txt setup.cfg $(READY)
+	@.venv-kvpress/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv --clear .venv-kvpress
+	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check -c tests/kvpress/constraints.txt torch
+	.venv-kvpress/bin/python -m pip install --quiet --disable-pip-version-check -c tests/kvpress/constraints.txt --config-settings editable_mode=compat kvpress pytest pytest-timeout -e .
 	@touch $@

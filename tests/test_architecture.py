@@ -17,7 +17,7 @@ LAYERS = (
     {"attention", "bundled", "cache_view", "fingerprint"},
     {"budgets", "policies", "traces"},
     {"envs", "live", "reference"},
-    {"evaluation", "training"},
+    {"evaluation", "interop", "training"},
     {"testing"},
     {"cli", "demo"},
 )
