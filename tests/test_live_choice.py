@@ -15,15 +15,18 @@ from kv_gym.policies import Policy, StatefulPolicy
 
 def plain_view(reference, layer, policy, budget):
     """The view of a layer with nothing evicted, from what the reference recorded."""
-    state = {"mass": reference.received[layer].float()} if policy.name == "h2o" else {}
     wanted = policy.needs_queries
     view = CacheView.of(
         reference.keys[layer],
         reference.values[layer],
         layer=layer,
         queries=reference.queries[layer][:, :, -wanted:] if wanted else None,
-        state=state,
     )
+    if policy.statistics == "h2o":
+        view = replace(view, state={"mass": reference.received[layer].float()})
+    elif isinstance(policy, StatefulPolicy):
+        everything = replace(view, queries=reference.queries[layer])
+        view = replace(view, state=policy.observe(view, everything.attention(), policy.initial_state(view)))
     return replace(view, budget=uniform(budget, view.seen, view.keys.shape[1]))
 
 

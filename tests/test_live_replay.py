@@ -38,7 +38,9 @@ def both(tmp_path_factory):
     model = tiny("qwen3").float()
     model.save_pretrained(folder / "model")
     ids = tokens(1, 150)[0].tolist()
-    record(model, [Prompt("a", ids, [tokens(1, 8, seed=1)[0].tolist()])], folder / "traces", progress=False)
+    prompt = Prompt("a", ids, [tokens(1, 8, seed=1)[0].tolist()])
+    stats = {make_policy(name).statistics for name in LIVE} - {""}
+    record(model, [prompt], folder / "traces", stats=stats, progress=False)
     asked = json.dumps([str(folder / "model"), ids, LIVE, BUDGETS])
     done = subprocess.run([sys.executable, "-c", DECODE, asked], capture_output=True, text=True, check=True)
     return open_traces(folder / "traces")[0], json.loads(done.stdout.splitlines()[-1])
@@ -51,6 +53,6 @@ def test_live_equals_replay(both, name, budget):
     policy = make_policy(name)
     sinks, recent = protection_for(policy, None, None)
     for layer in range(3):
-        kept = select(policy, sequence.view(layer, budget, policy=name), sinks, recent)[0]
+        kept = select(policy, sequence.view(layer, budget, policy=policy.statistics), sinks, recent)[0]
         replayed = [torch.nonzero(head)[:, 0].tolist() for head in kept]
         assert live[f"{name} {budget}"][layer] == replayed
