@@ -1,4 +1,4 @@
-"""Policies by name: a name of this package, a class path ``package.module:Class``, or an exported folder."""
+"""Policies by name: one of this package, a class path ``package.module:Class``, an exported folder, or a hub id."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from typing import Any
 
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy, load_settings
+from kv_gym.policies.hub import is_hub_id
 
 # every other file of this package is a policy of its own name
-_MACHINERY = {"base", "hits", "observing", "over", "registry", "tokens"}
+_MACHINERY = {"base", "hits", "hub", "observing", "over", "registry", "tokens"}
 
 
 def list_policies() -> list[str]:
@@ -25,11 +26,13 @@ def make_policy(policy: str | Path | Policy, **settings: Any) -> Policy:
 
     Args:
         policy: a name from :func:`list_policies`, a class path ``package.module:Class``, a folder with an
-            exported policy, or a policy object, which is returned as it is.
+            exported policy, the id ``owner/name`` of one on the Hugging Face Hub, or a policy object, which is
+            returned as it is. They are tried in this order.
         **settings: of the policy; unknown ones are refused.
 
     Raises:
-        UserError: unknown name (the nearest known one is suggested), unknown setting, or unreadable folder.
+        UserError: unknown name (the nearest known one is suggested), unknown setting, unreadable folder, or an id of
+            which nothing could be had.
     """
     if isinstance(policy, Policy):
         return policy
@@ -38,7 +41,7 @@ def make_policy(policy: str | Path | Policy, **settings: Any) -> Policy:
         return load_settings(_class_in(f"kv_gym.policies.{name}"), settings)
     if ":" in name and not Path(name).exists():
         return load_settings(_from_class_path(name), settings)
-    if (Path(name) / "policy.json").is_file():
+    if (Path(name) / "policy.json").is_file() or is_hub_id(name):
         from kv_gym.policies.scorer import Scorer
 
         if settings:

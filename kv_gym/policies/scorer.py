@@ -21,6 +21,7 @@ from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.fingerprint import Fingerprint
 from kv_gym.policies.base import Policy
+from kv_gym.policies.hub import download, is_hub_id, push, refuse_large
 
 FORMAT = 1
 POSITION_FEATURES = 2
@@ -50,9 +51,12 @@ class GroupedScorer(nn.Module):
         self.mean.copy_(inputs.mean(1, keepdim=True))
         self.scale.copy_(1 / inputs.std(1, keepdim=True).clamp(min=1e-3))
 
-    def forward(self, inputs: Tensor, heads: slice = slice(None)) -> Tensor:
-        """Scores `[heads, m]` of inputs `[heads, m, 2 d + 2]`; `heads` picks a run of the networks."""
-        x = (inputs - self.mean[heads]) * self.scale[heads]
+    def forward(self, inputs: Tensor, heads: slice | Tensor = slice(None)) -> Tensor:
+        """Scores `[heads, m]` of inputs `[heads, m, 2 d + 2]`; `heads` picks a run of the networks, or one per row."""
+        return self.scores((inputs - self.mean[heads]) * self.scale[heads], heads)
+
+    def scores(self, x: Tensor, heads: slice | Tensor = slice(None)) -> Tensor:
+        """The same of inputs that were standardised before: training does that once, not at every step."""
         *inner, last = zip(self.weights, self.biases, strict=True)
         for weight, bias in inner:
             x = torch.baddbmm(bias[heads], x, weight[heads]).relu()
@@ -146,6 +150,14 @@ class Scorer(Policy):
                 write(part)
         return folder
 
+    def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
+        """Write the policy into the repository `repo_id` (``owner/name``) of the Hugging Face Hub: its address.
+
+        Raises:
+            UserError: an id of another form, no permission, or no network.
+        """
+        return push(self, repo_id, private)
+
     def _description(self) -> dict:
         return {
             "format": FORMAT,
@@ -159,13 +171,18 @@ class Scorer(Policy):
         }
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Scorer:
+    def from_pretrained(cls, folder: str | Path, revision: str | None = None) -> Scorer:
         """Read an exported policy; nothing in the folder is ever run.
 
+        Args:
+            folder: a folder, or the id ``owner/name`` of a policy on the Hugging Face Hub.
+            revision: with an id: a branch, tag or commit.
+
         Raises:
-            UserError: missing, damaged or newer files, or weights of other sizes than described.
+            UserError: missing, damaged, oversized or newer files, or weights of other sizes than described.
         """
-        folder = Path(folder)
+        folder = download(str(folder), revision) if is_hub_id(str(folder)) else Path(folder)
+        refuse_large(folder)
         try:
             about = json.loads((folder / "policy.json").read_text())
             newer = about["format"] > FORMAT
