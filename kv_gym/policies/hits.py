@@ -41,10 +41,14 @@ def above_even_share(attention: Tensor, view: CacheView, share: float = 1.0) -> 
 
 
 def among_top(attention: Tensor, view: CacheView, top: int) -> Tensor:
-    """Where attention is among the `top` largest of its query, equals included: `[batch, kv_heads, m, tokens]` bool."""
-    paid = _group_max(attention, view)
-    least = paid.topk(min(top, paid.shape[-1]), dim=-1).values[..., -1:]
-    return (paid >= least) & (paid > 0)
+    """Where attention is among the `top` largest of its query and query head, equals included.
+
+    Returns:
+        `[batch, kv_heads, m, tokens]` bool.
+    """
+    least = attention.topk(min(top, attention.shape[-1]), dim=-1).values[..., -1:]
+    hits = (attention >= least) & (attention > 0)
+    return hits.unflatten(1, (view.keys.shape[1], -1)).any(2)
 
 
 def last_hit(hits: Tensor, view: CacheView, before: Tensor) -> Tensor:

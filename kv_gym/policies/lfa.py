@@ -1,9 +1,10 @@
 """LFA: evict the token that the smallest share of queries attended to, where the top 32 of a query count.
 
 Paper: Attendre, arXiv 2401.04881 (its eviction policy LFA).
-Differs from the paper in: the update rule is ours, as the paper's was not at hand: hits are divided by the number of
-queries that could see the token, so a newcomer needs no starting value; there is no query memory; a token is hit
-when any query head of its KV head pays it one of the head's 32 largest weights, ties included.
+Differs from the paper in: the update rule is what the name says, the paper's own may differ: hits are divided by the
+number of queries that could see the token, so a newcomer needs no starting value; there is no query memory (a
+query attends when it comes); a token is hit when any query head of its KV head has it among its 32 largest
+weights, equals included.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
 """LRA: evict the token that was attended to least recently, where the top 32 of a query count as attended to.
 
 Paper: Attendre, arXiv 2401.04881 (its eviction policy LRA).
-Differs from the paper in: the update rule is ours, as the paper's was not at hand; there is no query memory (a query
-attends when it comes); one token is hit when any query head of its KV head pays it one of the head's 32 largest
-weights, ties included.
+Differs from the paper in: the update rule is what the name says, the paper's own may differ; there is no query memory
+(a query attends when it comes); a token is hit when any query head of its KV head has it among its 32 largest
+weights, equals included.
 """
 
 from __future__ import annotations
