@@ -113,7 +113,7 @@ def test_settings_come_from_the_zoo_and_unknown_ones_are_refused(traces, tmp_pat
         train("joint", traces, tmp_path / "out", stesp=5)
     with pytest.raises(UserError, match="setting steps is 'many'"):
         Settings.load("joint", steps="many")
-    with pytest.raises(UserError, match="known: expected, joint"):
+    with pytest.raises(UserError, match="known: distill, expected"):
         train("ppo2", traces, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -140,13 +140,13 @@ def test_a_damaged_checkpoint_and_a_rate_that_explodes(traces, tmp_path):
 def test_one_long_document_is_enough_and_its_last_contexts_choose_the_checkpoint(traces):
     from dataclasses import replace
 
-    from kv_gym.training.fit import _held_out
+    from kv_gym.training.contexts import held_out
 
     one = [replace(sequence, text_hash="one book") for sequence in open_traces(traces).select(split="train").load()]
-    training, validation = _held_out(one, 0.1)
+    training, validation = held_out(one, 0.1)
     assert [s.id for s in validation] == [s.id for s in one[-2:]] and len(training) == 14
     several = open_traces(traces).select(split="train").load()
-    training, validation = _held_out(several, 0.25)
+    training, validation = held_out(several, 0.25)
     assert not {s.text_hash for s in training} & {s.text_hash for s in validation} and len(validation) == 4
     with pytest.raises(UserError, match="at least 4 contexts"):
-        _held_out(one[:3], 0.1)
+        held_out(one[:3], 0.1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kv_gym.training.learner import LossLearner, Told
 from kv_gym.training.plackett_luce import expected_rank_cost
 
 
@@ -22,3 +23,11 @@ def expected_loss(scores: Tensor, utility: Tensor, compared: int = 128) -> Tenso
     n = scores.shape[-1]
     against = torch.randperm(n)[:compared] if n > compared else None
     return expected_rank_cost(scores, utility, against).mean()
+
+
+class Expected(LossLearner):
+    """Descends :func:`expected_loss`."""
+
+    def loss(self, scores: Tensor, worth: Tensor) -> tuple[Tensor, Told]:
+        """Every head's rank cost."""
+        return expected_loss(scores, worth), {}

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from kv_gym.training.learner import LossLearner, Told
+
 
 def joint_loss(scores: Tensor, utility: Tensor) -> Tensor:
     """Cross-entropy of one softmax per context.
@@ -20,3 +22,13 @@ def joint_loss(scores: Tensor, utility: Tensor) -> Tensor:
     flat, worth = scores.flatten(1), utility.flatten(1)
     target = worth / worth.sum(1, keepdim=True).clamp(min=1e-12)
     return -(target * flat.log_softmax(1)).sum(1).mean()
+
+
+class Joint(LossLearner):
+    """Descends :func:`joint_loss`."""
+
+    calibrated = True
+
+    def loss(self, scores: Tensor, worth: Tensor) -> tuple[Tensor, Told]:
+        """One softmax over all heads of each context."""
+        return joint_loss(scores, worth), {}

@@ -1,8 +1,67 @@
-"""Exact expectations under the Plackett-Luce ranking model: no sampling, no baseline, no variance."""
+"""The Plackett-Luce ranking model: slots are drawn one after another, each with odds e^f among those that are left.
+
+Exact expectations where there are any, else samples and what every stage of a sample says of the distribution.
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
+import torch
 from torch import Tensor
+
+ABSENT = -1e4  # the score of a slot that is not there: exp of it is zero, its gradient too
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The stages of rankings `[..., n]` under scores f; stage t draws the slot of rank t from those that are left.
+
+    Attributes:
+        ranked: f in the order of the ranking.
+        left: log of the sum of e^f over the slots that are left at each stage.
+        length: m, how many of the first draws are looked at.
+    """
+
+    ranked: Tensor
+    left: Tensor
+    length: int
+
+    @classmethod
+    def of(cls, scores: Tensor, order: Tensor, length: int | None = None) -> Stages:
+        """Stages of `order`, slot indices `[..., n]`, under scores `[..., n]`; None keeps all n of them.
+
+        Only the first `length` draws are looked at, and behind them the order does not matter.
+        """
+        ranked = scores.gather(-1, order)
+        return cls(ranked, ranked.flip(-1).logcumsumexp(-1).flip(-1), length or order.shape[-1])
+
+    @property
+    def log_prob(self) -> Tensor:
+        """`[..., m]`, log-probability of each draw; their sum is that of the prefix."""
+        return (self.ranked - self.left)[..., : self.length]
+
+    @property
+    def entropy(self) -> Tensor:
+        """`[..., m]`, exact entropy of each draw, in nats."""
+        return self.left[..., : self.length] - self._mean_of_left(self.ranked)
+
+    def divergence(self, other: Stages) -> Tensor:
+        """Exact Kullback-Leibler divergence `[..., m]` of each draw from that under `other`, for the same order."""
+        gap = self._mean_of_left(self.ranked - other.ranked)
+        return gap - (self.left - other.left)[..., : self.length]
+
+    def _mean_of_left(self, values: Tensor) -> Tensor:
+        """Expectation of `values` (ranked) over the next draw, at every stage."""
+        weight = (self.ranked - self.ranked.amax(-1, keepdim=True).detach()).clamp(min=-60).exp()
+        total = weight.flip(-1).cumsum(-1).flip(-1)
+        return ((weight * values).flip(-1).cumsum(-1).flip(-1) / total)[..., : self.length]
+
+
+def sample_rankings(scores: Tensor, count: int) -> Tensor:
+    """`count` independent rankings, slot indices `[count, ..., n]`, best first, by sorting f plus Gumbel noise."""
+    noise = -torch.empty(count, *scores.shape, dtype=scores.dtype, device=scores.device).exponential_().log()
+    return (scores + noise).argsort(-1, descending=True)
 
 
 def expected_rank_cost(scores: Tensor, worth: Tensor, against: Tensor | None = None) -> Tensor:

@@ -12,10 +12,10 @@ from kv_gym.errors import UserError
 
 @dataclass(frozen=True)
 class Settings:
-    """Settings of the supervised agents.
+    """Settings that all agents have; an algorithm with more of them has a class of its own.
 
     Attributes:
-        steps: optimiser steps.
+        steps: training steps: of the optimiser, or of sampling and the optimiser steps that follow.
         contexts: contexts per step.
         slots: slots drawn from each head of a context per step (all of a shorter context).
         hidden: width of the two hidden layers.
@@ -80,7 +80,9 @@ def _typed(name: str, value: Any, default: Any, source: str | Path) -> Any:
             return tuple(value)
     elif isinstance(default, float) and isinstance(value, int | float) and not isinstance(value, bool) and value >= 0:
         return float(value)
-    elif isinstance(default, int) and isinstance(value, int) and not isinstance(value, bool) and value > 0:
+    elif (isinstance(default, int) and isinstance(value, int) and not isinstance(value, bool) and value > 0) or (
+        isinstance(default, str) and isinstance(value, str)
+    ):
         return value
-    kind = {int: "an integer from 1", float: "a number from 0", tuple: "two integers from 0"}[type(default)]
-    raise UserError(f"{source}: setting {name} is {value!r}; expected {kind}")
+    kind = {int: "an integer from 1", float: "a number from 0", tuple: "two integers from 0", str: "a word"}
+    raise UserError(f"{source}: setting {name} is {value!r}; expected {kind[type(default)]}")
