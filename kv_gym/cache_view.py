@@ -17,14 +17,24 @@ class Future:
         attention: `[batch, kv_heads, tokens, blocks, 2]` float32, mean attention per query of each block of
             continuation queries; the last axis is the maximum and the mean over the KV head's query heads.
         weights: `[blocks]` float32, sums to 1: every continuation weighs the same, its queries too.
+        starts: `[blocks]` bool, where a continuation begins; None: at the first block alone.
     """
 
     attention: Tensor
     weights: Tensor
+    starts: Tensor | None = None
 
     def expected(self, reduction: str = "max") -> Tensor:
         """Expected utility `[batch, kv_heads, tokens]`: the mean over continuations of attention per query."""
         return self.attention[..., ("max", "mean").index(reduction)] @ self.weights
+
+    @property
+    def numbers(self) -> Tensor:
+        """`[blocks]` int64: the number of each block within its continuation, from 0."""
+        blocks = torch.arange(len(self.weights), device=self.weights.device)
+        if self.starts is None:
+            return blocks
+        return blocks - (blocks * self.starts).cummax(0).values
 
 
 @dataclass(frozen=True)

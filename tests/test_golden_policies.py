@@ -18,19 +18,50 @@ def normal(seed, *shape):
     return torch.from_numpy(np.random.RandomState(seed).standard_normal(shape).astype(np.float32))
 
 
+# Settings of policies whose defaults are for longer contexts, or for attention that is no uniform noise.
+SETTINGS = {"lagkv": {"lag": 3}, "next_use": {"threshold": 0.8}}
+
 # Kept positions of a seeded view of 48 tokens and two heads, at budgets of 6 and 12, with the policy's own protection.
 GOLDEN = {
     "cake": {
         6: [[4, 5, 6, 45, 46, 47], [12, 13, 14, 45, 46, 47]],
         12: [[3, 4, 5, 6, 7, 20, 42, 43, 44, 45, 46, 47], [5, 10, 11, 12, 13, 14, 42, 43, 44, 45, 46, 47]],
     },
+    "caote": {
+        6: [[4, 19, 20, 45, 46, 47], [2, 5, 8, 45, 46, 47]],
+        12: [[3, 4, 5, 12, 19, 20, 42, 43, 44, 45, 46, 47], [2, 3, 4, 5, 7, 8, 42, 43, 44, 45, 46, 47]],
+    },
+    "critical_kv": {
+        6: [[5, 19, 20, 45, 46, 47], [3, 5, 8, 45, 46, 47]],
+        12: [[0, 3, 5, 18, 19, 20, 42, 43, 44, 45, 46, 47], [3, 5, 7, 8, 19, 24, 42, 43, 44, 45, 46, 47]],
+    },
     "d2o": {
         6: [[0, 1, 2, 4, 5, 6], [0, 1, 2, 3, 4, 6]],
         12: [[0, 1, 2, 3, 4, 5, 6, 7, 14, 20, 46, 47], [0, 1, 2, 3, 4, 5, 6, 7, 12, 14, 46, 47]],
     },
+    "dropkv": {
+        6: [[36, 37, 38, 45, 46, 47], [7, 8, 9, 45, 46, 47]],
+        12: [[36, 37, 38, 39, 40, 41, 42, 43, 44, 45, 46, 47], [7, 8, 9, 10, 11, 12, 42, 43, 44, 45, 46, 47]],
+    },
+    "expected_attention": {
+        6: [[0, 1, 2, 20, 39, 41], [0, 1, 2, 12, 24, 30]],
+        12: [[0, 1, 2, 3, 5, 16, 19, 20, 28, 30, 39, 41], [0, 1, 2, 3, 12, 17, 24, 30, 34, 36, 44, 45]],
+    },
+    "fast_caote": {
+        6: [[4, 19, 20, 45, 46, 47], [2, 5, 8, 45, 46, 47]],
+        12: [[3, 4, 5, 12, 19, 20, 42, 43, 44, 45, 46, 47], [2, 3, 4, 5, 7, 8, 42, 43, 44, 45, 46, 47]],
+    },
     "golden": {
         6: [[0, 16, 28, 34, 36, 43], [4, 8, 16, 23, 30, 45]],
         12: [[0, 3, 5, 16, 20, 28, 31, 34, 35, 36, 43, 45], [4, 5, 8, 12, 16, 19, 23, 27, 30, 34, 45, 47]],
+    },
+    "graph_kv": {
+        6: [[4, 5, 6, 45, 46, 47], [5, 11, 13, 45, 46, 47]],
+        12: [[3, 4, 5, 6, 7, 19, 42, 43, 44, 45, 46, 47], [2, 4, 5, 6, 10, 11, 42, 43, 44, 45, 46, 47]],
+    },
+    "greedy_error": {
+        6: [[2, 16, 27, 28, 35, 46], [5, 19, 30, 42, 44, 45]],
+        12: [[2, 3, 16, 20, 27, 28, 31, 35, 41, 45, 46, 47], [5, 12, 17, 19, 26, 30, 34, 41, 42, 44, 45, 46]],
     },
     "h2o": {
         6: [[0, 1, 5, 45, 46, 47], [0, 1, 3, 45, 46, 47]],
@@ -43,6 +74,10 @@ GOLDEN = {
     "knorm": {
         6: [[1, 7, 11, 12, 17, 47], [5, 8, 10, 19, 26, 42]],
         12: [[1, 2, 7, 10, 11, 12, 13, 17, 26, 27, 44, 47], [5, 8, 9, 10, 16, 18, 19, 25, 26, 31, 42, 47]],
+    },
+    "lagkv": {
+        6: [[0, 1, 2, 45, 46, 47], [0, 1, 2, 45, 46, 47]],
+        12: [[0, 1, 2, 3, 35, 39, 40, 43, 44, 45, 46, 47], [0, 1, 2, 3, 36, 37, 40, 43, 44, 45, 46, 47]],
     },
     "lazy_eviction": {
         6: [[42, 43, 44, 45, 46, 47], [42, 43, 44, 45, 46, 47]],
@@ -67,6 +102,10 @@ GOLDEN = {
     "mpcache": {
         6: [[5, 6, 12, 20, 29, 39], [5, 6, 12, 20, 29, 39]],
         12: [[4, 5, 6, 12, 14, 19, 20, 23, 29, 32, 33, 39], [4, 5, 6, 12, 14, 19, 20, 23, 29, 32, 33, 39]],
+    },
+    "next_use": {
+        6: [[21, 28, 37, 39, 41, 45], [22, 25, 29, 39, 43, 44]],
+        12: [[5, 7, 12, 15, 21, 28, 33, 37, 39, 40, 41, 45], [5, 9, 10, 15, 19, 20, 22, 25, 29, 39, 43, 44]],
     },
     "oracle": {
         6: [[0, 5, 7, 15, 28, 45], [4, 15, 19, 22, 39, 43]],
@@ -104,6 +143,10 @@ GOLDEN = {
         6: [[1, 2, 6, 27, 36, 38], [4, 8, 9, 12, 23, 43]],
         12: [[1, 2, 6, 21, 22, 27, 31, 36, 38, 39, 41, 42], [1, 4, 6, 8, 9, 12, 15, 23, 28, 29, 41, 43]],
     },
+    "value_norm": {
+        6: [[0, 1, 2, 20, 27, 41], [0, 1, 2, 3, 26, 42]],
+        12: [[0, 1, 2, 3, 9, 12, 16, 19, 20, 27, 30, 41], [0, 1, 2, 3, 8, 17, 26, 32, 34, 38, 42, 47]],
+    },
 }  # fmt: skip
 
 
@@ -115,7 +158,8 @@ def golden_view(policy):
         attention = np.random.RandomState(13).uniform(size=(1, 2, n, 3, 2)).astype(np.float32)
         future = Future(torch.from_numpy(attention), torch.tensor([0.5, 0.25, 0.25]))
     m = policy.needs_queries
-    view = CacheView.of(keys, values, queries=queries[:, :, n - m :] if m else None, future=future)
+    output = normal(14, 4, 4, 6) if policy.needs_output else None
+    view = CacheView.of(keys, values, queries=queries[:, :, n - m :] if m else None, future=future, output=output)
     if isinstance(policy, StatefulPolicy):
         paid = attention_weights(queries, keys, torch.arange(n)[None], view.positions, view.valid, None)
         view = replace(view, state=policy.observe(view, paid, policy.initial_state(view)))
@@ -124,7 +168,7 @@ def golden_view(policy):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_golden_choices(name):
-    policy = make_policy(name)
+    policy = make_policy(name, **SETTINGS.get(name, {}))
     view = golden_view(policy)
     chosen = {}
     for budget in (6, 12):

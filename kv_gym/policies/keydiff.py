@@ -17,9 +17,15 @@ from kv_gym.policies.base import Policy
 
 @dataclass(frozen=True)
 class KeyDiff(Policy):
-    """Minus the cosine similarity to the anchor of the KV head."""
+    """Minus the cosine similarity to the anchor of the KV head.
+
+    Not comparable, although a cosine has no unit: where all keys of a head share an offset all its cosines are near
+    one, and one threshold over heads would empty that head whatever its keys are worth.
+    """
 
     def score(self, view: CacheView) -> Tensor:
-        directions = F.normalize(view.keys.float(), dim=-1)
-        anchor = torch.einsum("bhnd,bhn->bhd", directions, view.valid.float())
-        return -torch.einsum("bhnd,bhd->bhn", directions, F.normalize(anchor, dim=-1))
+        keys = view.keys.float()
+        # norms divide the products, not the keys: three readings of the keys and no copy of their size
+        lengths = torch.linalg.vector_norm(keys, dim=-1).clamp_(min=1e-12)
+        anchor = F.normalize((view.valid / lengths)[:, :, None] @ keys, dim=-1)  # [B, H, 1, d]
+        return -(anchor @ keys.transpose(-1, -2))[:, :, 0] / lengths

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
@@ -16,7 +17,9 @@ from kv_gym.policies.base import Policy
 
 @dataclass(frozen=True)
 class Knorm(Policy):
-    """Minus the L2 norm of the key."""
+    """Minus the L2 norm of the key. Not comparable: every head's projection has a scale of its own."""
+
+    static = True
 
     def score(self, view: CacheView) -> Tensor:
-        return -view.keys.float().norm(dim=-1)
+        return -torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32)

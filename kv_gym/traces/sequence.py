@@ -79,13 +79,15 @@ class Sequence:
 
     def future(self, layer: int) -> Future:
         """The future of recorded layer number `layer`, as oracles see it."""
-        blocks, weights = [], []
+        blocks, weights, starts = [], [], []
         for continuation in self.continuations:
             queries = continuation.block_queries
             blocks.append(continuation.future[layer] / queries[:, None])
             weights.append(queries / queries.sum() / len(self.continuations))
+            starts.append(np.arange(len(queries)) == 0)
         attention = torch.from_numpy(np.concatenate(blocks, axis=2))[None]
-        return Future(attention.float(), torch.from_numpy(np.concatenate(weights)).float())
+        weight = torch.from_numpy(np.concatenate(weights)).float()
+        return Future(attention.float(), weight, torch.from_numpy(np.concatenate(starts)))
 
     def view(self, layer: int, budget: Budget = 1.0, policy: str = "", oracle: bool = False) -> CacheView:
         """The CacheView of recorded layer number `layer` at the end of the context, batch 1.

@@ -1,0 +1,63 @@
+"""DropKV: the squared change of the attention output that each token's loss would cause, over the last queries.
+
+Paper: OpenReview UVbaJoD3Qa (NeurIPS 2026; kvpress names MqfNzH3TVH). For a query with weights p and output y,
+losing slot j moves the output by p_j / (1 - p_j) * (y - v_j). Its square is summed over the last `window` queries,
+averaged over the query heads of the KV head and pooled over neighbouring tokens; the window is kept. Defaults are
+those of the authors' code (window 8, kernel 11); kvpress has 32 and 7.
+Differs from the paper in: the weights stay in float32, so a sink's 1 - p is not rounded to zero; scored once, after
+the prompt or whenever the trigger fires.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+from kv_gym.policies.base import Policy
+from kv_gym.policies.tokens import smooth
+
+
+@dataclass(frozen=True)
+class DropKV(Policy):
+    """Pooled squared change of the KV head's output. Not comparable: every head's values have a scale of their own.
+
+    Attributes:
+        window: queries that are summed over, and recent tokens that are kept.
+        kernel: tokens that are pooled, odd.
+        epsilon: added to 1 - p.
+    """
+
+    window: int = 8
+    kernel: int = 11
+    epsilon: float = 1e-6
+
+    def __post_init__(self) -> None:
+        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0 or self.epsilon <= 0:
+            raise UserError(
+                f"dropkv got window={self.window}, kernel={self.kernel}, epsilon={self.epsilon}; "
+                "expected all above 0, kernel odd"
+            )
+
+    @property
+    def needs_queries(self) -> int:
+        return self.window
+
+    @property
+    def protection(self) -> tuple[int, int]:
+        return 0, self.window
+
+    def score(self, view: CacheView) -> Tensor:
+        heads = view.keys.shape[1]
+        values = view.values.float()
+        attention = view.attention(self.window).unflatten(1, (heads, -1)).flatten(2, 3)  # [B, H, g * m, n]
+        output = attention @ values
+        odds = (attention / (1 - attention + self.epsilon)).square_()
+        # sum over queries of odds |v - y|^2, with the square expanded: no differences of the size of the values
+        own = odds.sum(2) * values.square().sum(-1)
+        cross = ((odds.transpose(-1, -2) @ output) * values).sum(-1)
+        squared = own - 2 * cross + (output.square().sum(-1)[:, :, None] @ odds)[:, :, 0]
+        group = view.queries.shape[1] // heads  # type: ignore[union-attr]  # attention() took the queries
+        return smooth(squared.clamp_(min=0) / group, view, 0, self.kernel)

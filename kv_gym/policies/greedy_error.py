@@ -1,0 +1,61 @@
+"""Greedy output error: drop tokens one by one, each time the one whose loss moves the later outputs least.
+
+Source: the set form of CAOTE's error (arXiv 2504.14051), |sum over E of a_j (y - v_j)| / (1 - sum over E of a_j) for
+an evicted set E, minimised greedily backwards over the recorded future.
+What it is not: a trace holds the mean attention of each block of later queries, not every query's, so the error is
+that of a block's mean output and bounds the mean error of its queries from below; and it does not hold the values of
+the continuation's own tokens, so the attention that goes to them counts as if it read the block's mean over the
+context. Protection is not known while scoring: what it saves is scored as if it could go.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+from kv_gym.policies.base import Policy
+
+LEAST_REST = 1e-6  # attention that is left to the slots that stay
+
+
+@dataclass(frozen=True)
+class GreedyError(Policy):
+    """Minus the number of slots of the head that outlast this one; not comparable, a rank says nothing of others.
+
+    Quadratic in tokens: n rounds of n * blocks * head_dim products per head.
+    """
+
+    needs_future = True
+
+    def score(self, view: CacheView) -> Tensor:
+        future = view.future
+        if future is None:
+            raise UserError("policy 'greedy_error' sees the future and none is recorded here: evaluate it on traces")
+        attention = future.attention[..., 1].float().masked_fill(~view.valid[..., None], 0.0).transpose(-1, -2)
+        values = view.values.float()
+        reach = attention.sum(-1, keepdim=True).clamp(min=LEAST_REST)  # [B, H, K, 1]
+        output = attention @ values / reach  # [B, H, K, d], the mean over the context
+        distance = torch.cdist(output, values, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        moved = torch.zeros_like(output)
+        gone = torch.zeros_like(reach)
+        left = torch.ones_like(view.valid)
+        scores = torch.zeros(view.valid.shape, device=values.device)
+        for outlasting in range(values.shape[2] - 1, -1, -1):
+            # |moved + a (y - v)|^2 with the square expanded: nothing of the size blocks x tokens x channels
+            towards = (moved * output).sum(-1, keepdim=True) - moved @ values.transpose(-1, -2)
+            error = moved.square().sum(-1, keepdim=True) + attention * (2 * towards + attention * distance)
+            error /= (1 - gone - attention).clamp_(min=LEAST_REST).square_()
+            cost = (future.weights[:, None] * error).sum(2)
+            cost = cost.masked_fill(~view.valid, float("-inf")).masked_fill(~left, float("inf"))  # padding goes first
+            victim = cost.argmin(-1, keepdim=True)  # [B, H, 1]
+            scores.scatter_(-1, victim, -float(outlasting))
+            left.scatter_(-1, victim, False)
+            paid = attention.gather(-1, victim[:, :, None].expand(-1, -1, attention.shape[2], -1))  # [B, H, K, 1]
+            value = values.gather(2, victim[..., None].expand(-1, -1, -1, values.shape[-1]))  # [B, H, 1, d]
+            moved += paid * (output - value)
+            gone += paid
+        return scores
