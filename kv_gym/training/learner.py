@@ -37,7 +37,9 @@ class Learner(ABC):
     def __init__(self, settings: Settings, seed: int, network: GroupedScorer, fresh: bool = True):
         """Prepare to train `network` in place; a `fresh` one has not seen yet how its inputs are distributed."""
         self.chosen, self.seed, self.network, self.fresh = settings, seed, network, fresh
-        self.optimizer = torch.optim.AdamW(network.parameters(), lr=settings.rate, weight_decay=settings.weight_decay)
+        self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
+            network.parameters(), lr=settings.rate, weight_decay=settings.weight_decay
+        )
 
     @classmethod
     def worth(cls, sequence: Sequence) -> np.ndarray:
