@@ -118,6 +118,29 @@ class Eviction:
             },
         )
 
+    def ahead(
+        self, episodes: NDArray[np.int64], block: NDArray[np.int64], cached: NDArray[np.bool_], highest: bool = False
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.float32]]:
+        """What the next cut decides about, and what it is worth to whoever knows the rest of the continuation.
+
+        Args:
+            episodes, block: `[B]` int64.
+            cached: `[B, N]` bool in time order.
+            highest: take the block that pays a slot the most instead of the sum over blocks (Golden Eviction).
+
+        Returns:
+            The slots that may go `[B, N]` bool, how many of them may stay `[B]`, and the attention that `block` and all
+            later ones pay to each slot while it is not protected, `[B, N]` float32; all in time order.
+        """
+        row = self._first[episodes] + block
+        occasion = self._row_occasion[row]
+        last = self._first[episodes] + self.blocks[episodes] - 1
+        worth = self._worth[row]
+        for later in range(1, int((last - row).max(initial=0)) + 1):
+            more = np.where((row + later <= last)[:, None], self._worth[np.minimum(row + later, last)], 0)
+            worth = np.maximum(worth, more) if highest else worth + more
+        return self._open_of[occasion] & cached, self._room_of[occasion], worth
+
     def shown(self, cached: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """`[B, N]` from time order to the observation's order."""
         return by_head(cached, self._table.heads)
