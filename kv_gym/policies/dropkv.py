@@ -12,6 +12,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
@@ -52,12 +53,10 @@ class DropKV(Policy):
     def score(self, view: CacheView) -> Tensor:
         heads = view.keys.shape[1]
         values = view.values.float()
-        attention = view.attention(self.window).unflatten(1, (heads, -1)).flatten(2, 3)  # [B, H, g * m, n]
-        output = attention @ values
-        odds = (attention / (1 - attention + self.epsilon)).square_()
-        # sum over queries of odds |v - y|^2, with the square expanded: no differences of the size of the values
-        own = odds.sum(2) * values.square().sum(-1)
-        cross = ((odds.transpose(-1, -2) @ output) * values).sum(-1)
-        squared = own - 2 * cross + (output.square().sum(-1)[:, :, None] @ odds)[:, :, 0]
-        group = view.queries.shape[1] // heads  # type: ignore[union-attr]  # attention() took the queries
-        return smooth(squared.clamp_(min=0) / group, view, 0, self.kernel)
+        attention = view.attention(self.window)
+        group = attention.shape[1] // heads
+        attention = attention.unflatten(1, (heads, group)).flatten(2, 3)  # [B, H, g * m, n]
+        # differences one by one: where p is almost 1 the odds are a million, and so is what an expanded square loses
+        distance = torch.cdist(attention @ values, values, compute_mode="donot_use_mm_for_euclid_dist")
+        moved = distance.mul_(attention).div_(1 - attention + self.epsilon).square_().sum(2)
+        return smooth(moved / group, view, 0, self.kernel)

@@ -59,14 +59,18 @@ class ExpectedAttention(Policy):
         sample = sample * (d**-0.5 if view.scaling is None else view.scaling)
         # the moments of a linear map of the queries are those of its values: no d x d matrix, no inverse
         products = (sample.flatten(2, 3) @ view.keys.float().transpose(-1, -2)).unflatten(2, sample.shape[2:4])
+        # a row that has seen fewer tokens has fewer queries
+        there = torch.arange(1 - sample.shape[3], 1, device=sample.device) + view.seen[:, None] > 0  # [B, m]
+        share = (there / there.sum(-1, keepdim=True).clamp(min=1))[:, None, None, None]  # [B, 1, 1, 1, m]
+        mean = share @ products  # [B, H, g, 1, n]
+        exponent = mean[:, :, :, 0]
         if self.covariance:
-            variance, mean = torch.var_mean(products, dim=3, correction=0)
-            exponent = mean + variance / 2
-        else:
-            exponent = products.mean(3)
+            exponent = exponent + (share @ products.sub_(mean).square_())[:, :, :, 0] / 2
         # every future query comes after every slot: nothing is hidden but padding
         exponent = exponent.masked_fill(~view.valid[:, :, None], float("-inf"))
         attention = group_mean(exponent.softmax(-1).nan_to_num(0.0).flatten(1, 2), heads)
         if not self.value_norm:
             return attention
-        return (attention + self.epsilon) * torch.linalg.vector_norm(view.values, dim=-1, dtype=torch.float32)
+        return (attention + self.epsilon) * torch.linalg.vector_norm(
+            view.values, dim=-1, dtype=torch.promote_types(view.values.dtype, torch.float32)
+        ).float()

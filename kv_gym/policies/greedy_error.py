@@ -20,6 +20,7 @@ from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
 
 LEAST_REST = 1e-6  # attention that is left to the slots that stay
+ROUNDING = 1e-12  # of the largest squared value: what is below it is no error but the arithmetic's
 
 
 @dataclass(frozen=True)
@@ -35,27 +36,33 @@ class GreedyError(Policy):
         future = view.future
         if future is None:
             raise UserError("policy 'greedy_error' sees the future and none is recorded here: evaluate it on traces")
-        attention = future.attention[..., 1].float().masked_fill(~view.valid[..., None], 0.0).transpose(-1, -2)
-        values = view.values.float()
+        # oldest first, padding last: of equal tokens the older goes first, wherever it lies
+        order = view.positions.masked_fill(~view.valid, torch.iinfo(torch.int64).max).argsort(-1)
+        valid = view.valid.gather(-1, order)
+        values = view.values.float().gather(2, order[..., None].expand_as(view.values))
+        paid = future.attention[..., 1].float().gather(2, order[..., None].expand(-1, -1, -1, len(future.weights)))
+        attention = paid.masked_fill(~valid[..., None], 0.0).transpose(-1, -2)  # [B, H, K, n]
         reach = attention.sum(-1, keepdim=True).clamp(min=LEAST_REST)  # [B, H, K, 1]
         output = attention @ values / reach  # [B, H, K, d], the mean over the context
         distance = torch.cdist(output, values, compute_mode="donot_use_mm_for_euclid_dist").square_()
+        largest = values.square().sum(-1).masked_fill(~valid, 0.0).amax(-1)[..., None, None]
         moved = torch.zeros_like(output)
         gone = torch.zeros_like(reach)
-        left = torch.ones_like(view.valid)
-        scores = torch.zeros(view.valid.shape, device=values.device)
+        left = torch.ones_like(valid)
+        scores = torch.zeros(valid.shape, device=values.device)
         for outlasting in range(values.shape[2] - 1, -1, -1):
             # |moved + a (y - v)|^2 with the square expanded: nothing of the size blocks x tokens x channels
             towards = (moved * output).sum(-1, keepdim=True) - moved @ values.transpose(-1, -2)
             error = moved.square().sum(-1, keepdim=True) + attention * (2 * towards + attention * distance)
+            error.masked_fill_(error <= ROUNDING * largest, 0.0)
             error /= (1 - gone - attention).clamp_(min=LEAST_REST).square_()
             cost = (future.weights[:, None] * error).sum(2)
-            cost = cost.masked_fill(~view.valid, float("-inf")).masked_fill(~left, float("inf"))  # padding goes first
+            cost = cost.masked_fill(~valid, float("-inf")).masked_fill(~left, float("inf"))  # padding goes at once
             victim = cost.argmin(-1, keepdim=True)  # [B, H, 1]
             scores.scatter_(-1, victim, -float(outlasting))
             left.scatter_(-1, victim, False)
-            paid = attention.gather(-1, victim[:, :, None].expand(-1, -1, attention.shape[2], -1))  # [B, H, K, 1]
+            weight = attention.gather(-1, victim[:, :, None].expand(-1, -1, attention.shape[2], -1))  # [B, H, K, 1]
             value = values.gather(2, victim[..., None].expand(-1, -1, -1, values.shape[-1]))  # [B, H, 1, d]
-            moved += paid * (output - value)
-            gone += paid
-        return scores
+            moved += weight * (output - value)
+            gone += weight
+        return torch.empty_like(scores).scatter_(-1, order, scores)

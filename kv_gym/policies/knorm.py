@@ -22,4 +22,6 @@ class Knorm(Policy):
     static = True
 
     def score(self, view: CacheView) -> Tensor:
-        return -torch.linalg.vector_norm(view.keys, dim=-1, dtype=torch.float32)
+        return -torch.linalg.vector_norm(
+            view.keys, dim=-1, dtype=torch.promote_types(view.keys.dtype, torch.float32)
+        ).float()

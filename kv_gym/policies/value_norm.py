@@ -24,4 +24,6 @@ class ValueNorm(Policy):
     static = True
 
     def score(self, view: CacheView) -> Tensor:
-        return torch.linalg.vector_norm(view.values, ord=1, dim=-1, dtype=torch.float32)
+        return torch.linalg.vector_norm(
+            view.values, ord=1, dim=-1, dtype=torch.promote_types(view.values.dtype, torch.float32)
+        ).float()
