@@ -6,7 +6,7 @@ registered attention function with the final query. A layer that wants to see th
 Without a watcher the function does what the model's own implementation would do.
 
 Two hooks on the decoder tell a cache that cares about a forward that begins (``before_forward(arguments)``, which
-may refuse it) and about one that failed (``forward_failed()``).
+may refuse it), one that ended (``after_forward()``) and one that failed (``forward_failed()``).
 """
 
 from __future__ import annotations
@@ -172,12 +172,14 @@ class _Switch:
             check(arguments)
 
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
+        cache = _arguments(decoder, args, kwargs).get("past_key_values")
         if output is not None:
             if self.count == 0:
                 self._end.remove()
+            elif (tell := getattr(cache, "after_forward", None)) is not None:
+                tell()
         elif self.count:  # always_call: the forward raised
-            tell = getattr(_arguments(decoder, args, kwargs).get("past_key_values"), "forward_failed", None)
-            if tell is not None:
+            if (tell := getattr(cache, "forward_failed", None)) is not None:
                 self._failing = True
                 try:
                     tell()
@@ -187,6 +189,25 @@ class _Switch:
 
 def _arguments(decoder: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     return {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
+
+
+def output_projection(module: nn.Module, query: Tensor) -> Tensor:
+    """What each query head's output is multiplied by, `[Hq, d, D]`: slices of the attention's output projection.
+
+    Args:
+        module: the attention module.
+        query: `[B, Hq, m, d]`, for the sizes; values must be as wide as keys.
+
+    Raises:
+        UserError: no linear output projection is where decoders have it.
+    """
+    linear = next((found for name in ("o_proj", "dense") if (found := getattr(module, name, None)) is not None), None)
+    weight = getattr(linear, "weight", None)
+    if weight is None or weight.dim() != 2 or weight.shape[1] != query.shape[1] * query.shape[3]:
+        raise UserError(
+            f"{type(module).__name__} has no output projection that can be split by heads: use a policy that needs none"
+        )
+    return weight.detach().T.unflatten(0, (query.shape[1], query.shape[3]))
 
 
 def refuse_unserved(model) -> None:

@@ -18,13 +18,14 @@ class MaskedReference:
         hidden: layer -> bool `[batch, kv_heads, tokens]`, what no later query sees.
         received: layer -> float64 `[batch, kv_heads, tokens]`, attention received so far from every query, mean over
             the query heads of each KV head.
+        outputs: layer -> `[query_heads, d, D]`, the output projection, head by head.
         keys, values, queries: layer -> `[batch, heads, tokens, d]`, as the attention of all forwards so far saw them.
     """
 
     def __init__(self, model):
         self.model = model
         self.cache = DynamicCache()
-        self.hidden, self.received, self.keys, self.values, self.queries = {}, {}, {}, {}, {}
+        self.hidden, self.received, self.keys, self.values, self.queries, self.outputs = {}, {}, {}, {}, {}, {}
 
     @torch.no_grad()
     def __call__(self, ids):
@@ -41,12 +42,13 @@ class MaskedReference:
             self.model.set_attn_implementation(own)
 
     def hide(self, layer, kept):
-        """From now on show only the positions `kept [batch, kv_heads, k]` of the tokens so far."""
+        """From now on show only the positions `kept [batch, kv_heads, k]` of the tokens so far; -1 fills up."""
         batch, heads, _ = kept.shape
         hidden = torch.ones(batch, heads, self.cache.get_seq_length(), dtype=torch.bool)
         for row in range(batch):
             for head in range(heads):
-                hidden[row, head, kept[row, head]] = False
+                shown = kept[row, head]
+                hidden[row, head, shown[shown >= 0]] = False
         self.hidden[layer] = hidden
 
     def _attention(self, module, query, key, value, mask, scaling=None, **rest):
@@ -65,6 +67,8 @@ class MaskedReference:
         if layer in self.received:
             received[..., : n - new] += self.received[layer]
         self.received[layer], self.keys[layer], self.values[layer] = received, key, value
+        weight = module.o_proj.weight if hasattr(module, "o_proj") else module.dense.weight
+        self.outputs[layer] = torch.stack([weight[:, h * d : (h + 1) * d].T for h in range(query_heads)]).detach()
         before = self.queries.get(layer)
         self.queries[layer] = query if before is None else torch.cat((before, query), 2)
         output = weights @ value.repeat_interleave(group, 1).double()

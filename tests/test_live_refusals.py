@@ -79,7 +79,7 @@ def test_a_failure_between_update_and_attention_leaves_nothing_behind(monkeypatc
     monkeypatch.undo()
     feed(model, tokens(1, 1), None)
     feed(model, tokens(1, 1), other)
-    assert cache.layers[0].fired_at is None  # nobody else's attention was taken for its own
+    assert cache.layers[0].contents.fired == [None]  # nobody else's attention was taken for its own
 
 
 def test_a_detached_cache_can_be_entered_again():
@@ -99,8 +99,10 @@ def test_a_detached_cache_can_be_entered_again():
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"allocation": "global"}, "allocation 'global' is not served live; expected 'uniform'"),
-        ({"trigger": "block:256"}, "trigger 'block:256' is unknown; expected 'prefill' or 'every:<tokens>'"),
+        ({"allocation": "globl"}, "unknown allocation 'globl'; did you mean 'global'"),
+        ({"allocation": "global:mean"}, "unknown allocation 'global:mean'; did you mean 'global'"),
+        ({"allocation": "global", "policy": "knorm"}, "scores of policy 'knorm' are not comparable across heads"),
+        ({"trigger": "blocks:256"}, "trigger 'blocks:256' is unknown; expected 'prefill', 'every:<tokens>', "),
         ({"trigger": "every:0"}, "trigger 'every:0' is unknown"),
         ({"trigger": 64}, "trigger 64 is unknown"),
         ({"policy": "oracle"}, "policy 'oracle' is an oracle"),
@@ -162,21 +164,13 @@ def test_models_that_are_refused():
         EvictingCache(bert_like)
 
 
-PADDED = torch.tensor([[0, 0, 1, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
-
-
-def test_padding_is_refused():
+def test_a_mask_that_changes_its_mind_is_refused():
     model = tiny()
-    with pytest.raises(UserError, match="without padding only"):
-        model(tokens(2, 6), attention_mask=PADDED, past_key_values=EvictingCache(model))
-    with pytest.raises(UserError, match="without padding only"):
-        model.generate(tokens(2, 6), attention_mask=PADDED, past_key_values=EvictingCache(model), max_new_tokens=2)
-    with pytest.raises(UserError, match="without padding only"):
-        model.base_model(tokens(2, 6), PADDED, past_key_values=EvictingCache(model))
-    cache = prefilled(model, n=6, batch=2)  # and padding that only comes later
-    with pytest.raises(UserError, match="without padding only"):
-        later = torch.cat((torch.ones_like(PADDED), PADDED), 1)
-        model(tokens(2, 6), attention_mask=later, past_key_values=cache)
+    cache = prefilled(model, n=6, batch=2)
+    with pytest.raises(UserError, match=r"shows \[4, 6\] of the tokens seen and the cache read \[6, 6\]"):
+        model(tokens(2, 1), attention_mask=torch.tensor([[0, 0, *[1] * 5], [1] * 7]), past_key_values=cache)
+    with pytest.raises(UserError, match="covers 1 tokens and 6 were seen before this forward"):
+        model(tokens(2, 1), attention_mask=torch.ones(2, 1), past_key_values=prefilled(model, n=6, batch=2))
     assert cache.seen == 6
     with EvictingCache(model) as fine:
         assert model(tokens(2, 6), attention_mask=torch.ones(2, 6), past_key_values=fine).logits.shape[1] == 6

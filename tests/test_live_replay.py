@@ -12,6 +12,8 @@ from kv_gym import make_policy
 from kv_gym.budgets import protection_for, select
 from kv_gym.traces import Prompt, open_traces, record
 
+# a trace holds no output projections
+REPLAYED = [name for name in LIVE if not make_policy(name).needs_output]
 BUDGETS = [9, 0.25, 0.6]
 DECODE = """
 import json, sys
@@ -39,15 +41,15 @@ def both(tmp_path_factory):
     model.save_pretrained(folder / "model")
     ids = tokens(1, 150)[0].tolist()
     prompt = Prompt("a", ids, [tokens(1, 8, seed=1)[0].tolist()])
-    stats = {make_policy(name).statistics for name in LIVE} - {""}
+    stats = {make_policy(name).statistics for name in REPLAYED} - {""}
     record(model, [prompt], folder / "traces", stats=stats, progress=False)
-    asked = json.dumps([str(folder / "model"), ids, LIVE, BUDGETS])
+    asked = json.dumps([str(folder / "model"), ids, REPLAYED, BUDGETS])
     done = subprocess.run([sys.executable, "-c", DECODE, asked], capture_output=True, text=True, check=True)
     return open_traces(folder / "traces")[0], json.loads(done.stdout.splitlines()[-1])
 
 
 @pytest.mark.parametrize("budget", BUDGETS)
-@pytest.mark.parametrize("name", LIVE)
+@pytest.mark.parametrize("name", REPLAYED)
 def test_live_equals_replay(both, name, budget):
     sequence, live = both
     policy = make_policy(name)

@@ -50,14 +50,19 @@ def format_budget(budget: Budget) -> str:
     )
 
 
-def slots_per_head(budget: Budget, seen: Tensor) -> Tensor:
-    """Slots each KV head of a row may keep, `[batch]` int64, at least 1; a share is rounded down.
+def slots_after(budget: Budget, seen: int) -> int:
+    """Slots each KV head of a row may keep, at least 1; a share is rounded down.
 
     Args:
         budget: as :func:`parse_budget` returns it.
-        seen: `[batch]` int64, real tokens seen when the trigger fires.
+        seen: real tokens seen when the trigger fires.
     """
+    # the tiny term keeps 0.29 * 100 at 29
+    return budget if isinstance(budget, int) else max(1, int(seen * budget + 1e-6))
+
+
+def slots_per_head(budget: Budget, seen: Tensor) -> Tensor:
+    """:func:`slots_after` for rows: `seen` and the result are `[batch]` int64, on any device."""
     if isinstance(budget, int):
         return torch.full_like(seen, budget)
-    # the tiny term keeps 0.29 * 100 at 29
     return (seen.double() * budget + 1e-6).long().clamp(min=1)

@@ -12,6 +12,8 @@ from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
 
+LOWEST = -(2**63)  # the merit of an invalid slot
+
 
 def protection_for(policy: Policy, sinks: int | None, recent: int | None) -> tuple[int, int]:
     """First and last tokens to protect: the caller's numbers, or the policy's own where None."""
@@ -33,6 +35,37 @@ def protected(view: CacheView, sinks: int, recent: int) -> Tensor:
     return view.valid & ((view.positions < kept_sinks) | (view.age < kept_recent))
 
 
+def merit(scores: Tensor, view: CacheView, shield: Tensor | None = None) -> Tensor:
+    """What slots are kept by: one integer each, `[batch, kv_heads, tokens]` int64, higher = keep.
+
+    The score in its upper half and the position in its lower one, so that two slots of a head are never equal and
+    any sort, `topk` or threshold gives the same choice on every machine. Merits of different heads compare as their
+    scores do.
+
+    Args:
+        scores: `[batch, kv_heads, tokens]`, compared as float32.
+        view: the slots; at most 2^31 positions.
+        shield: `[batch, kv_heads, tokens]` bool, protected slots.
+
+    Raises:
+        UserError: a score of a valid slot is NaN. On an accelerator that would have to be waited for: there such a
+            slot goes first.
+    """
+    # adding zero makes -0.0 the same as 0.0
+    scores = scores.detach().float().masked_fill(~view.valid, 0.0) + 0.0
+    if scores.device.type == "cpu":
+        if bool(scores.isnan().any()):
+            raise UserError(f"a policy scored NaN in layer {view.layer}; expected finite scores (are the keys finite?)")
+    else:
+        scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    bits = scores.contiguous().view(torch.int32)
+    # negative floats count down as their bits count up: mirror them, and the order is that of signed integers
+    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    if shield is not None:
+        ordered.masked_fill_(shield, 0x7FFFFFFF)
+    return ((ordered.long() << 31) + view.positions).masked_fill_(~view.valid, LOWEST)
+
+
 def keep_order(scores: Tensor, view: CacheView, shield: Tensor | None = None) -> Tensor:
     """Slot indices `[batch, kv_heads, tokens]` in the order in which they deserve to stay.
 
@@ -44,19 +77,18 @@ def keep_order(scores: Tensor, view: CacheView, shield: Tensor | None = None) ->
     Raises:
         UserError: a score is NaN.
     """
-    scores = scores.masked_fill(~view.valid, float("-inf"))
-    if bool(scores.isnan().any()):
-        raise UserError(f"a policy scored NaN in layer {view.layer}; expected finite scores (are the keys finite?)")
-    if shield is not None:
-        scores = scores.masked_fill(shield, float("inf"))
-    by_position = view.positions.argsort(-1, descending=True)  # newest first, invalid (-1) last
-    return by_position.gather(-1, scores.gather(-1, by_position).argsort(dim=-1, descending=True, stable=True))
+    return merit(scores, view, shield).argsort(dim=-1, descending=True, stable=True)
+
+
+def top(merits: Tensor, counts: Tensor) -> Tensor:
+    """The `counts [batch, kv_heads]` best slots of each head by their :func:`merit`: bool, shaped as `merits`."""
+    order = merits.argsort(dim=-1, descending=True, stable=True)
+    rank = torch.empty_like(order).scatter_(
+        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    )
+    return (rank < counts[..., None]) & (merits > LOWEST)
 
 
 def select(policy: Policy, view: CacheView, sinks: int, recent: int) -> Tensor:
     """The slots that a policy keeps within ``view.budget``: `[batch, kv_heads, tokens]` bool."""
-    order = keep_order(policy.score(view), view, protected(view, sinks, recent))
-    rank = torch.empty_like(order).scatter_(
-        -1, order, torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    )
-    return view.valid & (rank < view.budget[..., None])
+    return top(merit(policy.score(view), view, protected(view, sinks, recent)), view.budget)

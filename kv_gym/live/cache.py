@@ -14,12 +14,14 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from kv_gym.attention import attach, detach, full_layers, refuse_unserved
-from kv_gym.budgets import parse_budget, protection_for
+from kv_gym.budgets import Allocation, parse_allocation, parse_budget, protection_for
 from kv_gym.errors import UserError
 from kv_gym.fingerprint import Fingerprint
+from kv_gym.live.eviction import Eviction
 from kv_gym.live.layers import EvictingLayer
+from kv_gym.live.padding import fresh_tokens, refuse_shifted
 from kv_gym.live.panel import watched
-from kv_gym.live.trigger import Eviction, Trigger
+from kv_gym.live.trigger import Trigger
 from kv_gym.policies import Policy, StatefulPolicy, make_policy
 
 
@@ -39,14 +41,23 @@ class EvictingCache(Cache):
         policy: name, class path, exported folder, or :class:`~kv_gym.policies.Policy`.
         budget: an int is slots per KV head, a share in (0, 1] is of the tokens seen when the trigger fires; what is
             protected counts. At or above the length nothing is evicted.
-        allocation: who gets the slots; ``uniform`` gives every head as many.
+        allocation: who gets the slots: ``uniform`` gives every head as many; ``global`` sets one threshold over all
+            slots of the model, so that a head may hold none or all of its tokens while the total stays exact. All
+            layers then stay full until the last one has been read: the peak is the full cache of what one forward
+            brings. ``global:zscore`` (or ``softmax``, ``rank``) is for policies whose scores of different heads
+            cannot be compared as they are.
         trigger: ``prefill`` evicts once, at the end of the first forward, and later tokens are appended;
-            ``every:64`` also evicts whenever 64 tokens came since it last did, at the end of that forward.
+            ``every:64`` also evicts whenever 64 tokens came since it last did, at the end of that forward;
+            ``block:256`` evicts after every 256 tokens, also inside a forward (with ``global`` only at its end), so
+            that reading a long prompt never takes more than the budget and a block; ``lagged:64`` is ``every:64``
+            with the newest 64 tokens left alone.
         sinks, recent: first and last tokens that always stay; None means the policy's own.
 
+    Batches may be padded: padding is never stored, and every row keeps what it would keep alone.
+
     Raises:
-        UserError: an oracle, a policy made for another model, a model that cannot be served, a bad budget, or an
-            allocation or trigger that is not known.
+        UserError: an oracle, a policy made for another model, a model that cannot be served, a bad budget, an
+            allocation or trigger that is not known, or an allocation that cannot use the policy's scores.
     """
 
     def __init__(
@@ -54,23 +65,31 @@ class EvictingCache(Cache):
         model,
         policy: str | Path | Policy = "h2o",
         budget: str | int | float = 0.25,
-        allocation: str = "uniform",
+        allocation: str | Allocation = "uniform",
         trigger: str = "prefill",
         sinks: int | None = None,
         recent: int | None = None,
     ):
         refuse_unserved(model)
-        if allocation != "uniform":
-            raise UserError(f"allocation {allocation!r} is not served live; expected 'uniform'")
-        chosen = make_policy(policy)
+        chosen, rule = make_policy(policy), parse_allocation(allocation)
         for each in watched(chosen):
             _refuse_unfit(each, model)
-        protection = protection_for(chosen, sinks, recent)
-        self._eviction = Eviction(chosen, parse_budget(budget), *protection, Trigger.parse(trigger), watched(chosen))
+            if each is chosen:
+                rule.refuse_unfit(each)
         config = model.config.get_text_config()
+        full = full_layers(config)
+        self._eviction = Eviction(
+            chosen,
+            parse_budget(budget),
+            *protection_for(chosen, sinks, recent),
+            Trigger.parse(trigger),
+            rule,
+            watched(chosen),
+            len(full),
+        )
         layers = list(DynamicCache(config=config).layers)
-        for index in full_layers(config):
-            layers[index] = EvictingLayer(index, self._eviction)
+        for place, index in enumerate(full):
+            layers[index] = EvictingLayer(index, place, self._eviction)
         super().__init__(layers=layers)
         self._model = model
         self._attach()
@@ -79,13 +98,13 @@ class EvictingCache(Cache):
 
     @property
     def seen(self) -> int:
-        """Tokens seen by every row, evicted ones included."""
+        """Tokens seen by every row, evicted ones and padding included."""
         return self._evicting[0].seen
 
     @property
     def evicting_layers(self) -> list[int]:
         """Indices of the layers that evict, those with full attention."""
-        return [layer.index for layer in self._evicting]
+        return [layer.contents.index for layer in self._evicting]
 
     def kept_positions(self, layer: int) -> Tensor:
         """Original positions of the tokens that each head of a layer holds, `[batch, kv_heads, kept]` int64.
@@ -99,7 +118,19 @@ class EvictingCache(Cache):
             known = ", ".join(map(str, self.evicting_layers))
             raise UserError(f"layer {layer} does not evict; the layers with full attention are {known}")
         self._refuse_empty()
-        return self._evicting[self.evicting_layers.index(layer)].slots["positions"].clone()
+        filled, valid = self._evicting[self.evicting_layers.index(layer)].contents.slots.padded(("positions",))
+        last = torch.iinfo(torch.int64).max
+        positions = filled["positions"].masked_fill(~valid, last).sort(-1).values
+        return positions.masked_fill(positions == last, -1)
+
+    def kept(self) -> Tensor:
+        """How many tokens each head holds, `[evicting layers, batch, kv_heads]` int64.
+
+        Raises:
+            UserError: nothing was seen yet.
+        """
+        self._refuse_empty()
+        return torch.stack([layer.contents.slots.counts() for layer in self._evicting])
 
     def nbytes(self) -> int:
         """Bytes of all that the cache holds: keys, values, positions, state and queries, with the buffers' slack."""
@@ -108,6 +139,7 @@ class EvictingCache(Cache):
 
     # what it does
 
+    @torch.no_grad()
     def compress(self) -> None:
         """Evict now, whatever the trigger says; the budget counts the tokens seen so far.
 
@@ -115,8 +147,11 @@ class EvictingCache(Cache):
             UserError: nothing was seen yet.
         """
         self._refuse_empty()
-        for layer in self._evicting:
-            layer.evict()
+        if self._eviction.allocation.whole_model:
+            self._cut_all(None, exact=True)
+        else:
+            for layer in self._evicting:
+                layer.contents.evict(exact=True)
 
     def fork(
         self,
@@ -124,6 +159,7 @@ class EvictingCache(Cache):
         budget: str | int | float | None = None,
         sinks: int | None = None,
         recent: int | None = None,
+        allocation: str | Allocation | None = None,
     ) -> EvictingCache:
         """An independent copy of the same context, which may evict differently from here on.
 
@@ -134,9 +170,11 @@ class EvictingCache(Cache):
             policy: another policy for the copy, or None for the same.
             budget: another budget, or None for the same.
             sinks, recent: another protection; None means the other policy's own, or as before for the same policy.
+            allocation: another allocation, or None for the same.
 
         Raises:
-            UserError: the policy needs state or queries that the cache did not keep.
+            UserError: the policy needs state or queries that the cache did not keep, or the allocation cannot use
+                its scores.
         """
         eviction = self._eviction
         if policy is not None:
@@ -146,7 +184,10 @@ class EvictingCache(Cache):
             budget=eviction.budget if budget is None else parse_budget(budget),
             sinks=eviction.sinks if sinks is None else sinks,
             recent=eviction.recent if recent is None else recent,
+            allocation=eviction.allocation if allocation is None else parse_allocation(allocation),
         )
+        if policy is not None or allocation is not None:
+            eviction.allocation.refuse_unfit(eviction.policy)
         protection_for(eviction.policy, eviction.sinks, eviction.recent)  # refuses negative ones
         twin = copy.copy(self)
         twin._eviction = eviction
@@ -192,33 +233,31 @@ class EvictingCache(Cache):
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
     def before_forward(self, arguments: Mapping[str, Any]) -> None:
-        """Refuse a forward that the cache would get wrong; `arguments` are the decoder's.
+        """Refuse a forward that the cache would get wrong, and learn which of its tokens are padding.
+
+        Args:
+            arguments: the decoder's.
 
         Raises:
-            UserError: padding, a mask of more than two dimensions, packed or shifted positions, or images.
+            UserError: a mask of more than two dimensions, or one that hides other tokens than it did; packed or
+                shifted positions; or images.
         """
-        mask = arguments.get("attention_mask")
-        if mask is not None and (not isinstance(mask, Tensor) or mask.dim() != 2):
-            raise UserError(
-                "an evicting cache makes its own causal mask and was given an explicit one of other than two "
-                "dimensions: leave attention_mask out"
-            )
-        if mask is not None and bool((mask == 0).any()):
-            raise UserError(
-                "the attention mask hides tokens, and an evicting cache serves batches without padding only: "
-                "give it rows of equal length, or one row at a time"
-            )
         if arguments.get("pixel_values") is not None:
             raise UserError("an evicting cache serves text only and was given images: leave pixel_values out")
+        fresh = fresh_tokens(arguments.get("attention_mask"), self.seen, self._evicting[0].contents.rows)
+        for layer in self._evicting:
+            layer.fresh = fresh
         positions = arguments.get("position_ids")
         # a single token's position is not checked: that would make every decoding step wait for the device
-        if positions is not None and positions.shape[-1] > 1:
-            expected = torch.arange(self.seen, self.seen + positions.shape[-1], device=positions.device)
-            if bool((positions != expected).any()):
-                raise UserError(
-                    f"the position ids do not count on from the {self.seen} tokens seen, and packed or shifted "
-                    "sequences are not served: leave position_ids out"
-                )
+        if positions is not None and positions.shape[-1] > 1 and fresh is None:
+            refuse_shifted(positions, self.seen, self._evicting[0].contents.rows)
+
+    def after_forward(self) -> None:
+        """A forward ended: cut the whole model if the allocation needs all layers for that, and it is time."""
+        if self._eviction.allocation.whole_model:
+            due = self._evicting[0].contents.due()
+            if any(due):
+                self._cut_all(due)
 
     def forward_failed(self) -> None:
         """A forward with this cache raised: some layers may hold its tokens and some not."""
@@ -241,6 +280,17 @@ class EvictingCache(Cache):
         attach(self._model)
         # alive until called: by detach, or when the cache is collected
         self._attachment = weakref.finalize(self, detach, self._model)
+
+    @torch.no_grad()
+    def _cut_all(self, due: list[bool] | None, exact: bool = False) -> None:
+        held = [layer.contents for layer in self._evicting]
+        if all(contents.fits(due) for contents in held):
+            for contents in held:
+                contents.mark(due)
+            return
+        judged = [contents.judged(due) for contents in held]
+        for contents, layer, slots in zip(held, judged, self._eviction.slots(judged), strict=True):
+            contents.cut(layer, slots, exact)
 
     def _refuse_empty(self) -> None:
         if not self.seen:

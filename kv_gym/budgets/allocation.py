@@ -1,0 +1,62 @@
+"""What an allocation is: a rule that divides the model's total of slots among its KV heads."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+from torch import Tensor
+
+from kv_gym.cache_view import CacheView
+from kv_gym.policies.base import Policy
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer that is about to be cut.
+
+    Attributes:
+        view: its slots; ``view.budget`` is an equal share of the total, the same for every head of a row.
+        merits: `[batch, kv_heads, tokens]` int64, see :func:`kv_gym.budgets.merit`.
+        place: which of the model's evicting layers it is, from 0.
+        layers: how many evicting layers the model has.
+    """
+
+    view: CacheView
+    merits: Tensor
+    place: int = 0
+    layers: int = 1
+
+
+class Allocation(ABC):
+    """Divides the total among heads; the best slots of each head are then kept.
+
+    Class attributes:
+        equal: every head of a row gets the same number, the budget.
+        whole_model: a decision needs every layer, so all layers stay full until the last one is there.
+    """
+
+    equal: ClassVar[bool] = False
+    whole_model: ClassVar[bool] = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What tables and the command line call it."""
+
+    def refuse_unfit(self, policy: Policy) -> None:  # noqa: B027
+        """Raise a UserError for a policy whose scores this rule cannot use."""
+
+    def compared(self, scores: Tensor, view: CacheView) -> Tensor:
+        """Scores in the form in which this rule compares heads; the order inside a head stays."""
+        return scores
+
+    @abstractmethod
+    def slots(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """Slots that each head may keep, `[batch, kv_heads]` int64, for each of `layers`.
+
+        Args:
+            layers: all evicting layers of the model where `whole_model`, else any number of them.
+        """

@@ -1,0 +1,289 @@
+"""What one layer of an evicting cache holds, whatever attention does with it: slots, rows, queries, state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from kv_gym.budgets import Layer, top
+from kv_gym.cache_view import CacheView
+from kv_gym.live.eviction import UNLIMITED, Eviction
+from kv_gym.live.queries import last_queries
+from kv_gym.live.ragged import RaggedSlots
+from kv_gym.live.slots import EqualSlots
+from kv_gym.policies import StatefulPolicy
+from kv_gym.policies.observing import observe_blocks
+
+SLOT = ("keys", "values", "positions")  # what every slot has; then scores, and `<place>/<name>` for policies' state
+
+
+class Contents:
+    """The tokens of one layer and all that belongs to them, which is kept, cut, copied and reordered together.
+
+    Attributes:
+        index: the layer's index in the model.
+        place: which of the evicting layers it is, from 0.
+        eviction: what to do, shared with the other layers.
+        slots: keys, values, positions; scores that are computed once; state of watched policies.
+        rows: real tokens seen, per row.
+        fired: `rows` when the trigger last fired, per row, or None.
+        queries: the last `[batch, query_heads, m, d]` queries that a watched policy needs, or None.
+        scaling: factor on query-key products.
+        output: slices of the output projection `[query_heads, d, D]`, where the policy needs them; the model's own
+            memory.
+    """
+
+    def __init__(self, index: int, place: int, eviction: Eviction):
+        self.index, self.place, self.eviction = index, place, eviction
+        self.slots: EqualSlots | RaggedSlots = EqualSlots()
+        self.rows: list[int] = []
+        self.fired: list[int | None] = []
+        self.queries: Tensor | None = None
+        self.scaling: float | None = None
+        self.output: Tensor | None = None
+
+    # taking in
+
+    def append(self, keys: Tensor, values: Tensor, fresh: Tensor | None) -> None:
+        """Add tokens `[batch, kv_heads, m, d]`; `fresh [batch, m]` bool on the CPU says which are no padding."""
+        if not self.rows:
+            self.rows, self.fired = [0] * len(keys), [None] * len(keys)
+        batch, heads, m, _ = keys.shape
+        if fresh is None:
+            counts = [m] * batch
+            ahead = torch.arange(m, device=keys.device).expand(batch, m)
+        else:
+            counts = fresh.sum(1).tolist()
+            ahead = (fresh.cumsum(1) - 1).to(keys.device)
+        positions = (_on(self.rows, keys.device)[:, None] + ahead)[:, None].expand(batch, heads, m)
+        self.rows = [seen + count for seen, count in zip(self.rows, counts, strict=True)]
+        new = dict(zip(SLOT, (keys, values, positions), strict=True)) | self._with_them(keys, values, positions, fresh)
+        if fresh is not None and isinstance(self.slots, EqualSlots):
+            self.slots = self._ragged(new)
+        if isinstance(self.slots, RaggedSlots):
+            self.slots.append(new, self._slack(), fresh)
+        else:
+            self.slots.append(new, self._slack())
+
+    def observe(self, query: Tensor, fresh: Tensor | None) -> None:
+        """Show the queries `[batch, query_heads, m, d]` of the newest tokens to whoever watches."""
+        if wanted := self.eviction.queries:
+            self.queries = last_queries(self.queries, query, wanted, fresh)
+        stateful = self._stateful()
+        if not stateful:
+            return
+        view, filled = self._view(None)
+        view = replace(view, queries=None, state={})
+        for place, policy in stateful:
+            state = {name: filled[own] for name, own in self._state_names(place)}
+            after = (
+                observe_blocks(policy, view, query, state)
+                if fresh is None
+                else _row_by_row(policy, view, query, state, fresh)
+            )
+            for name, tensor in after.items():
+                self.slots.write(f"{place}/{name}", tensor)
+
+    # eviction
+
+    def due(self) -> list[bool]:
+        """Whether the trigger fires now, per row."""
+        trigger = self.eviction.trigger
+        return [trigger.fires(seen, at) for seen, at in zip(self.rows, self.fired, strict=True)]
+
+    def evict(self, due: Sequence[bool] | None = None, exact: bool = False) -> None:
+        """Keep what the policy would within the budget, by this layer's own slots; the rest is freed.
+
+        Args:
+            due: which rows to cut; None means all.
+            exact: keep no room for tokens to come.
+        """
+        if self.fits(due):
+            self.mark(due)
+            return
+        layer = self.judged(due)
+        rooms = set(self._rooms(due))
+        if self.eviction.allocation.equal and isinstance(self.slots, EqualSlots) and len(rooms) == 1:
+            self.slots.keep_top(layer.merits, rooms.pop(), self._slack(), exact)
+        else:
+            self.cut(layer, self.eviction.slots([layer])[0], exact)
+
+    def fits(self, due: Sequence[bool] | None = None) -> bool:
+        """Whether no head holds more than an equal share of the budget, so that nothing needs to go."""
+        return min(self._rooms(due)) >= self.slots.longest
+
+    def judged(self, due: Sequence[bool] | None = None) -> Layer:
+        """The layer with its slots scored, ready to be cut in the rows `due`; None means all."""
+        self.mark(due)
+        self.eviction.warn_of_length(max(self.rows))
+        if "scores" in self.slots.buffers:
+            view, scores = self._scored(due)
+        else:
+            view = self.view(due)
+            scores = self.eviction.policy.score(view)
+        return self.eviction.judge(scores, view, self.place)
+
+    def cut(self, layer: Layer, slots: Tensor, exact: bool = False) -> None:
+        """Keep the `slots [batch, kv_heads]` best of each head."""
+        kept = top(layer.merits, slots)
+        if isinstance(self.slots, EqualSlots):
+            self.slots = RaggedSlots.of(self.slots, kept)
+        else:
+            self.slots.keep(kept, self._slack(), exact)
+
+    def mark(self, due: Sequence[bool] | None = None) -> None:
+        """Remember that the trigger fired now, for the rows `due`."""
+        due = [True] * len(self.rows) if due is None else due
+        self.fired = [seen if now else at for seen, at, now in zip(self.rows, self.fired, due, strict=True)]
+
+    def view(self, due: Sequence[bool] | None = None) -> CacheView:
+        """The layer as the policy may see it now; rows that are not `due` have budget for everything."""
+        return self._view(due)[0]
+
+    # copies and batches
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that is held."""
+        yield from self.slots.buffers.values()
+        if self.queries is not None:
+            yield self.queries
+
+    def fork(self, eviction: Eviction) -> Contents:
+        """An independent copy that evicts by `eviction`; it takes along only what that one's policies need."""
+        twin = Contents(self.index, self.place, eviction)
+        twin.rows, twin.fired, twin.scaling = list(self.rows), list(self.fired), self.scaling
+        twin.output = self.output
+        if not self.rows:
+            return twin
+        names = {name: name for name in SLOT}
+        for after, policy in enumerate(eviction.watched):
+            if policy in self.eviction.watched:
+                before = self.eviction.watched.index(policy)
+                names |= {own: f"{after}/{name}" for name, own in self._state_names(before)}
+        twin.slots = self.slots.clone(names)
+        if self.queries is not None and eviction.queries:
+            twin.queries = self.queries[:, :, -eviction.queries :].clone()
+        if eviction.scores_once:
+            twin.slots.add("scores", eviction.policy.score(twin.view()))
+        return twin
+
+    def select_rows(self, indices: Tensor) -> None:
+        """Keep the rows `indices [rows]` of the batch, in that order."""
+        if not self.rows:
+            return
+        self.slots.select_rows(indices)
+        chosen = indices.tolist()
+        self.rows, self.fired = [self.rows[i] for i in chosen], [self.fired[i] for i in chosen]
+        if self.queries is not None:
+            self.queries = self.queries.index_select(0, indices.to(self.queries.device))
+
+    # within
+
+    def _view(self, due: Sequence[bool] | None) -> tuple[CacheView, dict[str, Tensor]]:
+        filled, valid = self.slots.padded()
+        wanted = self.eviction.policy.needs_queries
+        view = CacheView(
+            *(filled[name] for name in SLOT),
+            valid=valid,
+            seen=_on(self.rows, valid.device),
+            budget=self._budget(due, valid),
+            layer=self.index,
+            scaling=self.scaling,
+            queries=self.queries[:, :, -wanted:] if wanted and self.queries is not None else None,
+            # the policy's own: it is the only one watched, unless it is a panel
+            state={name: filled[own] for name, own in self._state_names(0)},
+            output=self.output,
+        )
+        return view, filled
+
+    def _scored(self, due: Sequence[bool] | None) -> tuple[CacheView, Tensor]:
+        """A view without keys and values, which nobody reads where scores are stored, and the scores."""
+        filled, valid = self.slots.padded(("positions", "scores"))
+        nothing = filled["scores"][..., None][..., :0]
+        seen, budget = _on(self.rows, valid.device), self._budget(due, valid)
+        return CacheView(nothing, nothing, filled["positions"], valid, seen, budget, self.index), filled["scores"]
+
+    def _with_them(
+        self, keys: Tensor, values: Tensor, positions: Tensor, fresh: Tensor | None
+    ) -> dict[str, Tensor]:  # fmt: skip
+        """What is stored beside new tokens: initial state, and scores that never change."""
+        stateful = self._stateful()
+        if not stateful and not self.eviction.scores_once:
+            return {}
+        valid = torch.ones_like(positions, dtype=torch.bool)
+        if fresh is not None:
+            valid &= fresh[:, None].to(valid.device)
+        seen = _on(self.rows, keys.device)
+        budget = self._budget(None, valid)
+        view = CacheView(keys, values, positions, valid, seen, budget, self.index, self.scaling)
+        new = {
+            f"{place}/{name}": tensor
+            for place, policy in stateful
+            for name, tensor in policy.initial_state(view).items()
+        }
+        if self.eviction.scores_once:
+            new["scores"] = self.eviction.policy.score(view).float()
+        return new
+
+    def _ragged(self, new: dict[str, Tensor]) -> RaggedSlots:
+        assert isinstance(self.slots, EqualSlots)
+        if self.slots.length:
+            return RaggedSlots.of(self.slots, self.slots.padded()[1])
+        nothing = torch.zeros(new["positions"].shape[:2], dtype=torch.int64)
+        empty = {name: tensor.new_empty(0, *tensor.shape[3:]) for name, tensor in new.items()}
+        return RaggedSlots(empty, nothing, nothing.clone())
+
+    def _budget(self, due: Sequence[bool] | None, like: Tensor) -> Tensor:
+        return _on(self._rooms(due), like.device)[:, None].expand(-1, like.shape[1])
+
+    def _rooms(self, due: Sequence[bool] | None) -> list[int]:
+        due = [True] * len(self.rows) if due is None else due
+        room = {seen: self.eviction.room(seen) for seen in set(self.rows)}
+        return [room[seen] if now else UNLIMITED for seen, now in zip(self.rows, due, strict=True)]
+
+    def _slack(self) -> int:
+        return self.eviction.slack(self.slots.longest)
+
+    def _stateful(self) -> list[tuple[int, StatefulPolicy]]:
+        watched = enumerate(self.eviction.watched)
+        return [(place, policy) for place, policy in watched if isinstance(policy, StatefulPolicy)]
+
+    def _state_names(self, place: int) -> list[tuple[str, str]]:
+        """Names of a watched policy's state: its own, and the buffer's."""
+        prefix = f"{place}/"
+        return [(name.removeprefix(prefix), name) for name in self.slots.buffers if name.startswith(prefix)]
+
+
+def _on(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers per row as int64 `[batch]`; alike ones reach a device without a wait."""
+    if len(set(numbers)) == 1:
+        return torch.full((len(numbers),), numbers[0], device=device)
+    return torch.tensor(numbers, device=device)
+
+
+def _row_by_row(
+    policy: StatefulPolicy, view: CacheView, query: Tensor, state: dict[str, Tensor], fresh: Tensor
+) -> dict[str, Tensor]:
+    """Observe a padded forward: each row in the blocks in which it would be read alone."""
+    after = {name: tensor.clone() for name, tensor in state.items()}
+    for row in range(len(fresh)):
+        asked = fresh[row].nonzero()[:, 0].to(query.device)
+        if not len(asked):
+            continue
+        one = slice(row, row + 1)
+        alone = replace(
+            view,
+            keys=view.keys[one],
+            values=view.values[one],
+            positions=view.positions[one],
+            valid=view.valid[one],
+            seen=view.seen[one],
+            budget=view.budget[one],
+        )
+        observed = observe_blocks(policy, alone, query[one][:, :, asked], {k: v[one] for k, v in state.items()})
+        for name, tensor in observed.items():
+            after[name][one] = tensor
+    return after

@@ -1,0 +1,88 @@
+"""What one cache does with all its layers: policy, budget, allocation, protection and trigger."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from kv_gym.budgets import Allocation, Layer, judged
+from kv_gym.budgets.budget import Budget, slots_after
+from kv_gym.cache_view import CacheView
+from kv_gym.live.trigger import Trigger
+from kv_gym.policies import Policy
+
+UNLIMITED = 2**40  # the budget of a row that is not to be cut now
+
+
+@dataclass(frozen=True)
+class Eviction:
+    """The settings that all layers of one cache share.
+
+    Attributes:
+        policy: scores the slots.
+        budget: slots per KV head, or share of the tokens seen when the trigger fires.
+        sinks, recent: first and last tokens that always stay.
+        trigger: when.
+        allocation: who gets the slots.
+        watched: the policies whose queries and state are kept up to date: `policy`, or the members of a panel.
+        layers: how many layers evict.
+    """
+
+    policy: Policy
+    budget: Budget
+    sinks: int
+    recent: int
+    trigger: Trigger
+    allocation: Allocation
+    watched: tuple[Policy, ...]
+    layers: int
+
+    @property
+    def queries(self) -> int:
+        """How many of the last queries must be kept."""
+        return max((policy.needs_queries for policy in self.watched), default=0)
+
+    @property
+    def piece(self) -> int | None:
+        """Tokens that a layer takes in at a time, before it evicts; None: all of a forward.
+
+        A cut of the whole model comes at the end of a forward, when all layers have read it.
+        """
+        return self.trigger.every if self.trigger.inside and not self.allocation.whole_model else None
+
+    def slack(self, length: int) -> int:
+        """Slots by which a full buffer grows: what comes until the next firing, or an eighth where that is unknown."""
+        waiting = self.trigger.every or 0
+        grows = self.trigger.every is None or isinstance(self.budget, float)
+        return max(waiting, length // 8) if grows else waiting
+
+    def room(self, seen: int) -> int:
+        """Slots that each KV head may keep on average after `seen` tokens."""
+        return slots_after(self.budget, seen)
+
+    @property
+    def scores_once(self) -> bool:
+        """Whether a token's score is computed when it comes and stored: worth its bytes where cuts are repeated."""
+        return self.policy.static and self.trigger.every is not None
+
+    def judge(self, scores: Tensor, view: CacheView, place: int) -> Layer:
+        """A layer ready to be cut; `place` is which of the evicting layers it is."""
+        recent = max(self.recent, self.trigger.spared)
+        return judged(scores, self.allocation, view, self.sinks, recent, place, self.layers)
+
+    def slots(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """Slots that each head keeps, `[batch, kv_heads]` for each layer."""
+        return self.allocation.slots(layers)
+
+    def warn_of_length(self, seen: int) -> None:
+        """Warn when a learned policy is asked about a context shorter or longer than those it was trained on."""
+        shortest, longest = getattr(self.policy, "lengths", (seen, seen))
+        if not shortest <= seen <= longest:
+            warnings.warn(
+                f"policy {self.policy.name!r} was trained on contexts of {shortest} to {longest} tokens and evicts "
+                f"now after {seen}: its choice may be poor",
+                stacklevel=2,
+            )

@@ -1,0 +1,129 @@
+"""Attention over heads of different lengths: a loop over slices on a CPU, one call of variable length on a GPU.
+
+The call of variable length has not been run on a GPU yet: tests check it against a slow stand-in for the kernel.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from kv_gym.live.ragged import RaggedSlots
+
+
+def attend_heads(
+    query: Tensor, slots: RaggedSlots, scaling: float, fresh: Tensor | None = None, dropout: float = 0.0
+) -> Tensor:
+    """Causal attention of the newest tokens over every head's own slots, theirs being the last ones.
+
+    Args:
+        query: `[batch, query_heads, m, d]`.
+        slots: with the new tokens' keys and values appended.
+        scaling: factor on the products.
+        fresh: `[batch, m]` bool on the CPU, which queries are tokens and not padding; None means all.
+        dropout: on the weights, when the model trains.
+
+    Returns:
+        `[batch, m, query_heads, d]`; zero where a query is padding.
+    """
+    if query.device.type == "cuda" and fresh is None and not dropout and query.dtype in (torch.float16, torch.bfloat16):
+        return by_variable_length(query, slots, scaling)
+    if query.device.type != "cpu" and fresh is None:
+        return by_padding(query, slots, scaling, dropout)
+    return by_slices(query, slots, scaling, fresh, dropout)
+
+
+def by_slices(query: Tensor, slots: RaggedSlots, scaling: float, fresh: Tensor | None, dropout: float) -> Tensor:
+    """One product per head over exactly its slots: no byte of another head or of padding is read."""
+    batch, query_heads, m, d = query.shape
+    heads = slots.lengths.shape[1]
+    group = query_heads // heads
+    starts, lengths = slots.starts.tolist(), slots.lengths.tolist()
+    all_keys, all_values = slots.buffers["keys"], slots.buffers["values"]
+    exact = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_zeros(batch, m, query_heads, d)
+    for row in range(batch):
+        asked = slice(None) if fresh is None else fresh[row].nonzero()[:, 0].to(query.device)
+        new = m if fresh is None else len(asked)
+        if new == 0:
+            continue
+        asking, answer = query[row], out[row].transpose(0, 1)  # [query_heads, m, d], the second one a view
+        for head in range(heads):
+            start, length = starts[row][head], lengths[row][head]
+            keys, values = all_keys[start : start + length], all_values[start : start + length]
+            own = slice(head * group, (head + 1) * group)
+            if new == 1 and not dropout:
+                products = (asking[own, asked].reshape(group, d) @ keys.t()).to(exact)
+                answer[own, asked] = (products.mul_(scaling).softmax(-1).to(values.dtype) @ values)[:, None]
+            else:
+                answer[own, asked] = F.scaled_dot_product_attention(
+                    asking[own, asked][None],
+                    keys.expand(1, group, -1, -1),
+                    values.expand(1, group, -1, -1),
+                    causal_mask(new, length, query),
+                    dropout,
+                    scale=scaling,
+                )[0]
+    return out
+
+
+def by_variable_length(query: Tensor, slots: RaggedSlots, scaling: float) -> Tensor:
+    """One kernel for all heads: every (row, KV head) is a sequence of its own with a group of query heads.
+
+    Not run on a GPU yet.
+    """
+    from torch.nn.attention.varlen import varlen_attn
+
+    batch, query_heads, m, d = query.shape
+    heads = slots.lengths.shape[1]
+    group = query_heads // heads
+    device = query.device
+    # [batch * kv heads * m, group, d]: the queries of one KV head lie together, in the order of time
+    asking = query.view(batch, heads, group, m, d).transpose(2, 3).reshape(-1, group, d)
+    sequences = batch * heads
+    ends = torch.cat((slots.starts.flatten(), slots.capacities.sum()[None])).int()
+    out = varlen_attn(
+        asking,
+        slots.buffers["keys"][:, None],
+        slots.buffers["values"][:, None],
+        torch.arange(sequences + 1, dtype=torch.int32, device=device) * m,
+        ends.to(device, non_blocking=True),
+        m,
+        slots.longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=group > 1,
+        seqused_k=slots.lengths.flatten().int().to(device, non_blocking=True),
+    )
+    return out.view(batch, heads, m, group, -1).transpose(1, 2).reshape(batch, m, query_heads, -1)
+
+
+def by_padding(query: Tensor, slots: RaggedSlots, scaling: float, dropout: float = 0.0) -> Tensor:
+    """All heads padded to the longest, under a mask: reads the most memory, and runs anywhere."""
+    batch, query_heads, m, _ = query.shape
+    heads = slots.lengths.shape[1]
+    filled, real = slots.padded()
+    places = torch.arange(real.shape[2], device=real.device)
+    # the last m real slots are the new ones: query i sees all but the m - 1 - i slots at the end
+    lengths = real.sum(-1)[..., None] - (m - 1) + torch.arange(m, device=real.device)
+    visible = places < lengths[..., None]  # [batch, heads, m, longest]
+    group = query_heads // heads
+    out = F.scaled_dot_product_attention(
+        query,
+        filled["keys"].repeat_interleave(group, 1),
+        filled["values"].repeat_interleave(group, 1),
+        visible.repeat_interleave(group, 1),
+        dropout,
+        scale=scaling,
+    )
+    return out.transpose(1, 2).contiguous()
+
+
+def causal_mask(m: int, n: int, like: Tensor) -> Tensor | None:
+    """The mask under which each of the last m of n tokens sees all up to itself, additive `[1, 1, m, n]`, or None."""
+    if m == 1:
+        return None
+    hidden = torch.ones(m, n, dtype=torch.bool, device=like.device).triu(n - m + 1)
+    mask = torch.zeros(m, n, dtype=like.dtype, device=like.device)
+    return mask.masked_fill_(hidden, torch.finfo(mask.dtype).min)[None, None]
