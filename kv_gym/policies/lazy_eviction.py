@@ -53,13 +53,14 @@ class LazyEviction(StatefulPolicy):
 
     def observe(self, view: CacheView, attention: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         hits = above(attention, view, self.threshold)
-        when = query_positions(view, attention.shape[2])[:, None, :, None]
-        last = torch.where(hits, when, -1)
-        last = (
-            torch.cat((state["last"][:, :, None], last), 2).cummax(2).values
-        )  # after each query, from before the first
-        gaps = torch.where(hits, when - last[:, :, :-1], 0).amax(2)
-        return {"last": last[:, :, -1], "gap": torch.maximum(state["gap"], gaps)}
+        last, gap = state["last"], state["gap"]
+        for row, when in enumerate(
+            query_positions(view, hits.shape[2]).unbind(1)
+        ):  # every hit depends on the one before
+            hit, when = hits[:, :, row], when[:, None, None]
+            gap = torch.where(hit, torch.maximum(gap, when - last), gap)
+            last = torch.where(hit, when, last)
+        return {"last": last, "gap": gap}
 
     def score(self, view: CacheView) -> Tensor:
         since = (view.seen[:, None, None] - 1 - view.state["last"]).float()

@@ -23,7 +23,7 @@ from kv_gym.policies.base import Policy
 from kv_gym.policies.hits import query_positions
 from kv_gym.policies.tokens import smooth
 
-_CHUNK = 128  # keys compared with all others at a time
+_CHUNK = 32  # keys compared with all others at a time
 
 
 @dataclass(frozen=True)
@@ -84,15 +84,15 @@ class RKV(Policy):
         valid = view.valid.gather(-1, order)
         keys = view.keys.float().gather(2, order[..., None].expand_as(view.keys))
         unit = F.normalize(keys, dim=-1) * valid[..., None]
+        others = unit.transpose(-1, -2)
+        # every key's cosines summed: the product with the sum of all keys, less that with itself
+        total = (unit.sum(2, keepdim=True) @ others)[:, :, 0] - unit.square().sum(-1)
         places = torch.arange(unit.shape[2], device=unit.device, dtype=torch.int32)
-        total = torch.zeros_like(unit[..., 0])
         for start in range(0, unit.shape[2], _CHUNK):
-            rows = unit[:, :, start : start + _CHUNK]
-            cosines = rows @ unit.transpose(-1, -2)  # [B, H, chunk, n]
+            cosines = unit[:, :, start : start + _CHUNK] @ others  # [B, H, chunk, n]
             cosines.diagonal(start, -2, -1).zero_()
             newest = torch.where(cosines > self.threshold, places, -1).amax(-1, keepdim=True).long()
             excused = cosines.gather(-1, newest.clamp(min=0)) * (newest >= 0)
-            total += cosines.sum(2)
             total.scatter_add_(-1, newest.clamp(min=0)[..., 0], -excused[..., 0])
         mean = total / valid.sum(-1, keepdim=True).clamp(min=1)
         charged = mean.masked_fill(~valid, float("-inf")).softmax(-1).nan_to_num(0.0)
