@@ -4,7 +4,8 @@ One layer of 8 KV heads of 64, 4 query heads each, float32, batch 1, one thread,
 A score linear in tokens has a ratio 16k / 4k near 4, a quadratic one near 16; below 4 fixed costs still show. Policies
 with memory also pay for every query they observe: the last column is one block of 128 new queries at 16k tokens,
 attention not included, which is computed for all of them alike. Oracles are left out, they never run live.
-Times are medians of repeated calls; of a policy over another score both are included.
+Times are medians of one thread's processor time, over repeated calls, so that a busy machine shows less; of a policy
+over another score both are included.
 """
 
 from __future__ import annotations
@@ -64,9 +65,9 @@ def milliseconds(call: Callable[[], object], repeats: int, patience: float) -> f
     times: list[float] = []
     began = time.perf_counter()
     while len(times) < 2 or (len(times) <= repeats and time.perf_counter() - began < patience):
-        start = time.perf_counter()
+        start = time.process_time()
         call()
-        times.append(time.perf_counter() - start)
+        times.append(time.process_time() - start)
     return 1e3 * statistics.median(times[1:])
 
 
@@ -104,7 +105,7 @@ def main() -> None:
             row = rows[name] = measure(policy, lengths, args.repeats, args.patience)
             observed = "" if row["observe_ms"] is None else f"{row['observe_ms']:.1f}"
             ratio = f"{row['ratio']:.1f}{' (more than linear)' if row['ratio'] > QUADRATIC else ''}"
-            cells = [name, *(f"{ms:.2f}" for ms in row["score_ms"].values()), ratio, observed]
+            cells = [name, *(f"{ms:.3g}" for ms in row["score_ms"].values()), ratio, observed]
             print(f"| {' | '.join(cells)} |", flush=True)
     if args.json:
         about = {

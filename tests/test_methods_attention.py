@@ -230,6 +230,7 @@ def test_mpcache_asks_the_last_share_of_queries_in_the_mean_over_heads():
     assert order(scores, view, 0) == order(scores, view, 1)
     assert make_policy("mpcache", share=1.0).score(view)[0, 0].tolist() == pytest.approx([1.0, 0.5, 0.4, 0.2])
     assert make_policy("mpcache").score(view)[0, 0].tolist() == pytest.approx([0.1, 0.5, 0.2, 0.2])  # one: ceil(.8)
+    assert make_policy("mpcache", share=0.6).score(view)[0, 0].tolist() == pytest.approx([0.9, 0.5, 0.4, 0.2])  # three
 
 
 def test_r_kv_charges_all_but_the_newest_of_alike_keys():
@@ -250,6 +251,12 @@ def test_r_kv_charges_all_but_the_newest_of_alike_keys():
     # over three neighbours the older weights are 4, 4, 8, 8 of 17: the window is pooled apart
     wide = make_policy("r_kv", window=1, kernel=3, importance=1.0).score(view)
     assert wide.flatten().tolist() == pytest.approx([4 / 17, 4 / 17, 8 / 17, 8 / 17, 1], abs=1e-6)
+
+
+def test_r_kv_takes_an_empty_key_for_no_repetition():
+    keys = torch.tensor([[1.0, 0], [0, 1], [0, 0]])[None, None]  # all cosines are 0, and nothing is like itself
+    view = CacheView.of(keys, keys, queries=torch.zeros(1, 1, 1, 2))
+    assert make_policy("r_kv", importance=0.0).score(view).flatten().tolist() == pytest.approx([-1 / 3] * 3)
 
 
 def slow_redundancy(keys, threshold=0.5):
