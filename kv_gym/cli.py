@@ -143,6 +143,9 @@ def evaluate(
     split: Annotated[str, typer.Option(help="Of the traces; `all` takes every context.")] = "test",
     sinks: Sinks = None,
     recent: Recent = None,
+    allocation: Annotated[str, typer.Option(help="uniform, global, global:NORMALISATION ...; several with commas.")] = (
+        "uniform"
+    ),
     json: Annotated[Path | None, typer.Option(help="File to write the result to.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -163,7 +166,8 @@ def evaluate(
         asked = reference_tasks(task, tokens, count) if tasks == "reference" else read_tasks(tasks, tokenizer)
     data = compare(
         [name.strip() for name in policies.split(",") if name.strip()], chosen, traces=traces, model=loaded,
-        tasks=asked, split=None if split == "all" else split, sinks=sinks, recent=recent, json=json, progress=progress,
+        tasks=asked, split=None if split == "all" else split, sinks=sinks, recent=recent,
+        allocations=[name.strip() for name in allocation.split(",")], json=json, progress=progress,
     )  # fmt: skip
     typer.echo(markdown(merged(data)))
 
@@ -193,7 +197,8 @@ def generate(
     prompt: Annotated[str, typer.Option(help="The text to go on with.")],
     policy: Annotated[str, typer.Option(help="Name, class path or folder.")] = "keydiff",
     budget: Annotated[str, typer.Option(help="Slots per head or a share.")] = "0.25",
-    trigger: Annotated[str, typer.Option(help="prefill, or every:K.")] = "prefill",
+    trigger: Annotated[str, typer.Option(help="prefill, every:K, block:K or lagged:K.")] = "prefill",
+    allocation: Annotated[str, typer.Option(help="uniform, global or global:NORMALISATION.")] = "uniform",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate.")] = 64,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -206,8 +211,10 @@ def generate(
     loaded, tokenizer = _model(model, device, dtype)
     if tokenizer is None:
         raise UserError(f"model {model} has no tokenizer, so text cannot be read; use kv_gym.EvictingCache in Python")
-    held = decode(loaded, tokenizer, prompt, policy, share, trigger, max_new_tokens, _stream)
-    typer.echo(f"\n[cache: {held.kept:,} of {held.seen:,} tokens per head, {held.nbytes:,} bytes]", err=True)
+    held = decode(loaded, tokenizer, prompt, policy, share, trigger, allocation, max_new_tokens, _stream)
+    fewest, most = held.spread
+    heads = "each head" if fewest == most else f"a head on average ({fewest:,} to {most:,})"
+    typer.echo(f"\n[cache: {held.kept:,.6g} of {held.seen:,} tokens in {heads}, {held.nbytes:,} bytes]", err=True)
 
 
 def _stream(text: str) -> None:

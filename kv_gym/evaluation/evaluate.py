@@ -7,7 +7,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from kv_gym.budgets import parse_budget
+from kv_gym.budgets import Allocation, parse_allocation, parse_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.replay import replay
 from kv_gym.evaluation.result import refuse_unwritable, result, write_json
@@ -28,6 +28,7 @@ def evaluate(
     split: str | None = "test",
     sinks: int | None = None,
     recent: int | None = None,
+    allocations: Iterable[str | Allocation] = ("uniform",),
     json: str | Path | None = None,
     progress: bool = True,
 ) -> dict:
@@ -41,6 +42,7 @@ def evaluate(
         tasks: contexts with questions, see :mod:`kv_gym.evaluation.tasks`.
         split: of the traces, ``train`` or ``test``; None takes all.
         sinks, recent: protection for every policy; None means each policy's own.
+        allocations: who gets the slots, see :func:`kv_gym.budgets.parse_allocation`; every policy meets every one.
         json: file to write the result to.
         progress: show a bar.
 
@@ -53,14 +55,15 @@ def evaluate(
     """
     if json is not None:
         refuse_unwritable(json)
+    rules = [parse_allocation(allocation) for allocation in allocations]
     chosen_budgets = [parse_budget(budget) for budget in budgets]
     chosen = _named(policies)
     if (traces is None) == (model is None):
         raise UserError("evaluate compares either on traces or on a model with tasks; give exactly one of them")
     if traces is not None:
-        rows, about = _replayed(chosen, chosen_budgets, traces, split, sinks, recent, progress)
+        rows, about = _replayed(chosen, chosen_budgets, traces, split, sinks, recent, rules, progress)
     else:
-        rows, about = _live(chosen, chosen_budgets, model, list(tasks or ()), sinks, recent, progress)
+        rows, about = _live(chosen, chosen_budgets, model, list(tasks or ()), sinks, recent, rules, progress)
     data = result([dict.fromkeys(COLUMNS) | row for row in rows], **about)
     if json is not None:
         write_json(json, data)
@@ -85,7 +88,7 @@ def _refuse_other_model(policies: dict[str, Policy], fingerprint, what: str) -> 
             theirs.refuse_other(fingerprint, f"policy {name}", what)
 
 
-def _replayed(policies, budgets, traces, split, sinks, recent, progress):
+def _replayed(policies, budgets, traces, split, sinks, recent, rules, progress):
     from kv_gym.traces import TraceSet, open_traces
 
     trace_set = traces if isinstance(traces, TraceSet) else open_traces(traces)
@@ -95,11 +98,11 @@ def _replayed(policies, budgets, traces, split, sinks, recent, progress):
         raise UserError(f"the traces hold no context in split {split!r}; choose another split, or `all`")
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("replay", total=len(part) * len(policies))
-        rows = replay(policies, part, budgets, sinks, recent, lambda: bar.advance(task))
+        rows = replay(policies, part, budgets, sinks, recent, lambda: bar.advance(task), rules)
     return rows, {"traces": part.hash, "contexts": len(part), "split": split or "all"}
 
 
-def _live(policies, budgets, model, tasks, sinks, recent, progress):
+def _live(policies, budgets, model, tasks, sinks, recent, rules, progress):
     from kv_gym.evaluation.live import answer
     from kv_gym.fingerprint import Fingerprint
 
@@ -113,7 +116,9 @@ def _live(policies, budgets, model, tasks, sinks, recent, progress):
     _refuse_other_model(policies, Fingerprint.of(model), "this model")
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("answer", total=len(tasks))
-        rows = answer(model, tasks, policies, budgets, sinks, recent, advance=lambda n: bar.advance(task, n))
+        rows = answer(
+            model, tasks, policies, budgets, sinks, recent, advance=lambda n: bar.advance(task, n), allocations=rules
+        )
     return rows, {
         "tasks": tasks_hash(tasks),
         "contexts": len(tasks),

@@ -8,7 +8,9 @@ from itertools import groupby
 
 import torch
 
+from kv_gym.budgets import Allocation, parse_allocation
 from kv_gym.budgets.budget import Budget
+from kv_gym.budgets.uniform import Uniform
 from kv_gym.evaluation.tasks import TaskContext
 from kv_gym.live import EvictingCache, Panel
 from kv_gym.policies import Policy, make_policy
@@ -26,6 +28,7 @@ def answer(
     recent: int | None = None,
     rows_at_once: int = 8,
     advance: Callable[[int], None] = lambda _: None,
+    allocations: Iterable[str | Allocation] = ("uniform",),
 ) -> list[dict]:
     """One prefill per context, forked for every policy, budget and question.
 
@@ -40,6 +43,7 @@ def answer(
         sinks, recent: protection; None means each policy's own.
         rows_at_once: contexts per prefill.
         advance: called with the number of contexts done (progress).
+        allocations: who gets the slots; every policy meets every one of them.
 
     Returns:
         Rows of policy, budget, allocation, task, ``accuracy`` (greedy exact match of the whole answer), ``nll`` (mean
@@ -49,10 +53,13 @@ def answer(
     """
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0])  # right, nll, bytes, n
     sized: dict[tuple, int] = defaultdict(int)
+    budgets, rules = list(budgets), [parse_allocation(allocation) for allocation in allocations]
     # recency keeps nothing but keys, values and positions: at budget 1.0 it is the plain full cache
-    arms: list[tuple[str, Policy, Budget]] = [(FULL, make_policy("recency"), 1.0)]
-    arms += [(name, policy, budget) for name, policy in policies.items() for budget in budgets]
-    panel = Panel(tuple({id(policy): policy for _, policy, _ in arms}.values()))
+    arms: list[tuple[str, Policy, Budget, Allocation]] = [(FULL, make_policy("recency"), 1.0, Uniform())]
+    arms += [(name, policy, budget, rule) for name, policy in policies.items() for budget in budgets for rule in rules]
+    for _, policy, _, rule in arms:
+        rule.refuse_unfit(policy)
+    panel = Panel(tuple({id(policy): policy for _, policy, _, _ in arms}.values()))
     for _, group in groupby(contexts, lambda context: (len(context.context_ids), context.task)):
         same = list(group)
         for start in range(0, len(same), rows_at_once):
@@ -60,9 +67,9 @@ def answer(
             ids = torch.tensor([context.context_ids for context in batch], device=model.device)
             with EvictingCache(model, policy=panel, budget=1.0) as cache:
                 model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                for name, policy, budget in arms:
-                    place = (name, budget, batch[0].task)
-                    with cache.fork(policy=policy, budget=budget, sinks=sinks, recent=recent) as fork:
+                for name, policy, budget, rule in arms:
+                    place = (name, budget, rule.name, batch[0].task)
+                    with cache.fork(policy, budget, sinks, recent, rule) as fork:
                         fork.compress()
                         sums[place][2] += fork.nbytes()
                         sized[place] += len(batch)
@@ -73,10 +80,10 @@ def answer(
             advance(len(batch))
     weights = {name: getattr(policy, "nbytes", int)() for name, policy in policies.items()}
     return [
-        {"policy": name, "budget": budget, "allocation": "uniform", "task": task, "accuracy": right / n,
-         "nll": nll / n, "cache_bytes": held / sized[name, budget, task], "policy_bytes": weights.get(name, 0),
+        {"policy": name, "budget": budget, "allocation": rule, "task": task, "accuracy": right / n,
+         "nll": nll / n, "cache_bytes": held / sized[name, budget, rule, task], "policy_bytes": weights.get(name, 0),
          "n": int(n)}
-        for (name, budget, task), (right, nll, held, n) in sums.items()
+        for (name, budget, rule, task), (right, nll, held, n) in sums.items()
     ]  # fmt: skip
 
 

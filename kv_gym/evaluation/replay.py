@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from kv_gym.budgets import protection_for, select, uniform
+from kv_gym.budgets import Allocation, cut, parse_allocation, protection_for, uniform
 from kv_gym.budgets.budget import Budget
 from kv_gym.errors import UserError
 from kv_gym.policies import Policy
@@ -22,8 +22,9 @@ def replay(
     sinks: int | None = None,
     recent: int | None = None,
     advance: Callable[[], None] = lambda: None,
+    allocations: Iterable[str | Allocation] = ("uniform",),
 ) -> list[dict]:
-    """One decision per context, at its end; equal budgets for all heads.
+    """One decision per context, at its end.
 
     Args:
         policies: by the name that rows carry.
@@ -31,15 +32,20 @@ def replay(
         budgets: slots per head or shares.
         sinks, recent: protection; None means each policy's own.
         advance: called after every context and policy (progress).
+        allocations: who gets the slots; every policy meets every one of them.
 
     Returns:
-        Rows of policy, budget, task, ``utility_kept`` (ratio of sums over layers, heads and contexts, protected
+        Rows of policy, budget, allocation, task, ``utility_kept`` (ratio of sums over layers, heads and contexts, protected
         slots included) and ``n`` (contexts).
 
     Raises:
-        UserError: a context without continuations, or without the queries or statistics that a policy needs.
+        UserError: a context without continuations, or without the queries or statistics that a policy needs; or an
+            allocation that cannot use a policy's scores.
     """
-    budgets = list(budgets)
+    budgets, rules = list(budgets), [parse_allocation(allocation) for allocation in allocations]
+    for policy in policies.values():
+        for rule in rules:
+            rule.refuse_unfit(policy)
     kept: dict[tuple, float] = defaultdict(float)
     total: dict[tuple, float] = defaultdict(float)
     contexts: dict[tuple, int] = defaultdict(int)
@@ -50,20 +56,24 @@ def replay(
         for name, policy in policies.items():
             _refuse_unrecorded(policy, sequence)
             first, last = protection_for(policy, sinks, recent)
-            for layer in range(len(sequence.layers)):
-                view = sequence.view(layer, policy=policy.statistics, oracle=policy.needs_future)
-                for budget in budgets:
-                    cut = view.with_budget(uniform(budget, view.seen, view.keys.shape[1]))
-                    keep = select(policy, cut, first, last)[0]
-                    kept[name, budget, sequence.task] += float(utility[layer][keep].sum(dtype=torch.float64))
-                    total[name, budget, sequence.task] += float(utility[layer].sum(dtype=torch.float64))
+            layers = range(len(sequence.layers))
+            views = [
+                sequence.view(layer, policy=policy.statistics, oracle=policy.needs_future) for layer in layers
+            ]  # fmt: skip
             for budget in budgets:
-                contexts[name, budget, sequence.task] += 1
+                room = uniform(budget, views[0].seen, utility.shape[1])
+                for rule in rules:
+                    place = name, budget, rule.name, sequence.task
+                    masks = cut(policy, rule, [view.with_budget(room) for view in views], first, last)
+                    for layer, keep in zip(layers, masks, strict=True):
+                        kept[place] += float(utility[layer][keep[0]].sum(dtype=torch.float64))
+                        total[place] += float(utility[layer].sum(dtype=torch.float64))
+                    contexts[place] += 1
             advance()
     return [
-        {"policy": name, "budget": budget, "allocation": "uniform", "task": task,
-         "utility_kept": kept[name, budget, task] / max(total[name, budget, task], 1e-12), "n": n}
-        for (name, budget, task), n in contexts.items()
+        {"policy": name, "budget": budget, "allocation": rule, "task": task,
+         "utility_kept": kept[name, budget, rule, task] / max(total[name, budget, rule, task], 1e-12), "n": n}
+        for (name, budget, rule, task), n in contexts.items()
     ]  # fmt: skip
 
 

@@ -12,11 +12,15 @@ COLUMNS = ("policy", "budget", "utility kept", "accuracy", "NLL", "cache bytes")
 
 
 def merged(*results: dict) -> list[dict]:
-    """Rows of several results, those of one policy, budget and task made one (replay has utility, live the rest)."""
+    """Rows of several results; those of one policy, budget, allocation and task made one.
+
+    Replay has the utility of such a row and live decoding the rest.
+    """
     rows: dict[tuple, dict] = {}
     for row in (row for result in results for row in result["rows"]):
         known = {name: value for name, value in row.items() if value is not None}
-        rows.setdefault((row["policy"], row["budget"], row.get("task", "")), {}).update(known)
+        place = row["policy"], row["budget"], row.get("allocation", "uniform"), row.get("task", "")
+        rows.setdefault(place, {}).update(known)
     return list(rows.values())
 
 
@@ -24,6 +28,7 @@ def table(rows: Iterable[dict]) -> list[tuple[str, ...]]:
     """Cells of `COLUMNS`, the full cache first, then by budget from large to small and accuracy (or utility)."""
     rows = list(rows)
     several = len({row.get("task", "") for row in rows}) > 1
+    shared = len({_rule(row) for row in rows if row["policy"] != "full_cache"}) <= 1
 
     def order(row: dict):
         worth = row.get("accuracy", row.get("utility_kept", 0.0))
@@ -34,7 +39,7 @@ def table(rows: Iterable[dict]) -> list[tuple[str, ...]]:
 
     return [
         (
-            f"{row['policy']} ({row['task']})" if several else row["policy"],
+            _label(row, shared) + (f" ({row['task']})" if several else ""),
             format_budget(row["budget"]),
             cell(row, "utility_kept", "{:.3f}"),
             cell(row, "accuracy", "{:.1%}"),
@@ -43,6 +48,15 @@ def table(rows: Iterable[dict]) -> list[tuple[str, ...]]:
         )
         for row in sorted(rows, key=order)
     ]
+
+
+def _rule(row: dict) -> str:
+    return row.get("allocation") or "uniform"
+
+
+def _label(row: dict, shared: bool) -> str:
+    """A row's policy, and its allocation unless all rows share one."""
+    return row["policy"] if shared or row["policy"] == "full_cache" else f"{row['policy']}, {_rule(row)}"
 
 
 def markdown(rows: Iterable[dict]) -> str:
@@ -59,13 +73,14 @@ def picture(rows: list[dict], file: Path) -> None:
     measures = [(name, label) for name, label in labels.items() if any(row.get(name) is not None for row in rows)]
     figure = Figure(figsize=(5.2 * len(measures) + 1.8, 4), layout="constrained")
     axes = figure.subplots(1, len(measures), squeeze=False)[0]
-    names = sorted({row["policy"] for row in rows} - {"full_cache"})
+    shared = len({_rule(row) for row in rows if row["policy"] != "full_cache"}) <= 1
+    names = sorted({_label(row, shared) for row in rows} - {"full_cache"})
     styles = [(f"C{i % 10}", "-" if i < 10 else "--", "o^sDvPX*<>hpd8"[i % 14]) for i in range(len(names))]
     for axis, (measure, label) in zip(axes, measures, strict=True):
         for name, (colour, dash, mark) in zip(names, styles, strict=True):
             points: dict[float, list[float]] = {}
             for row in rows:
-                if row["policy"] == name and row.get(measure) is not None:
+                if _label(row, shared) == name and row.get(measure) is not None:
                     points.setdefault(row["budget"], []).append(row[measure])
             if points:
                 xs = sorted(points)
@@ -77,7 +92,7 @@ def picture(rows: list[dict], file: Path) -> None:
         budgets = sorted({row["budget"] for row in rows if row["policy"] != "full_cache"})
         axis.set_xscale("log", base=2)
         axis.set_xticks(budgets, [format_budget(b) for b in budgets], minor=False)
-        axis.set(xlabel="budget per KV head", ylabel=label, ylim=(-0.02, 1.03))
+        axis.set(xlabel="budget", ylabel=label, ylim=(-0.02, 1.03))
         axis.grid(alpha=0.3)
     lines = {line.get_label(): line for axis in axes for line in axis.get_lines()}
     figure.legend(list(lines.values()), list(lines), loc="outside right center", fontsize=8, frameon=False)
@@ -94,9 +109,10 @@ def report(results: list[dict], folder: str | Path, title: str = "kv_gym report"
     counts = sorted({row["n"] for result in results for row in result["rows"]})
     commands = "\n".join(f"- `{command}`" for command in dict.fromkeys(result["command"] for result in results))
     versions = ", ".join(f"{name} {version}" for name, version in results[-1]["versions"].items())
+    rules = ", ".join(f"`{rule}`" for rule in sorted({_rule(row) for row in rows}))
     text = (
         f"# {title}\n\n{markdown(rows)}\n![budgets against quality](report.png)\n\n{notes}\n\n"
-        f"Equal budgets for all heads (`uniform`). Utility kept: share of the recorded future attention on kept slots."
+        f"Allocation of the slots: {rules}. Utility kept: share of the recorded future attention on kept slots."
         f" Accuracy: greedy exact match of the whole answer, question unseen while compressing."
         f" Cache bytes: all that the compressed cache of one context holds; what stands behind a plus are the weights"
         f" of a learned policy, held once. Rows stand on n = {', '.join(map(str, counts))} contexts or questions.\n\n"

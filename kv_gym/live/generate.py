@@ -20,13 +20,15 @@ class Generated:
     Attributes:
         text: the new text.
         seen: tokens that went through the cache.
-        kept: tokens that each KV head still held.
+        kept: tokens that the KV heads still held, on average.
+        spread: fewest and most tokens that a head held.
         nbytes: bytes of the whole cache.
     """
 
     text: str
     seen: int
-    kept: int
+    kept: float
+    spread: tuple[int, int]
     nbytes: int
 
 
@@ -46,6 +48,7 @@ def generate(
     policy: str | Path | Policy = "keydiff",
     budget: str | int | float = 0.25,
     trigger: str = "prefill",
+    allocation: str = "uniform",
     max_new_tokens: int = 64,
     write: Callable[[str], object] = lambda _: None,
 ) -> Generated:
@@ -57,7 +60,7 @@ def generate(
     if not prompt.strip():
         raise UserError("the prompt is empty; give some text to go on with")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    with EvictingCache(model, policy=policy, budget=budget, trigger=trigger) as cache:
+    with EvictingCache(model, policy=policy, budget=budget, trigger=trigger, allocation=allocation) as cache:
         tokens = model.generate(
             **inputs,
             past_key_values=cache,
@@ -66,6 +69,7 @@ def generate(
             streamer=_Streamer(tokenizer, write),
             pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
         )
-        kept = cache.kept_positions(cache.evicting_layers[0]).shape[-1]
+        kept = cache.kept()
         text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        return Generated(text, cache.seen, kept, cache.nbytes())
+        spread = int(kept.min()), int(kept.max())
+        return Generated(text, cache.seen, float(kept.double().mean()), spread, cache.nbytes())
