@@ -192,11 +192,12 @@ def ragged(batch=2, kv_heads=3, new=1, seed=0):
     equal = EqualSlots()
     n = 12
     positions = torch.arange(n).expand(batch, kv_heads, n)
-    equal.append({"keys": torch.randn(batch, kv_heads, n, 4).double(), "values": torch.randn(batch, kv_heads, n, 4).double(), "positions": positions}, 0)  # fmt: skip
+    pairs = lambda m: {name: torch.randn(batch, kv_heads, m, 4).double() for name in ("keys", "values")}  # noqa: E731
+    equal.append(pairs(n) | {"positions": positions}, 0)
     kept = torch.rand(batch, kv_heads, n) < torch.rand(batch, kv_heads, 1)
     kept[0, 0] = False
     slots = RaggedSlots.of(equal, kept)
-    slots.append({"keys": torch.randn(batch, kv_heads, new, 4).double(), "values": torch.randn(batch, kv_heads, new, 4).double(), "positions": torch.arange(n, n + new).expand(batch, kv_heads, new)}, 3)  # fmt: skip
+    slots.append(pairs(new) | {"positions": torch.arange(n, n + new).expand(batch, kv_heads, new)}, 3)
     return slots
 
 

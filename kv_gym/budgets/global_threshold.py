@@ -43,7 +43,7 @@ class GlobalThreshold(Allocation):
     def slots(self, layers: Sequence[Layer]) -> list[Tensor]:
         sizes = [layer.merits[0].numel() for layer in layers]
         merits = torch.cat([layer.merits.flatten(1) for layer in layers], 1)
-        totals = sum(layer.view.budget.sum(1) for layer in layers)
+        totals = torch.stack([layer.view.budget.sum(1) for layer in layers]).sum(0)
         kept = torch.stack([best(row, int(total)) for row, total in zip(merits, totals, strict=True)])
         return [
             part.view_as(layer.merits).sum(-1)

@@ -35,8 +35,8 @@ def replay(
         allocations: who gets the slots; every policy meets every one of them.
 
     Returns:
-        Rows of policy, budget, allocation, task, ``utility_kept`` (ratio of sums over layers, heads and contexts, protected
-        slots included) and ``n`` (contexts).
+        Rows of policy, budget, allocation, task, ``utility_kept`` (ratio of sums over layers, heads and contexts,
+        protected slots included) and ``n`` (contexts).
 
     Raises:
         UserError: a context without continuations, or without the queries or statistics that a policy needs; or an

@@ -186,8 +186,10 @@ class Contents:
         filled, valid = self.slots.padded()
         wanted = self.eviction.policy.needs_queries
         view = CacheView(
-            *(filled[name] for name in SLOT),
-            valid=valid,
+            filled["keys"],
+            filled["values"],
+            filled["positions"],
+            valid,
             seen=_on(self.rows, valid.device),
             budget=self._budget(due, valid),
             layer=self.index,

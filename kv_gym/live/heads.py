@@ -44,8 +44,10 @@ def by_slices(query: Tensor, slots: RaggedSlots, scaling: float, fresh: Tensor |
     exact = torch.promote_types(query.dtype, torch.float32)
     out = query.new_zeros(batch, m, query_heads, d)
     for row in range(batch):
-        asked = slice(None) if fresh is None else fresh[row].nonzero()[:, 0].to(query.device)
-        new = m if fresh is None else len(asked)
+        asked: slice | Tensor = slice(None)
+        new = m
+        if fresh is not None:
+            asked, new = fresh[row].nonzero()[:, 0].to(query.device), int(fresh[row].sum())
         if new == 0:
             continue
         asking, answer = query[row], out[row].transpose(0, 1)  # [query_heads, m, d], the second one a view
@@ -96,12 +98,13 @@ def by_variable_length(query: Tensor, slots: RaggedSlots, scaling: float) -> Ten
         enable_gqa=group > 1,
         seqused_k=slots.lengths.flatten().int().to(device, non_blocking=True),
     )
+    assert isinstance(out, Tensor)  # nothing else was asked for
     return out.view(batch, heads, m, group, -1).transpose(1, 2).reshape(batch, m, query_heads, -1)
 
 
 def by_padding(query: Tensor, slots: RaggedSlots, scaling: float, dropout: float = 0.0) -> Tensor:
     """All heads padded to the longest, under a mask: reads the most memory, and runs anywhere."""
-    batch, query_heads, m, _ = query.shape
+    query_heads, m = query.shape[1:3]
     heads = slots.lengths.shape[1]
     filled, real = slots.padded()
     places = torch.arange(real.shape[2], device=real.device)

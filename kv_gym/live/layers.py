@@ -134,8 +134,7 @@ class EvictingLayer(CacheLayerMixin):
             if isinstance(slots, RaggedSlots):
                 outputs.append(attend_heads(query, slots, call.scaling, fresh, call.rest.get("dropout", 0.0)))
             else:
-                seen = {"query": query, "key": slots["keys"], "value": slots["values"]}
-                outputs.append(self._equal(replace(call, **seen))[0])
+                outputs.append(self._equal(replace(call, query=query, key=slots["keys"], value=slots["values"]))[0])
                 slots.own()
             self._afterwards(query, fresh)
         # pieces of padded rows are full-sized, and zero outside of their own queries
