@@ -7,11 +7,14 @@ import numpy as np
 import pytest
 import torch
 from slow_attention import slow_view_attention
+from traced_models import some_prompt, tiny_model
 
 from kv_gym import CacheView, make_policy
 from kv_gym.errors import UserError
+from kv_gym.evaluation.replay import replay
 from kv_gym.policies.observing import observe_blocks
 from kv_gym.policies.tokens import mean_over_heads, rank, smooth
+from kv_gym.traces import open_traces, record
 
 
 def paying(*heads, group=1):
@@ -363,6 +366,25 @@ def test_queries_shown_at_once_or_one_by_one_give_one_state(name):
     at_once, slowly = (observe_blocks(policy, view, queries, policy.initial_state(view), size) for size in (128, 1))
     for state in at_once:
         torch.testing.assert_close(at_once[state], slowly[state])
+
+
+def test_statistics_taken_with_other_settings_are_not_the_policys_own(tmp_path):
+    usual, narrow = make_policy("lra"), make_policy("lra", top=3)
+    assert (usual.statistics, narrow.statistics) == ("lra", "lra(top=3)")
+    # what only the score reads makes no difference
+    assert make_policy("lazy_eviction", window=3, offset=0.0).statistics == "lazy_eviction"
+    assert make_policy("lazy_eviction", threshold=0.1).statistics == "lazy_eviction(threshold=0.1)"
+    assert make_policy("h2o", reduce="mean").statistics == "h2o"
+    assert make_policy("snapkv", window=3).statistics == ""
+
+    record(tiny_model(), [some_prompt()], tmp_path / "traces", stats=["h2o", narrow, usual], progress=False)
+    (sequence,) = open_traces(tmp_path / "traces")
+    assert list(sequence.stats) == ["h2o", "lra", "lra(top=3)"]
+    assert (sequence.stats["lra"]["last"] != sequence.stats["lra(top=3)"]["last"]).any()
+    kept = {policy.top: replay({"lra": policy}, [sequence], [0.25])[0]["utility_kept"] for policy in (usual, narrow)}
+    assert kept[3] != kept[32]
+    with pytest.raises(UserError, match=r"no statistics of policy 'lra\(top=4\)'"):
+        replay({"lra": make_policy("lra", top=4)}, [sequence], [0.25])
 
 
 @pytest.mark.parametrize(

@@ -62,11 +62,20 @@ class Policy(ABC):
 
 
 class StatefulPolicy(Policy):
-    """A policy with memory: tensors `[batch, kv_heads, tokens, ...]` that the machinery keeps beside the slots."""
+    """A policy with memory: tensors `[batch, kv_heads, tokens, ...]` that the machinery keeps beside the slots.
+
+    Class attributes:
+        observed_with: names of the settings that the state depends on; `statistics` tells their values apart.
+    """
+
+    observed_with: ClassVar[tuple[str, ...]] = ()
 
     @property
     def statistics(self) -> str:
-        return self.name
+        """The policy's name, with the settings of `observed_with` that are not the defaults: ``lra(top=8)``."""
+        defaults = {f.name: f.default for f in fields(self) if f.name in self.observed_with}
+        own = [f"{name}={value}" for name in defaults if (value := getattr(self, name)) != defaults[name]]
+        return f"{self.name}({','.join(own)})" if own else self.name
 
     @abstractmethod
     def initial_state(self, view: CacheView) -> dict[str, Tensor]:

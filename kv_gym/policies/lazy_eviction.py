@@ -32,6 +32,7 @@ class LazyEviction(StatefulPolicy):
         gap_weight: factor on H2; 0 leaves it out.
     """
 
+    observed_with = ("threshold",)
     threshold: float = 5e-4
     window: int = 52
     offset: float = 1.0

@@ -25,6 +25,7 @@ class LFA(StatefulPolicy):
     """Share of queries that had the token among their `top`; state `hits` is int64 `[batch, kv_heads, tokens]`."""
 
     comparable = True
+    observed_with = ("top",)
     top: int = 32
 
     def __post_init__(self) -> None:

@@ -26,6 +26,7 @@ class LFU(StatefulPolicy):
     """
 
     comparable = True
+    observed_with = ("share",)
     share: float = 1.0
 
     def __post_init__(self) -> None:

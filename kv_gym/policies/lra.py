@@ -27,6 +27,7 @@ class LRA(StatefulPolicy):
     """
 
     comparable = True
+    observed_with = ("top",)
     top: int = 32
 
     def __post_init__(self) -> None:

@@ -25,6 +25,7 @@ class LRU(StatefulPolicy):
     """
 
     comparable = True
+    observed_with = ("share",)
     share: float = 1.0
 
     def __post_init__(self) -> None:

@@ -16,7 +16,7 @@ from kv_gym import __version__
 from kv_gym.attention import attach, detach, refuse_unserved
 from kv_gym.errors import UserError
 from kv_gym.fingerprint import Fingerprint
-from kv_gym.policies.base import StatefulPolicy
+from kv_gym.policies.base import Policy, StatefulPolicy
 from kv_gym.policies.registry import make_policy
 from kv_gym.traces.format import FORMAT, VERSION
 from kv_gym.traces.models import tokenizer_hash, usable_device
@@ -36,7 +36,7 @@ def record(
     *,
     tokenizer=None,
     window: int = 32,
-    stats: Iterable[str] = ("h2o",),
+    stats: Iterable[str | Policy] = ("h2o",),
     blocks: int = 32,
     shard_size: int = 16,
     storage: str = "auto",
@@ -52,7 +52,7 @@ def record(
         out: folder of the trace set; new, empty, or begun by the same recording.
         tokenizer: whose hash the manifest is to carry, or None.
         window: last queries of each context to keep.
-        stats: names of policies with memory whose statistics over the context's queries to take.
+        stats: policies with memory, names or objects, whose statistics over the context's queries to take.
         blocks: at most so many blocks of queries per continuation.
         shard_size: sequences per file; as many are lost, at most, when a run is killed.
         storage: ``auto`` keeps keys, values and queries in the type the model computes in, ``float32`` widens them.
@@ -77,7 +77,7 @@ def record(
         )
     if device is not None:
         model.to(usable_device(device))
-    policies = _policies(sorted(stats))
+    policies = _policies(stats)
     longest = max(len(p.context_ids) + max(map(len, p.continuation_ids), default=0) for p in listed)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and longest > limit:
@@ -101,7 +101,7 @@ def record(
 
 
 def record_sequence(
-    model, prompt: Prompt, window: int = 32, stats: Iterable[str] = ("h2o",), blocks: int = 32
+    model, prompt: Prompt, window: int = 32, stats: Iterable[str | Policy] = ("h2o",), blocks: int = 32
 ) -> Sequence:
     """Record one prompt into memory.
 
@@ -109,7 +109,7 @@ def record_sequence(
         model: as for :func:`record`.
         prompt: the context and its continuations.
         window: last queries of the context to keep.
-        stats: names of policies with memory.
+        stats: policies with memory, names or objects.
         blocks: at most so many blocks of queries per continuation.
 
     Raises:
@@ -237,14 +237,14 @@ def _watched(model) -> Iterator[None]:
         detach(model)
 
 
-def _policies(names: Iterable[str]) -> dict[str, StatefulPolicy]:
+def _policies(stats: Iterable[str | Policy]) -> dict[str, StatefulPolicy]:
     policies: dict[str, StatefulPolicy] = {}
-    for name in names:
-        policy = make_policy(name)
+    for given in stats:
+        policy = make_policy(given)
         if not isinstance(policy, StatefulPolicy) or not policy.statistics:
-            raise UserError(f"policy {name!r} keeps no statistics, so there is nothing to record for it")
+            raise UserError(f"policy {policy.name!r} keeps no statistics, so there is nothing to record for it")
         policies[policy.statistics] = policy
-    return policies
+    return dict(sorted(policies.items()))
 
 
 @contextmanager
