@@ -35,14 +35,15 @@ def exported(model, tmp_path):
 
 def by_hand(policy, model, layer, keys, values, queries, budget):
     """The layer's view with queries and state worked out from the whole attention matrix."""
-    view = CacheView.of(keys, values, budget, layer=layer)
+    scaling = model.model.layers[layer].self_attn.scaling
+    view = CacheView.of(keys, values, budget, layer=layer, scaling=scaling)
     m = policy.needs_queries
     changes = {"queries": queries[:, :, N - m :] if m else None}
     if policy.needs_output:
         weight = model.model.layers[layer].self_attn.o_proj.weight.detach()
         changes["output"] = torch.stack([weight[:, 8 * head : 8 * head + 8].T for head in range(queries.shape[1])])
     if isinstance(policy, StatefulPolicy):
-        paid = slow_attention(queries[0], keys[0])[None].float()
+        paid = slow_attention(queries[0], keys[0], scaling)[None].float()
         changes["state"] = policy.observe(view, paid, policy.initial_state(view))
     return CacheView(**{**vars(view), **changes})
 
@@ -54,9 +55,7 @@ def positions_of(kept, every):
     return [[int(same.nonzero()) for same in rows] for rows in found]
 
 
-@pytest.mark.parametrize("name", [*NAMED, "exported", *MORE])
-def test_keeps_the_tokens_of_a_view_made_by_hand(model, name, request):
-    policy = make_policy(request.getfixturevalue("exported") if name == "exported" else name)
+def check_by_hand(model, policy):
     full = attended(model, prompt(N))
     pressed = prefilled(model, prompt(N), PolicyPress(0.5, policy))
     for layer, ((keys, values, queries), (fewer, their_values)) in enumerate(zip(full, pressed, strict=True)):
@@ -66,6 +65,20 @@ def test_keeps_the_tokens_of_a_view_made_by_hand(model, name, request):
         assert all(len(row) == N // 2 for row in expected)
         assert positions_of(fewer[0], keys[0]) == expected
         assert positions_of(their_values[0], values[0]) == expected
+
+
+@pytest.mark.parametrize("name", [*NAMED, "exported", *MORE])
+def test_keeps_the_tokens_of_a_view_made_by_hand(model, name, request):
+    check_by_hand(model, make_policy(request.getfixturevalue("exported") if name == "exported" else name))
+
+
+@pytest.mark.parametrize("name", ["h2o", "snapkv", "tova"])
+def test_the_scaling_is_the_models_own(name):
+    """As in Gemma, whose scaling does not follow from the head dimension."""
+    model = tiny()
+    for layer in model.model.layers:
+        layer.self_attn.scaling = 0.05
+    check_by_hand(model, make_policy(name))
 
 
 def test_protection_can_be_set(model):

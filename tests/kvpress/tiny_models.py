@@ -73,13 +73,13 @@ def attended(model, ids):
     return [(keys, values, captured[layer]) for layer, (keys, values) in enumerate(pairs)]
 
 
-def slow_attention(queries, keys):
+def slow_attention(queries, keys, scaling):
     """Causal softmax attention `[query_heads, tokens, tokens]` of one row, one number at a time."""
-    heads, n, d = queries.shape
+    heads, n, _ = queries.shape
     weights = torch.zeros(heads, n, n, dtype=torch.float64)
     for head in range(heads):
         of = keys[head // (heads // len(keys))]
         for i in range(n):
-            products = torch.stack([(queries[head, i] * of[j]).sum() for j in range(i + 1)]).double() * d**-0.5
+            products = torch.stack([(queries[head, i] * of[j]).sum() for j in range(i + 1)]).double() * scaling
             weights[head, i, : i + 1] = products.softmax(0)
     return weights
