@@ -1,4 +1,4 @@
-"""The exact expected rank cost against the enumeration of all rankings."""
+"""Plackett-Luce against its definition and the enumeration of all rankings."""
 
 import itertools
 import math
@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kv_gym.training.plackett_luce import expected_rank_cost
+from kv_gym.training.plackett_luce import ABSENT, Stages, expected_rank_cost, sample_rankings
 
 
 def enumerated_cost(scores, worth):
@@ -53,3 +53,55 @@ def test_a_random_subset_of_comparisons_is_unbiased():
 
 def test_rows_without_worth_cost_nothing():
     assert expected_rank_cost(torch.randn(2, 6), torch.zeros(2, 6)).abs().max() == 0
+
+
+def draws(scores, ranking):
+    """Probabilities of every next draw before each stage of a ranking, slot -> probability, by the definition."""
+    left = list(range(len(scores)))
+    for i in ranking:
+        total = sum(math.exp(scores[j]) for j in left)
+        yield {j: math.exp(scores[j]) / total for j in left}
+        left.remove(i)
+
+
+def test_stages_tell_what_the_definition_tells():
+    torch.manual_seed(0)
+    scores, other = torch.randn(2, 4, dtype=torch.float64) * 2
+    total = 0.0
+    for ranking in itertools.permutations(range(4)):
+        order = torch.tensor(ranking)
+        mine, theirs = Stages.of(scores, order), Stages.of(other, order)
+        total += mine.log_prob.sum().exp().item()
+        for t, (p, q) in enumerate(zip(draws(scores.tolist(), ranking), draws(other.tolist(), ranking), strict=True)):
+            assert mine.log_prob[t].item() == pytest.approx(math.log(p[ranking[t]]))
+            assert mine.entropy[t].item() == pytest.approx(-sum(p[j] * math.log(p[j]) for j in p), abs=1e-12)
+            apart = sum(p[j] * math.log(p[j] / q[j]) for j in p)
+            assert mine.divergence(theirs)[t].item() == pytest.approx(apart, abs=1e-12)
+    assert total == pytest.approx(1)
+
+
+def test_absent_slots_change_nothing_and_have_no_gradient():
+    scores = torch.tensor([0.5, -1.0, 2.0, ABSENT, ABSENT], requires_grad=True)
+    with_absent = Stages.of(scores, torch.tensor([2, 0, 1, 4, 3]), 3)
+    without = Stages.of(scores[:3], torch.tensor([2, 0, 1]))
+    for name in ("log_prob", "entropy"):
+        assert torch.allclose(getattr(with_absent, name), getattr(without, name), atol=1e-6)
+    (with_absent.log_prob.sum() + with_absent.entropy.sum()).backward()
+    assert scores.grad[3:].abs().max() < 1e-20 and scores.grad.isfinite().all()
+    assert set(sample_rankings(scores.detach(), 50)[:, :3].flatten().tolist()) == {0, 1, 2}
+
+
+def test_only_the_prefix_is_the_action():
+    scores = torch.randn(6)
+    one, other = (Stages.of(scores, torch.tensor(order), 2) for order in ([3, 1, 0, 2, 4, 5], [3, 1, 5, 4, 0, 2]))
+    assert torch.allclose(one.log_prob, other.log_prob, atol=1e-6) and one.log_prob.shape == (2,)
+    assert torch.allclose(one.entropy, other.entropy, atol=1e-6)
+
+
+def test_samples_come_as_often_as_their_probability_says():
+    torch.manual_seed(0)
+    scores, count = torch.tensor([1.0, 0.0, -0.5]), 20_000
+    sampled = [tuple(ranking) for ranking in sample_rankings(scores, count).tolist()]
+    for ranking in itertools.permutations(range(3)):
+        p = math.prod(stage[i] for stage, i in zip(draws(scores.tolist(), ranking), ranking, strict=True))
+        assert abs(sampled.count(ranking) / count - p) < 5 * math.sqrt(p * (1 - p) / count)

@@ -43,15 +43,12 @@ def pairwise_hinge(scores: Tensor, target: Tensor, margin: float, there: Tensor 
     """
     n = scores.shape[-1]
     against = torch.randperm(n)[:128] if n > 128 else torch.arange(n)
-    better = target[..., :, None] > target[..., None, against]
-    worse = target[..., :, None] < target[..., None, against]
+    sign = (target[..., :, None] - target[..., None, against]).sign()
     if there is not None:
-        both = there[..., :, None] & there[..., None, against]
-        better, worse = better & both, worse & both
+        sign *= there[..., :, None] & there[..., None, against]
     lead = scores[..., :, None] - scores[..., None, against]
-    sign = better.to(lead.dtype) - worse.to(lead.dtype)
-    pairs = sign.abs()
-    return ((margin - sign * lead).clamp(min=0) * pairs).sum() / pairs.sum().clamp(min=1)
+    counted = sign.abs()
+    return (margin * counted - sign * lead).relu().sum() / counted.sum().clamp(min=1)
 
 
 class Distill(LossLearner):

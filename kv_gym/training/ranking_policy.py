@@ -9,6 +9,7 @@ Use: ``PPO(RankingPolicy, KVEvictVecEnv(16, traces), gamma=0.0)``.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -130,50 +131,68 @@ class RankingPolicy(MultiInputActorCriticPolicy):
 
     def forward(self, obs: Any, deterministic: bool = False) -> tuple[Tensor, Tensor, Tensor]:
         """Actions, values and log-probabilities of observations."""
-        distribution = self.get_distribution(obs)
+        slots = _Slots.of(obs)
+        distribution = self._distribution(slots)
         actions = distribution.get_actions(deterministic=deterministic)
-        return actions, self.predict_values(obs), distribution.log_prob(actions)
+        return actions, self._values(slots), distribution.log_prob(actions)
 
     def evaluate_actions(self, obs: Any, actions: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         """Values, log-probabilities and entropy of actions that were taken."""
-        distribution = self.get_distribution(obs)
-        return self.predict_values(obs), distribution.log_prob(actions), distribution.entropy_along(actions)
+        slots = _Slots.of(obs)
+        distribution = self._distribution(slots)
+        return self._values(slots), distribution.log_prob(actions), distribution.entropy_along(actions)
 
     def get_distribution(self, obs: Any) -> PrefixDistribution:
         """The distribution over rankings of what is cached and not protected."""
-        inputs, there, position = self._slots(obs)
-        seen = position.amax(-1) + 1
-        sinks, recent = self.protect
-        ranked = there & (position >= sinks) & (position < seen[:, None] - recent)
-        scores = self._by_head(self.scorer, inputs, obs).masked_fill(~ranked, ABSENT)
-        room = slots_per_head(self.prefix, seen) * (self.scorer.heads if self.joint else 1)
-        draws = torch.minimum((room - (there & ~ranked).sum(-1)).clamp(min=1), ranked.sum(-1))
-        return self.action_dist.proba_distribution(scores, draws)
+        return self._distribution(_Slots.of(obs))
 
     def predict_values(self, obs: Any) -> Tensor:
         """`[batch, 1]`: what the critic expects of the mean cached slot of each head."""
-        inputs, there, _ = self._slots(obs)
-        heads = self.scorer.heads if self.joint else 1
-        weight = there.view(len(there), heads, -1, 1).float()
-        pooled = (inputs.view(len(there), heads, -1, inputs.shape[-1]) * weight).sum(2) / weight.sum(2).clamp(min=1)
-        return self._by_head(self.critic, pooled, obs).mean(-1, keepdim=True)
+        return self._values(_Slots.of(obs))
+
+    def _distribution(self, slots: _Slots) -> PrefixDistribution:
+        sinks, recent = self.protect
+        ranked = slots.there & (slots.position >= sinks) & (slots.position < slots.seen - recent)
+        scores = self._by_head(self.scorer, slots.inputs, slots.head).masked_fill(~ranked, ABSENT)
+        room = slots_per_head(self.prefix, slots.seen[:, 0]) * (self.scorer.heads if self.joint else 1)
+        draws = torch.minimum((room - (slots.there & ~ranked).sum(-1)).clamp(min=1), ranked.sum(-1))
+        return self.action_dist.proba_distribution(scores, draws)
+
+    def _values(self, slots: _Slots) -> Tensor:
+        rows = len(slots.there), self.scorer.heads if self.joint else 1, -1
+        weight = slots.there.view(*rows, 1).float()
+        inputs = slots.inputs.view(*rows, slots.inputs.shape[-1])
+        pooled = (inputs * weight).sum(2) / weight.sum(2).clamp(min=1)
+        return self._by_head(self.critic, pooled, slots.head).mean(-1, keepdim=True)
 
     def _predict(self, observation: Any, deterministic: bool = False) -> Tensor:
         return self.get_distribution(observation).get_actions(deterministic=deterministic)
 
-    def _slots(self, obs: Any) -> tuple[Tensor, Tensor, Tensor]:
-        """Inputs `[batch, N, f]`, what is cached `[batch, N]` bool, and positions `[batch, N]` int64."""
+    def _by_head(self, network: GroupedScorer, inputs: Tensor, head: Tensor) -> Tensor:
+        """Outputs `[batch, N]` of inputs `[batch, N, f]`, each row or run of slots by its own head's network."""
+        if not self.joint:
+            return network(inputs, head.view(-1))
+        rows = inputs.view(len(inputs), network.heads, -1, inputs.shape[-1]).transpose(0, 1)
+        return network(rows.flatten(1, 2)).view(network.heads, len(inputs), -1).transpose(0, 1).flatten(1)
+
+
+@dataclass(frozen=True)
+class _Slots:
+    """Observations as networks take them: inputs `[batch, N, f]`, cached `[batch, N]`, positions, `seen [batch, 1]`."""
+
+    inputs: Tensor
+    there: Tensor
+    position: Tensor
+    seen: Tensor
+    head: Tensor
+
+    @classmethod
+    def of(cls, obs: Any) -> _Slots:
         position = obs["position"].long()
         # how much was seen after the newest cached token is not shown: ages are counted from it
         seen = position.amax(-1, keepdim=True) + 1
-        return slot_inputs(obs["key"], obs["value"], position, seen), obs["mask"] > 0, position
-
-    def _by_head(self, network: GroupedScorer, inputs: Tensor, obs: Any) -> Tensor:
-        """Outputs `[batch, N]` of inputs `[batch, N, f]`, each row or run of slots by its own head's network."""
-        if not self.joint:
-            return network(inputs, obs["head"].long().view(-1))
-        rows = inputs.view(len(inputs), network.heads, -1, inputs.shape[-1]).transpose(0, 1)
-        return network(rows.flatten(1, 2)).view(network.heads, len(inputs), -1).transpose(0, 1).flatten(1)
+        inputs = slot_inputs(obs["key"], obs["value"], position, seen)
+        return cls(inputs, obs["mask"] > 0, position, seen, obs["head"].long())
 
 
 def heads_of(space: Any) -> int:
