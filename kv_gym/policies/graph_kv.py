@@ -58,7 +58,7 @@ class GraphKV(Over):
         chosen = (torch.arange(most, device=scores.device) < counts) & view.valid.gather(-1, sources)
         keys = view.keys.float()
         lengths = torch.linalg.vector_norm(keys, dim=-1).clamp_(min=1e-12)
-        decay = torch.zeros(batch, heads, n, dtype=torch.float64, device=keys.device)
+        decay = torch.ones_like(scores)
         step = max(1, CHUNK // (batch * heads * n))
         for start in range(0, most, step):
             some = sources[..., start : start + step]
@@ -68,6 +68,5 @@ class GraphKV(Over):
             similar.masked_fill_(~view.valid[:, :, None], -1.0).scatter_(-1, some[..., None], -1.0)
             least = similar.topk(min(self.neighbours, n), -1).values[..., -1:]  # equals are neighbours too
             near = (similar >= least) & chosen[..., start : start + step, None]
-            factors = similar.clamp_(0, 1 - 1e-6).neg_().log1p_()
-            decay += factors.masked_fill_(~near, 0.0).sum(2, dtype=torch.float64)
-        return (scores * decay.exp_()).float()
+            decay *= (1 - similar.masked_fill_(~near, 0.0).clamp_(0, 1 - 1e-6)).prod(2)
+        return scores * decay
