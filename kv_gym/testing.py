@@ -30,7 +30,8 @@ def check_policy(
 
     Scores are `[batch, kv_heads, tokens]`, floating, finite and on the view's device; the same view gets the same
     scores and is not modified; rows do not influence one another; invalid slots influence nothing, whatever they
-    hold; the order in which slots lie does not matter (neighbours are found by `positions`). A policy with memory
+    hold; the order in which slots lie does not matter (neighbours are found by `positions`); a static policy gives a
+    slot the same score whatever else is cached and whenever it is asked. A policy with memory
     gives state of shape `[batch, kv_heads, tokens, ...]`, the same names, shapes and types after every `observe`.
 
     Args:
@@ -95,6 +96,16 @@ def _check_view(maker: _Maker, bare: CacheView, who: str) -> None:
         view.valid.gather(-1, order),
         f"{who} depends on the order in which slots lie; sort by view.positions where neighbours matter",
     )
+
+    if maker.policy.static:
+        some = order[..., : -(-n // 2)]
+        later = _take(replace(bare, seen=bare.seen + 100, budget=bare.budget + 1), some)
+        _compare(
+            maker.policy.score(maker.observed(later, who)),
+            scores.gather(-1, some),
+            later.valid,
+            f"{who} says it is static, and scores change with the other slots or with the tokens seen",
+        )
 
     half = replace(bare, **{name: getattr(bare, name).bfloat16() for name in ("keys", "values")})
     half = replace(half, queries=None if bare.queries is None else bare.queries.bfloat16())

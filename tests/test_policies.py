@@ -70,6 +70,10 @@ class Broken(StatefulPolicy):
 
     promise: str = ""
 
+    @property
+    def static(self):
+        return self.promise in ("static", "truly static")
+
     def initial_state(self, view):
         shape = view.positions.shape[:2] if self.promise == "state shape" else view.positions.shape
         return {"count": torch.zeros(shape)}
@@ -93,6 +97,8 @@ class Broken(StatefulPolicy):
             return scores - scores.mean((0, 1, 2))
         if self.promise == "padding":
             return scores - scores.mean(-1, keepdim=True)
+        if self.promise == "static":
+            return scores - view.seen[:, None, None] / 50
         if self.promise == "order":
             return scores + torch.arange(scores.shape[-1])
         return scores
@@ -109,6 +115,7 @@ class Broken(StatefulPolicy):
         ("rows", "lets batch rows change one another"),
         ("padding", "lets invalid slots change the scores of valid ones"),
         ("order", "depends on the order in which slots lie"),
+        ("static", "says it is static, and scores change with the other slots or with the tokens seen"),
         ("state shape", r"has state 'count' of shape \[2, 2\]; expected \[2, 2, 40\]"),
         ("state names", "changed names, shapes or types of its state"),
     ],
@@ -120,6 +127,7 @@ def test_check_policy_names_the_broken_promise(promise, complaint):
 
 def test_check_policy_passes_an_honest_policy():
     assert check_policy(Broken(promise="none")) is None
+    assert check_policy(Broken(promise="truly static")) is None
 
 
 def test_an_undeclared_need_is_found():
