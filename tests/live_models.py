@@ -10,12 +10,16 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    Olmo2Config,
+    Olmo2ForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     Qwen2Config,
     Qwen2ForCausalLM,
     Qwen3Config,
     Qwen3ForCausalLM,
+    Qwen3MoeConfig,
+    Qwen3MoeForCausalLM,
 )
 
 from kv_gym import EvictingCache, list_policies, make_policy
@@ -35,6 +39,14 @@ FAMILIES = {
     "mistral": (MistralForCausalLM, MistralConfig, GROUPED | {"sliding_window": None}),
     "phi3": (Phi3ForCausalLM, Phi3Config, {"num_key_value_heads": 2}),
     "gpt_neox": (GPTNeoXForCausalLM, GPTNeoXConfig, {}),
+    "olmo2": (Olmo2ForCausalLM, Olmo2Config, {"num_key_value_heads": 2}),
+    "qwen3_moe": (
+        Qwen3MoeForCausalLM,
+        Qwen3MoeConfig,
+        GROUPED
+        | {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
+        | {"experts_implementation": "eager"},  # the grouped kernel knows no float64
+    ),
     "gemma3": (
         Gemma3ForCausalLM,
         Gemma3TextConfig,
@@ -43,6 +55,8 @@ FAMILIES = {
         | {"query_pre_attn_scalar": 8},
     ),
 }
+# with full attention in every layer
+FULL = [family for family in FAMILIES if family != "gemma3"]
 
 
 def tiny(family="llama", attention="sdpa", seed=0, **changes):
@@ -52,7 +66,7 @@ def tiny(family="llama", attention="sdpa", seed=0, **changes):
     model = kind(config(**SIZES | more | changes, attn_implementation=attention)).double().eval()
     with torch.no_grad():
         for name, weight in model.named_parameters():
-            if weight.dim() == 2 and "embed" not in name:
+            if weight.dim() > 1 and "embed" not in name:  # three dimensions: experts
                 weight.mul_(12)
     return model
 

@@ -3,13 +3,12 @@
 import pytest
 import torch
 import transformers
-from live_models import LIVE, feed, tiny, tokens
+from live_models import FULL, LIVE, feed, tiny, tokens
 from masked_reference import MaskedReference
 from packaging import version
 
 from kv_gym import EvictingCache
 
-FAMILIES = ["llama", "qwen2", "qwen3", "mistral", "phi3", "gpt_neox"]
 EXACT = {"rtol": 0, "atol": 1e-5}
 
 
@@ -36,7 +35,7 @@ def split(ids, *sizes):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FULL)
 def test_prefill_question_and_answer(family, attention):
     model = tiny(family, attention)
     with EvictingCache(model, "h2o", 0.25, sinks=1, recent=2) as cache:
@@ -47,7 +46,7 @@ def test_prefill_question_and_answer(family, attention):
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", FULL)
 def test_evictions_while_decoding(family, attention):
     model = tiny(family, attention)
     with EvictingCache(model, "h2o", 8, trigger="every:4", sinks=0, recent=0) as cache:
