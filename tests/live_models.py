@@ -1,6 +1,9 @@
 """Tiny random decoders of every served family: 3 layers, 4 query heads, 2 KV heads."""
 
+import pytest
 import torch
+import transformers
+from packaging import version
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -55,8 +58,12 @@ FAMILIES = {
         | {"query_pre_attn_scalar": 8},
     ),
 }
+VERSION = version.parse(transformers.__version__)
+_BROKEN = pytest.mark.skipif(
+    VERSION.release[:2] == (5, 4), reason="transformers 5.4 refuses the default of a field of its own Olmo2Config"
+)
 # with full attention in every layer
-FULL = [family for family in FAMILIES if family != "gemma3"]
+FULL = [pytest.param(family, marks=_BROKEN if family == "olmo2" else ()) for family in FAMILIES if family != "gemma3"]
 
 
 def tiny(family="llama", attention="sdpa", seed=0, **changes):
