@@ -203,7 +203,7 @@ def test_settings_come_from_the_zoo_and_unknown_ones_are_refused(traces, tmp_pat
         settings_of("grpo", ranking=3)
     with pytest.raises(UserError, match="unknown agent 'ppo2'"):
         train("ppo2", traces, tmp_path / "out")
-    with pytest.raises(UserError, match="budget 0.0 is not above zero"):
+    with pytest.raises(UserError, match=r"budget 0\.0 is not above zero"):
         train("foresight", traces, tmp_path / "out", budget=0.0)
     assert not (tmp_path / "out").exists()
 

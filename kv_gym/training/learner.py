@@ -113,8 +113,8 @@ class ContextLearner(Learner):
         picked = [self.contexts[i] for i in torch.randint(len(self.contexts), (self.chosen.contexts,))]
         n = min(self.chosen.slots, min(c.worth.shape[1] for c in picked))
         slots = [torch.randperm(c.worth.shape[1])[:n] for c in picked]
-        inputs = torch.cat([c.inputs[:, s] for c, s in zip(picked, slots, strict=True)], 1)
-        return inputs, torch.stack([c.worth[:, s] for c, s in zip(picked, slots, strict=True)])
+        inputs = torch.cat([c.inputs.index_select(1, s) for c, s in zip(picked, slots, strict=True)], 1)
+        return inputs, torch.stack([c.worth.index_select(1, s) for c, s in zip(picked, slots, strict=True)])
 
     def score(self, inputs: Tensor, worth: Tensor, network: GroupedScorer | None = None) -> Tensor:
         """Scores `[contexts, heads, n]` of drawn inputs, by the network in training or another."""

@@ -81,6 +81,39 @@ def expected_rank_cost(scores: Tensor, worth: Tensor, against: Tensor | None = N
         about 1 when it comes last; the half is the slot itself, which costs nothing to count and moves no gradient.
     """
     others = scores if against is None else scores[..., against]
-    before = (others[..., None, :] - scores[..., :, None]).sigmoid().mean(-1)  # [..., n], in [0, 1]
-    total = worth.sum(-1, keepdim=True).clamp(min=1e-12)
-    return (worth / total * before).sum(-1)
+    share = worth / worth.sum(-1, keepdim=True).clamp(min=1e-12)
+    rows = _RankCost.apply(*(x.reshape(-1, x.shape[-1]) for x in (scores, others, share)))
+    return rows.view(scores.shape[:-1])
+
+
+class _RankCost(torch.autograd.Function):
+    """Sum over i of share_i times the mean over j of sigmoid(g_j - f_i), for rows of f `[B, n]` and g `[B, m]`.
+
+    The gradient is taken along with the value, a few rows at a time: the n x m pairs of a tile stay in the processor's
+    cache, and no tensor of all pairs is ever written to memory.
+    """
+
+    TILE = 1 << 17  # pairs
+
+    @staticmethod
+    def forward(ctx, scores: Tensor, others: Tensor, share: Tensor) -> Tensor:
+        m, rows = others.shape[-1], max(1, _RankCost.TILE // (scores.shape[-1] * others.shape[-1]))
+        before, slope_scores, slope_others = (
+            torch.empty_like(scores),
+            torch.empty_like(scores),
+            torch.empty_like(others),
+        )
+        for first in range(0, len(scores), rows):
+            tile = slice(first, first + rows)
+            pairs = (others[tile, None, :] - scores[tile, :, None]).sigmoid_()
+            before[tile] = pairs.mean(-1)
+            pairs.addcmul_(pairs, pairs, value=-1)  # the slope of the sigmoid
+            slope_scores[tile] = pairs.sum(-1)
+            slope_others[tile] = (share[tile, None, :] @ pairs)[:, 0]
+        ctx.save_for_backward(slope_scores.mul_(share).div_(-m), slope_others.div_(m))
+        return (share * before).sum(-1)
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor) -> tuple[Tensor, Tensor, None]:  # type: ignore[override]
+        of_scores, of_others = ctx.saved_tensors
+        return of_scores * upstream[:, None], of_others * upstream[:, None], None
