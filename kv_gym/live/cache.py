@@ -21,6 +21,7 @@ from kv_gym.live.eviction import Eviction
 from kv_gym.live.layers import EvictingLayer
 from kv_gym.live.padding import fresh_tokens, refuse_shifted
 from kv_gym.live.panel import watched
+from kv_gym.live.tiers import Tier, parse_tier
 from kv_gym.live.trigger import Trigger
 from kv_gym.policies import Policy, StatefulPolicy, make_policy
 
@@ -52,6 +53,9 @@ class EvictingCache(Cache):
             that reading a long prompt never takes more than the budget and a block; ``lagged:64`` is ``every:64``
             with the newest 64 tokens left alone.
         sinks, recent: first and last tokens that always stay; None means the policy's own.
+        evicted: what becomes of evicted pairs: ``drop``; ``merge`` (keys and values join the most similar survivor)
+            or ``merge:values``; ``bits:2``, ``bits:4`` or ``bits:8``: they stay visible in so many bits per number
+            (``bits:2:balanced``: with a channel balancer), beside the budget, which counts full-precision slots.
 
     Batches may be padded: padding is never stored, and every row keeps what it would keep alone.
 
@@ -69,6 +73,7 @@ class EvictingCache(Cache):
         trigger: str = "prefill",
         sinks: int | None = None,
         recent: int | None = None,
+        evicted: str | Tier = "drop",
     ):
         refuse_unserved(model)
         chosen, rule = make_policy(policy), parse_allocation(allocation)
@@ -77,6 +82,8 @@ class EvictingCache(Cache):
             if each is chosen:
                 rule.refuse_unfit(each)
         config = model.config.get_text_config()
+        tier = parse_tier(evicted)
+        tier.refuse_unfit(config)
         full = full_layers(config)
         self._eviction = Eviction(
             chosen,
@@ -86,6 +93,7 @@ class EvictingCache(Cache):
             rule,
             watched(chosen),
             len(full),
+            tier,
         )
         layers = list(DynamicCache(config=config).layers)
         for place, index in enumerate(full):
@@ -133,7 +141,7 @@ class EvictingCache(Cache):
         return torch.stack([layer.contents.slots.counts() for layer in self._evicting])
 
     def nbytes(self) -> int:
-        """Bytes of all that the cache holds: keys, values, positions, state and queries, with the buffers' slack."""
+        """Bytes of all that the cache holds: keys, values, positions, state, queries, tiers, with buffers' slack."""
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._tensors()}
         return sum(storage.nbytes() for storage in storages.values())
 
@@ -160,6 +168,7 @@ class EvictingCache(Cache):
         sinks: int | None = None,
         recent: int | None = None,
         allocation: str | Allocation | None = None,
+        evicted: str | Tier | None = None,
     ) -> EvictingCache:
         """An independent copy of the same context, which may evict differently from here on.
 
@@ -171,6 +180,7 @@ class EvictingCache(Cache):
             budget: another budget, or None for the same.
             sinks, recent: another protection; None means the other policy's own, or as before for the same policy.
             allocation: another allocation, or None for the same.
+            evicted: another fate of what is evicted from here on, or None for the same.
 
         Raises:
             UserError: the policy needs state or queries that the cache did not keep, or the allocation cannot use
@@ -185,10 +195,12 @@ class EvictingCache(Cache):
             sinks=eviction.sinks if sinks is None else sinks,
             recent=eviction.recent if recent is None else recent,
             allocation=eviction.allocation if allocation is None else parse_allocation(allocation),
+            evicted=eviction.evicted if evicted is None else parse_tier(evicted),
         )
         if policy is not None or allocation is not None:
             eviction.allocation.refuse_unfit(eviction.policy)
         protection_for(eviction.policy, eviction.sinks, eviction.recent)  # refuses negative ones
+        eviction.evicted.refuse_unfit(self._model.config.get_text_config())
         twin = copy.copy(self)
         twin._eviction = eviction
         twin.layers = [

@@ -14,6 +14,7 @@ from kv_gym.live.eviction import UNLIMITED, Eviction
 from kv_gym.live.queries import last_queries
 from kv_gym.live.ragged import RaggedSlots
 from kv_gym.live.slots import EqualSlots
+from kv_gym.live.tiers import Leaving, joined
 from kv_gym.policies import StatefulPolicy
 from kv_gym.policies.observing import observe_blocks
 
@@ -28,6 +29,7 @@ class Contents:
         place: which of the evicting layers it is, from 0.
         eviction: what to do, shared with the other layers.
         slots: keys, values, positions; scores that are computed once; state of watched policies.
+        tier: what becomes of evicted pairs, and what is held of them.
         rows: real tokens seen, per row.
         fired: `rows` when the trigger last fired, per row, or None.
         queries: the last `[batch, query_heads, m, d]` queries that a watched policy needs, or None.
@@ -39,6 +41,7 @@ class Contents:
     def __init__(self, index: int, place: int, eviction: Eviction):
         self.index, self.place, self.eviction = index, place, eviction
         self.slots: EqualSlots | RaggedSlots = EqualSlots()
+        self.tier = eviction.evicted.begin()
         self.rows: list[int] = []
         self.fired: list[int | None] = []
         self.queries: Tensor | None = None
@@ -70,6 +73,7 @@ class Contents:
 
     def observe(self, query: Tensor, fresh: Tensor | None) -> None:
         """Show the queries `[batch, query_heads, m, d]` of the newest tokens to whoever watches."""
+        self.tier.observe(query, fresh)
         if wanted := self.eviction.queries:
             self.queries = last_queries(self.queries, query, wanted, fresh)
         stateful = self._stateful()
@@ -86,6 +90,11 @@ class Contents:
             )
             for name, tensor in after.items():
                 self.slots.write(f"{place}/{name}", tensor)
+
+    def visible(self) -> EqualSlots | RaggedSlots:
+        """Keys and values that the newest queries see: what the tier shows of evicted pairs, then the slots."""
+        shown = self.tier.visible(self.slots.buffers["keys"].dtype)
+        return self.slots if shown is None else joined(shown, self.slots)
 
     # eviction
 
@@ -107,7 +116,10 @@ class Contents:
         layer = self.judged(due)
         rooms = set(self._rooms(due))
         if self.eviction.allocation.equal and isinstance(self.slots, EqualSlots) and len(rooms) == 1:
-            self.slots.keep_top(layer.merits, rooms.pop(), self._slack(), exact)
+            room = rooms.pop()
+            if not self.tier.drops:
+                self._leave(top(layer.merits, layer.view.budget), self.slots.length - room, exact)
+            self.slots.keep_top(layer.merits, room, self._slack(), exact)
         else:
             self.cut(layer, self.eviction.slots([layer])[0], exact)
 
@@ -129,6 +141,9 @@ class Contents:
     def cut(self, layer: Layer, slots: Tensor, exact: bool = False) -> None:
         """Keep the `slots [batch, kv_heads]` best of each head."""
         kept = top(layer.merits, slots)
+        if not self.tier.drops:
+            most = int((self.slots.counts() - kept.sum(2).cpu()).max())
+            self._leave(kept, most, exact, equal=False)
         if isinstance(self.slots, EqualSlots):
             self.slots = RaggedSlots.of(self.slots, kept)
         else:
@@ -150,12 +165,15 @@ class Contents:
         yield from self.slots.buffers.values()
         if self.queries is not None:
             yield self.queries
+        yield from self.tier.tensors()
 
     def fork(self, eviction: Eviction) -> Contents:
         """An independent copy that evicts by `eviction`; it takes along only what that one's policies need."""
         twin = Contents(self.index, self.place, eviction)
         twin.rows, twin.fired, twin.scaling = list(self.rows), list(self.fired), self.scaling
         twin.output = self.output
+        same = eviction.evicted == self.eviction.evicted
+        twin.tier = self.tier.fork() if same else eviction.evicted.after(self.tier, not self.rows)
         if not self.rows:
             return twin
         names = {name: name for name in SLOT}
@@ -175,12 +193,24 @@ class Contents:
         if not self.rows:
             return
         self.slots.select_rows(indices)
+        self.tier.select_rows(indices)
         chosen = indices.tolist()
         self.rows, self.fired = [self.rows[i] for i in chosen], [self.fired[i] for i in chosen]
         if self.queries is not None:
             self.queries = self.queries.index_select(0, indices.to(self.queries.device))
 
     # within
+
+    def _leave(self, kept: Tensor, most: int, exact: bool, equal: bool = True) -> None:
+        """Show the tier which slots are about to go, at most `most` of a head, and take over what it changes."""
+        if not most:
+            return
+        filled, valid = self.slots.padded(SLOT)
+        keys, values, positions = (filled[name] for name in SLOT)
+        leaving = Leaving(keys, values, positions, valid, kept, most, equal, self._slack(), exact)
+        changed = self.tier.take(leaving)
+        for name, tensor in (changed or {}).items():
+            self.slots.write(name, tensor)
 
     def _view(self, due: Sequence[bool] | None) -> tuple[CacheView, dict[str, Tensor]]:
         filled, valid = self.slots.padded()

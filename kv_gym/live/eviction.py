@@ -11,9 +11,11 @@ from torch import Tensor
 from kv_gym.budgets import Allocation, Layer, judged
 from kv_gym.budgets.budget import Budget, slots_after
 from kv_gym.cache_view import CacheView
+from kv_gym.live.tiers import Drop, Tier
 from kv_gym.live.trigger import Trigger
 from kv_gym.policies import Policy
 
+DROP = Drop()
 UNLIMITED = 2**40  # the budget of a row that is not to be cut now
 
 
@@ -29,6 +31,7 @@ class Eviction:
         allocation: who gets the slots.
         watched: the policies whose queries and state are kept up to date: `policy`, or the members of a panel.
         layers: how many layers evict.
+        evicted: what becomes of evicted pairs.
     """
 
     policy: Policy
@@ -39,6 +42,7 @@ class Eviction:
     allocation: Allocation
     watched: tuple[Policy, ...]
     layers: int
+    evicted: Tier = DROP
 
     @property
     def queries(self) -> int:
@@ -66,7 +70,11 @@ class Eviction:
     @property
     def scores_once(self) -> bool:
         """Whether a token's score is computed when it comes and stored: worth its bytes where cuts are repeated."""
-        return self.policy.static and self.trigger.every is not None
+        return (
+            self.policy.static
+            and self.trigger.every is not None
+            and not self.evicted.changes_keys
+        )
 
     def judge(self, scores: Tensor, view: CacheView, place: int) -> Layer:
         """A layer ready to be cut; `place` is which of the evicting layers it is."""

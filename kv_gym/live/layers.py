@@ -91,7 +91,9 @@ class EvictingLayer(CacheLayerMixin):
         parts = self._pieces(keys)
         if len(parts) == 1 and isinstance(parts[0], slice) and isinstance(self.contents.slots, EqualSlots):
             self.contents.append(keys, values, None)
-            seen = self.contents.slots["keys"], self.contents.slots["values"]
+            visible = self.contents.visible()
+            assert isinstance(visible, EqualSlots)
+            seen = visible["keys"], visible["values"]
         else:
             # attention takes them in piece by piece, or head by head: what is returned here is not what it reads
             self._new = seen = keys, values
@@ -130,12 +132,12 @@ class EvictingLayer(CacheLayerMixin):
             else:
                 query, fresh, padded = call.query, piece, True
                 self.contents.append(keys, values, fresh)
-            slots = self.contents.slots
+            slots = self.contents.visible()
             if isinstance(slots, RaggedSlots):
                 outputs.append(attend_heads(query, slots, call.scaling, fresh, call.rest.get("dropout", 0.0)))
             else:
                 outputs.append(self._equal(replace(call, query=query, key=slots["keys"], value=slots["values"]))[0])
-                slots.own()
+                self.contents.slots.own()
             self._afterwards(query, fresh)
         # pieces of padded rows are full-sized, and zero outside of their own queries
         return torch.stack(outputs).sum(0) if padded else torch.cat(outputs, 1)

@@ -46,15 +46,17 @@ class RaggedSlots:
         Args:
             new: one tensor for each buffer.
             slack: room that a full head is given beside its length, at least 16.
-            fresh: `[batch, new]` bool on the CPU, which of them are tokens and not padding; None means all.
+            fresh: `[batch, new]` or `[batch, kv_heads, new]` bool on the CPU, which of them are real; None means all.
         """
         m = next(iter(new.values())).shape[2]
-        counts = torch.full_like(self.lengths, m) if fresh is None else fresh.sum(1)[:, None].expand_as(self.lengths)
+        if fresh is not None:
+            fresh = (fresh[:, None] if fresh.dim() == 2 else fresh).expand(*self.lengths.shape, m)
+        counts = torch.full_like(self.lengths, m) if fresh is None else fresh.sum(2)
         if bool((self.lengths + counts > self.capacities).any()) or self._frozen():
             room = torch.maximum(counts, torch.full_like(counts, max(LEAST_SLACK, slack)))
             self._lay_out(self.lengths + room)
-        index = _runs(self.starts + self.lengths, counts)
-        picked = None if fresh is None else fresh[:, None].expand(*counts.shape, m).flatten().nonzero()[:, 0]
+        index = runs(self.starts + self.lengths, counts)
+        picked = None if fresh is None else fresh.flatten().nonzero()[:, 0]
         for name, tensor in new.items():
             rows = tensor.flatten(0, 2)
             rows = rows if picked is None else rows[picked.to(rows.device)]
@@ -63,17 +65,17 @@ class RaggedSlots:
 
     def add(self, name: str, tensor: Tensor) -> None:
         """Hold another tensor, given as `[batch, kv_heads, longest, ...]`."""
-        self.buffers[name] = tensor.new_zeros(len(self.buffers["positions"]), *tensor.shape[3:])
+        self.buffers[name] = tensor.new_zeros(len(self._any()), *tensor.shape[3:])
         self.write(name, tensor)
 
     def write(self, name: str, tensor: Tensor) -> None:
         """Replace a buffer's filled part by the real slots of `tensor [batch, kv_heads, longest, ...]`."""
         offsets = torch.arange(self.lengths.numel()).view_as(self.lengths) * tensor.shape[2]
-        source = _runs(offsets, self.lengths).to(tensor.device)
+        source = runs(offsets, self.lengths).to(tensor.device)
         rows = tensor.flatten(0, 2)[source].to(self.buffers[name].dtype)
         if self._frozen():
             self._lay_out(self.capacities)
-        self.buffers[name].index_copy_(0, _runs(self.starts, self.lengths).to(tensor.device), rows)
+        self.buffers[name].index_copy_(0, runs(self.starts, self.lengths).to(tensor.device), rows)
 
     def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """Buffers as `[batch, kv_heads, longest, ...]`, and which slots are real `[batch, kv_heads, longest]`.
@@ -86,7 +88,7 @@ class RaggedSlots:
         places = torch.arange(max(1, self.longest))
         real = places < self.lengths[..., None]
         index = (self.starts[..., None] + places).masked_fill(~real, 0)
-        device = self.buffers["positions"].device
+        device = self._any().device
         index, real = index.to(device), real.to(device)
         chosen = self.buffers if names is None else names
         out = {name: self._gathered(self.buffers[name], index) for name in chosen}
@@ -125,17 +127,20 @@ class RaggedSlots:
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows `rows [new batch]` int64 of the batch, in that order; a row may come more than once."""
         rows = rows.cpu()
-        self._pick(_runs(self.starts[rows], self.lengths[rows]), self.lengths[rows])
+        self._pick(runs(self.starts[rows], self.lengths[rows]), self.lengths[rows])
 
     def clone(self, names: Mapping[str, str]) -> RaggedSlots:
         """An independent copy of the buffers `names`, under the names that they map to, without slack."""
         buffers = {new: self.buffers[old] for old, new in names.items()}
         copy = RaggedSlots(buffers, self.lengths, self.capacities)
-        copy._pick(_runs(self.starts, self.lengths), self.lengths.clone())
+        copy._pick(runs(self.starts, self.lengths), self.lengths.clone())
         return copy
 
     def own(self) -> None:
         """Nothing to do: every buffer is its own memory."""
+
+    def _any(self) -> Tensor:
+        return next(iter(self.buffers.values()))
 
     def _gathered(self, buffer: Tensor, index: Tensor) -> Tensor:
         if not len(buffer):  # no head holds anything
@@ -148,7 +153,7 @@ class RaggedSlots:
 
     def _lay_out(self, capacities: Tensor) -> None:
         starts, total = _starts(capacities), int(capacities.sum())
-        old, new = _runs(self.starts, self.lengths), _runs(starts, self.lengths)
+        old, new = runs(self.starts, self.lengths), runs(starts, self.lengths)
         for name, buffer in self.buffers.items():
             roomy = buffer.new_zeros(total, *buffer.shape[1:])  # zeros: what is padded is read, though never used
             roomy[new.to(buffer.device)] = buffer[old.to(buffer.device)]
@@ -157,7 +162,7 @@ class RaggedSlots:
 
     def _frozen(self) -> bool:
         # buffers made under torch.inference_mode() may not be written to outside it
-        return self.buffers["positions"].is_inference() and not torch.is_inference_mode_enabled()
+        return self._any().is_inference() and not torch.is_inference_mode_enabled()
 
 
 def _starts(capacities: Tensor) -> Tensor:
@@ -165,7 +170,7 @@ def _starts(capacities: Tensor) -> Tensor:
     return (flat.cumsum(0) - flat).view_as(capacities)
 
 
-def _runs(starts: Tensor, counts: Tensor) -> Tensor:
+def runs(starts: Tensor, counts: Tensor) -> Tensor:
     """The indices start, start + 1, ... of every run, one after the other: `[sum of counts]` int64."""
     flat = counts.flatten()
     before = flat.cumsum(0) - flat

@@ -1,0 +1,32 @@
+"""What becomes of evicted pairs: dropped, merged into survivors, or kept in low precision."""
+
+from __future__ import annotations
+
+from kv_gym.errors import UserError
+from kv_gym.live.tiers.low_precision import LowPrecision
+from kv_gym.live.tiers.merging import Merge, MergeValues
+from kv_gym.live.tiers.tier import Drop, LayerTier, Leaving, Tier, joined
+
+__all__ = ["Drop", "LayerTier", "Leaving", "LowPrecision", "Merge", "MergeValues", "Tier", "joined", "parse_tier"]
+
+_BY_NAME: dict[str, Tier] = {
+    tier.name: tier
+    for tier in (
+        Drop(), Merge(), MergeValues(), *(LowPrecision(bits, balanced=balanced) for bits in (2, 4, 8)
+        for balanced in (False, True)),
+    )
+}  # fmt: skip
+
+
+def parse_tier(evicted: str | Tier) -> Tier:
+    """A tier by name: ``drop``, ``merge``, ``merge:values``, ``bits:2``, ``bits:4``, ``bits:8``, or one of these with
+    ``:balanced``; an object is returned as it is.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if isinstance(evicted, Tier):
+        return evicted
+    if evicted not in _BY_NAME:
+        raise UserError(f"evicted={evicted!r} is unknown; expected one of {', '.join(_BY_NAME)}")
+    return _BY_NAME[evicted]
