@@ -242,7 +242,7 @@ def policies() -> None:
 
     for name in list_policies():
         about = import_module(f"kv_gym.policies.{name}").__doc__ or ""
-        typer.echo(f"{name:14} {' '.join(about.split(chr(10) * 2)[0].split())}")
+        typer.echo(f"{name:20} {' '.join(about.split(chr(10) * 2)[0].split())}")
 
 
 @app.command()
