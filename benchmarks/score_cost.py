@@ -2,8 +2,9 @@
 
 One layer of 8 KV heads of 64, 4 query heads each, float32, batch 1, one thread, random numbers, nothing evicted.
 A score linear in tokens has a ratio 16k / 4k near 4, a quadratic one near 16; fixed costs lower it, and leaving the
-processor's cache raises it, so only what takes notable time is marked as more than linear. Policies with memory also pay for every query they observe: the last column is one block of 128 new queries at 16k tokens,
-attention not included, which is computed for all of them alike. Oracles are left out, they never run live.
+processor's cache raises it, so only what takes notable time is marked as more than linear. Policies with memory also
+pay for every query they observe: the last column is one block of 128 new queries at 16k tokens, attention not
+included, which is computed for all of them alike. Oracles are left out, they never run live.
 Times are medians of one thread's processor time, over repeated calls, so that a busy machine shows less; of a policy
 over another score both are included.
 """
