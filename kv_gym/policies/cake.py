@@ -1,7 +1,7 @@
 """CAKE: the attention of the last queries, and how much it shifts from one of them to the next.
 
-Paper: arXiv 2503.12491 (ICLR 2025), the indicator of tokens, with the settings of its code: mean plus 200 times the unbiased
-variance over the window's queries, smoothed over 5 neighbours.
+Paper: arXiv 2503.12491 (ICLR 2025), the indicator of tokens, with the settings of its code: mean plus 200 times the
+unbiased variance over the window's queries, smoothed over 5 neighbours.
 Differs from the paper in: how layers share the budget is an allocation, not part of the score; while decoding the same
 score is used (the code takes the newest query's attention alone); the window shrinks with small budgets, as every
 protection here does, so its own tokens have scores too.

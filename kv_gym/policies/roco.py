@@ -1,7 +1,7 @@
 """RoCo: evict the lowest mean attention, but only among tokens whose attention is stable.
 
-Paper: arXiv 2402.06262, as in its code EasyKV. Mean and standard deviation are over the queries that could
-see the token; a share of the budget goes to the tokens of largest standard deviation, the others compete by mean.
+Paper: arXiv 2402.06262, as in its code EasyKV. Mean and standard deviation are over the queries that could see the
+token; a share of the budget goes to the tokens of largest standard deviation, the others compete by mean.
 Differs from the paper in: one decision may evict many tokens, so the unstable ones are a share of the budget and all
 others compete; the ten newest tokens and the four sinks are protected beside that share, not out of it; the share
 is that of encoding (0.1; decoding has 0.3); attention is the mean over the query heads of each KV head.
