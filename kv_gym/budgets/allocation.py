@@ -22,12 +22,14 @@ class Layer:
         merits: `[batch, kv_heads, tokens]` int64, see :func:`kv_gym.budgets.merit`.
         place: which of the model's evicting layers it is, from 0.
         layers: how many evicting layers the model has.
+        guarded: `[batch]` int64, how many slots of every head are protected at most; None means none.
     """
 
     view: CacheView
     merits: Tensor
     place: int = 0
     layers: int = 1
+    guarded: Tensor | None = None
 
 
 class Allocation(ABC):
@@ -36,10 +38,19 @@ class Allocation(ABC):
     Class attributes:
         equal: every head of a row gets the same number, the budget.
         whole_model: a decision needs every layer, so all layers stay full until the last one is there.
+        own_totals: a layer may get more or less than an equal share, so one that holds less than that may be cut.
+
+    A rule that looks at the last m queries overrides :attr:`needs_queries`.
     """
 
     equal: ClassVar[bool] = False
     whole_model: ClassVar[bool] = False
+    own_totals: ClassVar[bool] = False
+
+    @property
+    def needs_queries(self) -> int:
+        """How many of the last queries the rule wants to see in the views, whatever the policy needs."""
+        return 0
 
     @property
     @abstractmethod

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kv_gym.budgets.allocation import Allocation, Layer
-from kv_gym.budgets.selection import merit, protected, top
+from kv_gym.budgets.selection import merit, protected, protection_within, top
 from kv_gym.cache_view import CacheView
 from kv_gym.policies.base import Policy
 
@@ -24,7 +24,9 @@ def judged(
         sinks, recent: first and last tokens that always stay.
         place, layers: which of how many evicting layers it is.
     """
-    return Layer(view, merit(allocation.compared(scores, view), view, protected(view, sinks, recent)), place, layers)
+    merits = merit(allocation.compared(scores, view), view, protected(view, sinks, recent))
+    first, last = protection_within(view.budget[:, 0], sinks, recent)
+    return Layer(view, merits, place, layers, first + last)
 
 
 def cut(

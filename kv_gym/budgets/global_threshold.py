@@ -56,6 +56,8 @@ def best(merits: Tensor, count: int) -> Tensor:
     held = int((merits > LOWEST).sum())
     if count >= held:
         return merits > LOWEST
+    if count < 1:
+        return torch.zeros_like(merits, dtype=torch.bool)
     edge = merits.kthvalue(len(merits) - count + 1).values
     above, tied = merits > edge, merits == edge
     return above | (tied & (tied.cumsum(0) <= count - above.sum()))

@@ -4,28 +4,51 @@ from __future__ import annotations
 
 import difflib
 
+from kv_gym.budgets.ada import Ada
 from kv_gym.budgets.allocation import Allocation
 from kv_gym.budgets.comparing import NORMALISATIONS
 from kv_gym.budgets.global_threshold import GlobalThreshold
+from kv_gym.budgets.pyramid import Pyramid
+from kv_gym.budgets.shares import Shares
 from kv_gym.budgets.uniform import Uniform
 from kv_gym.errors import UserError
 
-EXPECTED = f"uniform, global, or global:NORMALISATION with one of {', '.join(NORMALISATIONS)}"
+_THRESHOLDS = {"global": GlobalThreshold, "ada": Ada}
+_LAYERS = {"pyramid": Pyramid}
+_FILES = {"shares": Shares.read}
+NAMES = ("uniform", *_THRESHOLDS, *_LAYERS, *_FILES)
+EXPECTED = (
+    f"uniform, {', '.join(_THRESHOLDS)} (each also with one of :{', :'.join(NORMALISATIONS)}), "
+    f"{', '.join(_LAYERS)}, {', '.join(f'{name}:FILE' for name in _FILES)}, or a rule for layers and one for the heads "
+    "of each, such as pyramid+ada"
+)
 
 
 def parse_allocation(allocation: str | Allocation) -> Allocation:
-    """An allocation by name, such as ``uniform``, ``global`` or ``global:zscore``; an object is returned as it is.
+    """An allocation by name, such as ``uniform``, ``global:zscore`` or ``pyramid+ada``.
+
+    Args:
+        allocation: a name, or an object, which is returned as it is.
 
     Raises:
-        UserError: unknown name or normalisation.
+        UserError: unknown name or normalisation, or a file that cannot be used.
     """
     if isinstance(allocation, Allocation):
         return allocation
-    name, _, setting = str(allocation).partition(":")
-    if name == "uniform" and not setting:
+    text = str(allocation)
+    name, _, setting = text.partition(":")
+    if text == "uniform":
         return Uniform()
-    if name == "global" and setting in ("", *NORMALISATIONS):
-        return GlobalThreshold(setting)
-    nearest = difflib.get_close_matches(str(allocation), ("uniform", "global"), n=1, cutoff=0.6)
-    hint = f"did you mean {nearest[0]!r}?" if nearest else f"expected {EXPECTED}"
+    if name in _THRESHOLDS and setting in ("", *NORMALISATIONS):
+        return _THRESHOLDS[name](setting)
+    across, _, heads = text.rpartition("+")
+    if not across or heads.partition(":")[0] != "ada":
+        across, heads = text, "uniform"
+    name, _, setting = across.partition(":")
+    if across in _LAYERS:
+        return _LAYERS[across](parse_allocation(heads))
+    if name in _FILES and setting:
+        return _FILES[name](setting, parse_allocation(heads))
+    nearest = difflib.get_close_matches(text, NAMES, n=1, cutoff=0.6)
+    hint = f"did you mean {nearest[0]!r}?" if nearest and nearest[0] != name else f"expected {EXPECTED}"
     raise UserError(f"unknown allocation {allocation!r}; {hint}")

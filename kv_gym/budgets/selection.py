@@ -29,10 +29,15 @@ def protected(view: CacheView, sinks: int, recent: int) -> Tensor:
 
     Where protection exceeds half a head's budget it shrinks, recent tokens first.
     """
-    room = view.budget // 2
-    kept_sinks = room.clamp(max=sinks)[..., None]
-    kept_recent = (room - kept_sinks[..., 0]).clamp(min=0, max=recent)[..., None]
+    kept_sinks, kept_recent = (part[..., None] for part in protection_within(view.budget, sinks, recent))
     return view.valid & ((view.positions < kept_sinks) | (view.age < kept_recent))
+
+
+def protection_within(budget: Tensor, sinks: int, recent: int) -> tuple[Tensor, Tensor]:
+    """How many of the first and last tokens a head protects that has `budget` slots, shaped as `budget`."""
+    room = budget // 2
+    kept_sinks = room.clamp(max=sinks)
+    return kept_sinks, (room - kept_sinks).clamp(min=0, max=recent)
 
 
 def merit(scores: Tensor, view: CacheView, shield: Tensor | None = None) -> Tensor:

@@ -124,8 +124,12 @@ class Contents:
             self.cut(layer, self.eviction.slots([layer])[0], exact)
 
     def fits(self, due: Sequence[bool] | None = None) -> bool:
-        """Whether no head holds more than an equal share of the budget, so that nothing needs to go."""
-        return min(self._rooms(due)) >= self.slots.longest
+        """Whether no head holds more than an equal share of the budget, so that nothing needs to go.
+
+        Where shares are not equal a small layer may have to give way to others, unless there is room for all tokens.
+        """
+        most = max(self.rows) if self.eviction.allocation.own_totals else self.slots.longest
+        return min(self._rooms(due)) >= most
 
     def judged(self, due: Sequence[bool] | None = None) -> Layer:
         """The layer with its slots scored, ready to be cut in the rows `due`; None means all."""
@@ -214,7 +218,7 @@ class Contents:
 
     def _view(self, due: Sequence[bool] | None) -> tuple[CacheView, dict[str, Tensor]]:
         filled, valid = self.slots.padded()
-        wanted = self.eviction.policy.needs_queries
+        wanted = max(self.eviction.policy.needs_queries, self.eviction.allocation.needs_queries)
         view = CacheView(
             filled["keys"],
             filled["values"],

@@ -47,7 +47,7 @@ class Eviction:
     @property
     def queries(self) -> int:
         """How many of the last queries must be kept."""
-        return max((policy.needs_queries for policy in self.watched), default=0)
+        return max((self.allocation.needs_queries, *(policy.needs_queries for policy in self.watched)))
 
     @property
     def piece(self) -> int | None:
@@ -73,6 +73,7 @@ class Eviction:
         return (
             self.policy.static
             and self.trigger.every is not None
+            and not self.allocation.needs_queries
             and not self.evicted.changes_keys
         )
 

@@ -1,0 +1,40 @@
+"""PyramidKV: early layers spread their attention and get many slots, late ones few, in an arithmetic sequence.
+
+Paper: arXiv 2406.02069, section 4.2; `beta` as in its code.
+Differs from the code in: numbers are rounded so that the total is exact (the code's integer divisions lose some
+slots); where the first layer's number exceeds the context the sequence becomes flatter, also for contexts shorter
+than twice the budget, which the code divides equally; protected slots of any policy take the place of its window.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from kv_gym.budgets.allocation import Layer
+from kv_gym.budgets.layer_shares import LayerShares
+from kv_gym.errors import UserError
+
+
+@dataclass(frozen=True)
+class Pyramid(LayerShares):
+    """From nearly twice the mean in the first layer down to 1 / `beta` of the mean in the last."""
+
+    beta: float = 20.0
+
+    def __post_init__(self) -> None:
+        if not self.beta >= 1:
+            raise UserError(f"pyramid got beta={self.beta}; expected a number from 1, at which all layers are alike")
+
+    @property
+    def rule(self) -> str:
+        return "pyramid"
+
+    def weights(self, layers: Sequence[Layer], free: Sequence[int], most: Sequence[int]) -> list[list[float]]:
+        count = layers[0].layers
+        rows = []
+        for mean, cap in zip(free, most, strict=True):
+            high = min(2 * mean - mean / self.beta, cap)
+            step = 2 * (high - mean) / max(1, count - 1)
+            rows.append([high - place * step if count > 1 else 1.0 for place in range(count)])
+        return rows
