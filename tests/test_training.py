@@ -8,7 +8,9 @@ import pytest
 import torch
 from known_traces import write_known_traces
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
 
+from kv_gym.cli import app
 from kv_gym.errors import UserError
 from kv_gym.evaluation.replay import replay
 from kv_gym.policies import make_policy
@@ -244,3 +246,25 @@ def test_one_long_document_is_enough_and_its_last_contexts_choose_the_checkpoint
     assert not {s.text_hash for s in training} & {s.text_hash for s in validation} and len(validation) == 4
     with pytest.raises(UserError, match="at least 4 contexts"):
         held_out(one[:3], 0.1)
+
+
+def test_the_supervised_agents_learn_as_they_did_when_the_shipped_policies_were_made(traces):
+    """Losses of the first steps, as the version before this file's other agents gave them."""
+    losses = {
+        "joint": [5.042366, 5.018621, 5.024224, 5.02081, 4.991484, 4.993714, 4.966986, 4.923386],
+        "expected": [0.484689, 0.479233, 0.480594, 0.48026, 0.472142, 0.472582, 0.467346, 0.453874],
+    }
+    for agent, expected in losses.items():
+        run = fit._Run(agent, settings_of(agent, steps=20, hidden=8, rate=0.02), 0, open_traces(traces))
+        run.load()
+        assert [float(run._one_step()["loss"]) for _ in expected] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_command_line_starts_from_a_policy_and_resumes(traces, tmp_path):
+    command = ["train", "distill", "--traces", str(traces), "--steps", "3", "--rate", "0.01", "--no-progress"]
+    first = train("joint", traces, tmp_path / "first", **FAST)
+    run = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out"), "--init", str(tmp_path / "first")])
+    assert run.exit_code == 0 and "held-out reward" in run.stdout
+    assert make_policy(tmp_path / "out").training["start"] == start_of(first)
+    with pytest.raises(UserError, match="no checkpoint"):
+        CliRunner().invoke(app, [*command, "--out", str(tmp_path / "new"), "--resume"], catch_exceptions=False)

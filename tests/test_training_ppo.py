@@ -73,7 +73,7 @@ def test_the_buffer_gives_back_what_the_environment_showed(settings):
     env = KVEvictVecEnv(3, traces=random_contexts(), index=True, **settings)
     size, stages = env.action_space.shape[0], 4
     buffer = DecisionBuffer(5, env.observation_space, env.action_space, n_envs=3, gamma=0.0, stages=stages)
-    buffer.slots = env.env.slots
+    buffer.slots = env.get_attr("slots")[0]
     rng, shown = np.random.default_rng(0), []
     env.seed(0)
     seen = env.reset()
@@ -120,7 +120,7 @@ def test_a_buffer_without_decisions_or_environment_is_refused():
         PPO(RankingPolicy, env, rollout_buffer_class=DecisionBuffer, device="cpu")
     env = KVEvictVecEnv(2, traces=random_contexts(), index=True)
     agent = PPO(RankingPolicy, env, n_steps=4, batch_size=8, rollout_buffer_class=DecisionBuffer, device="cpu")
-    with pytest.raises(UserError, match=r"agent\.rollout_buffer\.slots = env\.env\.slots"):
+    with pytest.raises(UserError, match=r"agent\.rollout_buffer\.slots = env\.get_attr"):
         agent.learn(8)
 
 
@@ -136,7 +136,7 @@ def test_stock_algorithms_take_the_policy_with_and_without_the_buffer(algorithm,
             device="cpu", rollout_buffer_class=buffer, **({"batch_size": 8} if algorithm is PPO else {}),
         )  # fmt: skip
         if buffer:
-            agent.rollout_buffer.slots = env.env.slots
+            agent.rollout_buffer.slots = env.get_attr("slots")[0]
         before = agent.policy.scorer.weights[0].detach().clone()
         agent.learn(32)
         assert not torch.equal(agent.policy.scorer.weights[0], before)
@@ -158,7 +158,7 @@ def test_every_draw_is_clipped_alone():
         policy_kwargs={"hidden": 8, "per_stage": True}, rollout_buffer_class=DecisionBuffer,
         rollout_buffer_kwargs={"stages": stages},
     )  # fmt: skip
-    agent.rollout_buffer.slots = env.env.slots
+    agent.rollout_buffer.slots = env.get_attr("slots")[0]
     agent.learn(16)
     (batch,) = agent.rollout_buffer.get(16)
     _, log_prob, entropy = agent.policy.evaluate_actions(batch.observations, batch.actions)

@@ -24,7 +24,8 @@ class DecisionBuffer(RolloutBuffer):
     """For on-policy algorithms of Stable-Baselines3 on ``KVEvictVecEnv(..., index=True)``.
 
     Give it to the algorithm as ``rollout_buffer_class``, and afterwards the environment:
-    ``agent.rollout_buffer.slots = env.env.slots`` (an argument would be saved with the agent, traces and all).
+    ``agent.rollout_buffer.slots = env.get_attr("slots")[0]`` (an argument would be saved with the agent, and all traces
+    with it).
 
     Attributes:
         slots: makes observations from decision ids and masks, :meth:`kv_gym.envs.KVEvictVectorEnv.slots`.
@@ -72,7 +73,9 @@ class DecisionBuffer(RolloutBuffer):
 
     def _get_samples(self, batch_inds: np.ndarray, env: Any = None) -> DictRolloutBufferSamples:  # type: ignore[override]
         if self.slots is None:
-            raise UserError("the buffer was not given its environment: set agent.rollout_buffer.slots = env.env.slots")
+            raise UserError(
+                "the buffer was not given its environment: set agent.rollout_buffer.slots = env.get_attr('slots')[0]"
+            )
         cached = np.unpackbits(self.cached[batch_inds], axis=-1, count=self._size)
         observations = self.slots(self.observations[batch_inds, 0], cached)
         log_probs, advantages = self.log_probs[batch_inds], self.advantages[batch_inds]

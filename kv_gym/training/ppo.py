@@ -76,7 +76,7 @@ class RankingPPO(Learner):
                            "optimizer_kwargs": {"weight_decay": chosen.weight_decay}},
             seed=self.seed, device="cpu",
         )  # fmt: skip
-        self.agent.rollout_buffer.slots = self.env.env.slots  # type: ignore[attr-defined]
+        self.agent.rollout_buffer.slots = self.env.get_attr("slots")[0]  # type: ignore[attr-defined]
         policy: Any = self.agent.policy
         policy.scorer.load_state_dict(self.network.state_dict())
         policy.critic.mean.copy_(self.network.mean)

@@ -125,6 +125,11 @@ class RankingPolicy(MultiInputActorCriticPolicy):
         self.action_dist: Any = PrefixDistribution(self.stages, self.per_stage)
         self.optimizer = self.optimizer_class(self.parameters(), **({"lr": lr_schedule(1)} | self.optimizer_kwargs))
 
+    def standardise(self, inputs: Tensor) -> None:
+        """Take mean and scale of every input from a sample `[heads, m, 2 d + 2]` of each head's slots."""
+        self.scorer.standardise(inputs)
+        self.critic.standardise(inputs)
+
     def _get_constructor_parameters(self) -> dict[str, Any]:
         own = {"hidden": self.hidden, "prefix": self.prefix, "per_stage": self.per_stage}
         return super()._get_constructor_parameters() | own | {"sinks": self.protect[0], "recent": self.protect[1]}
