@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from stable_baselines3 import PPO
 from stable_baselines3.common.evaluation import evaluate_policy
-from stable_baselines3.common.vec_env import VecEnv, VecMonitor
+from stable_baselines3.common.vec_env import VecMonitor
 
 import kv_gym
 from kv_gym.envs import KVEvictVecEnv
@@ -19,11 +19,6 @@ from kv_gym.policies.scorer import Scorer
 from kv_gym.training.contexts import read_context
 from kv_gym.training.decision_buffer import DecisionBuffer
 from kv_gym.training.ranking_policy import RankingPolicy
-
-
-def judge(agent: PPO, env: VecEnv) -> float:
-    """Mean reward over every head of every context; 1 is a perfect ranking."""
-    return evaluate_policy(agent, env, n_eval_episodes=env.get_attr("episodes")[0])[0]
 
 
 def main() -> None:
@@ -47,11 +42,13 @@ def main() -> None:
     agent.rollout_buffer.slots = env.get_attr("slots")[0]
     agent.policy.standardise(torch.cat([read_context(context).inputs for context in traces], 1))
     other = VecMonitor(KVEvictVecEnv(args.num_envs, held_out, order="sequential", **shown))
-    untrained = judge(agent, other)
+    episodes = other.get_attr("episodes")[0]
+    untrained, _ = evaluate_policy(agent, other, episodes)
     agent.learn(args.steps)
     agent.save(args.out / "agent")
     loaded = PPO.load(args.out / "agent", env=other, device="cpu")
-    print(f"mean reward on {len(held_out)} held-out context(s): {judge(loaded, other):.3f}")
+    trained, _ = evaluate_policy(loaded, other, episodes)
+    print(f"mean reward (1 is a perfect ranking) on {len(held_out)} held-out context(s): {trained:.3f}")
     print(f"the same without training: {untrained:.3f}")
     policy = Scorer(
         loaded.policy.scorer, recorded.fingerprint, (min(lengths), max(lengths)), training={"steps": args.steps}
