@@ -76,7 +76,9 @@ def main(names):
         try:
             python = environment(name, WANTED[name])
         except subprocess.CalledProcessError as error:
-            print(f"transformers {name}: no environment: {error.stderr.strip()[-500:]}", flush=True)
+            print(
+                f"transformers {name}: no environment: {(error.stderr.strip().splitlines() or [error])[-1]}", flush=True
+            )
             worst = 2
             continue
         began = time.perf_counter()
