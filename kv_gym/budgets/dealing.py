@@ -29,7 +29,7 @@ def deal(total: int, weights: Sequence[float], caps: Sequence[int]) -> list[int]
 def _deal(total: int, weights: tuple[float, ...], caps: tuple[int, ...]) -> tuple[int, ...]:
     largest = max(weights) or 1.0
     exact = [round(weight / largest * _STEPS) for weight in weights]
-    dealt, rest, open_ = list(caps), min(total, sum(caps)), range(len(caps))
+    dealt, rest, open_ = list(caps), min(total, sum(caps)), list(range(len(caps)))
     while True:
         shares = {i: exact[i] for i in open_} if any(exact[i] for i in open_) else dict.fromkeys(open_, 1)
         mass = sum(shares.values())

@@ -6,15 +6,18 @@ import difflib
 
 from kv_gym.budgets.ada import Ada
 from kv_gym.budgets.allocation import Allocation
+from kv_gym.budgets.cake import Cake
 from kv_gym.budgets.comparing import NORMALISATIONS
+from kv_gym.budgets.d2o import D2O
 from kv_gym.budgets.global_threshold import GlobalThreshold
+from kv_gym.budgets.layer_shares import LayerShares
 from kv_gym.budgets.pyramid import Pyramid
 from kv_gym.budgets.shares import Shares
 from kv_gym.budgets.uniform import Uniform
 from kv_gym.errors import UserError
 
 _THRESHOLDS = {"global": GlobalThreshold, "ada": Ada}
-_LAYERS = {"pyramid": Pyramid}
+_LAYERS: dict[str, type[LayerShares]] = {"pyramid": Pyramid, "cake": Cake, "d2o": D2O}
 _FILES = {"shares": Shares.read}
 NAMES = ("uniform", *_THRESHOLDS, *_LAYERS, *_FILES)
 EXPECTED = (

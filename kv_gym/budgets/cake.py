@@ -1,0 +1,63 @@
+"""CAKE's layer preference: many slots where attention is spread over the context and shifts from query to query.
+
+Paper: arXiv 2503.12491 (ICLR 2025), section 4.1 and 4.2. Preference is the entropy of the window's attention on older
+tokens to the power 1 / `tau1`, times its variance over the window's queries to the power 1 / `tau2`.
+Differs from the paper in: all layers stay full until the last one is read (the paper shrinks earlier layers as it goes,
+which ends at the same numbers but for clipping); protected slots of any policy take the place of its window; both
+powers are 1 unless given (its authors tuned them per model and budget).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kv_gym.budgets.allocation import Layer
+from kv_gym.budgets.layer_shares import LayerShares
+from kv_gym.budgets.window import window_attention
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+
+
+@dataclass(frozen=True)
+class Cake(LayerShares):
+    """Slots in proportion to entropy^(1 / `tau1`) * variance^(1 / `tau2`) of the last `window` queries' attention."""
+
+    whole_model = True
+    window: int = 32
+    tau1: float = 1.0
+    tau2: float = 1.0
+
+    def __post_init__(self) -> None:
+        if self.window < 2 or not min(self.tau1, self.tau2) > 0:
+            raise UserError(
+                f"cake got window={self.window}, tau1={self.tau1}, tau2={self.tau2}; expected at least two queries "
+                "and powers above 0"
+            )
+
+    @property
+    def rule(self) -> str:
+        return "cake"
+
+    @property
+    def needs_queries(self) -> int:
+        return self.window
+
+    def weights(self, layers: Sequence[Layer], free: Sequence[int], most: Sequence[int]) -> list[list[float]]:
+        return torch.stack([self._preference(layer.view) for layer in layers], 1).tolist()
+
+    def _preference(self, view: CacheView) -> Tensor:
+        """`[batch]` float64."""
+        attention, real = window_attention(view, self.window, self.rule)
+        older = view.age >= self.window  # [batch, kv_heads, tokens], as the window's own tokens are always kept
+        group = attention.shape[1] // older.shape[1]
+        attention = attention * (older & view.valid).repeat_interleave(group, 1)[:, :, None]
+        entropy = (-attention * (attention + 1e-10).log()).sum((1, 2, 3)).double().clamp(min=0)
+        queries = real.sum(1)
+        mean = attention.sum(2, keepdim=True) / queries.clamp(min=1)[:, None, None, None]
+        apart = (attention - mean).square() * real[:, None, :, None]
+        variance = (apart.sum((1, 2, 3)) / (queries - 1).clamp(min=1)).double()
+        return entropy ** (1 / self.tau1) * variance ** (1 / self.tau2)
