@@ -191,23 +191,35 @@ def _arguments(decoder: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
     return {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
 
 
-def output_projection(module: nn.Module, query: Tensor) -> Tensor:
+def attention_of(model) -> dict[int, nn.Module]:
+    """Layer index -> attention module."""
+    return {
+        module.layer_idx: module
+        for module in model.modules()
+        if isinstance(getattr(module, "layer_idx", None), int) and _projection(module) is not None
+    }
+
+
+def _projection(module: nn.Module) -> nn.Module | None:
+    return next((found for name in ("o_proj", "dense") if (found := getattr(module, name, None)) is not None), None)
+
+
+def output_projection(module: nn.Module, query_heads: int, d: int) -> Tensor:
     """What each query head's output is multiplied by, `[Hq, d, D]`: slices of the attention's output projection.
 
     Args:
         module: the attention module.
-        query: `[B, Hq, m, d]`, for the sizes; values must be as wide as keys.
+        query_heads, d: sizes of the query; values must be as wide as keys.
 
     Raises:
         UserError: no linear output projection is where decoders have it.
     """
-    linear = next((found for name in ("o_proj", "dense") if (found := getattr(module, name, None)) is not None), None)
-    weight = getattr(linear, "weight", None)
-    if weight is None or weight.dim() != 2 or weight.shape[1] != query.shape[1] * query.shape[3]:
+    weight = getattr(_projection(module), "weight", None)
+    if weight is None or weight.dim() != 2 or weight.shape[1] != query_heads * d:
         raise UserError(
             f"{type(module).__name__} has no output projection that can be split by heads: use a policy that needs none"
         )
-    return weight.detach().T.unflatten(0, (query.shape[1], query.shape[3]))
+    return weight.detach().T.unflatten(0, (query_heads, d))
 
 
 def refuse_unserved(model) -> None:

@@ -195,7 +195,7 @@ def test_what_a_cache_cannot_do_is_said():
     cache = prefilled(model, batch=2)
     with pytest.raises(UserError, match="layer 3 does not evict; the layers with full attention are 0, 1, 2"):
         cache.kept_positions(3)
-    with pytest.raises(UserError, match="cannot be cropped"):
+    with pytest.raises(UserError, match="cannot be cropped by the newest 1 tokens but by 0"):
         cache.crop(-1)
     with pytest.raises(UserError, match="holds a batch of 2 and was given one of 3"):
         model(tokens(3, 1), past_key_values=cache)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,17 +12,16 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from kv_gym.attention import attach, detach, full_layers, refuse_unserved
-from kv_gym.budgets import Allocation, parse_allocation, parse_budget, protection_for
+from kv_gym.attention import attach, detach, full_layers
+from kv_gym.budgets import Allocation
 from kv_gym.errors import UserError
-from kv_gym.fingerprint import Fingerprint
-from kv_gym.live.eviction import Eviction
-from kv_gym.live.layers import EvictingLayer
+from kv_gym.live import rollback, saving
+from kv_gym.live.layers import EvictingLayer, copied
 from kv_gym.live.padding import fresh_tokens, refuse_shifted
-from kv_gym.live.panel import watched
-from kv_gym.live.tiers import Tier, parse_tier
-from kv_gym.live.trigger import Trigger
-from kv_gym.policies import Policy, StatefulPolicy, make_policy
+from kv_gym.live.settings import changed, settings_of
+from kv_gym.live.tiers import Tier
+from kv_gym.live.whole_model import cut_all
+from kv_gym.policies import Policy
 
 
 class EvictingCache(Cache):
@@ -75,31 +73,13 @@ class EvictingCache(Cache):
         recent: int | None = None,
         evicted: str | Tier = "drop",
     ):
-        refuse_unserved(model)
-        chosen, rule = make_policy(policy), parse_allocation(allocation)
-        for each in watched(chosen):
-            _refuse_unfit(each, model)
-            if each is chosen:
-                rule.refuse_unfit(each)
+        self.eviction = settings_of(model, policy, budget, allocation, trigger, sinks, recent, evicted)
         config = model.config.get_text_config()
-        tier = parse_tier(evicted)
-        tier.refuse_unfit(config)
-        full = full_layers(config)
-        self._eviction = Eviction(
-            chosen,
-            parse_budget(budget),
-            *protection_for(chosen, sinks, recent),
-            Trigger.parse(trigger),
-            rule,
-            watched(chosen),
-            len(full),
-            tier,
-        )
         layers = list(DynamicCache(config=config).layers)
-        for place, index in enumerate(full):
-            layers[index] = EvictingLayer(index, place, self._eviction)
+        for place, index in enumerate(full_layers(config)):
+            layers[index] = EvictingLayer(index, place, self.eviction)
         super().__init__(layers=layers)
-        self._model = model
+        self.model = model
         self._attach()
 
     # what it holds
@@ -155,8 +135,8 @@ class EvictingCache(Cache):
             UserError: nothing was seen yet.
         """
         self._refuse_empty()
-        if self._eviction.allocation.whole_model:
-            self._cut_all(None, exact=True)
+        if self.eviction.allocation.whole_model:
+            cut_all([layer.contents for layer in self._evicting], None, exact=True)
         else:
             for layer in self._evicting:
                 layer.contents.evict(exact=True)
@@ -186,25 +166,11 @@ class EvictingCache(Cache):
             UserError: the policy needs state or queries that the cache did not keep, or the allocation cannot use
                 its scores.
         """
-        eviction = self._eviction
-        if policy is not None:
-            eviction = self._with_policy(eviction, make_policy(policy))
-        eviction = replace(
-            eviction,
-            budget=eviction.budget if budget is None else parse_budget(budget),
-            sinks=eviction.sinks if sinks is None else sinks,
-            recent=eviction.recent if recent is None else recent,
-            allocation=eviction.allocation if allocation is None else parse_allocation(allocation),
-            evicted=eviction.evicted if evicted is None else parse_tier(evicted),
-        )
-        if policy is not None or allocation is not None:
-            eviction.allocation.refuse_unfit(eviction.policy)
-        protection_for(eviction.policy, eviction.sinks, eviction.recent)  # refuses negative ones
-        eviction.evicted.refuse_unfit(self._model.config.get_text_config())
+        eviction = changed(self.eviction, self.model, policy, budget, sinks, recent, allocation, evicted)
         twin = copy.copy(self)
-        twin._eviction = eviction
+        twin.eviction = eviction
         twin.layers = [
-            layer.fork(eviction) if isinstance(layer, EvictingLayer) else _copied(layer) for layer in self.layers
+            layer.fork(eviction) if isinstance(layer, EvictingLayer) else copied(layer) for layer in self.layers
         ]
         twin._attach()
         return twin
@@ -212,6 +178,39 @@ class EvictingCache(Cache):
     def __deepcopy__(self, memo: dict) -> EvictingCache:
         """The same as :meth:`fork`: the model is not copied."""
         return self.fork()
+
+    def save(self, file: str | Path) -> Path:
+        """Write all that is needed to go on exactly, in another process too: see :mod:`kv_gym.live.saving`.
+
+        Args:
+            file: its name, such as ``context.safetensors``; an earlier one is replaced when the new one is whole.
+
+        Raises:
+            UserError: nothing was seen yet, or settings that have no name.
+        """
+        self._refuse_empty()
+        return saving.save(self, Path(file))
+
+    @classmethod
+    def load(
+        cls,
+        file: str | Path,
+        model,
+        policy: str | Path | Policy | None = None,
+        allocation: str | Allocation | None = None,
+    ) -> EvictingCache:
+        """A cache as it was when it was saved; nothing in the file is ever run.
+
+        Args:
+            file: what :meth:`save` wrote.
+            model: the same model in the same precision, on any device.
+            policy: a trained policy, or one of the user's own class; None where the file can name it.
+            allocation: one that is read from a file or is the user's own; None where the file can name it.
+
+        Raises:
+            UserError: another model or policy, or a damaged or newer file.
+        """
+        return saving.load(cls, Path(file), model, policy, allocation)
 
     def detach(self) -> None:
         """Give the model's attention back; the cache can be read, and used again after ``with cache:``."""
@@ -266,10 +265,38 @@ class EvictingCache(Cache):
 
     def after_forward(self) -> None:
         """A forward ended: cut the whole model if the allocation needs all layers for that, and it is time."""
-        if self._eviction.allocation.whole_model:
+        if self.eviction.allocation.whole_model:
             due = self._evicting[0].contents.due()
             if any(due):
-                self._cut_all(due)
+                cut_all([layer.contents for layer in self._evicting], due)
+
+    def activate_past_recording(self) -> None:
+        """Assisted decoding begins: newer transformers say so, older ones crop all of a sudden.
+
+        Raises:
+            UserError: what follows could not equal decoding token by token.
+        """
+        rollback.refuse_drafts(self._evicting[0].contents)
+        for layer in self.layers:
+            if hasattr(layer, "activate_past_recording"):
+                layer.activate_past_recording()
+
+    def crop(self, tokens_to_remove: int) -> None:
+        """Take back the newest tokens, as if they had never come: rejected drafts of assisted decoding, for one.
+
+        Args:
+            tokens_to_remove: minus how many; above zero, as older transformers have it: how many shall be left.
+
+        Raises:
+            UserError: the cache evicted since they came, or remembers their queries.
+        """
+        count = rollback.newest(tokens_to_remove, self.seen, [layer.contents for layer in self._evicting])
+        layer: Any  # a sliding one is transformers' own
+        for layer in self.layers:
+            if isinstance(layer, EvictingLayer):
+                layer.take_back(count)
+            elif count or getattr(layer, "record_past", False):
+                layer.crop(-count)
 
     def forward_failed(self) -> None:
         """A forward with this cache raised: some layers may hold its tokens and some not."""
@@ -289,55 +316,10 @@ class EvictingCache(Cache):
                 yield from (layer.keys, layer.values)
 
     def _attach(self) -> None:
-        attach(self._model)
+        attach(self.model)
         # alive until called: by detach, or when the cache is collected
-        self._attachment = weakref.finalize(self, detach, self._model)
-
-    @torch.no_grad()
-    def _cut_all(self, due: list[bool] | None, exact: bool = False) -> None:
-        held = [layer.contents for layer in self._evicting]
-        if all(contents.fits(due) for contents in held):
-            for contents in held:
-                contents.mark(due)
-            return
-        judged = [contents.judged(due) for contents in held]
-        for contents, layer, slots in zip(held, judged, self._eviction.slots(judged), strict=True):
-            contents.cut(layer, slots, exact)
+        self._attachment = weakref.finalize(self, detach, self.model)
 
     def _refuse_empty(self) -> None:
         if not self.seen:
             raise UserError("the cache is empty: run the model with past_key_values=cache first")
-
-    def _with_policy(self, eviction: Eviction, policy: Policy) -> Eviction:
-        if policy not in eviction.watched:
-            _refuse_unfit(policy, self._model)
-        missing = isinstance(policy, StatefulPolicy) and policy not in eviction.watched
-        if missing or policy.needs_queries > eviction.queries:
-            raise UserError(
-                f"the cache did not keep what policy {policy.name!r} needs: make it with that policy, or with a Panel "
-                "that has it as a member"
-            )
-        sinks, recent = protection_for(policy, None, None)
-        return replace(eviction, policy=policy, sinks=sinks, recent=recent, watched=(policy,))
-
-
-def _refuse_unfit(policy: Policy, model) -> None:
-    if policy.needs_future:
-        raise UserError(
-            f"policy {policy.name!r} is an oracle: it sees the future, which live decoding does not have; "
-            "evaluate it on traces"
-        )
-    if policy.needs_hidden:
-        raise UserError(f"policy {policy.name!r} needs the layers' inputs, which live decoding does not keep yet")
-    fingerprint = getattr(policy, "fingerprint", None)
-    if fingerprint is not None:
-        fingerprint.refuse_other(Fingerprint.of(model), f"policy {policy.name!r}", type(model).__name__)
-
-
-def _copied(layer):
-    """An independent copy of one of transformers' own layers."""
-    twin = copy.copy(layer)
-    for name, value in vars(layer).items():
-        if isinstance(value, Tensor):
-            setattr(twin, name, value.clone())
-    return twin

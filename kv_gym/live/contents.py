@@ -6,19 +6,21 @@ from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from kv_gym.attention import output_projection
 from kv_gym.budgets import Layer, top
 from kv_gym.cache_view import CacheView
 from kv_gym.live.eviction import UNLIMITED, Eviction
+from kv_gym.live.observing import observed
 from kv_gym.live.queries import last_queries
 from kv_gym.live.ragged import RaggedSlots
 from kv_gym.live.slots import EqualSlots
 from kv_gym.live.tiers import Leaving, joined
-from kv_gym.policies import StatefulPolicy
-from kv_gym.policies.observing import observe_blocks
+from kv_gym.live.tiers.tier import ragged
 
 SLOT = ("keys", "values", "positions")  # what every slot has; then scores, and `<place>/<name>` for policies' state
+SHORT = 64  # the queries of so many tokens may wait: see observe
 
 
 class Contents:
@@ -31,6 +33,8 @@ class Contents:
         slots: keys, values, positions; scores that are computed once; state of watched policies.
         tier: what becomes of evicted pairs, and what is held of them.
         rows: real tokens seen, per row.
+        loose: how many of the newest tokens lie at the end of every head, in the order in which they came.
+        recording: drafts come, which may be taken back.
         fired: `rows` when the trigger last fired, per row, or None.
         queries: the last `[batch, query_heads, m, d]` queries that a watched policy needs, or None.
         scaling: factor on query-key products.
@@ -44,6 +48,8 @@ class Contents:
         self.tier = eviction.evicted.begin()
         self.rows: list[int] = []
         self.fired: list[int | None] = []
+        self.loose, self.recording = 0, False
+        self._waiting: Tensor | None = None  # queries of the last forward that nobody was shown yet
         self.queries: Tensor | None = None
         self.scaling: float | None = None
         self.output: Tensor | None = None
@@ -52,49 +58,82 @@ class Contents:
 
     def append(self, keys: Tensor, values: Tensor, fresh: Tensor | None) -> None:
         """Add tokens `[batch, kv_heads, m, d]`; `fresh [batch, m]` bool on the CPU says which are no padding."""
+        self.settle()
         if not self.rows:
             self.rows, self.fired = [0] * len(keys), [None] * len(keys)
         batch, heads, m, _ = keys.shape
         if fresh is None:
-            counts = [m] * batch
+            counts, self.loose = [m] * batch, self.loose + m
             ahead = torch.arange(m, device=keys.device).expand(batch, m)
         else:
-            counts = fresh.sum(1).tolist()
+            counts, self.loose = fresh.sum(1).tolist(), 0
             ahead = (fresh.cumsum(1) - 1).to(keys.device)
         positions = (_on(self.rows, keys.device)[:, None] + ahead)[:, None].expand(batch, heads, m)
         self.rows = [seen + count for seen, count in zip(self.rows, counts, strict=True)]
         new = dict(zip(SLOT, (keys, values, positions), strict=True)) | self._with_them(keys, values, positions, fresh)
         if fresh is not None and isinstance(self.slots, EqualSlots):
-            self.slots = self._ragged(new)
+            self.slots = ragged(self.slots, new)
         if isinstance(self.slots, RaggedSlots):
             self.slots.append(new, self._slack(), fresh)
         else:
             self.slots.append(new, self._slack())
 
+    def adopt_output(self, module: nn.Module, query_heads: int, d: int) -> None:
+        """Hold the output projection of the attention module, where the policy needs it."""
+        if self.eviction.policy.needs_output:
+            self.output = output_projection(module, query_heads, d)
+
     def observe(self, query: Tensor, fresh: Tensor | None) -> None:
-        """Show the queries `[batch, query_heads, m, d]` of the newest tokens to whoever watches."""
+        """Show the queries `[batch, query_heads, m, d]` of the newest tokens to whoever watches.
+
+        Where the tokens may still be taken back that waits until it is clear that they stay: see :meth:`settle`.
+        """
+        if self.eviction.remembers:
+            may_wait = self.recording or query.shape[2] <= SHORT
+            if fresh is None and self.eviction.trigger.every is None and may_wait:
+                self._waiting = query.detach()
+            else:
+                self._show(query, fresh)
+
+    @torch.no_grad()
+    def settle(self) -> None:
+        """Show the queries that wait: before more tokens come, or anybody looks at state or queries."""
+        if self._waiting is not None:
+            query, self._waiting = self._waiting, None
+            self._show(query, None)
+
+    def _show(self, query: Tensor, fresh: Tensor | None) -> None:
         self.tier.observe(query, fresh)
         if wanted := self.eviction.queries:
             self.queries = last_queries(self.queries, query, wanted, fresh)
-        stateful = self._stateful()
-        if not stateful:
+        if not self.eviction.stateful:
             return
         view, filled = self._view(None)
         view = replace(view, queries=None, state={})
-        for place, policy in stateful:
+        for place, policy in self.eviction.stateful:
             state = {name: filled[own] for name, own in self._state_names(place)}
-            after = (
-                observe_blocks(policy, view, query, state)
-                if fresh is None
-                else _row_by_row(policy, view, query, state, fresh)
-            )
-            for name, tensor in after.items():
+            for name, tensor in observed(policy, view, query, state, fresh).items():
                 self.slots.write(f"{place}/{name}", tensor)
 
     def visible(self) -> EqualSlots | RaggedSlots:
         """Keys and values that the newest queries see: what the tier shows of evicted pairs, then the slots."""
         shown = self.tier.visible(self.slots.buffers["keys"].dtype)
         return self.slots if shown is None else joined(shown, self.slots)
+
+    @property
+    def retractable(self) -> int:
+        """How many of the newest tokens can be taken back so that nothing remembers them."""
+        if not self.eviction.remembers:
+            return self.loose
+        return 0 if self._waiting is None else min(self.loose, self._waiting.shape[2])
+
+    def take_back(self, count: int) -> None:
+        """Forget the newest `count` tokens of every row, at most `retractable`, as if they had never come."""
+        if self._waiting is not None:
+            left = self._waiting.shape[2] - count
+            self._waiting = self._waiting[:, :, :left] if left else None
+        self.slots.drop_newest(count)
+        self.rows, self.loose = [seen - count for seen in self.rows], self.loose - count
 
     # eviction
 
@@ -156,6 +195,7 @@ class Contents:
     def mark(self, due: Sequence[bool] | None = None) -> None:
         """Remember that the trigger fired now, for the rows `due`."""
         due = [True] * len(self.rows) if due is None else due
+        self.loose = 0
         self.fired = [seen if now else at for seen, at, now in zip(self.rows, self.fired, due, strict=True)]
 
     def view(self, due: Sequence[bool] | None = None) -> CacheView:
@@ -167,15 +207,15 @@ class Contents:
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that is held."""
         yield from self.slots.buffers.values()
-        if self.queries is not None:
-            yield self.queries
+        yield from (tensor for tensor in (self.queries, self._waiting) if tensor is not None)
         yield from self.tier.tensors()
 
     def fork(self, eviction: Eviction) -> Contents:
         """An independent copy that evicts by `eviction`; it takes along only what that one's policies need."""
+        self.settle()
         twin = Contents(self.index, self.place, eviction)
         twin.rows, twin.fired, twin.scaling = list(self.rows), list(self.fired), self.scaling
-        twin.output = self.output
+        twin.loose, twin.output = self.loose, self.output
         same = eviction.evicted == self.eviction.evicted
         twin.tier = self.tier.fork() if same else eviction.evicted.after(self.tier, not self.rows)
         if not self.rows:
@@ -196,6 +236,7 @@ class Contents:
         """Keep the rows `indices [rows]` of the batch, in that order."""
         if not self.rows:
             return
+        self.settle()
         self.slots.select_rows(indices)
         self.tier.select_rows(indices)
         chosen = indices.tolist()
@@ -217,6 +258,7 @@ class Contents:
             self.slots.write(name, tensor)
 
     def _view(self, due: Sequence[bool] | None) -> tuple[CacheView, dict[str, Tensor]]:
+        self.settle()
         filled, valid = self.slots.padded()
         wanted = max(self.eviction.policy.needs_queries, self.eviction.allocation.needs_queries)
         view = CacheView(
@@ -246,8 +288,7 @@ class Contents:
         self, keys: Tensor, values: Tensor, positions: Tensor, fresh: Tensor | None
     ) -> dict[str, Tensor]:  # fmt: skip
         """What is stored beside new tokens: initial state, and scores that never change."""
-        stateful = self._stateful()
-        if not stateful and not self.eviction.scores_once:
+        if not self.eviction.stateful and not self.eviction.scores_once:
             return {}
         valid = torch.ones_like(positions, dtype=torch.bool)
         if fresh is not None:
@@ -257,20 +298,12 @@ class Contents:
         view = CacheView(keys, values, positions, valid, seen, budget, self.index, self.scaling)
         new = {
             f"{place}/{name}": tensor
-            for place, policy in stateful
+            for place, policy in self.eviction.stateful
             for name, tensor in policy.initial_state(view).items()
         }
         if self.eviction.scores_once:
             new["scores"] = self.eviction.policy.score(view).float()
         return new
-
-    def _ragged(self, new: dict[str, Tensor]) -> RaggedSlots:
-        assert isinstance(self.slots, EqualSlots)
-        if self.slots.length:
-            return RaggedSlots.of(self.slots, self.slots.padded()[1])
-        nothing = torch.zeros(new["positions"].shape[:2], dtype=torch.int64)
-        empty = {name: tensor.new_empty(0, *tensor.shape[3:]) for name, tensor in new.items()}
-        return RaggedSlots(empty, nothing, nothing.clone())
 
     def _budget(self, due: Sequence[bool] | None, like: Tensor) -> Tensor:
         return _on(self._rooms(due), like.device)[:, None].expand(-1, like.shape[1])
@@ -283,10 +316,6 @@ class Contents:
     def _slack(self) -> int:
         return self.eviction.slack(self.slots.longest)
 
-    def _stateful(self) -> list[tuple[int, StatefulPolicy]]:
-        watched = enumerate(self.eviction.watched)
-        return [(place, policy) for place, policy in watched if isinstance(policy, StatefulPolicy)]
-
     def _state_names(self, place: int) -> list[tuple[str, str]]:
         """Names of a watched policy's state: its own, and the buffer's."""
         prefix = f"{place}/"
@@ -298,28 +327,3 @@ def _on(numbers: Sequence[int], device: torch.device) -> Tensor:
     if len(set(numbers)) == 1:
         return torch.full((len(numbers),), numbers[0], device=device)
     return torch.tensor(numbers, device=device)
-
-
-def _row_by_row(
-    policy: StatefulPolicy, view: CacheView, query: Tensor, state: dict[str, Tensor], fresh: Tensor
-) -> dict[str, Tensor]:
-    """Observe a padded forward: each row in the blocks in which it would be read alone."""
-    after = {name: tensor.clone() for name, tensor in state.items()}
-    for row in range(len(fresh)):
-        asked = fresh[row].nonzero()[:, 0].to(query.device)
-        if not len(asked):
-            continue
-        one = slice(row, row + 1)
-        alone = replace(
-            view,
-            keys=view.keys[one],
-            values=view.values[one],
-            positions=view.positions[one],
-            valid=view.valid[one],
-            seen=view.seen[one],
-            budget=view.budget[one],
-        )
-        observed = observe_blocks(policy, alone, query[one][:, :, asked], {k: v[one] for k, v in state.items()})
-        for name, tensor in observed.items():
-            after[name][one] = tensor
-    return after

@@ -13,7 +13,7 @@ from kv_gym.budgets.budget import Budget, slots_after
 from kv_gym.cache_view import CacheView
 from kv_gym.live.tiers import Drop, Tier
 from kv_gym.live.trigger import Trigger
-from kv_gym.policies import Policy
+from kv_gym.policies import Policy, StatefulPolicy
 
 DROP = Drop()
 UNLIMITED = 2**40  # the budget of a row that is not to be cut now
@@ -48,6 +48,16 @@ class Eviction:
     def queries(self) -> int:
         """How many of the last queries must be kept."""
         return max((self.allocation.needs_queries, *(policy.needs_queries for policy in self.watched)))
+
+    @property
+    def stateful(self) -> list[tuple[int, StatefulPolicy]]:
+        """Watched policies with memory, each with its place among the watched."""
+        return [(place, each) for place, each in enumerate(self.watched) if isinstance(each, StatefulPolicy)]
+
+    @property
+    def remembers(self) -> bool:
+        """Whether anything but the slots changes when queries come."""
+        return bool(self.queries or self.stateful or self.evicted.sees_queries)
 
     @property
     def piece(self) -> int | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
-from kv_gym.attention import AttentionCall, hand_over, output_projection
+from kv_gym.attention import AttentionCall, hand_over
 from kv_gym.errors import UserError
 from kv_gym.live.contents import Contents
 from kv_gym.live.eviction import Eviction
@@ -103,8 +105,7 @@ class EvictingLayer(CacheLayerMixin):
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Attend, observe the queries and evict when it is time; for every piece of the forward in turn."""
         self.contents.scaling = call.scaling
-        if self.contents.eviction.policy.needs_output:
-            self.contents.output = output_projection(call.module, call.query)
+        self.contents.adopt_output(call.module, call.query.shape[1], call.query.shape[3])
         if self._new is None:
             result = self._equal(call)
             self._afterwards(call.query, None)
@@ -192,14 +193,20 @@ class EvictingLayer(CacheLayerMixin):
         """Repeat every row of the batch."""
         self.contents.select_rows(torch.arange(len(self.contents.rows)).repeat_interleave(repeats))
 
-    def crop(self, tokens_to_remove: int) -> None:
-        """Refuse to forget the newest tokens: what was evicted since they came would have to return.
+    def take_back(self, count: int) -> None:
+        """Forget the newest `count` tokens, as many as `contents.retractable` at most."""
+        self.contents.take_back(count)
+        self.seen -= count
 
-        Raises:
-            UserError: `tokens_to_remove` is not 0.
-        """
-        if tokens_to_remove:
-            raise UserError(
-                "an evicting cache cannot be cropped, because evicted tokens do not come back: "
-                "fork() the cache before the tokens that you may want to take back"
-            )
+    def activate_past_recording(self) -> None:
+        """Drafts come: remember what is needed to take them back."""
+        self.contents.recording = True
+
+
+def copied(layer: Any) -> Any:
+    """An independent copy of one of transformers' own layers."""
+    twin = copy.copy(layer)
+    for name, value in vars(layer).items():
+        if isinstance(value, Tensor):
+            setattr(twin, name, value.clone())
+    return twin

@@ -124,6 +124,10 @@ class RaggedSlots:
             buffer.index_copy_(0, holes.to(buffer.device), buffer[movers.to(buffer.device)])
         self.lengths = lengths
 
+    def drop_newest(self, count: int) -> None:
+        """Forget the last `count` slots of every head, which came in that order since anything was evicted."""
+        self.lengths = self.lengths - count
+
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows `rows [new batch]` int64 of the batch, in that order; a row may come more than once."""
         rows = rows.cpu()

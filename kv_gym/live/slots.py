@@ -54,6 +54,15 @@ class EqualSlots:
             self.buffers[name][:, :, start : self.length] = tensor
         self._foreign = False  # they had no room for more, so all of them have grown
 
+    @property
+    def foreign(self) -> bool:
+        """Whether the buffers are still as they came from the model."""
+        return self._foreign
+
+    def restore(self, buffers: Mapping[str, Tensor], length: int, foreign: bool) -> None:
+        """Take over buffers with room behind their first `length` slots, as another object had them."""
+        self.buffers, self.length, self._foreign = dict(buffers), length, foreign
+
     def write(self, name: str, tensor: Tensor) -> None:
         """Replace the filled part of a buffer."""
         if self._foreign or (self.buffers[name].is_inference() and not torch.is_inference_mode_enabled()):
@@ -117,6 +126,12 @@ class EqualSlots:
     def map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every buffer by `change` of its filled part."""
         self.buffers, self._foreign = {name: change(self[name]) for name in self.buffers}, False
+
+    def drop_newest(self, count: int) -> None:
+        """Forget the last `count` slots of every head, which came in that order since anything was evicted."""
+        if self._foreign:  # from now on there is room, and new tokens would be written into it
+            self.map(torch.clone)
+        self.length -= count
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows `rows [new batch]` int64 of the batch, in that order; a row may come more than once."""

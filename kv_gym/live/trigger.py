@@ -43,8 +43,17 @@ class Trigger:
         kind, tokens = match[1], int(match[2])
         return cls(tokens, inside=kind == "block", spared=tokens if kind == "lagged" else 0)
 
+    @property
+    def text(self) -> str:
+        """What :meth:`parse` reads."""
+        if self.every is None:
+            return "prefill"
+        return f"{'block' if self.inside else 'lagged' if self.spared else 'every'}:{self.every}"
+
     def fires(self, seen: int, fired_at: int | None) -> bool:
         """Whether to evict now, after `seen` tokens, when it last fired after `fired_at` (None: never)."""
+        if not seen:  # a row of which only padding came: its first forward is yet to come
+            return False
         if self.inside or fired_at is not None:
             return self.every is not None and seen - (fired_at or 0) >= self.every
         return True
