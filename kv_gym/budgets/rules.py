@@ -7,6 +7,7 @@ import difflib
 from kv_gym.budgets.ada import Ada
 from kv_gym.budgets.allocation import Allocation
 from kv_gym.budgets.cake import Cake
+from kv_gym.budgets.calibrated import Calibrated
 from kv_gym.budgets.comparing import NORMALISATIONS
 from kv_gym.budgets.d2o import D2O
 from kv_gym.budgets.global_threshold import GlobalThreshold
@@ -19,11 +20,11 @@ from kv_gym.errors import UserError
 _THRESHOLDS = {"global": GlobalThreshold, "ada": Ada}
 _LAYERS: dict[str, type[LayerShares]] = {"pyramid": Pyramid, "cake": Cake, "d2o": D2O}
 _FILES = {"shares": Shares.read}
-NAMES = ("uniform", *_THRESHOLDS, *_LAYERS, *_FILES)
+NAMES = ("uniform", *_THRESHOLDS, *_LAYERS, *_FILES, "calibrated")
 EXPECTED = (
     f"uniform, {', '.join(_THRESHOLDS)} (each also with one of :{', :'.join(NORMALISATIONS)}), "
-    f"{', '.join(_LAYERS)}, {', '.join(f'{name}:FILE' for name in _FILES)}, or a rule for layers and one for the heads "
-    "of each, such as pyramid+ada"
+    f"{', '.join(_LAYERS)}, {', '.join(f'{name}:FILE' for name in (*_FILES, 'calibrated'))}, "
+    "or a rule for layers and one for the heads of each, such as pyramid+ada"
 )
 
 
@@ -44,6 +45,8 @@ def parse_allocation(allocation: str | Allocation) -> Allocation:
         return Uniform()
     if name in _THRESHOLDS and setting in ("", *NORMALISATIONS):
         return _THRESHOLDS[name](setting)
+    if name == "calibrated" and setting:
+        return Calibrated.read(setting)
     across, _, heads = text.rpartition("+")
     if not across or heads.partition(":")[0] != "ada":
         across, heads = text, "uniform"

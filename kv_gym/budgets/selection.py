@@ -63,12 +63,17 @@ def merit(scores: Tensor, view: CacheView, shield: Tensor | None = None) -> Tens
             raise UserError(f"a policy scored NaN in layer {view.layer}; expected finite scores (are the keys finite?)")
     else:
         scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    upper = ordered(scores)
+    if shield is not None:
+        upper.masked_fill_(shield, 0x7FFFFFFF)
+    return ((upper << 31) + view.positions).masked_fill_(~view.valid, LOWEST)
+
+
+def ordered(scores: Tensor) -> Tensor:
+    """Integers, int64, that compare as the float32 `scores` do: the upper half of a :func:`merit`."""
     bits = scores.contiguous().view(torch.int32)
     # negative floats count down as their bits count up: mirror them, and the order is that of signed integers
-    ordered = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
-    if shield is not None:
-        ordered.masked_fill_(shield, 0x7FFFFFFF)
-    return ((ordered.long() << 31) + view.positions).masked_fill_(~view.valid, LOWEST)
+    return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
 
 
 def keep_order(scores: Tensor, view: CacheView, shield: Tensor | None = None) -> Tensor:

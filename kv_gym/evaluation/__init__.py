@@ -1,6 +1,7 @@
 """Comparing policies: on traces, on decoding models, and in reports."""
 
+from kv_gym.evaluation.calibrate import calibrate
 from kv_gym.evaluation.evaluate import evaluate
 from kv_gym.evaluation.report import report
 
-__all__ = ["evaluate", "report"]
+__all__ = ["calibrate", "evaluate", "report"]

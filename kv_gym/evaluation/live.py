@@ -60,12 +60,14 @@ def answer(
     for _, policy, _, rule in arms:
         rule.refuse_unfit(policy)
     panel = Panel(tuple({id(policy): policy for _, policy, _, _ in arms}.values()))
+    # nothing is cut before the forks: it only keeps the queries that some rule will ask for
+    curious = max((Uniform(), *rules), key=lambda rule: rule.needs_queries)
     for _, group in groupby(contexts, lambda context: (len(context.context_ids), context.task)):
         same = list(group)
         for start in range(0, len(same), rows_at_once):
             batch = same[start : start + rows_at_once]
             ids = torch.tensor([context.context_ids for context in batch], device=model.device)
-            with EvictingCache(model, policy=panel, budget=1.0) as cache:
+            with EvictingCache(model, policy=panel, budget=1.0, allocation=curious) as cache:
                 model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
                 for name, policy, budget, rule in arms:
                     place = (name, budget, rule.name, batch[0].task)

@@ -54,7 +54,7 @@ def replay(
             raise UserError(f"context {sequence.id} has no continuations, so nothing tells what was worth keeping")
         utility = torch.from_numpy(sequence.utility())
         for name, policy in policies.items():
-            _refuse_unrecorded(policy, sequence)
+            refuse_unrecorded(policy, sequence)
             first, last = protection_for(policy, sinks, recent)
             layers = range(len(sequence.layers))
             views = [
@@ -77,7 +77,8 @@ def replay(
     ]  # fmt: skip
 
 
-def _refuse_unrecorded(policy: Policy, sequence: Sequence) -> None:
+def refuse_unrecorded(policy: Policy, sequence: Sequence) -> None:
+    """Raise a UserError where a context holds too few queries, or no statistics, for a policy."""
     if policy.needs_queries > sequence.queries.shape[2]:
         raise UserError(
             f"policy {policy.name!r} needs the last {policy.needs_queries} queries and context {sequence.id} has "

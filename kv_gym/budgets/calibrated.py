@@ -1,0 +1,184 @@
+"""Thresholds fixed ahead: a head keeps what scores at least as high as slots did, on traces, at that budget.
+
+The second form of the global threshold (:mod:`kv_gym.budgets.global_threshold`), for prompts that are too long to hold
+whole: every layer is cut as soon as it has been read, and none waits for the others. What that costs is the exact
+total, which floats around the budget; ``cache.kept()`` and ``cache.nbytes()`` tell what came out. Source: kv_gym's own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from kv_gym.atomic import whole_file
+from kv_gym.budgets.allocation import Allocation, Layer
+from kv_gym.budgets.selection import LOWEST, ordered
+from kv_gym.errors import UserError
+from kv_gym.policies.base import Policy
+
+FORMAT = 1
+_MADE = "expected a file that `kv-gym calibrate` wrote"
+
+
+@dataclass(frozen=True)
+class Calibrated(Allocation):
+    """Keeps the slots at or above a score that belongs to the share of the tokens that the budget allows.
+
+    Between two calibrated shares the threshold is interpolated over the logarithm of the share; below the smallest
+    and above the largest one is refused, except budgets for all tokens. Protected slots stay in any case. A share
+    counts tokens seen: a budget of slots becomes a smaller share as tokens come.
+
+    Attributes:
+        policy: whose scores, as :func:`identity` says it, in JSON.
+        layers, kv_heads: how many of the model evict.
+        shares: ascending, in (0, 1].
+        thresholds: one per share, on the policy's score.
+        about: how they were found: lengths, protection, traces, realised shares.
+        file: where they were read from, for the name.
+    """
+
+    own_totals = True
+    policy: str
+    layers: int
+    kv_heads: int
+    shares: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    about: str = "{}"
+    file: str = ""
+
+    def __post_init__(self) -> None:
+        ascending = list(self.shares) == sorted(set(self.shares)) and len(self.shares) == len(self.thresholds)
+        within = all(0 < share <= 1 for share in self.shares) and all(map(math.isfinite, self.thresholds))
+        if not (self.shares and ascending and within):
+            raise UserError(
+                f"{self.name} has shares {list(self.shares)} and thresholds {list(self.thresholds)}; expected as many "
+                "finite thresholds as shares, and these ascending from above 0 to at most 1"
+            )
+
+    @property
+    def name(self) -> str:
+        return f"calibrated:{self.file}" if self.file else "calibrated"
+
+    def refuse_unfit(self, policy: Policy) -> None:
+        refuse_no_scale(policy)
+        made_for, given = json.loads(self.policy), identity(policy)
+        if made_for != given:
+            same = made_for.get("name") == given["name"]
+            what = "other settings or weights" if same else f"policy {given['name']!r}"
+            raise UserError(
+                f"allocation {self.name!r} holds thresholds for policy {made_for.get('name')!r}, and the policy here "
+                f"is {'one with ' if same else ''}{what}: make them anew with `kv-gym calibrate`"
+            )
+
+    def slots(self, layers: Sequence[Layer]) -> list[Tensor]:
+        return [self._above(layer) for layer in layers]
+
+    def _above(self, layer: Layer) -> Tensor:
+        if (layer.layers, layer.merits.shape[1]) != (self.layers, self.kv_heads):
+            raise UserError(
+                f"allocation {self.name!r} was made for {self.layers} evicting layers of {self.kv_heads} KV heads, and "
+                f"this model has {layer.layers} of {layer.merits.shape[1]}: make it anew with `kv-gym calibrate`"
+            )
+        rows = zip(layer.view.budget[:, 0].tolist(), layer.view.seen.tolist(), strict=True)
+        edges = [float("-inf") if room >= seen else self.threshold(room, seen) for room, seen in rows]
+        least = ordered(torch.tensor(edges, device=layer.merits.device)) << 31
+        return ((layer.merits >= least[:, None, None]) & (layer.merits > LOWEST)).sum(-1)
+
+    def threshold(self, room: int, seen: int) -> float:
+        """The score from which slots are kept, for `room` slots per head after `seen` tokens.
+
+        Raises:
+            UserError: a share of the tokens outside of those that were calibrated.
+        """
+        share = room / seen
+        # a share is rounded down to whole slots, and is not below the smallest for that
+        if (room + 1) / seen <= self.shares[0] or share > self.shares[-1]:
+            raise UserError(
+                f"{room} of {seen} tokens is a share of {share:.4g}, and {self.name} holds thresholds for shares from "
+                f"{self.shares[0]:.4g} to {self.shares[-1]:.4g}: choose a budget there, or calibrate for more"
+            )
+        above = next(i for i, known in enumerate(self.shares) if share <= known)
+        if above == 0:
+            return self.thresholds[0]
+        low, high = self.shares[above - 1 : above + 1]
+        part = math.log(share / low) / math.log(high / low)
+        return self.thresholds[above - 1] * (1 - part) + self.thresholds[above] * part
+
+    def save(self, file: str | Path) -> Path:
+        """Write a JSON file that ``calibrated:<file>`` names."""
+        data = {
+            "format": FORMAT, "policy": json.loads(self.policy), "layers": self.layers, "kv_heads": self.kv_heads,
+            "shares": self.shares, "thresholds": self.thresholds, "about": json.loads(self.about),
+        }  # fmt: skip
+        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as part:
+            part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
+        return Path(file)
+
+    @classmethod
+    def read(cls, file: str | Path) -> Calibrated:
+        """Thresholds that :meth:`save` wrote.
+
+        Raises:
+            UserError: missing, damaged or of a newer format.
+        """
+        try:
+            data = json.loads(Path(file).read_text(encoding="utf-8"))
+            newer = data["format"] > FORMAT
+            rule = None if newer else cls(
+                json.dumps(data["policy"]), int(data["layers"]), int(data["kv_heads"]),
+                tuple(map(float, data["shares"])), tuple(map(float, data["thresholds"])), json.dumps(data["about"]),
+                str(file),
+            )  # fmt: skip
+        except UserError:
+            raise
+        except OSError as error:
+            raise UserError(f"thresholds {file} cannot be read ({error.strerror}); {_MADE}") from None
+        except (ValueError, TypeError, LookupError, RecursionError):
+            raise UserError(f"{file} holds no thresholds; {_MADE}") from None
+        if rule is None:
+            raise UserError(f"{file} has format {data['format']}, newer than {FORMAT}: upgrade kv-gym")
+        return rule
+
+
+def refuse_no_scale(policy: Policy) -> None:
+    """Raise a UserError for a policy whose scores mean something in their own head alone."""
+    if not policy.comparable:
+        raise UserError(
+            f"scores of policy {policy.name!r} have no scale that holds for every head and context, so no threshold "
+            "can be fixed ahead: use global with a normalisation, such as global:zscore, or uniform"
+        )
+
+
+def identity(policy: Policy) -> dict[str, Any]:
+    """Which policy it is: name, settings and the hash of weights, as plain JSON data; not how it was trained."""
+    settings = {field.name: _plain(getattr(policy, field.name)) for field in fields(policy) if field.name != "training"}
+    return {"name": policy.name, "class": type(policy).__name__, "settings": settings}
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, bool | int | float | str):
+        return value
+    if isinstance(value, Policy):
+        return identity(value)
+    if isinstance(value, nn.Module):
+        digest = hashlib.sha256()
+        for name, tensor in sorted(value.state_dict().items()):
+            digest.update(f"{name}{tuple(tensor.shape)}".encode())
+            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+        return digest.hexdigest()
+    if is_dataclass(value) and not isinstance(value, type):
+        return _plain(asdict(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(each) for key, each in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(each) for each in value]
+    return repr(value)

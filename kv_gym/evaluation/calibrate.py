@@ -1,0 +1,141 @@
+"""`kv-gym calibrate`: thresholds for budgets, found ahead on traces, so that prompts can be cut layer by layer."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from rich.progress import Progress
+from torch import Tensor
+
+from kv_gym.budgets import cut, parse_budget, protection_for
+from kv_gym.budgets.budget import slots_after
+from kv_gym.budgets.calibrated import Calibrated, identity, refuse_no_scale
+from kv_gym.budgets.selection import protection_within
+from kv_gym.errors import UserError
+from kv_gym.evaluation.replay import refuse_unrecorded
+from kv_gym.evaluation.result import refuse_unwritable, versions
+from kv_gym.policies import Policy, make_policy
+from kv_gym.traces import Sequence, TraceSet, open_traces
+
+
+@torch.no_grad()
+def calibrate(
+    policy: str | Path | Policy,
+    traces: str | Path | TraceSet,
+    shares: Iterable[str | float],
+    out: str | Path | None = None,
+    *,
+    split: str | None = "train",
+    sinks: int | None = None,
+    recent: int | None = None,
+    progress: bool = True,
+) -> Calibrated:
+    """Find, for each share, the score at which a context keeps that share of its slots on average.
+
+    One scalar per share for the whole model: heads and contexts that score higher keep more. Thresholds on a sum of
+    attention, as of ``h2o``, hold for contexts of about the same length as these.
+
+    Args:
+        policy: its scores must compare across heads, and from context to context.
+        traces: a trace set or its folder; contexts without continuations will do.
+        shares: budgets, as shares of the tokens.
+        out: file to write, for ``allocation="calibrated:<file>"``.
+        split: of the traces, ``train`` or ``test``; None takes all.
+        sinks, recent: protection; None means the policy's own. Use the same when decoding.
+        progress: show a bar.
+
+    Returns:
+        The allocation. Its ``about`` holds, for every share, mean and standard deviation over contexts of the share
+        that was really kept on these contexts.
+
+    Raises:
+        UserError: a policy without such a scale or of another model, a budget that is no share, no context in the
+            split, or one without what the policy needs.
+    """
+    chosen = make_policy(policy)
+    refuse_no_scale(chosen)
+    wanted = sorted({_share(share) for share in shares})
+    if out is not None:
+        refuse_unwritable(out)
+    trace_set = open_traces(traces)
+    _refuse_other_model(chosen, trace_set)
+    part = trace_set.select(split=split) if split else trace_set
+    if not wanted or not len(part):
+        what = "no share" if not wanted else f"no context in split {split!r}"
+        raise UserError(f"there is {what} to calibrate for; give at least one of each")
+    protection = protection_for(chosen, sinks, recent)
+    scores = []
+    with Progress(transient=True, disable=not progress) as bar:
+        for sequence in bar.track(part, description="calibrate"):
+            refuse_unrecorded(chosen, sequence)
+            layers = range(len(sequence.layers))
+            views = [sequence.view(i, policy=chosen.statistics, oracle=chosen.needs_future) for i in layers]
+            scores.append(torch.stack([chosen.score(view)[0].float() for view in views]))
+    thresholds = tuple(threshold(scores, share, *protection) for share in wanted)
+    rule = Calibrated(
+        json.dumps(identity(chosen)), *scores[0].shape[:2], tuple(wanted), thresholds  # type: ignore[call-arg]
+    )  # fmt: skip
+    kept = realised(rule, chosen, part, wanted, *protection)
+    about = {
+        "traces": trace_set.hash, "split": split or "all", "contexts": len(part), "protection": protection,
+        "lengths": [min(each.shape[2] for each in scores), max(each.shape[2] for each in scores)],
+        "kept_mean": kept.mean(0).tolist(), "kept_deviation": kept.std(0, correction=0).tolist(),
+        "model": trace_set.manifest.get("model"), "versions": versions(),
+    }  # fmt: skip
+    rule = Calibrated(rule.policy, rule.layers, rule.kv_heads, rule.shares, rule.thresholds, json.dumps(about))
+    return rule if out is None else Calibrated.read(rule.save(out))
+
+
+def threshold(scores: list[Tensor], share: float, sinks: int, recent: int) -> float:
+    """The score from which on contexts keep `share` of their slots on average, protected ones included.
+
+    Args:
+        scores: `[L, H, tokens]` float32 of each context, in text order.
+        share: in (0, 1].
+        sinks, recent: protected tokens, before they shrink to half a budget.
+    """
+    free, weights, guarded = [], [], 0.0
+    for context in scores:
+        n = context.shape[2]
+        first, last = (int(some) for some in protection_within(torch.tensor(slots_after(share, n)), sinks, recent))
+        free.append(context[..., first : n - last].flatten())
+        weights.append(torch.full_like(free[-1], 1 / context.numel() / len(scores), dtype=torch.float64))
+        guarded += (first + last) / n / len(scores)
+    order = torch.cat(free).sort(descending=True)
+    kept = guarded + torch.cat(weights)[order.indices].cumsum(0)
+    # equal scores stay or go together
+    kept[:-1].masked_fill_(order.values[:-1] == order.values[1:], float("inf"))
+    return float(order.values[(kept - share).abs().argmin()])
+
+
+def realised(
+    rule: Calibrated, policy: Policy, sequences: Iterable[Sequence], shares: list[float], sinks: int, recent: int
+) -> Tensor:
+    """The share of its slots that each context keeps under `rule`, `[contexts, shares]` float64."""
+    rows: list[list[float]] = []
+    for sequence in sequences:
+        layers = range(len(sequence.layers))
+        rows.append([])
+        for share in shares:
+            views = [
+                sequence.view(i, share, policy=policy.statistics, oracle=policy.needs_future) for i in layers
+            ]  # fmt: skip
+            masks = torch.stack(cut(policy, rule, views, sinks, recent))
+            rows[-1].append(float(masks.double().mean()))
+    return torch.tensor(rows, dtype=torch.float64)
+
+
+def _share(budget: str | float) -> float:
+    share = parse_budget(budget)
+    if isinstance(share, int):
+        raise UserError(f"budget {budget} counts slots; thresholds belong to shares of the tokens, such as 1/8")
+    return share
+
+
+def _refuse_other_model(policy: Policy, traces: TraceSet) -> None:
+    theirs = getattr(policy, "fingerprint", None)
+    if theirs is not None:
+        theirs.refuse_other(traces.fingerprint, f"policy {policy.name!r}", "the model of the traces")
