@@ -134,6 +134,7 @@ class Contents:
             self._waiting = self._waiting[:, :, :left] if left else None
         self.slots.drop_newest(count)
         self.rows, self.loose = [seen - count for seen in self.rows], self.loose - count
+        self.fired = [at if at is None else min(at, seen) for at, seen in zip(self.fired, self.rows, strict=True)]
 
     # eviction
 
@@ -173,6 +174,7 @@ class Contents:
     def judged(self, due: Sequence[bool] | None = None) -> Layer:
         """The layer with its slots scored, ready to be cut in the rows `due`; None means all."""
         self.mark(due)
+        self.loose = 0
         self.eviction.warn_of_length(max(self.rows))
         if "scores" in self.slots.buffers:
             view, scores = self._scored(due)
@@ -195,7 +197,8 @@ class Contents:
     def mark(self, due: Sequence[bool] | None = None) -> None:
         """Remember that the trigger fired now, for the rows `due`."""
         due = [True] * len(self.rows) if due is None else due
-        self.loose = 0
+        if self.eviction.trigger.every is not None:
+            self.loose = 0  # the next firing counts from here
         self.fired = [seen if now else at for seen, at, now in zip(self.rows, self.fired, due, strict=True)]
 
     def view(self, due: Sequence[bool] | None = None) -> CacheView:

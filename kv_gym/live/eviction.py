@@ -55,6 +55,11 @@ class Eviction:
         return [(place, each) for place, each in enumerate(self.watched) if isinstance(each, StatefulPolicy)]
 
     @property
+    def keeps_all(self) -> bool:
+        """Whether the budget is all tokens, however many come."""
+        return self.budget == 1.0 and isinstance(self.budget, float)
+
+    @property
     def remembers(self) -> bool:
         """Whether anything but the slots changes when queries come."""
         return bool(self.queries or self.stateful or self.evicted.sees_queries)

@@ -8,18 +8,22 @@ from kv_gym.errors import UserError
 from kv_gym.live.contents import SHORT, Contents
 
 _NOT_ASSISTED = (
-    "assisted and prompt-lookup decoding equal decoding token by token only where nothing is evicted meanwhile: use "
-    "trigger='prefill', and run the model on the context before generate()"
+    "with assisted or prompt-lookup decoding generate() reads drafts before it is known whether they stay, and a cache "
+    "would evict by them: generate without drafts, or into an empty cache of budget 1.0, and fork() that one with "
+    "another budget"
 )
 
 
 def refuse_drafts(layer: Contents) -> None:
-    """Raise a UserError where a cache may evict while drafts are read: the drafts themselves would change the choice.
+    """Raise a UserError unless drafts that are announced for a whole prompt leave no trace.
+
+    transformers reads the prompt and its first drafts in one forward; of a cache that has read a part already, it
+    reads that part again.
 
     Args:
-        layer: what one of its layers holds.
+        layer: what one of the cache's layers holds.
     """
-    if layer.eviction.trigger.every is not None or None in (layer.fired or [None]):
+    if layer.rows or not layer.eviction.keeps_all:
         raise UserError(_NOT_ASSISTED)
 
 
@@ -35,11 +39,9 @@ def newest(asked: int, seen: int, layers: Sequence[Contents]) -> int:
     Raises:
         UserError: that cannot be done exactly.
     """
-    possible = min(layer.retractable for layer in layers)
-    if asked > 0:
-        refuse_drafts(layers[0])
-        if not possible:  # evicted at the end of the forward that brought them
-            raise UserError(_NOT_ASSISTED)
+    possible, eviction = min(layer.retractable for layer in layers), layers[0].eviction
+    if asked > 0 and not eviction.keeps_all and (eviction.trigger.every is not None or not possible):
+        raise UserError(_NOT_ASSISTED)
     count = -asked if asked <= 0 else max(0, seen - asked)
     if count > possible:
         raise UserError(
