@@ -2,6 +2,7 @@
 
 from kv_gym.live.cache import EvictingCache
 from kv_gym.live.generate import Generated, generate
+from kv_gym.live.guard import Guard
 from kv_gym.live.panel import Panel
 
-__all__ = ["EvictingCache", "Generated", "Panel", "generate"]
+__all__ = ["EvictingCache", "Generated", "Guard", "Panel", "generate"]

@@ -5,19 +5,23 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from kv_gym.attention import attach, detach, full_layers
-from kv_gym.budgets import Allocation
+from kv_gym.budgets import Allocation, parse_budget
 from kv_gym.errors import UserError
 from kv_gym.live import rollback, saving
+from kv_gym.live.guard import Guard
 from kv_gym.live.layers import EvictingLayer, copied
 from kv_gym.live.padding import fresh_tokens, refuse_shifted
+from kv_gym.live.safety import SafetyNet, put_back, under_watch
 from kv_gym.live.settings import changed, settings_of
 from kv_gym.live.tiers import Tier
 from kv_gym.live.whole_model import cut_all
@@ -54,6 +58,9 @@ class EvictingCache(Cache):
         evicted: what becomes of evicted pairs: ``drop``; ``merge`` (keys and values join the most similar survivor)
             or ``merge:values``; ``bits:2``, ``bits:4`` or ``bits:8``: they stay visible in so many bits per number
             (``bits:2:balanced``: with a channel balancer), beside the budget, which counts full-precision slots.
+        guard: a safety net: what is measured at every forward, and what follows when it is too much. What it saw is
+            in ``cache.net``, a :class:`~kv_gym.live.safety.SafetyNet`.
+        offload: keep a copy of every evicted pair in the host's memory, for :meth:`restore`.
 
     Batches may be padded: padding is never stored, and every row keeps what it would keep alone.
 
@@ -72,8 +79,12 @@ class EvictingCache(Cache):
         sinks: int | None = None,
         recent: int | None = None,
         evicted: str | Tier = "drop",
+        guard: Guard | None = None,
+        offload: bool = False,
     ):
-        self.eviction = settings_of(model, policy, budget, allocation, trigger, sinks, recent, evicted)
+        tier = under_watch(evicted, guard, offload)
+        self.eviction = settings_of(model, policy, budget, allocation, trigger, sinks, recent, tier)
+        self.net = None if guard is None else SafetyNet(guard, self.eviction.layers)
         config = model.config.get_text_config()
         layers = list(DynamicCache(config=config).layers)
         for place, index in enumerate(full_layers(config)):
@@ -125,6 +136,11 @@ class EvictingCache(Cache):
         storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._tensors()}
         return sum(storage.nbytes() for storage in storages.values())
 
+    def host_nbytes(self) -> int:
+        """Bytes of the copies of evicted pairs in the host's memory, which :meth:`nbytes` leaves out."""
+        held = (tensor for layer in self._evicting for tensor in layer.contents.tier.host_tensors())
+        return sum({storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in held)}.values())
+
     # what it does
 
     @torch.no_grad()
@@ -140,6 +156,24 @@ class EvictingCache(Cache):
         else:
             for layer in self._evicting:
                 layer.contents.evict(exact=True)
+
+    def restore(self) -> None:
+        """Put back every evicted pair in full precision, in all rows, and evict nothing from here on.
+
+        Tokens that came since they were evicted stay as they were computed: to have those anew too, fork the cache
+        before they come, and restore the fork.
+
+        Raises:
+            UserError: the cache was made without ``offload=True``.
+        """
+        put_back(layer.contents for layer in self._evicting)
+        self.adopt_budget(1.0)
+
+    def adopt_budget(self, budget: str | int | float) -> None:
+        """Have another budget whenever the trigger fires from here on."""
+        self.eviction = replace(self.eviction, budget=parse_budget(budget))
+        for layer in self._evicting:
+            layer.contents.eviction = self.eviction
 
     def fork(
         self,
@@ -169,6 +203,7 @@ class EvictingCache(Cache):
         eviction = changed(self.eviction, self.model, policy, budget, sinks, recent, allocation, evicted)
         twin = copy.copy(self)
         twin.eviction = eviction
+        twin.net = None if self.net is None else self.net.copy()
         twin.layers = [
             layer.fork(eviction) if isinstance(layer, EvictingLayer) else copied(layer) for layer in self.layers
         ]
@@ -264,7 +299,9 @@ class EvictingCache(Cache):
             refuse_shifted(positions, self.seen, self._evicting[0].contents.rows)
 
     def after_forward(self) -> None:
-        """A forward ended: cut the whole model if the allocation needs all layers for that, and it is time."""
+        """A forward ended: heed the guard; cut the whole model if the allocation needs all layers for that."""
+        if self.net is not None:
+            self.net.after_attention(self)
         if self.eviction.allocation.whole_model:
             due = self._evicting[0].contents.due()
             if any(due):
@@ -317,9 +354,16 @@ class EvictingCache(Cache):
 
     def _attach(self) -> None:
         attach(self.model)
+        hook = None if self.net is None else self.net.listen(self)
         # alive until called: by detach, or when the cache is collected
-        self._attachment = weakref.finalize(self, detach, self.model)
+        self._attachment = weakref.finalize(self, _let_go, self.model, hook)
 
     def _refuse_empty(self) -> None:
         if not self.seen:
             raise UserError("the cache is empty: run the model with past_key_values=cache first")
+
+
+def _let_go(model, hook: RemovableHandle | None) -> None:
+    detach(model)
+    if hook is not None:
+        hook.remove()

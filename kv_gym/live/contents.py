@@ -70,7 +70,7 @@ class Contents:
             ahead = (fresh.cumsum(1) - 1).to(keys.device)
         positions = (_on(self.rows, keys.device)[:, None] + ahead)[:, None].expand(batch, heads, m)
         self.rows = [seen + count for seen, count in zip(self.rows, counts, strict=True)]
-        new = dict(zip(SLOT, (keys, values, positions), strict=True)) | self._with_them(keys, values, positions, fresh)
+        new = dict(zip(SLOT, (keys, values, positions), strict=True)) | self.beside(keys, values, positions, fresh)
         if fresh is not None and isinstance(self.slots, EqualSlots):
             self.slots = ragged(self.slots, new)
         if isinstance(self.slots, RaggedSlots):
@@ -88,6 +88,7 @@ class Contents:
 
         Where the tokens may still be taken back that waits until it is clear that they stay: see :meth:`settle`.
         """
+        self.tier.watch(query, fresh, self.slots, self.scaling, self.fired)
         if self.eviction.remembers:
             may_wait = self.recording or query.shape[2] <= SHORT
             if fresh is None and self.eviction.trigger.every is None and may_wait:
@@ -287,7 +288,7 @@ class Contents:
         seen, budget = _on(self.rows, valid.device), self._budget(due, valid)
         return CacheView(nothing, nothing, filled["positions"], valid, seen, budget, self.index), filled["scores"]
 
-    def _with_them(
+    def beside(
         self, keys: Tensor, values: Tensor, positions: Tensor, fresh: Tensor | None
     ) -> dict[str, Tensor]:  # fmt: skip
         """What is stored beside new tokens: initial state, and scores that never change."""

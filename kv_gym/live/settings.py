@@ -67,7 +67,7 @@ def changed(
         sinks=eviction.sinks if sinks is None else sinks,
         recent=eviction.recent if recent is None else recent,
         allocation=eviction.allocation if allocation is None else parse_allocation(allocation),
-        evicted=eviction.evicted if evicted is None else parse_tier(evicted),
+        evicted=eviction.evicted if evicted is None else eviction.evicted.instead(parse_tier(evicted)),
     )
     if policy is not None or allocation is not None:
         eviction.allocation.refuse_unfit(eviction.policy)

@@ -17,7 +17,7 @@ from kv_gym.errors import UserError
 from kv_gym.live.ragged import RaggedSlots
 from kv_gym.live.slots import EqualSlots
 from kv_gym.live.tiers.quantiser import dequantise, quantise
-from kv_gym.live.tiers.tier import LayerTier, Leaving, Tier, picked
+from kv_gym.live.tiers.tier import LayerTier, Leaving, Tier, all_of, picked
 
 BITS = (2, 4, 8)
 GROUP = 32
@@ -155,6 +155,14 @@ class QuantisedLayer(LayerTier):
             capacities = self.held.capacities.flatten().to(self.balance.device)
             flat["keys"] /= self._divisor().flatten(0, 1).to(dtype).repeat_interleave(capacities, 0)
         return RaggedSlots(flat, self.held.lengths, self.held.capacities)
+
+    def keys(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
+        """Keys alone, `[batch, kv_heads, longest, d]`, and which are real; None: none yet."""
+        if self.held is None:
+            return None
+        filled, real = all_of(self.held)
+        keys = dequantise(filled["keys_codes"], filled["keys_grid"], self.settings.bits, dtype)
+        return keys if self.balance is None else keys / self._divisor()[:, :, None].to(dtype), real
 
     def _divisor(self) -> Tensor:
         assert self.balance is not None

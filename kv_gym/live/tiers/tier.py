@@ -100,6 +100,15 @@ def joined(first: EqualSlots | RaggedSlots, last: EqualSlots | RaggedSlots) -> E
     return both
 
 
+def all_of(slots: EqualSlots | RaggedSlots) -> tuple[dict[str, Tensor], Tensor]:
+    """Buffers of any slots as `[batch, kv_heads, longest, ...]`, and which of these are real, bool."""
+    if isinstance(slots, RaggedSlots):
+        return slots.padded()
+    filled = {name: slots[name] for name in slots.buffers}
+    some = next(iter(filled.values()))
+    return filled, torch.ones(some.shape[:3], dtype=torch.bool, device=some.device)
+
+
 def picked(leaving: Leaving, *tensors: Tensor) -> list[Tensor]:
     """The slots that go of tensors `[batch, kv_heads, n, ...]`: `[batch, kv_heads, most, ...]` each."""
     order = leaving.order()
@@ -122,6 +131,19 @@ class LayerTier:
     def observe(self, query: Tensor, fresh: Tensor | None) -> None:
         """See the queries `[batch, query_heads, m, d]` of new tokens; `fresh [batch, m]` bool: no padding."""
 
+    def watch(
+        self, query: Tensor, fresh: Tensor | None, slots, scaling: float | None, cut_at: list[int | None]
+    ) -> None:
+        """See the same queries right after their attention to `slots`, even if they may be taken back.
+
+        Args:
+            query: `[batch, query_heads, m, d]`.
+            fresh: `[batch, m]` bool on the CPU, or None.
+            slots: the full-precision slots.
+            scaling: factor on the products.
+            cut_at: tokens seen when each row was last cut, None: never.
+        """
+
     def take(self, leaving: Leaving) -> dict[str, Tensor] | None:
         """Learn which pairs go, before they do.
 
@@ -139,6 +161,10 @@ class LayerTier:
         """Every tensor that is held, for the count of bytes."""
         if self.held is not None:
             yield from self.held.buffers.values()
+
+    def host_tensors(self) -> Iterator[Tensor]:
+        """What is held in the host's memory and counted apart."""
+        return iter(())
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows `rows [new batch]` int64 of the batch, in that order."""
@@ -168,6 +194,10 @@ class Tier(ABC):
     @abstractmethod
     def name(self) -> str:
         """What tables and the command line call it."""
+
+    def instead(self, other: Tier) -> Tier:
+        """What a fork gets that asks for the tier `other`."""
+        return other
 
     @abstractmethod
     def begin(self) -> LayerTier:
