@@ -24,7 +24,12 @@ from kv_gym.training.retention import Retention
 from kv_gym.training.settings import Settings
 
 FAST = {"steps": 20, "every": 5, "hidden": 8, "rate": 0.02, "progress": False}
-SMALL = {"ppo": {"envs": 4, "rollout": 4, "batch": 8}, "grpo": {"refresh": 7}, "foresight": {"refresh": 3}}
+FROM_TRACES = [agent for agent in AGENTS if not getattr(learner_class(agent), "needs_model", False)]
+SMALL = {
+    "ppo": {"envs": 4, "rollout": 4, "batch": 8},
+    "grpo": {"refresh": 7},
+    "foresight": {"refresh": 4, "distill": 0.2},
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +46,11 @@ def test_the_registry_finds_every_agent_and_its_settings():
         settings = settings_of(agent)
         assert type(settings) is learner_class(agent).settings
         assert inspect.getmodule(learner_class(agent)).__doc__
-    with pytest.raises(UserError, match="known: distill, expected, foresight, grpo, joint, ppo, rloo"):
+    with pytest.raises(UserError, match="unknown agent 'ppo2'; known: distill, "):
         learner_class("ppo2")
 
 
-@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize("agent", FROM_TRACES)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(traces, tmp_path, monkeypatch, agent):
     settings = FAST | SMALL.get(agent, {})
     whole = train(agent, traces, tmp_path / "whole", **settings)
@@ -71,7 +76,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(traces, tmp_path, monke
     }
 
 
-@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize("agent", FROM_TRACES)
 def test_a_seed_repeats_a_run_and_another_changes_it(traces, tmp_path, agent):
     runs = [
         weights(train(agent, traces, tmp_path / str(i), seed=seed, **(FAST | SMALL.get(agent, {}) | {"steps": 3})))
@@ -80,7 +85,7 @@ def test_a_seed_repeats_a_run_and_another_changes_it(traces, tmp_path, agent):
     assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
 
 
-@pytest.mark.parametrize("agent", AGENTS)
+@pytest.mark.parametrize("agent", FROM_TRACES)
 def test_any_agent_starts_from_any_policy(traces, tmp_path, agent):
     first = train("joint", traces, tmp_path / "first", **FAST)
     still = train(agent, traces, tmp_path / "still", init=tmp_path / "first",
