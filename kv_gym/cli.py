@@ -29,6 +29,9 @@ Dtype = Annotated[str, typer.Option(help="auto (float32 on CPU), float32, bfloat
 Progress = Annotated[bool, typer.Option(help="Show progress bars.")]
 Sinks = Annotated[int | None, typer.Option(help="First tokens always kept (default: the policy's own).")]
 Recent = Annotated[int | None, typer.Option(help="Last tokens always kept (default: the policy's own).")]
+Evicted = Annotated[
+    str, typer.Option(help="Evicted pairs: drop, merge, merge:values, bits:2, bits:4 ... (`evaluate`: with commas).")
+]
 ReferenceTask = Annotated[str, typer.Option("--task", help="With --tasks reference: which task.")]
 ReferenceTokens = Annotated[int, typer.Option("--tokens", help="Length of a reference context, in words.")]
 
@@ -146,6 +149,7 @@ def evaluate(
     allocation: Annotated[str, typer.Option(help="uniform, global, global:NORMALISATION ...; several with commas.")] = (
         "uniform"
     ),
+    evicted: Evicted = "drop",
     json: Annotated[Path | None, typer.Option(help="File to write the result to.")] = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -168,6 +172,7 @@ def evaluate(
         [name.strip() for name in policies.split(",") if name.strip()], chosen, traces=traces, model=loaded,
         tasks=asked, split=None if split == "all" else split, sinks=sinks, recent=recent,
         allocations=[name.strip() for name in allocation.split(",")], json=json, progress=progress,
+        evicted=[name.strip() for name in evicted.split(",")],
     )  # fmt: skip
     typer.echo(markdown(merged(data)))
 
@@ -227,6 +232,7 @@ def generate(
     budget: Annotated[str, typer.Option(help="Slots per head or a share.")] = "0.25",
     trigger: Annotated[str, typer.Option(help="prefill, every:K, block:K or lagged:K.")] = "prefill",
     allocation: Annotated[str, typer.Option(help="uniform, global or global:NORMALISATION.")] = "uniform",
+    evicted: Evicted = "drop",
     max_new_tokens: Annotated[int, typer.Option(min=1, help="How many tokens to generate.")] = 64,
     device: Device = "cpu",
     dtype: Dtype = "auto",
@@ -239,7 +245,7 @@ def generate(
     loaded, tokenizer = _model(model, device, dtype)
     if tokenizer is None:
         raise UserError(f"model {model} has no tokenizer, so text cannot be read; use kv_gym.EvictingCache in Python")
-    held = decode(loaded, tokenizer, prompt, policy, share, trigger, allocation, max_new_tokens, _stream)
+    held = decode(loaded, tokenizer, prompt, policy, share, trigger, allocation, max_new_tokens, _stream, evicted)
     fewest, most = held.spread
     heads = "each head" if fewest == most else f"a head on average ({fewest:,} to {most:,})"
     typer.echo(f"\n[cache: {held.kept:,.6g} of {held.seen:,} tokens in {heads}, {held.nbytes:,} bytes]", err=True)

@@ -14,7 +14,7 @@ from kv_gym.evaluation.result import refuse_unwritable, result, write_json
 from kv_gym.evaluation.tasks import TaskContext, tasks_hash
 from kv_gym.policies import Policy, make_policy
 
-COLUMNS = ("policy", "budget", "allocation", "task", "utility_kept", "accuracy", "nll", "cache_bytes", "n")
+COLUMNS = ("policy", "budget", "allocation", "evicted", "task", "utility_kept", "accuracy", "nll", "cache_bytes", "n")
 Policies = Iterable[str | Path | Policy] | Mapping[str, str | Path | Policy]
 
 
@@ -29,6 +29,7 @@ def evaluate(
     sinks: int | None = None,
     recent: int | None = None,
     allocations: Iterable[str | Allocation] = ("uniform",),
+    evicted: Iterable[str] = ("drop",),
     json: str | Path | None = None,
     progress: bool = True,
 ) -> dict:
@@ -43,6 +44,8 @@ def evaluate(
         split: of the traces, ``train`` or ``test``; None takes all.
         sinks, recent: protection for every policy; None means each policy's own.
         allocations: who gets the slots, see :func:`kv_gym.budgets.parse_allocation`; every policy meets every one.
+        evicted: what becomes of evicted pairs, ``drop``, ``merge``, ``bits:4`` ...; every policy meets every one. Live
+            only: replay knows what is kept, not what a model makes of it.
         json: file to write the result to.
         progress: show a bar.
 
@@ -60,10 +63,15 @@ def evaluate(
     chosen = _named(policies)
     if (traces is None) == (model is None):
         raise UserError("evaluate compares either on traces or on a model with tasks; give exactly one of them")
+    fates = list(evicted)
     if traces is not None:
+        if fates != ["drop"]:
+            raise UserError(
+                "replay only knows what is kept: compare what becomes of evicted pairs with --model and --tasks"
+            )
         rows, about = _replayed(chosen, chosen_budgets, traces, split, sinks, recent, rules, progress)
     else:
-        rows, about = _live(chosen, chosen_budgets, model, list(tasks or ()), sinks, recent, rules, progress)
+        rows, about = _live(chosen, chosen_budgets, model, list(tasks or ()), sinks, recent, rules, fates, progress)
     data = result([dict.fromkeys(COLUMNS) | row for row in rows], **about)
     if json is not None:
         write_json(json, data)
@@ -102,7 +110,7 @@ def _replayed(policies, budgets, traces, split, sinks, recent, rules, progress):
     return rows, {"traces": part.hash, "contexts": len(part), "split": split or "all"}
 
 
-def _live(policies, budgets, model, tasks, sinks, recent, rules, progress):
+def _live(policies, budgets, model, tasks, sinks, recent, rules, fates, progress):
     from kv_gym.evaluation.live import answer
     from kv_gym.fingerprint import Fingerprint
 
@@ -117,7 +125,15 @@ def _live(policies, budgets, model, tasks, sinks, recent, rules, progress):
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("answer", total=len(tasks))
         rows = answer(
-            model, tasks, policies, budgets, sinks, recent, advance=lambda n: bar.advance(task, n), allocations=rules
+            model,
+            tasks,
+            policies,
+            budgets,
+            sinks,
+            recent,
+            advance=lambda n: bar.advance(task, n),
+            allocations=rules,
+            evicted=fates,
         )
     return rows, {
         "tasks": tasks_hash(tasks),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import groupby
+from itertools import groupby, product
 
 import torch
 
@@ -13,6 +13,7 @@ from kv_gym.budgets.budget import Budget
 from kv_gym.budgets.uniform import Uniform
 from kv_gym.evaluation.tasks import TaskContext
 from kv_gym.live import EvictingCache, Panel
+from kv_gym.live.tiers import Drop, Tier, parse_tier
 from kv_gym.policies import Policy, make_policy
 
 FULL = "full_cache"
@@ -29,6 +30,7 @@ def answer(
     rows_at_once: int = 8,
     advance: Callable[[int], None] = lambda _: None,
     allocations: Iterable[str | Allocation] = ("uniform",),
+    evicted: Iterable[str | Tier] = ("drop",),
 ) -> list[dict]:
     """One prefill per context, forked for every policy, budget and question.
 
@@ -44,10 +46,11 @@ def answer(
         rows_at_once: contexts per prefill.
         advance: called with the number of contexts done (progress).
         allocations: who gets the slots; every policy meets every one of them.
+        evicted: what becomes of evicted pairs, see :func:`kv_gym.live.tiers.parse_tier`; the same.
 
     Returns:
-        Rows of policy, budget, allocation, task, ``accuracy`` (greedy exact match of the whole answer), ``nll`` (mean
-        over questions of the mean over answer tokens, nats), ``cache_bytes`` (mean per context, all that the
+        Rows of policy, budget, allocation, evicted, task, ``accuracy`` (greedy exact match of the whole answer),
+        ``nll`` (mean over questions of the mean over answer tokens, nats), ``cache_bytes`` (mean per context, all that the
         compressed cache holds), ``policy_bytes`` (weights of a learned policy) and ``n`` (questions). The full cache
         is the row named ``full_cache``.
     """
@@ -55,23 +58,25 @@ def answer(
     sized: dict[tuple, int] = defaultdict(int)
     budgets, rules = list(budgets), [parse_allocation(allocation) for allocation in allocations]
     # recency keeps nothing but keys, values and positions: at budget 1.0 it is the plain full cache
-    arms: list[tuple[str, Policy, Budget, Allocation]] = [(FULL, make_policy("recency"), 1.0, Uniform())]
-    arms += [(name, policy, budget, rule) for name, policy in policies.items() for budget in budgets for rule in rules]
-    for _, policy, _, rule in arms:
+    tiers = [parse_tier(tier) for tier in evicted]
+    arms: list[tuple[str, Policy, Budget, Allocation, Tier]] = [(FULL, make_policy("recency"), 1.0, Uniform(), Drop())]
+    arms += [(name, *rest) for name, policy in policies.items() for rest in product([policy], budgets, rules, tiers)]
+    for _, policy, _, rule, _ in arms:
         rule.refuse_unfit(policy)
-    panel = Panel(tuple({id(policy): policy for _, policy, _, _ in arms}.values()))
-    # nothing is cut before the forks: it only keeps the queries that some rule will ask for
+    panel = Panel(tuple({id(arm[1]): arm[1] for arm in arms}.values()))
+    # nothing is cut before the forks: these only keep the queries that some rule or tier will ask for
     curious = max((Uniform(), *rules), key=lambda rule: rule.needs_queries)
+    watching = max((Drop(), *tiers), key=lambda tier: tier.sees_queries)
     for _, group in groupby(contexts, lambda context: (len(context.context_ids), context.task)):
         same = list(group)
         for start in range(0, len(same), rows_at_once):
             batch = same[start : start + rows_at_once]
             ids = torch.tensor([context.context_ids for context in batch], device=model.device)
-            with EvictingCache(model, policy=panel, budget=1.0, allocation=curious) as cache:
+            with EvictingCache(model, policy=panel, budget=1.0, allocation=curious, evicted=watching) as cache:
                 model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
-                for name, policy, budget, rule in arms:
-                    place = (name, budget, rule.name, batch[0].task)
-                    with cache.fork(policy, budget, sinks, recent, rule) as fork:
+                for name, policy, budget, rule, tier in arms:
+                    place = (name, budget, rule.name, tier.name, batch[0].task)
+                    with cache.fork(policy, budget, sinks, recent, rule, tier) as fork:
                         fork.compress()
                         sums[place][2] += fork.nbytes()
                         sized[place] += len(batch)
@@ -82,10 +87,10 @@ def answer(
             advance(len(batch))
     weights = {name: getattr(policy, "nbytes", int)() for name, policy in policies.items()}
     return [
-        {"policy": name, "budget": budget, "allocation": rule, "task": task, "accuracy": right / n,
-         "nll": nll / n, "cache_bytes": held / sized[name, budget, rule, task], "policy_bytes": weights.get(name, 0),
-         "n": int(n)}
-        for (name, budget, rule, task), (right, nll, held, n) in sums.items()
+        {"policy": name, "budget": budget, "allocation": rule, "evicted": tier, "task": task, "accuracy": right / n,
+         "nll": nll / n, "cache_bytes": held / sized[name, budget, rule, tier, task],
+         "policy_bytes": weights.get(name, 0), "n": int(n)}
+        for (name, budget, rule, tier, task), (right, nll, held, n) in sums.items()
     ]  # fmt: skip
 
 

@@ -12,14 +12,14 @@ COLUMNS = ("policy", "budget", "utility kept", "accuracy", "NLL", "cache bytes")
 
 
 def merged(*results: dict) -> list[dict]:
-    """Rows of several results; those of one policy, budget, allocation and task made one.
+    """Rows of several results; those of one policy, budget, allocation, fate of evicted pairs and task made one.
 
     Replay has the utility of such a row and live decoding the rest.
     """
     rows: dict[tuple, dict] = {}
     for row in (row for result in results for row in result["rows"]):
         known = {name: value for name, value in row.items() if value is not None}
-        place = row["policy"], row["budget"], row.get("allocation", "uniform"), row.get("task", "")
+        place = row["policy"], row["budget"], _rule(row), row.get("task", "")
         rows.setdefault(place, {}).update(known)
     return list(rows.values())
 
@@ -51,11 +51,12 @@ def table(rows: Iterable[dict]) -> list[tuple[str, ...]]:
 
 
 def _rule(row: dict) -> str:
-    return row.get("allocation") or "uniform"
+    rule, evicted = row.get("allocation") or "uniform", row.get("evicted") or "drop"
+    return rule if evicted == "drop" else f"{rule}, {evicted}"
 
 
 def _label(row: dict, shared: bool) -> str:
-    """A row's policy, and its allocation unless all rows share one."""
+    """A row's policy, and its allocation and what becomes of evicted pairs, unless all rows share them."""
     return row["policy"] if shared or row["policy"] == "full_cache" else f"{row['policy']}, {_rule(row)}"
 
 

@@ -51,6 +51,7 @@ def generate(
     allocation: str = "uniform",
     max_new_tokens: int = 64,
     write: Callable[[str], object] = lambda _: None,
+    evicted: str = "drop",
 ) -> Generated:
     """Continue a prompt greedily with an :class:`EvictingCache`; `write` is given the text as it comes.
 
@@ -60,7 +61,7 @@ def generate(
     if not prompt.strip():
         raise UserError("the prompt is empty; give some text to go on with")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
-    with EvictingCache(model, policy=policy, budget=budget, trigger=trigger, allocation=allocation) as cache:
+    with EvictingCache(model, policy, budget, allocation, trigger, evicted=evicted) as cache:
         tokens = model.generate(
             **inputs,
             past_key_values=cache,
