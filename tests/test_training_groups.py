@@ -93,8 +93,10 @@ def test_the_first_return_is_the_reward_of_the_environment():
 
 def test_equal_returns_have_no_advantage_and_a_group_of_one_is_refused():
     assert group_advantage(torch.full((4, 2, 3), 0.7)).abs().max() < 1e-6
-    returns = torch.tensor([[1.0], [2.0], [3.0]])
-    assert group_advantage(returns)[:, 0].tolist() == pytest.approx([-1.2247, 0, 1.2247], abs=1e-3)
+    returns = torch.tensor([[1.0, 0.3], [2.0, 0.2], [3.0, 0.1]])
+    advantage = group_advantage(returns)
+    assert advantage[:, 0].tolist() == pytest.approx([-1.2247, 0, 1.2247], abs=1e-3)
+    assert advantage[:, 1].tolist() == pytest.approx([0.12247, 0, -0.12247], abs=1e-3)  # a tenth is at stake there
     for kind, settings in ((GRPO, GRPOSettings), (RLOO, RLOOSettings), (Foresight, ForesightSettings)):
         with pytest.raises(UserError, match="at least 2"):
             kind(settings(group=1), 0, GroupedScorer(1, 2, 4))
