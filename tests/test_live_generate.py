@@ -225,6 +225,7 @@ memories = pytest.mark.parametrize(
         {"policy": "keydiff", "allocation": "global:zscore"},
     ],
 )
+DRAFTS_ARE_ANNOUNCED = hasattr(Cache, "activate_past_recording")  # not yet in 5.12
 OUTSIDE = VOCABULARY + 1  # an end token that never comes: some versions want one
 
 
@@ -254,12 +255,12 @@ def same_afterwards(model, cache, plain, budget=None):
 
 @memories
 @pytest.mark.parametrize("family", ["llama", "gemma3"])
-def test_a_loop_that_drafts_with_the_full_cache_is_exact(family, settings):
-    """Speculative decoding by hand after an eviction: drafts come from the model without eviction, often wrong."""
+def test_a_loop_with_drafts_is_exact(family, settings):
+    """Speculative decoding by hand after an eviction; two of five drafted tokens are drawn at random."""
     model, ids, new = tiny(family), tokens(1, 30), 24
-    if family == "gemma3" and VERSION.release < (5, 13):
-        pytest.skip("sliding windows cannot be cropped before transformers 5.13")
-    with EvictingCache(model, budget=0.75, **settings) as cache, torch.no_grad():
+    if family == "gemma3" and not DRAFTS_ARE_ANNOUNCED:
+        pytest.skip("this transformers cannot crop its sliding windows")
+    with EvictingCache(model, budget=0.5, **settings) as cache:
         feed(model, ids[:, :-1], cache)
         plain = cache.fork()
         greedy = [int(ids[0, -1])]
@@ -267,20 +268,19 @@ def test_a_loop_that_drafts_with_the_full_cache_is_exact(family, settings):
             greedy.append(int(feed(model, torch.tensor([greedy[-1:]]), plain).argmax()))
         for layer in cache.layers:  # sliding ones
             getattr(layer, "activate_past_recording", int)()
-        text, right = ids[0].tolist(), []
-        while len(text) < 30 + new:
-            draft = list(text)
-            for _ in range(min(4, 30 + new - len(text) - 1)):
-                draft.append(int(model(torch.tensor([draft])).logits[0, -1].argmax()))
-            told = feed(model, torch.tensor([draft[cache.seen :]]), cache)[0].argmax(-1).tolist()
-            drafted = draft[len(text) :]
-            agreed = next((i for i, (a, b) in enumerate(zip(drafted, told, strict=False)) if a != b), len(drafted))
+        text, right = greedy[:1], []
+        torch.manual_seed(0)
+        while len(text) <= new:
+            ahead = torch.tensor(greedy[len(text) : min(len(text) + 4, new)])
+            drafted = torch.where(torch.rand(len(ahead)) < 0.4, tokens(1, len(ahead), seed=len(right))[0], ahead)
+            told = feed(model, torch.tensor([text[-1:] + drafted.tolist()]), cache)[0].argmax(-1)
+            agreed = int((drafted == told[:-1]).long().cumprod(0).sum())
             cache.crop(agreed - len(drafted))
-            text += told[: agreed + 1]
-            right.append(agreed)
-        assert text[29:] == greedy
-        assert 0 in right
-        assert max(right) > 0
+            text += told[: agreed + 1].tolist()
+            right.append((agreed, len(drafted)))
+        assert text == greedy
+        assert any(0 == agreed < drafted for agreed, drafted in right)
+        assert any(0 < agreed < drafted for agreed, drafted in right)
         same_afterwards(model, cache, plain)
 
 
@@ -307,7 +307,7 @@ def test_drafts_that_an_eviction_would_see_are_refused(trigger, read, drafter):
             feed(model, ids[:, :read], cache)
         if read and trigger == "prefill" and VERSION.release < (5, 4):
             pytest.skip("served: this transformers reads only what the cache has not read")
-        # up to 5.12 transformers does not say that it drafts, but gives positions anew, or crops
+        # where drafts are not announced they are noticed by positions, or by the first crop
         with pytest.raises(UserError, match=r"and a cache would evict by them|do not count on from the 12 tokens seen"):
             generated(model, ids, cache, 6, eos_token_id=OUTSIDE, streamer=streamer, **DRAFTERS[drafter]())
         if hasattr(Cache, "activate_past_recording"):
