@@ -107,7 +107,9 @@ def record(
 def train(
     agent: Annotated[
         str,
-        typer.Argument(help="joint, expected, rloo, grpo, ppo, distill or foresight; settings in agents/<agent>.yml."),
+        typer.Argument(
+            help="end_to_end, joint, expected, rloo, grpo, ppo, distill or foresight; settings in agents/<agent>.yml."
+        ),
     ],
     traces: Annotated[Path, typer.Option(help="Trace set; its split `train` is used.")],
     out: Annotated[Path, typer.Option(help="Folder of the exported policy; run again to resume.")],
@@ -116,6 +118,9 @@ def train(
     hidden: Annotated[int | None, typer.Option(help="Width of the networks.")] = None,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     init: Annotated[Path | None, typer.Option(help="Exported policy to start from.")] = None,
+    model: Annotated[str | None, typer.Option(help="Of the traces; `end_to_end` trains through it.")] = None,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
     resume: Annotated[
         bool | None, typer.Option(help="Go on or refuse, or start anew (default: go on where it can).")
     ] = None,
@@ -126,6 +131,7 @@ def train(
 
     policy = train_agent(
         agent, traces, out, seed=seed, init=init, resume=resume, progress=progress,
+        model=None if model is None else _model(model, device, dtype)[0],
         steps=steps, hidden=hidden, rate=rate,
     )  # fmt: skip
     typer.echo(f"{out}: held-out reward {policy.training['held_out_reward']:.4f}, {policy.nbytes():,} bytes of weights")

@@ -17,6 +17,7 @@ from torch import Tensor
 from kv_gym.atomic import whole_file
 from kv_gym.errors import UserError
 from kv_gym.evaluation.replay import replay
+from kv_gym.fingerprint import Fingerprint
 from kv_gym.policies.scorer import CHECKPOINT, GroupedScorer, Scorer, refuse_foreign
 from kv_gym.traces import TraceSet, open_traces
 from kv_gym.training.contexts import held_out
@@ -37,6 +38,7 @@ def train(
     *,
     seed: int = 0,
     init: str | Path | Scorer | None = None,
+    model: Any = None,
     resume: bool | None = None,
     progress: bool = True,
     **settings: Any,
@@ -47,22 +49,23 @@ def train(
     and end as if they had not been interrupted; a run that ended is not repeated, and its policy is returned.
 
     Args:
-        agent: one of ``joint``, ``expected``, ``rloo``, ``grpo``, ``ppo``, ``distill``, ``foresight``; settings in
-            ``agents/<agent>.yml``.
+        agent: one of ``end_to_end``, ``joint``, ``expected``, ``rloo``, ``grpo``, ``ppo``, ``distill``,
+            ``foresight``; settings in ``agents/<agent>.yml``.
         traces: a trace set, of which the split ``train`` is used.
         out: folder of the exported policy, the TensorBoard log and the checkpoint.
         seed: of weights and draws.
         init: an exported policy (or its folder) to start from instead of random weights: its networks and the way
             they standardise their inputs.
+        model: the transformers decoder of the traces, which ``end_to_end`` needs and others ignore.
         resume: True refuses to start anew, False never continues an earlier run; None continues where it can.
         progress: show a bar.
         **settings: replace those of the agent's file, see :class:`Settings` and the agent's own class.
 
     Returns:
-        The exported policy: the checkpoint with the highest held-out reward, which is the mean utility kept at
-        equal budgets of 1/4, 1/8 and 1/16 on documents that the optimiser never saw. Its ``training`` says agent,
-        seed, settings, traces, ``start`` (``scratch`` or the hash of the policy it started from), samples
-        (rankings learned from) and seconds.
+        The exported policy: the checkpoint with the highest held-out reward on documents that the optimiser never
+        saw: the mean utility kept at equal budgets of 1/4, 1/8 and 1/16, or what the agent puts in its place. Its
+        ``training`` says agent, seed, settings, traces, ``start`` (``scratch`` or the hash of the policy it started
+        from), samples (rankings learned from) and seconds.
 
     Raises:
         UserError: unknown agent or setting, too few contexts in the split, a folder with another policy, or a policy
@@ -82,7 +85,11 @@ def train(
                 f"the policy to start from has width {start.network.hidden} and hidden is {chosen.hidden}: leave "
                 "hidden out, or train from scratch"
             )
-    run = _Run(agent, chosen, seed, trace_set, start)
+    if kind.needs_model:
+        if model is None:
+            raise UserError(f"agent {agent!r} trains through the model: name the one that the traces were recorded of")
+        trace_set.fingerprint.refuse_other(Fingerprint.of(model), "the trace set", type(model).__name__)
+    run = _Run(agent, chosen, seed, trace_set, start, model)
     finished = run.finished(Path(out))
     if finished is not None and resume is not False:
         return finished
@@ -101,7 +108,16 @@ def start_of(policy: Scorer | None) -> str:
 
 
 class _Run:
-    def __init__(self, agent: str, settings: Settings, seed: int, traces: TraceSet, start: Scorer | None = None):
+    def __init__(
+        self,
+        agent: str,
+        settings: Settings,
+        seed: int,
+        traces: TraceSet,
+        start: Scorer | None = None,
+        model: Any = None,
+    ):
+        self.model = model
         self.agent, self.settings, self.seed, self.traces, self.start = agent, settings, seed, traces, start
         told = {"agent": agent, "seed": seed, "settings": asdict(settings), "traces": traces.hash}
         self.identity: dict[str, Any] = json.loads(json.dumps(told | {"start": start_of(start)}))
@@ -158,6 +174,7 @@ class _Run:
         else:
             network = copy.deepcopy(self.start.network).train()
         self.learner = learner_class(self.agent)(settings, self.seed, network, fresh=self.start is None)
+        self.learner.model = self.model
         self.learner.prepare(training)
         self.retention = Retention(self.validation[:4], self.learner.calibrated)
 
@@ -176,8 +193,11 @@ class _Run:
         )  # fmt: skip
 
     def _validate(self, monitor: Monitor, lines: dict[str, dict[str, float]]) -> None:
-        rows = replay({"": self._policy()}, self.validation, VALIDATION_BUDGETS)
-        reward = sum(row["utility_kept"] * row["n"] for row in rows) / sum(row["n"] for row in rows)
+        policy = self._policy()
+        rows = replay({"": policy}, self.validation, VALIDATION_BUDGETS)
+        reward = self.learner.reward(policy, self.validation)
+        if reward is None:
+            reward = sum(row["utility_kept"] * row["n"] for row in rows) / sum(row["n"] for row in rows)
         if reward > self.best_reward:
             self.best_reward = reward
             self.best = {name: tensor.clone() for name, tensor in self.learner.network.state_dict().items()}

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.errors import UserError
-from kv_gym.policies.scorer import GroupedScorer
+from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.contexts import Context, expected_utility, read_context, standardise
 from kv_gym.training.settings import Settings
@@ -29,10 +29,16 @@ class Learner(ABC):
     Class attributes:
         settings: the class of its settings.
         calibrated: scores of different heads are trained against one another, one threshold may cut them all.
+        needs_model: the model itself takes part, as :attr:`model`.
+
+    Attributes:
+        model: a transformers decoder, or None.
     """
 
     settings: ClassVar[type[Settings]] = Settings
     calibrated: bool = False
+    needs_model: ClassVar[bool] = False
+    model: Any = None
 
     def __init__(self, settings: Settings, seed: int, network: GroupedScorer, fresh: bool = True):
         """Prepare to train `network` in place; a `fresh` one has not seen yet how its inputs are distributed."""
@@ -58,6 +64,10 @@ class Learner(ABC):
     @abstractmethod
     def samples(self) -> int:
         """Rankings that one step learns from: decisions (one head of one context), each with all of its samples."""
+
+    def reward(self, policy: Scorer, validation: list[Sequence]) -> float | None:
+        """What checkpoints are chosen by, higher is better; None: the utility that `policy` keeps."""
+        return None
 
     def state(self) -> dict[str, Any]:
         """Tensors and plain data from which :meth:`load` goes on."""
