@@ -50,9 +50,9 @@ def answer(
 
     Returns:
         Rows of policy, budget, allocation, evicted, task, ``accuracy`` (greedy exact match of the whole answer),
-        ``nll`` (mean over questions of the mean over answer tokens, nats), ``cache_bytes`` (mean per context, all that the
-        compressed cache holds), ``policy_bytes`` (weights of a learned policy) and ``n`` (questions). The full cache
-        is the row named ``full_cache``.
+        ``nll`` (mean over questions of the mean over answer tokens, nats), ``cache_bytes`` (mean per context, all that
+        the compressed cache holds), ``policy_bytes`` (weights of a learned policy) and ``n`` (questions). The full
+        cache is the row named ``full_cache``.
     """
     sums: dict[tuple, list[float]] = defaultdict(lambda: [0.0, 0.0, 0.0, 0])  # right, nll, bytes, n
     sized: dict[tuple, int] = defaultdict(int)

@@ -21,7 +21,7 @@ from kv_gym.live import rollback, saving
 from kv_gym.live.guard import Guard
 from kv_gym.live.layers import EvictingLayer, copied
 from kv_gym.live.padding import fresh_tokens, refuse_shifted
-from kv_gym.live.safety import SafetyNet, put_back, under_watch
+from kv_gym.live.safety import SafetyNet, guarded, put_back, under_watch
 from kv_gym.live.settings import changed, settings_of
 from kv_gym.live.tiers import Tier
 from kv_gym.live.whole_model import cut_all
@@ -183,6 +183,7 @@ class EvictingCache(Cache):
         recent: int | None = None,
         allocation: str | Allocation | None = None,
         evicted: str | Tier | None = None,
+        guard: Guard | None = None,
     ) -> EvictingCache:
         """An independent copy of the same context, which may evict differently from here on.
 
@@ -195,6 +196,7 @@ class EvictingCache(Cache):
             sinks, recent: another protection; None means the other policy's own, or as before for the same policy.
             allocation: another allocation, or None for the same.
             evicted: another fate of what is evicted from here on, or None for the same.
+            guard: another safety net, before anything is evicted; None for the same.
 
         Raises:
             UserError: the policy needs state or queries that the cache did not keep, or the allocation cannot use
@@ -202,8 +204,11 @@ class EvictingCache(Cache):
         """
         eviction = changed(self.eviction, self.model, policy, budget, sinks, recent, allocation, evicted)
         twin = copy.copy(self)
-        twin.eviction = eviction
         twin.net = None if self.net is None else self.net.copy()
+        if guard is not None:
+            eviction = guarded(eviction, guard, [layer.contents for layer in self._evicting])
+            twin.net = SafetyNet(guard, eviction.layers)
+        twin.eviction = eviction
         twin.layers = [
             layer.fork(eviction) if isinstance(layer, EvictingLayer) else copied(layer) for layer in self.layers
         ]

@@ -7,6 +7,7 @@ import math
 import warnings
 import weakref
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -15,6 +16,7 @@ from torch.utils.hooks import RemovableHandle
 
 from kv_gym.errors import UserError
 from kv_gym.live.contents import Contents
+from kv_gym.live.eviction import Eviction
 from kv_gym.live.guard import Guard
 from kv_gym.live.layers import EvictingLayer
 from kv_gym.live.signals import of_output
@@ -46,6 +48,20 @@ def under_watch(evicted: str | Tier, guard: Guard | None, offload: bool) -> Tier
     if guard is not None and guard.signal == "tier" and not isinstance(tier, LowPrecision):
         raise UserError(f"signal 'tier' is of pairs kept in low precision, and evicted={tier.name!r} keeps none")
     return Watched(tier, guard, offload)
+
+
+def guarded(eviction: Eviction, guard: Guard, layers: Iterable[Contents]) -> Eviction:
+    """The settings of a fork with another guard.
+
+    Raises:
+        UserError: pairs were evicted before, of which that guard would know nothing.
+    """
+    for contents in layers:
+        if contents.rows and bool((contents.slots.counts() < torch.tensor(contents.rows)[:, None]).any()):
+            raise UserError("a guard must see every eviction: fork with it before the first one, or make a new cache")
+    before = eviction.evicted
+    tier, offload = (before.tier, before.offload) if isinstance(before, Watched) else (before, False)
+    return replace(eviction, evicted=under_watch(tier, guard, offload))
 
 
 class SafetyNet:

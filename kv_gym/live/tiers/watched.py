@@ -65,8 +65,9 @@ class Watched(Tier):
         return WatchedLayer(self, self.tier.begin())
 
     def after(self, before: LayerTier, empty: bool) -> LayerTier:
-        assert isinstance(before, WatchedLayer)
-        return before.fork_into(self, self.tier.after(before.inner, empty))
+        if isinstance(before, WatchedLayer):
+            return before.fork_into(self, self.tier.after(before.inner, empty))
+        return WatchedLayer(self, self.tier.after(before, empty))
 
 
 class KeySketch(LayerTier):
