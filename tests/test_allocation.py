@@ -2,6 +2,7 @@
 
 import math
 import random
+import re
 import statistics
 from dataclasses import dataclass, replace
 from itertools import pairwise
@@ -16,9 +17,12 @@ from kv_gym.budgets.ada import Ada
 from kv_gym.budgets.cake import Cake
 from kv_gym.budgets.d2o import D2O
 from kv_gym.budgets.dealing import deal
+from kv_gym.budgets.epicache import EpiCache
 from kv_gym.budgets.pyramid import Pyramid
 from kv_gym.budgets.shares import Shares
 from kv_gym.errors import UserError
+from kv_gym.evaluation import evaluate, layer_similarity
+from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
 from kv_gym.traces import Prompt, open_traces, record
 
 # dealing
@@ -274,13 +278,50 @@ def test_rules_over_attention_refuse_caches_and_traces_without_queries():
     model = tiny()
     with EvictingCache(model, "knorm", 1.0) as cache, torch.no_grad():
         model(tokens(1, 40), past_key_values=cache)
-        with cache.fork(budget=8, allocation="cake") as fork, pytest.raises(UserError, match="holds 0"):
-            fork.compress()
+        with pytest.raises(UserError, match=r"kept the last 0 queries.*'cake' needs 32"):
+            cache.fork(budget=8, allocation="cake")
     with EvictingCache(model, "knorm", 1.0, allocation="cake") as cache, torch.no_grad():
         model(tokens(1, 40), past_key_values=cache)
         with cache.fork(budget=8) as fork:
             fork.compress()
             assert fork.kept().sum() == 48 and len(set(fork.kept()[:, 0, 0].tolist())) > 1
+
+
+def test_layers_that_need_distant_tokens_by_hand():
+    views = [whole_view([50], [8], layer=layer) for layer in range(3)]
+    # one minus the normalised similarity is 0, 1 and 0.5; of the mean 0, 2 and 1, and the floor makes the 0 a quarter
+    rule = EpiCache(similarity=(0.9, 0.1, 0.5), power=1.0)
+    assert slots_of(rule, views)[:, 0, 0].tolist() == deal(24, [0.25, 2, 1], [50] * 3) == [2, 15, 7]
+    assert slots_of(EpiCache(similarity=(0.4, 0.4, 0.4)), views).tolist() == [[[8, 8]]] * 3
+    with pytest.raises(UserError, match="2 similarities and the model has 3"):
+        slots_of(EpiCache(similarity=(0.4, 0.5)), views)
+    for wrong in ((), (0.1, 2.0), ((0.1, 0.2),), (float("nan"),)):
+        with pytest.raises(UserError, match="one similarity per evicting layer"):
+            EpiCache(similarity=wrong)
+
+
+def test_similarity_of_layers_equals_a_mask_that_hides_other_blocks(tmp_path):
+    """Against one forward with a mask of four dimensions; 30 tokens, blocks of 8, the last 6 left out."""
+    model = tiny("llama")
+    contexts = [tokens(1, 30, seed=seed)[0].tolist() for seed in (0, 1)]
+    found = layer_similarity(model, contexts, 8, tmp_path / "s.json")
+    place = torch.arange(24)
+    seen = (place[:, None] >= place) & (place[:, None] // 8 == place // 8)
+    cosines = [[] for _ in range(3)]
+    with torch.no_grad():
+        for context in contexts:
+            ids = torch.tensor([context[:24]])
+            full = model(ids).past_key_values
+            hidden = torch.zeros(1, 1, 24, 24, dtype=torch.float64).masked_fill(~seen, -1e30)
+            alone = model(ids, attention_mask=hidden).past_key_values
+            for layer in range(3):
+                a, b = full.layers[layer].keys, alone.layers[layer].keys
+                cosines[layer] += ((a * b).sum(-1) / a.norm(dim=-1) / b.norm(dim=-1)).flatten().tolist()
+    assert found == pytest.approx([statistics.mean(values) for values in cosines])
+    assert found[0] == pytest.approx(1) and found[2] < 0.99  # the first layer's keys have seen nothing yet
+    assert parse_allocation(f"epicache:{tmp_path}/s.json").similarity == tuple(found)
+    with pytest.raises(UserError, match="at least two blocks of 16"):
+        layer_similarity(model, contexts, 16)
 
 
 # totals
@@ -291,6 +332,7 @@ def files(tmp_path_factory):
     """Files of shares for three layers of two heads."""
     folder = tmp_path_factory.mktemp("shares")
     (folder / "layers.json").write_text("[0.2, 3, 1]")
+    (folder / "similar.json").write_text("[0.9, 0.3, 0.99]")
     (folder / "heads.json").write_text("[[1, 0], [0.5, 2], [4, 4]]")
     return folder
 
@@ -298,11 +340,12 @@ def files(tmp_path_factory):
 RULES = [
     "uniform", "global", "global:softmax", "ada", "ada:zscore", "pyramid", "pyramid+ada", "shares:layers.json",
     "shares:layers.json+ada:rank", "shares:heads.json", "cake", "cake+ada", "d2o", "d2o+ada:rank",
+    "epicache:similar.json", "epicache:similar.json+ada",
 ]  # fmt: skip
 
 
 def rule_of(name, files):
-    return parse_allocation(name.replace("shares:", f"shares:{files}/"))
+    return parse_allocation(re.sub("^(shares|epicache):", rf"\1:{files}/", name))
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -348,7 +391,7 @@ def test_totals_are_exact_in_every_row(name, seed, files):
     ],
 )
 def test_unknown_rules_are_refused(name, complaint):
-    with pytest.raises(UserError, match=r"allocation|shares") as error:
+    with pytest.raises(UserError, match=r"allocation|cannot be read") as error:
         parse_allocation(name)
     assert complaint in str(error.value) and "\n" not in str(error.value)
 
@@ -480,3 +523,16 @@ def test_a_growing_budget_never_exceeds_the_total_where_layers_differ():
             total = cache.kept().sum((0, 2))
             assert (total <= 6 * ((20 + step) // 2)).all() and (total > 6 * ((20 + step) // 2 - 2)).all()
             model(tokens(2, 1, seed=step), past_key_values=cache)
+
+
+def test_evaluation_keeps_the_queries_that_rules_ask_for():
+    """keydiff needs none; the total is the same under every rule, and so are the bytes but for the lengths."""
+    model = tiny().float()
+    question = TaskQuestion((1, 2), (3,))
+    contexts = [TaskContext(tuple(tokens(1, 50, seed=seed)[0].tolist()), (question,), "t") for seed in range(2)]
+    data = evaluate(
+        ["keydiff"], [8], model=model, tasks=contexts, allocations=["uniform", "cake", "d2o", "pyramid"], progress=False
+    )
+    rows = {row["allocation"]: row for row in data["rows"] if row["policy"] == "keydiff"}
+    assert set(rows) == {"uniform", "cake", "d2o", "pyramid"}
+    assert all(row["n"] == 2 for row in rows.values())

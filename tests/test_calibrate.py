@@ -13,6 +13,7 @@ from kv_gym.budgets.calibrated import Calibrated, identity
 from kv_gym.errors import UserError
 from kv_gym.evaluation import calibrate
 from kv_gym.evaluation.calibrate import threshold
+from kv_gym.evaluation.replay import replay
 from kv_gym.traces import Prompt, open_traces, record
 
 SHARES = [0.5, 0.25, 0.125]
@@ -80,6 +81,10 @@ def test_the_total_floats_around_the_budget_on_contexts_held_out(name, tolerance
         assert about["kept_mean"][at] == pytest.approx(float(trained.mean()))
         assert about["kept_deviation"][at] == pytest.approx(float(trained.std(correction=0)))
         held_out = torch.tensor(kept_shares(rule, policy, traces.select("test"), share))
+        reported = {row["allocation"]: row["kept_share"] for row in replay(
+            {name: policy}, traces.select("test"), [share], allocations=["uniform", rule]
+        )}  # fmt: skip
+        assert reported == pytest.approx({"uniform": int(share * 96) / 96, "calibrated": float(held_out.mean())})
         assert abs(held_out.mean() - share) < tolerance * share
         assert held_out.std() > 0  # it does float
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+from collections.abc import Callable
 
 from kv_gym.budgets.ada import Ada
 from kv_gym.budgets.allocation import Allocation
@@ -10,6 +11,7 @@ from kv_gym.budgets.cake import Cake
 from kv_gym.budgets.calibrated import Calibrated
 from kv_gym.budgets.comparing import NORMALISATIONS
 from kv_gym.budgets.d2o import D2O
+from kv_gym.budgets.epicache import EpiCache
 from kv_gym.budgets.global_threshold import GlobalThreshold
 from kv_gym.budgets.layer_shares import LayerShares
 from kv_gym.budgets.pyramid import Pyramid
@@ -19,7 +21,7 @@ from kv_gym.errors import UserError
 
 _THRESHOLDS = {"global": GlobalThreshold, "ada": Ada}
 _LAYERS: dict[str, type[LayerShares]] = {"pyramid": Pyramid, "cake": Cake, "d2o": D2O}
-_FILES = {"shares": Shares.read}
+_FILES: dict[str, Callable[[str, Allocation], Allocation]] = {"shares": Shares.read, "epicache": EpiCache.read}
 NAMES = ("uniform", *_THRESHOLDS, *_LAYERS, *_FILES, "calibrated")
 EXPECTED = (
     f"uniform, {', '.join(_THRESHOLDS)} (each also with one of :{', :'.join(NORMALISATIONS)}), "

@@ -47,19 +47,8 @@ class Shares(LayerShares):
         Raises:
             UserError: missing, no JSON, or something else than shares.
         """
-        try:
-            data = json.loads(Path(file).read_text(encoding="utf-8"))
-            if isinstance(data[0], list):
-                shares = tuple(tuple(map(_number, row)) for row in data)
-                assert len({len(row) for row in shares}) == 1 and shares[0]
-                return cls(within, shares, str(file))
-            return cls(within, tuple(map(_number, data)), str(file))
-        except UserError:
-            raise
-        except OSError as error:
-            raise UserError(f"shares {file} cannot be read ({error.strerror}); {_EXPECTED}, as JSON") from None
-        except (ValueError, TypeError, LookupError, AssertionError, RecursionError):
-            raise UserError(f"{file} holds no shares; {_EXPECTED}, as JSON") from None
+        shares = read_numbers(file, _EXPECTED)
+        return cls(within, shares, str(file))
 
     @property
     def rule(self) -> str:
@@ -99,6 +88,25 @@ def _head(layer: Layer, head: int) -> Layer:
     return Layer(
         view, layer.merits[:, head : head + 1], layer.place * heads + head, layer.layers * heads, layer.guarded
     )
+
+
+def read_numbers(file: str | Path, expected: str) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
+    """A list of numbers, or of equally long lists of numbers, from a JSON file.
+
+    Raises:
+        UserError: missing, no JSON, or something else; it says what was `expected`.
+    """
+    try:
+        data = json.loads(Path(file).read_text(encoding="utf-8"))
+        if isinstance(data[0], list):
+            rows = tuple(tuple(map(_number, row)) for row in data)
+            assert len({len(row) for row in rows}) == 1 and rows[0]
+            return rows
+        return tuple(map(_number, data))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}); {expected}, as JSON") from None
+    except (ValueError, TypeError, LookupError, AssertionError, RecursionError):
+        raise UserError(f"{file} holds something else; {expected}, as JSON") from None
 
 
 def _number(value: object) -> float:

@@ -3,5 +3,6 @@
 from kv_gym.evaluation.calibrate import calibrate
 from kv_gym.evaluation.evaluate import evaluate
 from kv_gym.evaluation.report import report
+from kv_gym.evaluation.sensitivity import layer_similarity
 
-__all__ = ["calibrate", "evaluate", "report"]
+__all__ = ["calibrate", "evaluate", "layer_similarity", "report"]

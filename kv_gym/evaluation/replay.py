@@ -36,7 +36,7 @@ def replay(
 
     Returns:
         Rows of policy, budget, allocation, task, ``utility_kept`` (ratio of sums over layers, heads and contexts,
-        protected slots included) and ``n`` (contexts).
+        protected slots included), ``kept_share`` (of the slots, mean over contexts) and ``n`` (contexts).
 
     Raises:
         UserError: a context without continuations, or without the queries or statistics that a policy needs; or an
@@ -48,6 +48,7 @@ def replay(
             rule.refuse_unfit(policy)
     kept: dict[tuple, float] = defaultdict(float)
     total: dict[tuple, float] = defaultdict(float)
+    slots: dict[tuple, float] = defaultdict(float)
     contexts: dict[tuple, int] = defaultdict(int)
     for sequence in sequences:
         if not sequence.continuations:
@@ -68,11 +69,13 @@ def replay(
                     for layer, keep in zip(layers, masks, strict=True):
                         kept[place] += float(utility[layer][keep[0]].sum(dtype=torch.float64))
                         total[place] += float(utility[layer].sum(dtype=torch.float64))
+                    slots[place] += float(torch.stack(masks).double().mean())
                     contexts[place] += 1
             advance()
     return [
         {"policy": name, "budget": budget, "allocation": rule, "task": task,
-         "utility_kept": kept[name, budget, rule, task] / max(total[name, budget, rule, task], 1e-12), "n": n}
+         "utility_kept": kept[name, budget, rule, task] / max(total[name, budget, rule, task], 1e-12),
+         "kept_share": slots[name, budget, rule, task] / n, "n": n}
         for (name, budget, rule, task), n in contexts.items()
     ]  # fmt: skip
 
