@@ -3,6 +3,7 @@
 import inspect
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -35,6 +36,13 @@ SMALL = {
 @pytest.fixture(scope="module")
 def traces(tmp_path_factory):
     return write_known_traces(tmp_path_factory.mktemp("known") / "traces")
+
+
+@pytest.fixture(scope="module")
+def first(traces, tmp_path_factory):
+    """A policy to start from, and to look at; its folder is `first.folder`."""
+    folder = tmp_path_factory.mktemp("first") / "policy"
+    return SimpleNamespace(folder=folder, policy=train("joint", traces, folder, **FAST))
 
 
 def weights(policy):
@@ -86,19 +94,18 @@ def test_a_seed_repeats_a_run_and_another_changes_it(traces, tmp_path, agent):
 
 
 @pytest.mark.parametrize("agent", FROM_TRACES)
-def test_any_agent_starts_from_any_policy(traces, tmp_path, agent):
-    first = train("joint", traces, tmp_path / "first", **FAST)
-    still = train(agent, traces, tmp_path / "still", init=tmp_path / "first",
+def test_any_agent_starts_from_any_policy(traces, first, tmp_path, agent):
+    still = train(agent, traces, tmp_path / "still", init=first.folder,
                   **(FAST | SMALL.get(agent, {}) | {"hidden": None, "steps": 1, "rate": 0.0}))  # fmt: skip
-    assert torch.equal(weights(still), weights(first))  # a rate of 0 moves nothing: it did start there
-    assert still.training["start"] == start_of(first) and first.training["start"] == "scratch"
+    assert torch.equal(weights(still), weights(first.policy))  # a rate of 0 moves nothing: it did start there
+    assert still.training["start"] == start_of(first.policy) and first.policy.training["start"] == "scratch"
     assert still.training["settings"]["hidden"] == 8  # the first policy's
-    moved = train(agent, traces, tmp_path / "moved", init=first, **(FAST | SMALL.get(agent, {}) | {"steps": 3}))
-    assert not torch.equal(weights(moved), weights(first)) and moved.training["start"] == still.training["start"]
+    moved = train(agent, traces, tmp_path / "moved", init=first.policy, **(FAST | SMALL.get(agent, {}) | {"steps": 3}))
+    assert not torch.equal(weights(moved), weights(first.policy)) and moved.training["start"] == still.training["start"]
 
 
-def test_a_policy_to_start_from_has_to_fit(traces, tmp_path):
-    first = train("joint", traces, tmp_path / "first", **FAST)
+def test_a_policy_to_start_from_has_to_fit(traces, first, tmp_path):
+    first = first.policy
     with pytest.raises(UserError, match="width 8 and hidden is 9"):
         train("expected", traces, tmp_path / "out", init=first, **(FAST | {"hidden": 9}))
     other = replace(first, fingerprint=replace(first.fingerprint, weights="0" * 64))
@@ -265,11 +272,10 @@ def test_the_supervised_agents_learn_as_they_did_when_the_shipped_policies_were_
         assert [float(run._one_step()["loss"]) for _ in expected] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_command_line_starts_from_a_policy_and_resumes(traces, tmp_path):
+def test_the_command_line_starts_from_a_policy_and_resumes(traces, first, tmp_path):
     command = ["train", "distill", "--traces", str(traces), "--steps", "3", "--rate", "0.01", "--no-progress"]
-    first = train("joint", traces, tmp_path / "first", **FAST)
-    run = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out"), "--init", str(tmp_path / "first")])
+    run = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out"), "--init", str(first.folder)])
     assert run.exit_code == 0 and "held-out reward" in run.stdout
-    assert make_policy(tmp_path / "out").training["start"] == start_of(first)
+    assert make_policy(tmp_path / "out").training["start"] == start_of(first.policy)
     with pytest.raises(UserError, match="no checkpoint"):
         CliRunner().invoke(app, [*command, "--out", str(tmp_path / "new"), "--resume"], catch_exceptions=False)
