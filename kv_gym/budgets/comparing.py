@@ -28,17 +28,18 @@ def rank(scores: Tensor, view: CacheView) -> Tensor:
 
 def softmax(scores: Tensor, view: CacheView) -> Tensor:
     """Logarithm of the softmax over the head's slots: what a slot holds of its head's mass."""
-    return scores.float().masked_fill(~view.valid, float("-inf")).log_softmax(-1)
+    return scores.double().masked_fill(~view.valid, float("-inf")).log_softmax(-1).float()
 
 
 def zscore(scores: Tensor, view: CacheView) -> Tensor:
     """Standard deviations above the head's mean; a head of equal scores gets zeros."""
-    scores, there = scores.float(), view.valid.float()
+    # in double precision, so that ties between heads do not hang on the order in which slots are summed
+    scores, there = scores.double(), view.valid.double()
     held = there.sum(-1, keepdim=True).clamp(min=1)
     centred = scores.masked_fill(~view.valid, 0.0)
     centred = (centred - centred.sum(-1, keepdim=True) / held) * there
     spread = (centred.square().sum(-1, keepdim=True) / held).sqrt()
-    return centred / spread.clamp(min=1e-12)
+    return (centred / spread.clamp(min=1e-12)).float()
 
 
 NORMALISATIONS: dict[str, Callable[[Tensor, CacheView], Tensor]] = {

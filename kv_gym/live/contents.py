@@ -233,7 +233,7 @@ class Contents:
         if self.queries is not None and eviction.queries:
             twin.queries = self.queries[:, :, -eviction.queries :].clone()
         if eviction.scores_once:
-            twin.slots.add("scores", eviction.policy.score(twin.view()))
+            twin.slots.add("scores", eviction.policy.score(twin.view()).float())
         return twin
 
     def select_rows(self, indices: Tensor) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from kv_gym.atomic import whole_file
 from kv_gym.attention import attention_of
 from kv_gym.budgets import Allocation, parse_allocation
+from kv_gym.budgets.comparing import NORMALISATIONS
 from kv_gym.errors import UserError
 from kv_gym.fingerprint import Fingerprint
 from kv_gym.live import saved_policy
@@ -156,7 +157,7 @@ def _fill(cache: EvictingCache, about: dict, stored, print_: Fingerprint, file: 
             tensor = stored.get_tensor(prefix + name)
             if tensor.is_floating_point() and bool(tensor.isnan().any()):
                 raise _damaged(file, f"{prefix}{name} holds numbers that are none")
-            return tensor.to(device)
+            return tensor.to(device, copy=True)  # on a CPU it is a view of the file
 
         shapes = {name: list(part.get_shape()) for name, part in found.items()}
         if isinstance(layer, EvictingLayer):
@@ -251,7 +252,10 @@ def _allocation(stored: dict, given: str | Allocation | None, file: Path) -> str
         if rule.name != name:
             raise UserError(f"the cache in {file} was saved with allocation {name!r} and {rule.name!r} was given")
         return rule
-    if stored["plain"] is not True or ":" in name.removeprefix("global:").removeprefix("ada:"):
+    # what follows a colon is the name of a normalisation, never of a file that somebody else wants read
+    if stored["plain"] is not True or any(
+        part.partition(":")[2] not in ("", *NORMALISATIONS) for part in name.split("+")
+    ):
         raise UserError(f"the cache in {file} has allocation {name!r}, which no file can name: give it as allocation=")
     return name
 
