@@ -536,3 +536,13 @@ def test_evaluation_keeps_the_queries_that_rules_ask_for():
     rows = {row["allocation"]: row for row in data["rows"] if row["policy"] == "keydiff"}
     assert set(rows) == {"uniform", "cake", "d2o", "pyramid"}
     assert all(row["n"] == 2 for row in rows.values())
+
+
+def test_a_rule_over_attention_serves_policies_whose_scores_are_stored():
+    """knorm is scored once, when a token comes; the rule still needs keys and queries at every firing."""
+    model = tiny()
+    with EvictingCache(model, "knorm", 8, allocation="cake", trigger="every:4") as cache, torch.no_grad():
+        model(tokens(2, 60), past_key_values=cache)
+        for step in range(9):
+            assert cache.kept().sum((0, 2)).tolist() == [6 * (8 + step % 4)] * 2
+            model(tokens(2, 1, seed=step), past_key_values=cache)
