@@ -269,8 +269,25 @@ def test_a_fork_may_have_another_guard():
                 feed(model, ids, alone)
                 feed(model, question, alone)
                 assert torch.equal(alone.net.signal, fork.net.signal)
-        with pytest.raises(UserError, match="must see every eviction"):
-            fork.fork(guard=Guard("new"))
+            for other in ("missing", "tier", "unmatched"):  # of a fork that has evicted already
+                fork.fork(guard=Guard(other)).detach()
+                late = base.fork(budget=6, guard=Guard(signal))
+                late.compress()
+                late = late.fork(guard=Guard(other))
+                feed(model, question, late)
+                with EvictingCache(model, "keydiff", 6, evicted="bits:2", guard=Guard(other)) as alone:
+                    feed(model, ids, alone)
+                    feed(model, question, alone)
+                    assert torch.equal(alone.net.signal, late.net.signal)
+    with EvictingCache(model, "keydiff", 6, guard=Guard("missing")) as sketched:
+        feed(model, ids, sketched)
+        unsketched = sketched.fork(guard=Guard("new"))
+        assert unsketched.nbytes() < sketched.nbytes()
+        feed(model, question, sketched)
+        with pytest.raises(UserError, match="did not sketch them"):
+            unsketched.fork(guard=Guard("missing"))
+        with pytest.raises(UserError, match="did not sketch them"):
+            sketched.fork(guard=Guard("missing", bits=4))
 
 
 def test_refusals():

@@ -196,7 +196,7 @@ class EvictingCache(Cache):
             sinks, recent: another protection; None means the other policy's own, or as before for the same policy.
             allocation: another allocation, or None for the same.
             evicted: another fate of what is evicted from here on, or None for the same.
-            guard: another safety net, before anything is evicted; None for the same.
+            guard: another safety net, or None for the same.
 
         Raises:
             UserError: the policy needs state or queries that the cache did not keep, or the allocation cannot use

@@ -54,14 +54,19 @@ def guarded(eviction: Eviction, guard: Guard, layers: Iterable[Contents]) -> Evi
     """The settings of a fork with another guard.
 
     Raises:
-        UserError: pairs were evicted before, of which that guard would know nothing.
+        UserError: pairs were evicted before whose keys that guard needs and the cache did not sketch.
     """
-    for contents in layers:
-        if contents.rows and bool((contents.slots.counts() < torch.tensor(contents.rows)[:, None]).any()):
-            raise UserError("a guard must see every eviction: fork with it before the first one, or make a new cache")
     before = eviction.evicted
-    tier, offload = (before.tier, before.offload) if isinstance(before, Watched) else (before, False)
-    return replace(eviction, evicted=under_watch(tier, guard, offload))
+    old = before if isinstance(before, Watched) else Watched(before)
+    new = under_watch(old.tier, guard, old.offload)
+    if isinstance(new, Watched) and new.sketches and new.sketch_bits != old.sketch_bits:
+        for contents in layers:
+            if contents.rows and bool((contents.slots.counts() < torch.tensor(contents.rows)[:, None]).any()):
+                raise UserError(
+                    f"signal {guard.signal!r} needs the keys of all that was evicted, and the cache did not sketch "
+                    "them: fork with this guard before the first eviction"
+                )
+    return replace(eviction, evicted=new)
 
 
 class SafetyNet:

@@ -53,10 +53,15 @@ class Watched(Tier):
         """Whether evicted keys are kept for the guard alone."""
         return self.guard is not None and self.guard.signal == "missing" and not isinstance(self.tier, LowPrecision)
 
+    @property
+    def sketch_bits(self) -> int | None:
+        """Bits of a sketched key, or None where none is sketched."""
+        return self.guard.bits if self.guard is not None and self.sketches else None
+
     def refuse_unfit(self, config) -> None:
         self.tier.refuse_unfit(config)
-        if self.sketches and self.guard is not None:
-            LowPrecision(self.guard.bits).refuse_unfit(config)
+        if self.sketch_bits:
+            LowPrecision(self.sketch_bits).refuse_unfit(config)
 
     def instead(self, other: Tier) -> Tier:
         return replace(self, tier=other)
@@ -66,7 +71,8 @@ class Watched(Tier):
 
     def after(self, before: LayerTier, empty: bool) -> LayerTier:
         if isinstance(before, WatchedLayer):
-            return before.fork_into(self, self.tier.after(before.inner, empty))
+            same = self.tier == before.settings.tier
+            return before.fork_into(self, before.inner.fork() if same else self.tier.after(before.inner, empty))
         return WatchedLayer(self, self.tier.after(before, empty))
 
 
@@ -107,7 +113,7 @@ class WatchedLayer(LayerTier):
 
     def __init__(self, settings: Watched, inner: LayerTier):
         self.settings, self.inner = settings, inner
-        self.sketch = KeySketch(settings.guard.bits) if settings.guard and settings.sketches else None
+        self.sketch = KeySketch(settings.sketch_bits) if settings.sketch_bits else None
         self.host = HostLayer() if settings.offload else None
         self.value: Tensor | None = None
         self.tally: Tensor | None = None
@@ -184,14 +190,15 @@ class WatchedLayer(LayerTier):
         return self.fork_into(self.settings, self.inner.fork())
 
     def fork_into(self, settings: Watched, inner: LayerTier) -> WatchedLayer:
-        """A copy of what is beside the tier, with another tier's layer; the guard is the same."""
+        """A copy of what is beside the tier, with another tier's layer or guard."""
         twin = WatchedLayer(settings, inner)
-        if self.sketch is not None and twin.sketch is not None:
+        if self.sketch is not None and self.sketch.bits == settings.sketch_bits:
             twin.sketch = self.sketch.fork()
         if self.host is not None and twin.host is not None:
             twin.host.held = copied(self.host.held)
-        twin.value = None if self.value is None else self.value.clone()
-        twin.tally = None if self.tally is None else self.tally.clone()
+        if settings.guard == self.settings.guard:
+            twin.value = None if self.value is None else self.value.clone()
+            twin.tally = None if self.tally is None else self.tally.clone()
         return twin
 
 
