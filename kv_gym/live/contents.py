@@ -135,7 +135,8 @@ class Contents:
             self._waiting = self._waiting[:, :, :left] if left else None
         self.slots.drop_newest(count)
         self.rows, self.loose = [seen - count for seen in self.rows], self.loose - count
-        self.fired = [at if at is None else min(at, seen) for at, seen in zip(self.fired, self.rows, strict=True)]
+        before = zip(self.fired, self.rows, strict=True)
+        self.fired = [None if at is None or not seen else min(at, seen) for at, seen in before]
 
     # eviction
 

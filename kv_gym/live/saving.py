@@ -29,6 +29,7 @@ from kv_gym.live.layers import EvictingLayer
 from kv_gym.live.ragged import RaggedSlots
 from kv_gym.live.saved_slots import check_positions, expected_slots, stored_slots
 from kv_gym.live.slots import EqualSlots
+from kv_gym.live.tiers import Drop
 from kv_gym.policies import Policy
 
 if TYPE_CHECKING:
@@ -42,10 +43,10 @@ def save(cache: EvictingCache, file: Path) -> Path:
     """Write a cache that has seen something; see :meth:`EvictingCache.save`."""
     eviction = cache.eviction
     tensors: dict[str, Tensor] = {}
-    if not eviction.evicted.begin().drops:
+    if not isinstance(eviction.evicted, Drop):
         raise UserError(
-            f"a cache with evicted={eviction.evicted.name!r} holds more than its slots, which no file has a place for: "
-            "save one with evicted='drop'"
+            f"a cache with evicted={eviction.evicted.name!r}, a guard or offload=True holds more than its slots, which "
+            "no file has a place for: save one that was made without them"
         )
     layers: dict[str, dict[str, Any]] = {}
     found: dict[str, Tensor]
