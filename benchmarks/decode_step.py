@@ -1,0 +1,186 @@
+"""How long one decoding step takes with an evicting cache, against a cache that only ever held the budget.
+
+The floor is transformers' DynamicCache filled with just the budget: no policy, no eviction, nothing to decide. All
+arms decode in turns in one run, 16 steps a turn, and the table shows the median over turns of an arm's mean step and
+of its ratio to the floor in the same turn. Caches read the last ``budget + 512`` tokens of the context, in chunks:
+what was evicted before them costs nothing any more.
+
+The model is shaped like a small Llama (hidden 512, 8 layers, 8 query and 8 KV heads of 64) with random weights. With
+``--kvpress`` (in the environment of `make kvpress`) its decoding presses run as arms of their own.
+
+Run: ``python benchmarks/decode_step.py --json benchmarks/results/decode_step.json``
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import os
+import statistics
+import time
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from kv_gym import EvictingCache
+from kv_gym.fingerprint import Fingerprint
+from kv_gym.policies import Policy
+from kv_gym.policies.scorer import GroupedScorer, Scorer
+
+LAYERS, HEADS, DIM, HIDDEN, VOCABULARY = 8, 8, 64, 512, 1024
+STEPS = 16  # of a turn, and the longer interval between evictions
+CHUNK = 512
+POLICIES = ("knorm", "keydiff", "h2o", "scorer")
+
+
+@dataclass(frozen=True)
+class Taste(Policy):
+    """Scores by a hash of the key; under one threshold, head h of a layer gets about 2 h + 1 parts of the slots."""
+
+    comparable = True
+    static = True
+
+    def score(self, view):
+        luck = (view.keys.float().sum(-1) * 1e4).frac().abs()  # uniform in [0, 1)
+        parts = 2 * torch.arange(view.keys.shape[1])[:, None] + 1.0
+        # of a head with p parts, 1 - t ** p lies above the threshold t
+        return luck ** (1 / parts)
+
+
+def random_model() -> LlamaForCausalLM:
+    torch.manual_seed(0)
+    return LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=HIDDEN, intermediate_size=4 * HIDDEN, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
+            num_key_value_heads=HEADS, head_dim=DIM, vocab_size=VOCABULARY, max_position_embeddings=1 << 20,
+        )
+    ).eval()  # fmt: skip
+
+
+def plain(tokens: int) -> DynamicCache:
+    cache = DynamicCache()
+    for layer in range(LAYERS):
+        cache.update(torch.randn(1, HEADS, tokens, DIM), torch.randn(1, HEADS, tokens, DIM), layer)
+    return cache
+
+
+class Plain:
+    """An arm with transformers' own cache, set back to its first length before every turn."""
+
+    def __init__(self, model, tokens: int, around=nullcontext):
+        self.model, self.kept, self.around = model, plain(tokens), around
+
+    def turn(self) -> float:
+        cache = copy.deepcopy(self.kept)
+        with self.around():
+            return seconds(self.model, cache)
+
+
+class Evicting:
+    """An arm with an evicting cache, which stays at its budget however long it decodes."""
+
+    def __init__(self, model, policy, budget: int, interval: int, allocation: str = "uniform"):
+        self.model = model
+        self.cache = EvictingCache(model, policy, budget, allocation=allocation, trigger=f"every:{interval}")
+        ids = torch.randint(0, VOCABULARY, (1, budget + CHUNK), generator=torch.Generator().manual_seed(0))
+        for chunk in ids.split(CHUNK, 1):
+            model(chunk, past_key_values=self.cache, logits_to_keep=1)
+        self.turn()  # the first new token makes room for all that follow
+
+    def turn(self) -> float:
+        return seconds(self.model, self.cache)
+
+
+def seconds(model, cache) -> float:
+    token = torch.zeros(1, 1, dtype=torch.int64)
+    began = time.perf_counter()
+    for _ in range(STEPS):
+        model(token, past_key_values=cache)
+    return (time.perf_counter() - began) / STEPS
+
+
+def learned(model) -> Scorer:
+    torch.manual_seed(0)
+    network = GroupedScorer(LAYERS * HEADS, DIM, hidden=64)
+    return Scorer(network, Fingerprint.of(model), (1, 1 << 20), calibrated=True)
+
+
+def our_arms(model, budget: int) -> dict:
+    arms = {}
+    for name in POLICIES:
+        policy = learned(model) if name == "scorer" else name
+        for interval in (1, STEPS):
+            arms[f"{name}, every {interval}"] = Evicting(model, policy, budget, interval)
+    arms["equal heads, every 16"] = Evicting(model, Taste(), budget, STEPS)
+    arms["ragged heads, every 16"] = Evicting(model, Taste(), budget, STEPS, "global")
+    return arms
+
+
+def kvpress_arms(model, budget: int) -> dict:
+    from kvpress import DecodingPress, KeyDiffPress, KnormPress
+
+    arms = {}
+    for name, press in (("knorm", KnormPress()), ("keydiff", KeyDiffPress())):
+        for interval in (1, STEPS):
+            decoding = DecodingPress(base_press=press, compression_interval=interval, target_size=budget)
+            arms[f"kvpress {name}, every {interval}"] = Plain(model, budget, lambda d=decoding: d(model))
+    return arms
+
+
+@torch.no_grad()
+def compare(context: int, turns: int, kvpress: bool) -> list[dict]:
+    model, budget = random_model(), context // 8
+    arms: dict = {"floor": Plain(model, budget), "full cache": Plain(model, context)}
+    arms |= our_arms(model, budget)
+    if kvpress:
+        arms |= kvpress_arms(model, budget)
+    took: dict[str, list[float]] = {name: [] for name in arms}
+    for _ in range(turns):
+        for name, arm in arms.items():
+            took[name].append(arm.turn())
+    spread = arms["ragged heads, every 16"].cache.kept().double().mean((0, 1))
+    rows = []
+    for name, times in took.items():
+        base = took["equal heads, every 16" if name.startswith("ragged") else "floor"]
+        ratios = [mine / other for mine, other in zip(times, base, strict=True)]
+        rows.append({
+            "context": context, "budget": budget, "arm": name, "ms": 1e3 * statistics.median(times),
+            "ratio": statistics.median(ratios), "to": "equal heads" if name.startswith("ragged") else "floor",
+        })  # fmt: skip
+    rows[-1 if not kvpress else list(took).index("ragged heads, every 16")]["head_sizes"] = [
+        round(size) for size in spread.tolist()
+    ]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--context", type=int, nargs="+", default=[8192, 32768])
+    parser.add_argument("--turns", type=int, default=15)
+    parser.add_argument("--kvpress", action="store_true", help="add kvpress's decoding presses")
+    parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    args = parser.parse_args()
+    rows = []
+    print("| context | budget | arm | ms per step | ratio | to |\n|---|---|---|---|---|---|")
+    for context in args.context:
+        for row in compare(context, args.turns, args.kvpress):
+            rows.append(row)
+            print(
+                f"| {row['context']} | {row['budget']} | {row['arm']} | {row['ms']:.1f} | {row['ratio']:.2f} | {row['to']} |"
+            )
+    if args.json:
+        about = {
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "threads": torch.get_num_threads(),
+        }
+        args.json.write_text(json.dumps({"cores": os.cpu_count(), **about, "rows": rows}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
