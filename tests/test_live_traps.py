@@ -121,7 +121,7 @@ def test_trap_5_chunks_with_wrong_positions_are_refused():
     more = {"prefill_chunk_size": 8, "max_new_tokens": 1, "pad_token_id": 0}
     with EvictingCache(model) as cache:
         if VERSION.release < (5, 4):
-            with pytest.raises(UserError, match="do not count on from the 0 tokens seen"):
+            with pytest.raises(UserError, match="do not count on from the 8 tokens seen"):
                 model.generate(tokens(1, 24), past_key_values=cache, **more)
         else:
             model.generate(tokens(1, 24), past_key_values=cache, **more)
