@@ -178,13 +178,12 @@ class _Switch:
                 self._end.remove()
             elif (tell := getattr(cache, "after_forward", None)) is not None:
                 tell()
-        elif self.count:  # always_call: the forward raised
-            if (tell := getattr(cache, "forward_failed", None)) is not None:
-                self._failing = True
-                try:
-                    tell()
-                finally:
-                    self._failing = False
+        elif self.count and (tell := getattr(cache, "forward_failed", None)) is not None:
+            self._failing = True  # always_call: the forward raised
+            try:
+                tell()
+            finally:
+                self._failing = False
 
 
 def _arguments(decoder: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
