@@ -150,6 +150,18 @@ def test_what_is_restored_is_the_context(policy, allocation, attention):
         assert cache.kept().unique().tolist() == [40]
 
 
+def test_what_is_restored_is_not_taken_for_new():
+    model = tiny()
+    with EvictingCache(model, "keydiff", 6, offload=True) as cache:
+        feed(model, tokens(1, 20), cache)
+        feed(model, tokens(1, 2), cache)
+        taken = cache.fork()
+        taken.crop(-1)
+        cache.restore()
+        with pytest.raises(UserError, match="cannot be cropped"):
+            cache.crop(-1)
+
+
 def test_low_precision_pairs_return_in_full():
     model = tiny()
     reference = TieredReference(model, "bits", bits=2)
