@@ -1,9 +1,10 @@
 """Bytes that an evicting cache really holds, against budget times the bytes of a slot.
 
-Held: the distinct storages behind every tensor that is reachable from the cache object, weights aside. Due: total slots
-times the bytes of a slot (key, value, an int64 position, and what the policy keeps beside it). After `compress` they
-must be equal; while decoding, buffers have the stated slack: room for what comes until the next firing, at least 16
-tokens, or an eighth of the budget where that is unknown.
+Held: the distinct storages behind every tensor that is reachable from the cache object, weights aside. Due: all slots
+times the bytes of a slot (key, value, an int64 position, and what the policy keeps beside it), evicted pairs times the
+bytes that their tier states, and three int64 numbers a head (start, length, capacity) where heads differ in length,
+which ``nbytes`` leaves out. After `compress` they must be equal. While decoding, buffers have the stated slack: room
+for what comes until the next firing, at least 16 tokens, or an eighth of the budget where that is unknown.
 
 The second table reads prompts of growing length in one forward under ``block:256`` and shows the largest cache on the
 way, which must not grow with the prompt.
@@ -22,6 +23,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kv_gym import EvictingCache, make_policy
 from kv_gym.live.contents import Contents
+from kv_gym.live.tiers.low_precision import LowPrecision
 from kv_gym.policies import Policy
 
 LAYERS, HEADS, DIM = 2, 4, 32
@@ -58,22 +60,31 @@ def held(cache: EvictingCache) -> int:
 
 
 @torch.no_grad()
-def after_each(trigger: str, allocation: str, policy: str, budget: int = 256, prompt: int = 2048) -> dict:
+def after_each(
+    trigger: str, allocation: str, policy: str, evicted: str = "drop", budget: int = 256, prompt: int = 2048
+) -> dict:
     model = random_model()
     rule = allocation if make_policy(policy).comparable or allocation == "uniform" else f"{allocation}:zscore"
-    with EvictingCache(model, policy, budget, allocation=rule, trigger=trigger) as cache:
+    with EvictingCache(model, policy, budget, allocation=rule, trigger=trigger, evicted=evicted) as cache:
         model(torch.randint(0, 256, (1, prompt)), past_key_values=cache, logits_to_keep=1)
         for _ in range(40):
             model(torch.randint(0, 256, (1, 1)), past_key_values=cache)
-        decoding, tokens = held(cache), int(cache.kept().sum())
+        decoding, tokens, seen = held(cache), int(cache.kept().sum()), cache.seen
         cache.compress()
         compressed = held(cache)
-        assert compressed == cache.nbytes()
-    slot = SLOT + (0 if policy == "knorm" and trigger == "prefill" else BESIDE[policy])
+        reported = cache.nbytes()
+    heads, slot = LAYERS * HEADS, SLOT + (0 if policy == "knorm" and trigger == "prefill" else BESIDE[policy])
+    bits = int(evicted.partition(":")[2]) if evicted.startswith("bits") else 0
+    beside = heads * (seen - budget) * LowPrecision(bits).nbytes(DIM) if bits else 0
+    beside += 4 * heads if evicted == "merge" else 0  # the running mean of similarities that D2O's threshold is
+    lengths = 0 if rule == "uniform" else 24 * heads * (2 if bits else 1)
+    due = heads * budget * slot + beside + lengths
+    assert reported == compressed - lengths, f"the cache says {reported} bytes and holds {compressed}"
+    due_decoding = tokens * slot + beside
     return {
-        "trigger": trigger, "allocation": rule, "policy": policy, "due": LAYERS * HEADS * budget * slot,
+        "trigger": trigger, "allocation": rule, "policy": policy, "evicted": evicted, "due": due,
         "compressed": compressed, "decoding": decoding, "slots_while_decoding": tokens,
-        "slack": decoding / (tokens * slot) - 1,
+        "slack": decoding / due_decoding - 1,
     }  # fmt: skip
 
 
@@ -105,13 +116,20 @@ def main() -> None:
         for allocation in ("uniform", "global")
         for trigger in ("prefill", "every:16", "block:64", "lagged:16")
     ]
+    rows += [
+        after_each(trigger, allocation, "keydiff", evicted)
+        for evicted in ("merge", "merge:values", "bits:2", "bits:4", "bits:8")
+        for allocation in ("uniform", "global")
+        for trigger in ("prefill", "every:16")
+    ]
     print(
-        "| policy | allocation | trigger | due | after compress | while decoding | slack |\n|---|---|---|---|---|---|---|"
+        "| policy | allocation | trigger | evicted | due | after compress | while decoding | slack |\n"
+        "|---|---|---|---|---|---|---|---|"
     )
     for row in rows:
         print(
-            f"| {row['policy']} | {row['allocation']} | {row['trigger']} | {row['due']:,} | {row['compressed']:,} "
-            f"| {row['decoding']:,} | {row['slack']:.1%} |"
+            f"| {row['policy']} | {row['allocation']} | {row['trigger']} | {row['evicted']} | {row['due']:,} "
+            f"| {row['compressed']:,} | {row['decoding']:,} | {row['slack']:.1%} |"
         )
     reading = [largest_while_reading(prompt) for prompt in (2048, 4096, 8192, 16384, 32768)]
     print("\n| prompt in one forward | most slots in a head | bytes at its end |\n|---|---|---|")

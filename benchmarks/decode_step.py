@@ -171,7 +171,8 @@ def main() -> None:
         for row in compare(context, args.turns, args.kvpress):
             rows.append(row)
             print(
-                f"| {row['context']} | {row['budget']} | {row['arm']} | {row['ms']:.1f} | {row['ratio']:.2f} | {row['to']} |"
+                f"| {row['context']} | {row['budget']} | {row['arm']} | {row['ms']:.1f} | {row['ratio']:.2f} "
+                f"| {row['to']} |"
             )
     if args.json:
         about = {

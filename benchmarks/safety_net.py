@@ -280,7 +280,8 @@ def tables(data: dict) -> str:
         )  # fmt: skip
         lines.append(
             f"| {label(row)} | {row['events']} of {row['questions']} | {row['signal']} | {cell(row['auroc'])} "
-            f"| {verdict} | {cell(row['recall'])} | {row['calibrated_recall']['mean']:.2f}, {row['calibrated_false_alarms']['mean']:.3f} |"
+            f"| {verdict} | {cell(row['recall'])} "
+            f"| {row['calibrated_recall']['mean']:.2f}, {row['calibrated_false_alarms']['mean']:.3f} |"
         )
     lines += [
         "",

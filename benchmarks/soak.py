@@ -82,9 +82,9 @@ def main() -> None:
     print("|---|---|---|---|---|---|---|")
     for row in rows:
         print(
-            f"| {row['policy']} | {row['allocation']} | {row['trigger']} | {row['tokens']:,} | {row['bytes_first']:,} / "
-            f"{row['bytes_largest']:,} / {row['bytes_last']:,} | {row['ms_first_tenth']:.2f} / {row['ms_last_tenth']:.2f} "
-            f"| {row['ratio']:.2f} |"
+            f"| {row['policy']} | {row['allocation']} | {row['trigger']} | {row['tokens']:,} "
+            f"| {row['bytes_first']:,} / {row['bytes_largest']:,} / {row['bytes_last']:,} "
+            f"| {row['ms_first_tenth']:.2f} / {row['ms_last_tenth']:.2f} | {row['ratio']:.2f} |"
         )
     if args.json:
         args.json.write_text(json.dumps({"torch": torch.__version__, "rows": rows}, indent=1) + "\n")

@@ -48,7 +48,7 @@ def test_an_unknown_name_suggests_the_nearest(given, meant):
 
 
 def test_a_name_like_no_other_lists_what_is_known():
-    with pytest.raises(UserError, match="unknown policy 'qqqq'; known: .*golden, .*h2o"):
+    with pytest.raises(UserError, match=r"unknown policy 'qqqq'; known: .*golden, .*h2o"):
         make_policy("qqqq")
 
 

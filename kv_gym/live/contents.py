@@ -319,7 +319,7 @@ class Contents:
         return [room[seen] if now else UNLIMITED for seen, now in zip(self.rows, due, strict=True)]
 
     def _slack(self) -> int:
-        return self.eviction.slack(self.slots.longest)
+        return self.eviction.slack(self.slots.mean)
 
     def _state_names(self, place: int) -> list[tuple[str, str]]:
         """Names of a watched policy's state: its own, and the buffer's."""

@@ -36,6 +36,11 @@ class RaggedSlots:
         """Slots of the head that holds most."""
         return int(self.lengths.max())
 
+    @property
+    def mean(self) -> int:
+        """Slots of a head on average, rounded down."""
+        return int(self.lengths.sum()) // self.lengths.numel()
+
     def counts(self) -> Tensor:
         """Slots of every head, `[batch, kv_heads]` int64 on the CPU."""
         return self.lengths

@@ -31,6 +31,11 @@ class EqualSlots:
         """Slots of the head that holds most."""
         return self.length
 
+    @property
+    def mean(self) -> int:
+        """Slots of a head on average."""
+        return self.length
+
     def counts(self) -> Tensor:
         """Slots of every head, `[batch, kv_heads]` int64."""
         return torch.full(self["positions"].shape[:2], self.length)

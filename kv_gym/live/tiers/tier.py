@@ -65,7 +65,7 @@ class Leaving:
         return slots.clone({name: name for name in slots.buffers}) if self.exact else slots
 
     def _slack(self, slots: EqualSlots | RaggedSlots) -> int:
-        return max(self.slack, slots.longest // 8)  # what is evicted only ever grows
+        return max(self.slack, slots.mean // 8)  # what is evicted only ever grows
 
 
 def ragged(slots: EqualSlots | RaggedSlots, like: dict[str, Tensor] | None = None) -> RaggedSlots:
