@@ -10,6 +10,8 @@ from tier_reference import TieredReference, rounded
 
 from kv_gym import EvictingCache
 from kv_gym.errors import UserError
+from kv_gym.evaluation.safety import auroc, recall_at, threshold_at, watched_answers
+from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
 from kv_gym.live import Guard
 
 LAYERS = range(3)
@@ -300,6 +302,59 @@ def test_a_fork_may_have_another_guard():
             unsketched.fork(guard=Guard("missing"))
         with pytest.raises(UserError, match="did not sketch them"):
             sketched.fork(guard=Guard("missing", bits=4))
+
+
+def test_judging_by_hand():
+    values = torch.tensor([0.1, 0.4, 0.4, 0.8, 0.2, 0.4, 0.9])
+    events = torch.tensor([False, False, False, False, True, True, True])
+    # 0.2 beats one of four, 0.4 beats one and ties with two, 0.9 beats all
+    assert auroc(values, events) == pytest.approx((1 + 2 + 4) / 12)
+    assert math.isnan(auroc(values, events & False))
+    fine = torch.arange(100) / 100
+    assert threshold_at(fine, 0.05) == pytest.approx(0.94)
+    assert int((fine > threshold_at(fine, 0.05)).sum()) == 5
+    assert int((fine > threshold_at(fine, 0.0)).sum()) == 0
+    hurt = torch.tensor([0.5, 0.945, 0.99, 2.0])
+    both, which = torch.cat((fine, hurt)), torch.arange(104) >= 100
+    assert recall_at(both, which, 0.05) == 0.75
+    with pytest.raises(UserError, match="got 0 signals"):
+        threshold_at(fine[:0])
+
+
+def test_answers_under_watch():
+    """Answers are those of greedy generation; signals are the largest of the forwards that predict an answer token."""
+    model = tiny()
+    ids = tokens(2, 20)
+    questions = tokens(4, 3, seed=1).tolist()
+    with EvictingCache(model, "keydiff", 6, guard=Guard("missing")) as cache:
+        feed(model, ids, cache)
+        expected, answers = [], []
+        for number, question in enumerate(questions):
+            fork = cache.fork()
+            fork.batch_select_indices(torch.tensor([number // 2]))
+            signals, said = [], []
+            for step in (*question, None):
+                token = feed(model, torch.tensor([[said[-1] if step is None else step]]), fork)[0, -1].argmax()
+                signals.append(float(fork.net.signal))
+                said.append(int(token))
+            expected.append(max(signals[2:]))
+            answers.append(tuple(said[2:]))
+        answers[1] = (answers[1][0], (answers[1][1] + 1) % 61)
+        asked = [TaskQuestion(tuple(q), a) for q, a in zip(questions, answers, strict=True)]
+        batch = [TaskContext(tuple(row.tolist()), tuple(asked[2 * i : 2 * i + 2])) for i, row in enumerate(ids)]
+        watched = watched_answers(model, cache, batch)
+        assert watched.right.tolist() == [True, False, True, True]
+        assert watched.row.tolist() == [0, 0, 1, 1]
+        torch.testing.assert_close(watched.signal, torch.tensor(expected, dtype=torch.float64))
+        assert watched.layers.shape == (3, 4)
+        assert cache.seen == 20
+    with EvictingCache(model, "keydiff", 1.0, guard=Guard("missing")) as full:
+        feed(model, ids, full)
+        assert watched_answers(model, full, batch).signal.tolist() == [0.0] * 4
+    with EvictingCache(model, "keydiff", 6) as plain:
+        feed(model, ids, plain)
+        with pytest.raises(UserError, match="has no guard"):
+            watched_answers(model, plain, batch)
 
 
 def test_refusals():

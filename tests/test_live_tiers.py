@@ -11,8 +11,8 @@ from tier_reference import TieredReference
 
 from kv_gym import EvictingCache, make_policy
 from kv_gym.errors import UserError
-from kv_gym.live import Panel
-from kv_gym.live.tiers import Drop, LowPrecision, Merge, MergeValues, parse_tier
+from kv_gym.live import Panel, heads
+from kv_gym.live.tiers import Drop, Leaving, LowPrecision, Merge, MergeValues, joined, parse_tier
 from kv_gym.live.tiers.quantiser import dequantise, quantise
 from kv_gym.policies import Policy
 
@@ -211,16 +211,16 @@ def test_bytes(evicted, allocation):
     model = tiny()
     with EvictingCache(model, "knorm", 10, allocation, evicted=evicted) as cache:
         feed(model, tokens(2, 50), cache)
-        heads, d = 3 * 2 * 2, 8
-        expected = heads * 10 * (2 * d * 8 + 8)
+        places, d = 3 * 2 * 2, 8
+        expected = places * 10 * (2 * d * 8 + 8)
         if isinstance(tier, LowPrecision):
             group = min(tier.group, d)
-            expected += heads * 40 * (2 * d * tier.bits // 8 + 2 * (d // group) * 2 * 2)
+            expected += places * 40 * (2 * d * tier.bits // 8 + 2 * (d // group) * 2 * 2)
             assert tier.nbytes(d) == 2 * d * tier.bits // 8 + 2 * (d // group) * 2 * 2
             if tier.balanced:
                 expected += 3 * 2 * (4 + 2) * d * 8
         if isinstance(tier, Merge):
-            expected += heads * 8
+            expected += places * 8
         assert reachable(cache) == cache.nbytes() == expected
 
 
@@ -233,14 +233,14 @@ def test_bytes_after_many_evictions(allocation):
             feed(model, piece, cache)
         roomy = cache.nbytes()
         cache.compress()
-        heads, d = 6, 8
+        places, d = 6, 8
         scores = 4 if "scores" in cache.layers[0].contents.slots.buffers else 0
-        exact = heads * (10 * (2 * d * 8 + 8 + scores) + 70 * (2 * d // 2 + 2 * 4))
-        slack = heads * max(16, 70 // 8 + 1)
+        exact = places * (10 * (2 * d * 8 + 8 + scores) + 70 * (2 * d // 2 + 2 * 4))
+        slack = places * max(16, 70 // 8 + 1)
         assert exact < roomy <= exact + slack * (2 * d * 8 + 8 + scores + 2 * d // 2 + 2 * 4)
         feed(model, tokens(1, 1), cache)
         cache.compress()
-        assert reachable(cache) == cache.nbytes() == exact + heads * (2 * d // 2 + 2 * 4)
+        assert reachable(cache) == cache.nbytes() == exact + places * (2 * d // 2 + 2 * 4)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global:zscore"])
@@ -317,8 +317,6 @@ def test_packing_by_hand():
 
 def test_merging_by_hand():
     """One survivor along x; (3, 0) resembles it, (0, 2) does not and falls below the mean of 1 and 0."""
-    from kv_gym.live.tiers import Leaving
-
     keys = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]).view(1, 1, 3, 2)
     values = torch.tensor([[4.0, 0.0], [0.0, 4.0], [8.0, 8.0]]).view(1, 1, 3, 2)
     kept = torch.tensor([[[True, False, False]]])
@@ -342,6 +340,58 @@ def test_dropping_is_the_default_and_costs_nothing():
             for layer in range(3):
                 reference.hide(layer, cache.kept_positions(layer))
         assert cache.layers[0].contents.tier.held is None
+
+
+def test_ragged_attention_over_tier_and_slots(monkeypatch):
+    """Slices, padding and variable length read the joined slots alike: the tier's first, the newest last."""
+    from test_live_ragged import ragged, slow_attention, varlen_stand_in
+    from torch.nn.attention import varlen
+
+    tier, slots = ragged(new=0, seed=1), ragged(new=2)
+    both = joined(tier, slots)
+    assert torch.equal(both.lengths, tier.lengths + slots.lengths)
+    for row in range(2):
+        for head in range(3):
+            cut = [part.buffers["keys"][part.starts[row, head] :][: part.lengths[row, head]] for part in (tier, slots)]
+            there = both.buffers["keys"][both.starts[row, head] :][: both.lengths[row, head]]
+            assert torch.equal(there, torch.cat(cut))
+    query = torch.randn(2, 6, 2, 4).double()
+    expected = slow_attention(query, both, 0.7)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_stand_in)
+    for found in (
+        heads.by_slices(query, both, 0.7, None, 0.0),
+        heads.by_padding(query, both, 0.7),
+        heads.by_variable_length(query, both, 0.7),
+    ):
+        torch.testing.assert_close(found, expected)
+
+
+def test_evaluate_compares_fates():
+    from kv_gym.evaluation import evaluate
+    from kv_gym.evaluation.report import markdown
+    from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
+    from kv_gym.traces import TraceSet
+
+    model = tiny()
+    ids = tuple(tokens(1, 30)[0].tolist())
+    tasks = [TaskContext(ids, (TaskQuestion((3, 4), (5, 6)), TaskQuestion((7,), (8,))), "t")]
+    fates = ("drop", "bits:8", "bits:2:balanced", "merge")
+    data = evaluate(["h2o"], [5], model=model, tasks=tasks, evicted=fates, progress=False)
+    rows = {row["evicted"]: row for row in data["rows"] if row["policy"] == "h2o"}
+    assert set(rows) == set(fates)
+    for evicted, row in rows.items():
+        with EvictingCache(model, "h2o", 5, evicted=evicted) as cache:
+            feed(model, torch.tensor([ids]), cache)
+            nll = []
+            for question in tasks[0].questions:
+                with cache.fork() as fork:
+                    asked = torch.tensor([[*question.question_ids, *question.answer_ids]])
+                    likelihood = feed(model, asked[:, :-1], fork).log_softmax(-1)[0, -len(question.answer_ids) :]
+                    nll.append(-sum(likelihood[i, t] for i, t in enumerate(question.answer_ids)) / len(likelihood))
+        assert row["nll"] == pytest.approx(float(sum(nll) / 2), abs=1e-5)
+    assert "| h2o, uniform, bits:8 | 5 |" in markdown(data["rows"])
+    with pytest.raises(UserError, match="replay only knows what is kept"):
+        evaluate(["h2o"], [5], traces=TraceSet.__new__(TraceSet), evicted=["merge"], progress=False)
 
 
 def test_a_fork_may_treat_evicted_pairs_otherwise():
