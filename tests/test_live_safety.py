@@ -201,6 +201,26 @@ def test_bytes_of_host_and_sketch(evicted):
         assert again.nbytes() == full.nbytes()
 
 
+def test_layers_that_do_not_count_cost_nothing():
+    model = tiny()
+    ids, question = tokens(2, 50), tokens(2, 3, seed=1)
+    with EvictingCache(model, "knorm", 10) as plain, EvictingCache(model, "knorm", 10, guard=Guard(layers=(1,))) as one:
+        for each in (plain, one):
+            feed(model, ids, each)
+        assert one.nbytes() == plain.nbytes() + 2 * 2 * 40 * (8 * 2 // 8 + 4)
+        with EvictingCache(model, "knorm", 10, guard=Guard()) as whole:
+            feed(model, ids, whole)
+            part = whole.fork(guard=Guard(layers=(1,)))
+            for each in (one, whole, part):
+                feed(model, question, each)
+        values = [layer.contents.tier.value for layer in whole.layers]
+        torch.testing.assert_close(one.net.signal, values[1])
+        torch.testing.assert_close(part.net.signal, values[1])
+        torch.testing.assert_close(whole.net.signal, sum(values) / 3)
+        with pytest.raises(UserError, match="did not sketch them"):
+            one.fork(guard=Guard(layers=(1, 2)))
+
+
 def test_warn_and_count():
     model = tiny()
     with EvictingCache(model, "keydiff", 8, guard=Guard("missing", threshold=0.0)) as cache:

@@ -257,7 +257,7 @@ class Contents:
             return
         filled, valid = self.slots.padded(SLOT)
         keys, values, positions = (filled[name] for name in SLOT)
-        leaving = Leaving(keys, values, positions, valid, kept, most, equal, self._slack(), exact)
+        leaving = Leaving(keys, values, positions, valid, kept, most, equal, self._slack(), exact, self.place)
         changed = self.tier.take(leaving)
         for name, tensor in (changed or {}).items():
             self.slots.write(name, tensor)

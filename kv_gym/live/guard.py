@@ -38,7 +38,8 @@ class Guard:
             the token whose query raised it.
         growth: by what `enlarge` multiplies the budget.
         bits: of a sketched key, 2, 4 or 8.
-        layers: which of the evicting layers are averaged, counted from 0; None means all.
+        layers: which of the evicting layers are averaged, counted from 0; None means all. What is not averaged is
+            neither measured nor sketched: one layer, chosen on calibration contexts, can be better and costs less.
 
     Raises:
         UserError: an unknown signal or reaction, or numbers out of range.
@@ -62,6 +63,10 @@ class Guard:
             raise UserError(f"the budget cannot grow by a factor of {self.growth}; expected one above 1")
         if self.bits not in (2, 4, 8):
             raise UserError(f"evicted keys cannot be sketched in {self.bits} bits; expected 2, 4 or 8")
+
+    def heeds(self, place: int) -> bool:
+        """Whether the evicting layer `place` counts."""
+        return self.layers is None or place in self.layers
 
     @property
     def reads_output(self) -> bool:

@@ -59,8 +59,11 @@ def guarded(eviction: Eviction, guard: Guard, layers: Iterable[Contents]) -> Evi
     before = eviction.evicted
     old = before if isinstance(before, Watched) else Watched(before)
     new = under_watch(old.tier, guard, old.offload)
-    if isinstance(new, Watched) and new.sketches and new.sketch_bits != old.sketch_bits:
+    if isinstance(new, Watched) and new.sketches:
         for contents in layers:
+            known = old.guard is not None and old.guard.heeds(contents.place) and old.sketch_bits == new.sketch_bits
+            if known or not guard.heeds(contents.place):
+                continue
             if contents.rows and bool((contents.slots.counts() < torch.tensor(contents.rows)[:, None]).any()):
                 raise UserError(
                     f"signal {guard.signal!r} needs the keys of all that was evicted, and the cache did not sketch "

@@ -27,6 +27,7 @@ class Leaving:
         equal: every head loses as many, and holds as many.
         slack: slots by which buffers grow.
         exact: keep no room for pairs to come.
+        place: which of the evicting layers it is, from 0.
     """
 
     keys: Tensor
@@ -38,6 +39,7 @@ class Leaving:
     equal: bool
     slack: int
     exact: bool = False
+    place: int = 0
 
     @property
     def gone(self) -> Tensor:

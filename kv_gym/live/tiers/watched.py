@@ -108,6 +108,7 @@ class WatchedLayer(LayerTier):
         sketch: evicted keys for the guard, or None.
         host: copies of evicted pairs in the host's memory, or None.
         value: `[batch]`, what the guard saw of this layer at the last forward; NaN: nothing yet.
+        heeded: whether the guard averages this layer; known from its first eviction on.
         tally: `[batch, 2]`, sum and number of what the guard saw of the model's output so far; layer 0 only.
     """
 
@@ -115,6 +116,7 @@ class WatchedLayer(LayerTier):
         self.settings, self.inner = settings, inner
         self.sketch = KeySketch(settings.sketch_bits) if settings.sketch_bits else None
         self.host = HostLayer() if settings.offload else None
+        self.heeded = True
         self.value: Tensor | None = None
         self.tally: Tensor | None = None
 
@@ -135,7 +137,7 @@ class WatchedLayer(LayerTier):
         self, query: Tensor, fresh: Tensor | None, slots, scaling: float | None, cut_at: list[int | None]
     ) -> None:
         guard = self.settings.guard
-        if guard is None or guard.reads_output or all(at is None for at in cut_at):
+        if guard is None or guard.reads_output or not self.heeded or all(at is None for at in cut_at):
             return
         evicted = None
         if self.sketch is not None:
@@ -150,9 +152,12 @@ class WatchedLayer(LayerTier):
         self.value = glance(guard.signal, seen, shown, self.value)
 
     def take(self, leaving: Leaving) -> dict[str, Tensor] | None:
-        for beside in (self.sketch, self.host):
-            if beside is not None:
-                beside.take(leaving)
+        guard = self.settings.guard
+        self.heeded = guard is None or guard.heeds(leaving.place)
+        if self.sketch is not None and self.heeded:
+            self.sketch.take(leaving)
+        if self.host is not None:
+            self.host.take(leaving)
         return self.inner.take(leaving)
 
     def visible(self, dtype: torch.dtype) -> EqualSlots | RaggedSlots | None:
@@ -197,6 +202,7 @@ class WatchedLayer(LayerTier):
         if self.host is not None and twin.host is not None:
             twin.host.held = copied(self.host.held)
         if settings.guard == self.settings.guard:
+            twin.heeded = self.heeded
             twin.value = None if self.value is None else self.value.clone()
             twin.tally = None if self.tally is None else self.tally.clone()
         return twin
