@@ -50,7 +50,7 @@ RESAMPLINGS = 1000
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path(__file__).with_name("results") / "safety_net.json")
+    parser.add_argument("--json", type=Path, default=Path(__file__).with_name("results") / "safety_net.json")
     parser.add_argument("--contexts", type=int, default=32, help="held-out contexts of each task, 8 questions each")
     parser.add_argument("--training", type=int, default=8, help="calibration contexts of each task and seed")
     parser.add_argument("--seeds", type=int, default=5)
@@ -71,7 +71,7 @@ def main() -> None:
         rows, restore=safety, guarded_step_over_plain_step=overhead, seeds=arguments.seeds,
         contexts=arguments.contexts, false_alarms=FALSE_ALARMS, seconds=round(time.monotonic() - began, 1),
     )  # fmt: skip
-    write_json(arguments.out, data)
+    write_json(arguments.json, data)
     print(tables(data))
 
 
