@@ -4,10 +4,10 @@ from kv_gym.budgets.allocation import Allocation, Layer
 from kv_gym.budgets.budget import format_budget, parse_budget, slots_per_head
 from kv_gym.budgets.cut import cut, judged
 from kv_gym.budgets.rules import parse_allocation
-from kv_gym.budgets.selection import keep_order, merit, protected, protection_for, select, top
+from kv_gym.budgets.selection import UNSEEN, keep_order, merit, protected, protection_for, select, top, weakest
 from kv_gym.budgets.uniform import uniform
 
 __all__ = [
-    "Allocation", "Layer", "cut", "format_budget", "judged", "keep_order", "merit", "parse_allocation",
-    "parse_budget", "protected", "protection_for", "select", "slots_per_head", "top", "uniform",
+    "UNSEEN", "Allocation", "Layer", "cut", "format_budget", "judged", "keep_order", "merit", "parse_allocation",
+    "parse_budget", "protected", "protection_for", "select", "slots_per_head", "top", "uniform", "weakest",
 ]  # fmt: skip

@@ -13,6 +13,7 @@ from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
 
 LOWEST = -(2**63)  # the merit of an invalid slot
+UNSEEN = 2**62  # above every position
 
 
 def protection_for(policy: Policy, sinks: int | None, recent: int | None) -> tuple[int, int]:
@@ -74,6 +75,29 @@ def ordered(scores: Tensor) -> Tensor:
     bits = scores.contiguous().view(torch.int32)
     # negative floats count down as their bits count up: mirror them, and the order is that of signed integers
     return torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits).long()
+
+
+def weakest(scores: Tensor, positions: Tensor, first: int, last: int, layer: int = 0) -> Tensor:
+    """The one slot of every head that goes first by its :func:`merit`, `[batch, kv_heads, 1]` int64.
+
+    The same choice in a fraction of the operations, for caches that evict one token after another.
+
+    Args:
+        scores: `[batch, kv_heads, tokens]` of slots that are all real.
+        positions: of the slots, the same shape.
+        first, last: positions below `first` and from `last` on are protected.
+        layer: named in the error.
+
+    Raises:
+        UserError: a score is NaN; as for :func:`merit`.
+    """
+    scores = scores.detach().float()
+    if first or last < UNSEEN:
+        scores = scores.masked_fill((positions < first) | (positions >= last), float("inf"))
+    lowest = scores.amin(-1, keepdim=True)
+    if lowest.device.type == "cpu" and bool(lowest.isnan().any()):
+        raise UserError(f"a policy scored NaN in layer {layer}; expected finite scores (are the keys finite?)")
+    return torch.where(scores == lowest, positions, UNSEEN).argmin(-1, keepdim=True)
 
 
 def keep_order(scores: Tensor, view: CacheView, shield: Tensor | None = None) -> Tensor:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from kv_gym.attention import output_projection
-from kv_gym.budgets import Layer, top
+from kv_gym.budgets import Layer, top, weakest
 from kv_gym.cache_view import CacheView
 from kv_gym.live.eviction import UNLIMITED, Eviction
 from kv_gym.live.observing import observed
@@ -64,11 +64,9 @@ class Contents:
         batch, heads, m, _ = keys.shape
         if fresh is None:
             counts, self.loose = [m] * batch, self.loose + m
-            ahead = torch.arange(m, device=keys.device).expand(batch, m)
         else:
             counts, self.loose = fresh.sum(1).tolist(), 0
-            ahead = (fresh.cumsum(1) - 1).to(keys.device)
-        positions = (_on(self.rows, keys.device)[:, None] + ahead)[:, None].expand(batch, heads, m)
+        positions = self._next(m, fresh, keys.device).expand(batch, heads, m)
         self.rows = [seen + count for seen, count in zip(self.rows, counts, strict=True)]
         new = dict(zip(SLOT, (keys, values, positions), strict=True)) | self.beside(keys, values, positions, fresh)
         if fresh is not None and isinstance(self.slots, EqualSlots):
@@ -77,6 +75,13 @@ class Contents:
             self.slots.append(new, self._slack(), fresh)
         else:
             self.slots.append(new, self._slack())
+
+    def _next(self, m: int, fresh: Tensor | None, device: torch.device) -> Tensor:
+        """Positions of new tokens, `[batch or 1, 1, m]`."""
+        if fresh is None and len(set(self.rows)) == 1:
+            return torch.arange(self.rows[0], self.rows[0] + m, device=device)[None, None]
+        ahead = torch.arange(m) if fresh is None else fresh.cumsum(1) - 1
+        return (_on(self.rows, device)[:, None] + ahead.to(device))[:, None]
 
     def adopt_output(self, module: nn.Module, query_heads: int, d: int) -> None:
         """Hold the output projection of the attention module, where the policy needs it."""
@@ -155,15 +160,34 @@ class Contents:
         if self.fits(due):
             self.mark(due)
             return
-        layer = self.judged(due)
         rooms = set(self._rooms(due))
-        if self.eviction.allocation.equal and isinstance(self.slots, EqualSlots) and len(rooms) == 1:
+        equal = self.eviction.allocation.equal and isinstance(self.slots, EqualSlots) and len(rooms) == 1
+        if equal and self._one_leaves(min(rooms), exact):
+            return
+        layer = self.judged(due)
+        if equal:
+            assert isinstance(self.slots, EqualSlots)
             room = rooms.pop()
             if not self.tier.drops:
                 self._leave(top(layer.merits, layer.view.budget), self.slots.length - room, exact)
             self.slots.keep_top(layer.merits, room, self._slack(), exact)
         else:
             self.cut(layer, self.eviction.slots([layer])[0], exact)
+
+    def _one_leaves(self, room: int, exact: bool) -> bool:
+        """Overwrite one slot of every head where just that is to be done, as at every decoding step; else False."""
+        slots = self.slots
+        assert isinstance(slots, EqualSlots)
+        if exact or slots.length != room + 1 or not self.tier.drops or not slots.may_overwrite(room, self._slack()):
+            return False
+        self._begin()
+        if "scores" in slots.buffers:
+            scores = slots["scores"]
+        else:
+            scores = self.eviction.policy.score(self.view())
+        first, last = self.eviction.guarded(room, self.rows[0])
+        slots.overwrite(weakest(scores, slots["positions"], first, last, self.index))
+        return True
 
     def fits(self, due: Sequence[bool] | None = None) -> bool:
         """Whether no head holds more than an equal share of the budget, so that nothing needs to go.
@@ -175,15 +199,18 @@ class Contents:
 
     def judged(self, due: Sequence[bool] | None = None) -> Layer:
         """The layer with its slots scored, ready to be cut in the rows `due`; None means all."""
-        self.mark(due)
-        self.loose = 0
-        self.eviction.warn_of_length(max(self.rows))
+        self._begin(due)
         if "scores" in self.slots.buffers:
             view, scores = self._scored(due)
         else:
             view = self.view(due)
             scores = self.eviction.policy.score(view)
         return self.eviction.judge(scores, view, self.place)
+
+    def _begin(self, due: Sequence[bool] | None = None) -> None:
+        self.mark(due)
+        self.loose = 0
+        self.eviction.warn_of_length(max(self.rows))
 
     def cut(self, layer: Layer, slots: Tensor, exact: bool = False) -> None:
         """Keep the `slots [batch, kv_heads]` best of each head."""

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from kv_gym.budgets import Allocation, Layer, judged
+from kv_gym.budgets import UNSEEN, Allocation, Layer, judged
 from kv_gym.budgets.budget import Budget, slots_after
 from kv_gym.cache_view import CacheView
 from kv_gym.live.tiers import Drop, Tier
@@ -96,6 +96,12 @@ class Eviction:
         """A layer ready to be cut; `place` is which of the evicting layers it is."""
         recent = max(self.recent, self.trigger.spared)
         return judged(scores, self.allocation, view, self.sinks, recent, place, self.layers)
+
+    def guarded(self, room: int, seen: int) -> tuple[int, int]:
+        """Positions below the first and from the second number on stay, in a head of `room` slots after `seen`."""
+        sinks = min(self.sinks, room // 2)
+        recent = min(max(self.recent, self.trigger.spared), room // 2 - sinks)
+        return sinks, seen - recent if recent else UNSEEN
 
     def slots(self, layers: Sequence[Layer]) -> list[Tensor]:
         """Slots that each head keeps, `[batch, kv_heads]` for each layer."""

@@ -5,6 +5,8 @@ The call of variable length has not been run on a GPU yet: tests check it agains
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -39,9 +41,9 @@ def by_slices(query: Tensor, slots: RaggedSlots, scaling: float, fresh: Tensor |
     batch, query_heads, m, d = query.shape
     heads = slots.lengths.shape[1]
     group = query_heads // heads
-    starts, lengths = slots.starts.tolist(), slots.lengths.tolist()
-    all_keys, all_values = slots.buffers["keys"], slots.buffers["values"]
-    exact = torch.promote_types(query.dtype, torch.float32)
+    all_keys, all_values = _by_head(slots, "keys"), _by_head(slots, "values")
+    if m == 1 and fresh is None and not dropout:
+        return _next_token(query, all_keys, all_values, scaling)
     out = query.new_zeros(batch, m, query_heads, d)
     for row in range(batch):
         asked: slice | Tensor = slice(None)
@@ -52,22 +54,34 @@ def by_slices(query: Tensor, slots: RaggedSlots, scaling: float, fresh: Tensor |
             continue
         asking, answer = query[row], out[row].transpose(0, 1)  # [query_heads, m, d], the second one a view
         for head in range(heads):
-            start, length = starts[row][head], lengths[row][head]
-            keys, values = all_keys[start : start + length], all_values[start : start + length]
+            keys, values = all_keys[row * heads + head], all_values[row * heads + head]
             own = slice(head * group, (head + 1) * group)
-            if new == 1 and not dropout:
-                products = (asking[own, asked].reshape(group, d) @ keys.t()).to(exact)
-                answer[own, asked] = (products.mul_(scaling).softmax(-1).to(values.dtype) @ values)[:, None]
-            else:
-                answer[own, asked] = F.scaled_dot_product_attention(
-                    asking[own, asked][None],
-                    keys.expand(1, group, -1, -1),
-                    values.expand(1, group, -1, -1),
-                    causal_mask(new, length, query),
-                    dropout,
-                    scale=scaling,
-                )[0]
+            answer[own, asked] = F.scaled_dot_product_attention(
+                asking[own, asked][None],
+                keys.expand(1, group, -1, -1),
+                values.expand(1, group, -1, -1),
+                causal_mask(new, len(keys), query),
+                dropout,
+                scale=scaling,
+            )[0]
     return out
+
+
+def _next_token(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scaling: float) -> Tensor:
+    """A decoding step, `[batch, 1, query_heads, d]`: three operations a head, since each costs as much as its bytes."""
+    batch, query_heads, _, d = query.shape
+    asking = (query * scaling).view(len(keys), -1, d).unbind()
+    exact = torch.promote_types(query.dtype, torch.float32)
+    weights = [(asked @ own.t()).to(exact).softmax(-1) for asked, own in zip(asking, keys, strict=True)]
+    found = [weight.to(query.dtype) @ own for weight, own in zip(weights, values, strict=True)]
+    return torch.cat(found).view(batch, 1, query_heads, d)
+
+
+def _by_head(slots: RaggedSlots, name: str) -> Sequence[Tensor]:
+    """The slots of every (row, KV head) in turn, `[length, d]` each; views."""
+    gaps = slots.capacities - slots.lengths
+    sizes = torch.stack((slots.lengths, gaps), -1).flatten().tolist()
+    return slots.buffers[name].split(sizes)[::2]
 
 
 def by_variable_length(query: Tensor, slots: RaggedSlots, scaling: float) -> Tensor:

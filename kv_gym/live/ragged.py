@@ -54,14 +54,17 @@ class RaggedSlots:
             fresh: `[batch, new]` or `[batch, kv_heads, new]` bool on the CPU, which of them are real; None means all.
         """
         m = next(iter(new.values())).shape[2]
+        counts: Tensor | int = m
         if fresh is not None:
             fresh = (fresh[:, None] if fresh.dim() == 2 else fresh).expand(*self.lengths.shape, m)
-        counts = torch.full_like(self.lengths, m) if fresh is None else fresh.sum(2)
-        if bool((self.lengths + counts > self.capacities).any()) or self._frozen():
-            room = torch.maximum(counts, torch.full_like(counts, max(LEAST_SLACK, slack)))
-            self._lay_out(self.lengths + room)
-        index = runs(self.starts + self.lengths, counts)
-        picked = None if fresh is None else fresh.flatten().nonzero()[:, 0]
+            counts = fresh.sum(2)
+        if int((self.capacities - self.lengths - counts).min()) < 0 or self._frozen():
+            self._lay_out(self.lengths + torch.as_tensor(counts).clamp(min=max(LEAST_SLACK, slack)))
+        ends = self.starts + self.lengths
+        if fresh is None:  # a decoding step comes here: few operations
+            index, picked = (ends if m == 1 else ends[..., None] + torch.arange(m)).flatten(), None
+        else:
+            index, picked = runs(ends, fresh.sum(2)), fresh.flatten().nonzero()[:, 0]
         for name, tensor in new.items():
             rows = tensor.flatten(0, 2)
             rows = rows if picked is None else rows[picked.to(rows.device)]
@@ -165,7 +168,7 @@ class RaggedSlots:
         old, new = runs(self.starts, self.lengths), runs(starts, self.lengths)
         for name, buffer in self.buffers.items():
             roomy = buffer.new_zeros(total, *buffer.shape[1:])  # zeros: what is padded is read, though never used
-            roomy[new.to(buffer.device)] = buffer[old.to(buffer.device)]
+            roomy.index_copy_(0, new.to(buffer.device), buffer.index_select(0, old.to(buffer.device)))
             self.buffers[name] = roomy
         self.capacities, self.starts = capacities, starts
 

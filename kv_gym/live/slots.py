@@ -100,17 +100,21 @@ class EqualSlots:
             exact: free all that is not needed.
         """
         victims = self.length - count
-        capacity = next(iter(self.buffers.values())).shape[2]
-        if exact or self._foreign or victims > count // 2 or capacity > count + max(LEAST_SLACK, slack):
+        if exact or victims > count // 2 or not self.may_overwrite(count, slack):
             self._take(merits.topk(count, sorted=False).indices.sort().values)
         else:
-            self._overwrite(merits.topk(victims, largest=False, sorted=False).indices)
+            self.overwrite(merits.topk(victims, largest=False, sorted=False).indices)
 
     def _take(self, index: Tensor) -> None:
         self.map(lambda tensor: take(tensor, index))
         self.length = index.shape[2]
 
-    def _overwrite(self, victims: Tensor) -> None:
+    def may_overwrite(self, count: int, slack: int) -> bool:
+        """Whether `count` slots may stay where they are: the buffers are ours, and not more than `slack` too large."""
+        capacity = next(iter(self.buffers.values())).shape[2]
+        return not self._foreign and capacity <= count + max(LEAST_SLACK, slack)
+
+    def overwrite(self, victims: Tensor) -> None:
         """Move what survives among the last slots over the victims `[batch, kv_heads, v]`; v slots fall away."""
         v = victims.shape[2]
         self.length -= v
