@@ -4,7 +4,8 @@ Held: the distinct storages behind every tensor that is reachable from the cache
 times the bytes of a slot (key, value, an int64 position, and what the policy keeps beside it), evicted pairs times the
 bytes that their tier states, and three int64 numbers a head (start, length, capacity) where heads differ in length,
 which ``nbytes`` leaves out. After `compress` they must be equal. While decoding, buffers have the stated slack: room
-for what comes until the next firing, at least 16 tokens, or an eighth of the budget where that is unknown.
+for what comes until the next firing, at least 16 tokens, or an eighth of the budget where that is unknown; 16 tokens
+more for heads that differ in length.
 
 The second table reads prompts of growing length in one forward under ``block:256`` and shows the largest cache on the
 way, which must not grow with the prompt.

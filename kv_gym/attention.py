@@ -91,8 +91,9 @@ def _take() -> Watcher | None:
 
 
 def _through(plain_name: str) -> Callable:
-    def attention(module, query, key, value, attention_mask=None, scaling=None, **rest):
+    def attention(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **rest):
         plain = _plain(plain_name, module)
+        rest["dropout"] = dropout
         watcher = _take()
         if watcher is None:
             return plain(module, query, key, value, attention_mask, scaling=scaling, **rest)

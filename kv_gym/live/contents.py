@@ -181,10 +181,8 @@ class Contents:
         if exact or slots.length != room + 1 or not self.tier.drops or not slots.may_overwrite(room, self._slack()):
             return False
         self._begin()
-        if "scores" in slots.buffers:
-            scores = slots["scores"]
-        else:
-            scores = self.eviction.policy.score(self.view())
+        known = "scores" in slots.buffers
+        scores = slots["scores"] if known else self.eviction.policy.score(self.view())
         first, last = self.eviction.guarded(room, self.rows[0])
         slots.overwrite(weakest(scores, slots["positions"], first, last, self.index))
         return True

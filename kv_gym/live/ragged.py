@@ -50,7 +50,7 @@ class RaggedSlots:
 
         Args:
             new: one tensor for each buffer.
-            slack: room that a full head is given beside its length, at least 16.
+            slack: room that a full head is given beside its length, at least 16, and 16 more.
             fresh: `[batch, new]` or `[batch, kv_heads, new]` bool on the CPU, which of them are real; None means all.
         """
         m = next(iter(new.values())).shape[2]
@@ -59,7 +59,7 @@ class RaggedSlots:
             fresh = (fresh[:, None] if fresh.dim() == 2 else fresh).expand(*self.lengths.shape, m)
             counts = fresh.sum(2)
         if int((self.capacities - self.lengths - counts).min()) < 0 or self._frozen():
-            self._lay_out(self.lengths + torch.as_tensor(counts).clamp(min=max(LEAST_SLACK, slack)))
+            self._lay_out(self.lengths + torch.as_tensor(counts).clamp(min=_room(slack)))
         ends = self.starts + self.lengths
         if fresh is None:  # a decoding step comes here: few operations
             index, picked = (ends if m == 1 else ends[..., None] + torch.arange(m)).flatten(), None
@@ -116,7 +116,7 @@ class RaggedSlots:
         """
         kept = kept.cpu()
         lengths = kept.sum(2)
-        allowed = lengths.sum() + lengths.numel() * max(LEAST_SLACK, slack)
+        allowed = lengths.sum() + lengths.numel() * _room(slack)
         if exact or self.capacities.sum() > allowed or self._frozen():
             places = torch.arange(kept.shape[2])
             index = (self.starts[..., None] + places)[kept]
@@ -175,6 +175,11 @@ class RaggedSlots:
     def _frozen(self) -> bool:
         # buffers made under torch.inference_mode() may not be written to outside it
         return self._any().is_inference() and not torch.is_inference_mode_enabled()
+
+
+def _room(slack: int) -> int:
+    """Slots that a head is given beside its length: some more than needed, for heads that gain from eviction."""
+    return max(LEAST_SLACK, slack) + LEAST_SLACK
 
 
 def _starts(capacities: Tensor) -> Tensor:
