@@ -73,9 +73,9 @@ def over_seeds(rows: list[dict]) -> list[dict]:
     """Rows of one agent's seeds made one: the mean, and half the 95 % interval (Student's t) of what varies."""
     groups: dict[tuple, list[dict]] = {}
     for row in rows:
-        groups.setdefault((row["policy"].split()[0], row["budget"], row["task"]), []).append(row)
+        groups.setdefault((row["policy"].split()[0], row["budget"], row["allocation"], row["task"]), []).append(row)
     merged = []
-    for (policy, _, _), same in groups.items():
+    for (policy, *_), same in groups.items():
         row = same[0] | {"policy": policy, "seeds": len(same)}
         for name in ("utility_kept", "accuracy", "nll"):
             values = [each[name] for each in same if each[name] is not None]
