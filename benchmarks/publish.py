@@ -82,7 +82,8 @@ def headline(data: dict) -> str:
     questions = max(row["n"] for row in shown if "accuracy" in row)
     return (
         f"With equal budgets for all heads: multi-key recall in 1,024 words from an eighth of the cache, {questions} "
-        f"held-out questions that were unseen while compressing; bytes behind a plus are the policy's weights; learned policies are "
+        f"held-out questions that were unseen while compressing; bytes behind a plus are the policy's weights; "
+        f"learned policies are "
         f"means over {data['seeds']} seeds "
         f"([all lengths and budgets](benchmarks/results/held_out.json), made by `python benchmarks/{data['command']}`):"
         f"\n\n{markdown(shown)}\n![accuracy and utility against the budget](benchmarks/results/held_out.png)\n\n"
