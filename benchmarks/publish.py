@@ -13,7 +13,6 @@ import shutil
 import statistics
 from pathlib import Path
 
-from kv_gym.budgets import format_budget
 from kv_gym.evaluation.report import markdown, merged, picture
 from kv_gym.evaluation.result import read_json
 from kv_gym.policies.scorer import Scorer
@@ -55,7 +54,7 @@ def smallest(data: dict) -> str:
     for row in data["rows"]:
         arms.setdefault((row["policy"], row["allocation"]), {})[row["budget"]] = row["accuracy"]
     found = {(row["policy"], row["allocation"]): row for row in data["smallest"]}
-    lines = [f"| policy | allocation | {' | '.join(map(format_budget, budgets))} | smallest |"]
+    lines = [f"| policy | allocation | {' | '.join(f'1/{round(1 / budget)}' for budget in budgets)} | smallest |"]
     lines.append("| --- | --- |" + " ---: |" * (len(budgets) + 1))
     for (policy, rule), right in sorted(arms.items(), key=lambda arm: -sum(arm[1].values())):
         name = f"**{policy}** (learned)" if policy in data["training_seconds"] else policy

@@ -22,7 +22,6 @@ from pathlib import Path
 
 from held_out import over_seeds
 
-from kv_gym.budgets import format_budget
 from kv_gym.evaluation import evaluate
 from kv_gym.evaluation.result import result, write_json
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, reference_tasks
@@ -95,7 +94,7 @@ def smallest(rows: list[dict], full: float) -> str:
     for row in sorted(rows, key=lambda row: -row["budget"]):
         if row["accuracy"] - row.get("accuracy_interval", row["sampling_interval"]) < full - 0.01:
             break
-        found = format_budget(row["budget"])
+        found = f"1/{round(1 / row['budget'])}"
     return found
 
 
@@ -129,7 +128,7 @@ def main() -> None:
         for (policy, rule), same in arms.items()
     ]
     order = sorted(arms, key=lambda arm: -sum(row["accuracy"] for row in arms[arm]))
-    lines = [f"| policy | allocation | {' | '.join(map(format_budget, BUDGETS))} | smallest |"]
+    lines = [f"| policy | allocation | {' | '.join(f'1/{round(1 / budget)}' for budget in BUDGETS)} | smallest |"]
     lines.append("|---" * (len(BUDGETS) + 3) + "|")
     for arm in order:
         cells = [f"{100 * row['accuracy']:.1f}" for row in sorted(arms[arm], key=lambda row: -row["budget"])]
