@@ -9,6 +9,7 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from kv_gym.budgets.selection import top
 from kv_gym.cache_view import CacheView
 from kv_gym.policies.base import Policy
 
@@ -71,3 +72,7 @@ class Allocation(ABC):
         Args:
             layers: all evicting layers of the model where `whole_model`, else any number of them.
         """
+
+    def kept(self, layers: Sequence[Layer]) -> list[Tensor]:
+        """The slots that stay, bool `[batch, kv_heads, tokens]` for each of `layers`: the best of each head."""
+        return [top(layer.merits, slots) for layer, slots in zip(layers, self.slots(layers), strict=True)]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from kv_gym.budgets.allocation import Allocation, Layer
-from kv_gym.budgets.selection import merit, protected, protection_within, top
+from kv_gym.budgets.selection import merit, protected, protection_within
 from kv_gym.cache_view import CacheView
 from kv_gym.policies.base import Policy
 
@@ -37,4 +37,4 @@ def cut(
         judged(policy.score(view), allocation, view, sinks, recent, place, len(views))
         for place, view in enumerate(views)
     ]
-    return [top(layer.merits, slots) for layer, slots in zip(layers, allocation.slots(layers), strict=True)]
+    return allocation.kept(layers)

@@ -41,14 +41,14 @@ class GlobalThreshold(Allocation):
         return NORMALISATIONS[self.normalisation](scores, view) if self.normalisation else scores
 
     def slots(self, layers: Sequence[Layer]) -> list[Tensor]:
+        return [kept.sum(-1) for kept in self.kept(layers)]
+
+    def kept(self, layers: Sequence[Layer]) -> list[Tensor]:
         sizes = [layer.merits[0].numel() for layer in layers]
         merits = torch.cat([layer.merits.flatten(1) for layer in layers], 1)
         totals = torch.stack([layer.view.budget.sum(1) for layer in layers]).sum(0)
         kept = torch.stack([best(row, int(total)) for row, total in zip(merits, totals, strict=True)])
-        return [
-            part.view_as(layer.merits).sum(-1)
-            for part, layer in zip(kept.split(sizes, 1), layers, strict=True)
-        ]  # fmt: skip
+        return [part.view_as(layer.merits) for part, layer in zip(kept.split(sizes, 1), layers, strict=True)]
 
 
 def best(merits: Tensor, count: int) -> Tensor:

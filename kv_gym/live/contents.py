@@ -172,7 +172,7 @@ class Contents:
                 self._leave(top(layer.merits, layer.view.budget), self.slots.length - room, exact)
             self.slots.keep_top(layer.merits, room, self._slack(), exact)
         else:
-            self.cut(layer, self.eviction.slots([layer])[0], exact)
+            self.cut(self.eviction.allocation.kept([layer])[0], exact)
 
     def _one_leaves(self, room: int, exact: bool) -> bool:
         """Overwrite one slot of every head where just that is to be done, as at every decoding step; else False."""
@@ -210,9 +210,8 @@ class Contents:
         self.loose = 0
         self.eviction.warn_of_length(max(self.rows))
 
-    def cut(self, layer: Layer, slots: Tensor, exact: bool = False) -> None:
-        """Keep the `slots [batch, kv_heads]` best of each head."""
-        kept = top(layer.merits, slots)
+    def cut(self, kept: Tensor, exact: bool = False) -> None:
+        """Keep the slots `kept [batch, kv_heads, longest]` bool."""
         if not self.tier.drops:
             most = int((self.slots.counts() - kept.sum(2).cpu()).max())
             self._leave(kept, most, exact, equal=False)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -102,10 +101,6 @@ class Eviction:
         sinks = min(self.sinks, room // 2)
         recent = min(max(self.recent, self.trigger.spared), room // 2 - sinks)
         return sinks, seen - recent if recent else UNSEEN
-
-    def slots(self, layers: Sequence[Layer]) -> list[Tensor]:
-        """Slots that each head keeps, `[batch, kv_heads]` for each layer."""
-        return self.allocation.slots(layers)
 
     def warn_of_length(self, seen: int) -> None:
         """Warn when a learned policy is asked about a context shorter or longer than those it was trained on."""

@@ -23,6 +23,5 @@ def cut_all(layers: Sequence[Contents], due: list[bool] | None, exact: bool = Fa
             contents.mark(due)
         return
     judged = [contents.judged(due) for contents in layers]
-    slots = layers[0].eviction.slots(judged)
-    for contents, layer, kept in zip(layers, judged, slots, strict=True):
-        contents.cut(layer, kept, exact)
+    for contents, kept in zip(layers, layers[0].eviction.allocation.kept(judged), strict=True):
+        contents.cut(kept, exact)
