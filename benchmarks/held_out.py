@@ -13,6 +13,7 @@ import argparse
 import json
 import statistics
 import time
+from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
 
@@ -39,21 +40,7 @@ def main() -> None:
     out, task = arguments.out, arguments.task
     model, tokenizer = load_model(MODEL)
 
-    learned, seconds = {}, {agent: [] for agent in AGENTS}
-    for seed in range(arguments.seeds):
-        prompts = chain(
-            reference_prompts(task, 512, 192, 8, "train", seed),
-            reference_prompts(task, 1024, 64, 8, "train", seed + 500),
-        )
-        training = record(model, list(prompts), out / f"train-{seed}", tokenizer=tokenizer)
-        for agent in AGENTS:
-            learned[f"{agent} {seed}"] = folder = out / f"{agent}-{seed}"
-            if not (folder / "policy.json").exists():
-                began = time.monotonic()
-                train(agent, training, folder, seed=seed)
-                (folder / "seconds").write_text(f"{time.monotonic() - began:.1f}")
-            seconds[agent].append(float((folder / "seconds").read_text()))
-
+    learned, seconds = trained(model, tokenizer, out, task, arguments.seeds, AGENTS)
     rows, claims = [], {}
     arms = learned | {name: name for name in HEURISTICS}
     for tokens in LENGTHS:
@@ -67,6 +54,27 @@ def main() -> None:
     file = write_json(out / "held_out.json", result(rows, **about))
     print(json.dumps(about, indent=1))
     print(report([read_json(file)], out, title="Held-out recall at equal budgets").read_text())
+
+
+def trained(
+    model, tokenizer, out: Path, task: str, seeds: int, agents: Iterable[str]
+) -> tuple[dict[str, Path], dict[str, list[float]]]:
+    """Folders of agents trained on contexts of their seed, by agent and seed, and what each training took."""
+    learned, seconds = {}, {agent: [] for agent in agents}
+    for seed in range(seeds):
+        prompts = chain(
+            reference_prompts(task, 512, 192, 8, "train", seed),
+            reference_prompts(task, 1024, 64, 8, "train", seed + 500),
+        )
+        training = record(model, list(prompts), out / f"train-{seed}", tokenizer=tokenizer)
+        for agent in seconds:
+            learned[f"{agent} {seed}"] = folder = out / f"{agent}-{seed}"
+            if not (folder / "policy.json").exists():
+                began = time.monotonic()
+                train(agent, training, folder, seed=seed, model=model)
+                (folder / "seconds").write_text(f"{time.monotonic() - began:.1f}")
+            seconds[agent].append(float((folder / "seconds").read_text()))
+    return learned, seconds
 
 
 def over_seeds(rows: list[dict]) -> list[dict]:

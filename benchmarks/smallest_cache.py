@@ -16,11 +16,9 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
-from itertools import chain
 from pathlib import Path
 
-from held_out import over_seeds
+from held_out import over_seeds, trained
 
 from kv_gym.evaluation import evaluate
 from kv_gym.evaluation.result import result, write_json
@@ -28,10 +26,8 @@ from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, reference_tasks
 from kv_gym.policies import make_policy
 from kv_gym.reference import MODEL
 from kv_gym.reference.generator import make_context
-from kv_gym.reference.prompts import reference_prompts
 from kv_gym.reference.tokenizer import encode, word_ids
-from kv_gym.traces import load_model, record
-from kv_gym.training import train
+from kv_gym.traces import load_model
 
 BUDGETS = (1 / 8, 1 / 11, 1 / 16, 1 / 22, 1 / 32, 1 / 45, 1 / 64, 1 / 90)
 HEURISTICS = ("uniform_order", "recency", "streaming_llm", "h2o", "snapkv", "tova", "knorm", "keydiff", "value_norm")
@@ -70,24 +66,6 @@ def best_setting(model, name: str, tasks: list[TaskContext]) -> dict:
     return {"allocation": rule, "sinks": sinks, "recent": recent, "validation_accuracy": scores[rule, sinks, recent]}
 
 
-def trained(model, tokenizer, out: Path, seeds: int) -> tuple[dict[str, Path], dict[str, list[float]]]:
-    learned, seconds = {}, {agent: [] for agent in AGENTS}
-    for seed in range(seeds):
-        prompts = chain(
-            reference_prompts(TASK, 512, 192, 8, "train", seed),
-            reference_prompts(TASK, 1024, 64, 8, "train", seed + 500),
-        )
-        training = record(model, list(prompts), out / f"train-{seed}", tokenizer=tokenizer)
-        for agent in AGENTS:
-            learned[f"{agent} {seed}"] = folder = out / f"{agent}-{seed}"
-            if not (folder / "policy.json").exists():
-                began = time.monotonic()
-                train(agent, training, folder, seed=seed, model=model)
-                (folder / "seconds").write_text(f"{time.monotonic() - began:.1f}")
-            seconds[agent].append(float((folder / "seconds").read_text()))
-    return learned, seconds
-
-
 def smallest(rows: list[dict], full: float) -> str:
     """The smallest budget at and above which every accuracy is within a point of the full cache; "" for none."""
     found = ""
@@ -106,7 +84,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, default=Path("benchmarks/results/smallest_cache.json"))
     args = parser.parse_args()
     model, tokenizer = load_model(MODEL)
-    learned, seconds = trained(model, tokenizer, args.out, args.seeds)
+    learned, seconds = trained(model, tokenizer, args.out, TASK, args.seeds, AGENTS)
     dev = validation_tasks(16)
     chosen = {name: best_setting(model, name, dev) for name in HEURISTICS}
     tasks = reference_tasks(TASK, TOKENS, args.count)
