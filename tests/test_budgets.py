@@ -8,6 +8,7 @@ import torch
 
 from kv_gym import CacheView, Policy, make_policy
 from kv_gym.budgets import (
+    UNSEEN,
     format_budget,
     keep_order,
     parse_budget,
@@ -16,6 +17,7 @@ from kv_gym.budgets import (
     select,
     slots_per_head,
     uniform,
+    weakest,
 )
 from kv_gym.errors import UserError
 
@@ -202,3 +204,21 @@ def test_a_budget_at_or_above_the_length_evicts_nothing():
     policy = Given(scores=(((0.0, -5.0, 2.0, 9.0),),))
     assert select(policy, view, 0, 0)[0, 0].tolist() == [True, True, True, False]
     assert select(policy, view.with_budget(torch.tensor([[50]])), 0, 0)[0, 0].tolist() == [True, True, True, False]
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_weakest_slot_is_the_one_of_least_merit(seed):
+    rng = random.Random(seed)
+    n, seen = 9, 14
+    positions = [[rng.sample(range(seen), n) for _ in range(2)]]
+    scores = torch.tensor([[[rng.choice([-2.0, 0.0, -0.0, 5.0]) for _ in range(n)] for _ in range(2)]])
+    view = view_of(positions, [seen], [[n - 1, n - 1]])
+    sinks, recent = rng.randint(0, 2), rng.randint(0, 2)
+    first, last = sinks, seen - recent if recent else UNSEEN
+    victims = weakest(scores, view.positions, first, last)[..., 0]
+    for head in range(2):
+        safe = [p < sinks or p >= seen - recent for p in positions[0][head]]
+        ranking = sorted(range(n), key=lambda i: (safe[i], float(scores[0, head, i]), positions[0][head][i]))
+        assert int(victims[0, head]) == ranking[0]
+    with pytest.raises(UserError, match="scored NaN in layer 3"):
+        weakest(scores.index_fill(-1, torch.tensor([4]), float("nan")), view.positions, 0, UNSEEN, layer=3)

@@ -59,10 +59,8 @@ def merit(scores: Tensor, view: CacheView, shield: Tensor | None = None) -> Tens
     """
     # adding zero makes -0.0 the same as 0.0
     scores = scores.detach().float().masked_fill(~view.valid, 0.0) + 0.0
-    if scores.device.type == "cpu":
-        if bool(scores.isnan().any()):
-            raise UserError(f"a policy scored NaN in layer {view.layer}; expected finite scores (are the keys finite?)")
-    else:
+    _refuse_nan(scores, view.layer)
+    if scores.device.type != "cpu":
         scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
     upper = ordered(scores)
     if shield is not None:
@@ -95,9 +93,14 @@ def weakest(scores: Tensor, positions: Tensor, first: int, last: int, layer: int
     if first or last < UNSEEN:
         scores = scores.masked_fill((positions < first) | (positions >= last), float("inf"))
     lowest = scores.amin(-1, keepdim=True)
-    if lowest.device.type == "cpu" and bool(lowest.isnan().any()):
-        raise UserError(f"a policy scored NaN in layer {layer}; expected finite scores (are the keys finite?)")
+    _refuse_nan(lowest, layer)
     return torch.where(scores == lowest, positions, UNSEEN).argmin(-1, keepdim=True)
+
+
+def _refuse_nan(scores: Tensor, layer: int) -> None:
+    """Refuse NaN on a CPU; a device would have to be waited for."""
+    if scores.device.type == "cpu" and bool(scores.isnan().any()):
+        raise UserError(f"a policy scored NaN in layer {layer}; expected finite scores (are the keys finite?)")
 
 
 def keep_order(scores: Tensor, view: CacheView, shield: Tensor | None = None) -> Tensor:

@@ -14,10 +14,9 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
-from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
 from kv_gym.policies.hits import query_positions
-from kv_gym.policies.tokens import smooth
+from kv_gym.policies.tokens import refuse_window, smooth
 
 
 @dataclass(frozen=True)
@@ -30,8 +29,7 @@ class CAKE(Policy):
     gamma: float = 200.0
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise UserError(f"cake got window={self.window}, kernel={self.kernel}; expected both above 0, kernel odd")
+        refuse_window(self.name, self.window, self.kernel)
 
     @property
     def needs_queries(self) -> int:

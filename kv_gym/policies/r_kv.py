@@ -21,7 +21,7 @@ from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
 from kv_gym.policies.hits import query_positions
-from kv_gym.policies.tokens import smooth
+from kv_gym.policies.tokens import refuse_window, smooth
 
 _CHUNK = 32  # keys compared with all others at a time
 
@@ -43,8 +43,7 @@ class RKV(Policy):
     threshold: float = 0.5
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise UserError(f"r_kv got window={self.window}, kernel={self.kernel}; expected both above 0, kernel odd")
+        refuse_window(self.name, self.window, self.kernel)
         if not 0 <= self.importance <= 1 or not 0 <= self.threshold < 1:
             raise UserError(
                 f"r_kv got importance={self.importance}, threshold={self.threshold}; "

@@ -15,7 +15,7 @@ from torch import Tensor
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
-from kv_gym.policies.tokens import smooth
+from kv_gym.policies.tokens import refuse_window, smooth
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class SnapKV(Policy):
     reduce: str = "mean"
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0:
-            raise UserError(f"snapkv got window={self.window}, kernel={self.kernel}; expected both above 0, kernel odd")
+        refuse_window(self.name, self.window, self.kernel)
         if self.pooling not in ("avg", "max") or self.reduce not in ("mean", "max"):
             raise UserError(
                 f"snapkv got pooling={self.pooling!r}, reduce={self.reduce!r}; expected avg or max, and mean or max"

@@ -10,6 +10,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+
+
+def refuse_window(name: str, window: int, kernel: int) -> None:
+    """Raise a UserError for a window or a kernel that :func:`smooth` cannot serve; `name` is the policy's."""
+    if window < 1 or kernel < 1 or kernel % 2 == 0:
+        raise UserError(f"{name} got window={window}, kernel={kernel}; expected both above 0, kernel odd")
 
 
 def smooth(received: Tensor, view: CacheView, window: int, kernel: int, pooling: str = "avg") -> Tensor:

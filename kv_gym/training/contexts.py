@@ -37,12 +37,16 @@ def expected_utility(sequence: Sequence) -> np.ndarray:
     return sequence.utility()
 
 
-def read_context(sequence: Sequence, worth: Callable[[Sequence], np.ndarray] = expected_utility) -> Context:
-    """Inputs of a recorded context as it was at its end, and the worth of its slots."""
+def inputs_of(sequence: Sequence) -> Tensor:
+    """What the networks see of every slot of a recorded context as it was at its end, `[heads, n, f]`."""
     keys, values = torch.from_numpy(sequence.keys).flatten(0, 1), torch.from_numpy(sequence.values).flatten(0, 1)
     n = keys.shape[1]
-    inputs = slot_inputs(keys, values, torch.arange(n).expand(keys.shape[:2]), torch.tensor(n))
-    return Context(inputs, torch.from_numpy(worth(sequence)).flatten(0, 1))
+    return slot_inputs(keys, values, torch.arange(n).expand(keys.shape[:2]), torch.tensor(n))
+
+
+def read_context(sequence: Sequence, worth: Callable[[Sequence], np.ndarray] = expected_utility) -> Context:
+    """Inputs of a recorded context as it was at its end, and the worth of its slots."""
+    return Context(inputs_of(sequence), torch.from_numpy(worth(sequence)).flatten(0, 1))
 
 
 def standardise(contexts: list[Context], network: GroupedScorer) -> None:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from kv_gym.errors import UserError
 from kv_gym.live.gated import Recorded, continuation_logits, frozen
-from kv_gym.policies.scorer import Scorer, slot_inputs
+from kv_gym.policies.scorer import Scorer
 from kv_gym.traces.sequence import Sequence
+from kv_gym.training.contexts import inputs_of
 from kv_gym.training.cuts import hard_top
 from kv_gym.training.learner import Learner, Told
 from kv_gym.training.settings import Settings
@@ -65,7 +66,7 @@ class EndToEnd(Learner):
                 raise UserError(f"context {sequence.id} has no continuations, so nothing tells what its cut would cost")
         self.sequences = sequences
         if self.fresh:
-            self.network.standardise(torch.cat([_inputs(sequence) for sequence in sequences[:32]], 1))
+            self.network.standardise(torch.cat([inputs_of(sequence) for sequence in sequences[:32]], 1))
 
     @property
     def samples(self) -> int:
@@ -112,17 +113,10 @@ class EndToEnd(Learner):
         return -sum(moved) / len(moved)
 
     def _cut(self, sequence: Sequence, share: float, n: int) -> Tensor:
-        scores = self.network(_inputs(sequence))  # [heads, length]
+        scores = self.network(inputs_of(sequence))  # [heads, length]
         count = max(1, int(share * scores.numel()))
         gates = hard_top(scores.flatten(), count, self.chosen.temperature).view_as(scores)
         return torch.nn.functional.pad(gates, (0, n - scores.shape[1]))
-
-
-def _inputs(sequence: Sequence) -> Tensor:
-    """What the networks see of every slot, `[heads, n, f]`."""
-    keys, values = torch.from_numpy(sequence.keys).flatten(0, 1), torch.from_numpy(sequence.values).flatten(0, 1)
-    n = keys.shape[1]
-    return slot_inputs(keys, values, torch.arange(n).expand(keys.shape[:2]), torch.tensor(n))
 
 
 def _recorded(sequences: list[Sequence]) -> Recorded:
@@ -138,7 +132,7 @@ def _continuations(sequences: list[Sequence], most: int, everyone: bool = False)
 
     Drawn anew where a context has more than the others; `everyone` takes all of a single context's.
     """
-    several = min(most, *(len(sequence.continuations) for sequence in sequences)) if not everyone else most
+    several = min(most, *(len(sequence.continuations) for sequence in sequences))
     drawn = []
     for sequence in sequences:
         order = range(several) if everyone else torch.randperm(len(sequence.continuations))[:several].tolist()
