@@ -40,7 +40,7 @@ def random_cut(model, sequences, share):
     generator, moved = torch.Generator().manual_seed(0), []
     for sequence in sequences:
         contexts = _recorded([sequence])
-        tokens, real = _continuations([sequence], len(sequence.continuations), everyone=True)
+        tokens, real = _continuations([sequence], [list(range(len(sequence.continuations)))])
         scores = torch.rand(contexts.keys.shape[:4], generator=generator)
         count = int(share * scores.numel())
         gates = torch.zeros(scores.numel()).scatter_(0, scores.flatten().topk(count).indices, 1.0).view_as(scores)
@@ -135,7 +135,14 @@ def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for
 
     monkeypatch.setattr(end_to_end, "continuation_logits", counted)
     assert learner.reward(None, sequences) == pytest.approx(-sum(moved) / len(moved), rel=1e-4)
-    assert calls == 3 * [True, False, False, False, False]
+    assert calls.count(True) == 3 and calls.count(False) == 12
+    calls.clear()
+    learner.reward(None, sequences)  # what the full cache says is kept
+    assert not any(calls)
+    monkeypatch.setattr(end_to_end, "MOST_KEPT", 0)
+    learner.prepare(sequences)
+    assert learner.reward(None, sequences) == pytest.approx(-sum(moved) / len(moved), rel=1e-4)
+    assert calls.count(True) == 12  # and asked for again where it would not fit
 
 
 def test_refusals(recorded, tmp_path):

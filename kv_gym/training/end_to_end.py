@@ -17,6 +17,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from kv_gym.errors import UserError
 from kv_gym.live.gated import Recorded, continuation_logits, frozen
@@ -26,6 +27,8 @@ from kv_gym.training.contexts import inputs_of
 from kv_gym.training.cuts import hard_top
 from kv_gym.training.learner import Learner, Told
 from kv_gym.training.settings import Settings
+
+MOST_KEPT = 1 << 30  # bytes: what the full cache says, of all contexts, is kept up to here
 
 
 @dataclass(frozen=True)
@@ -65,6 +68,7 @@ class EndToEnd(Learner):
             if not sequence.continuations:
                 raise UserError(f"context {sequence.id} has no continuations, so nothing tells what its cut would cost")
         self.sequences = sequences
+        self._answers: dict[str, Tensor] = {}
         self.standardise_fresh(inputs_of(sequence, self.chosen.inputs) for sequence in sequences)
 
     @property
@@ -79,9 +83,10 @@ class EndToEnd(Learner):
         picked = self._alike(chosen.contexts)
         low, high = math.log(chosen.smallest), math.log(chosen.largest)
         shares = torch.empty(len(picked)).uniform_(low, high).exp().tolist()
-        tokens, real = _continuations(picked, chosen.continuations)
+        several = min(chosen.continuations, *(len(sequence.continuations) for sequence in picked))
+        drawn = [torch.randperm(len(sequence.continuations))[:several].tolist() for sequence in picked]
         with frozen(self.model):
-            loss = self.divergence(picked, shares, tokens, real).mean()
+            loss = self.divergence(picked, shares, drawn).mean()
             norm = self.descend(loss)
         return {"loss": loss.detach(), "divergence": loss.detach(), "gradient_norm": norm}
 
@@ -91,10 +96,25 @@ class EndToEnd(Learner):
         near = [sequence for sequence in self.sequences if 0.8 * first <= len(sequence.tokens) <= 1.25 * first]
         return [near[i] for i in torch.randint(len(near), (count,)).tolist()]
 
-    def divergence(self, picked: list[Sequence], shares: list[float], tokens: Tensor, real: Tensor) -> Tensor:
-        """Kullback-Leibler divergence from the full cache, nats per token: `[contexts]`."""
+    def divergence(self, picked: list[Sequence], shares: list[float], drawn: list[list[int]]) -> Tensor:
+        """Kullback-Leibler divergence of the cut caches from the full ones, nats per token: `[contexts]`.
+
+        Args:
+            picked: contexts of nearly one length.
+            shares: the total that each is cut to.
+            drawn: which of its continuations each context reads, as many for all.
+        """
         contexts = _recorded(picked)
-        return self._moved(contexts, picked, shares, tokens, real, self._full(contexts, tokens))
+        layers, heads, n = contexts.keys.shape[1:4]
+        gates = torch.stack(
+            [self._cut(sequence, share, n) for sequence, share in zip(picked, shares, strict=True)]
+        ).view(len(picked), layers, heads, n)
+        tokens, real = _continuations(picked, drawn)
+        cut = continuation_logits(self.model, contexts, gates, tokens).float().log_softmax(-1)
+        known = [self._full(sequence)[which] for sequence, which in zip(picked, drawn, strict=True)]
+        full = torch.stack([pad(each, (0, 0, 0, tokens.shape[2] - each.shape[1])) for each in known])
+        moved = (full.exp() * (full - cut)).sum(-1) * real
+        return moved.sum((1, 2)) / real.sum((1, 2))
 
     def reward(self, policy: Scorer, validation: list[Sequence]) -> float:
         """Minus the mean divergence at four totals, on contexts that the optimiser never saw; 0 is perfect."""
@@ -102,67 +122,52 @@ class EndToEnd(Learner):
         moved = []
         with frozen(self.model), torch.no_grad():
             for sequence in validation:
-                contexts = _recorded([sequence])
-                tokens, real = _continuations([sequence], len(sequence.continuations), everyone=True)
-                full = self._full(contexts, tokens)  # the same for every total
+                everyone = [list(range(len(sequence.continuations)))]
                 for share in np.exp(np.linspace(low, high, 4)).tolist():
-                    moved.append(float(self._moved(contexts, [sequence], [share], tokens, real, full)))
+                    moved.append(float(self.divergence([sequence], [share], everyone)))
         return -sum(moved) / len(moved)
 
     @torch.no_grad()
-    def _full(self, contexts: Recorded, tokens: Tensor) -> Tensor:
-        """Log-probabilities of the full cache, `[C, Q, m, vocabulary]`."""
-        layers, heads, n = contexts.keys.shape[1:4]
-        there = torch.arange(n) < contexts.lengths[:, None, None, None]  # [C, 1, 1, n]
-        everything = there.float().expand(-1, layers, heads, -1)
-        return continuation_logits(self.model, contexts, everything, tokens).float().log_softmax(-1)
+    def _full(self, sequence: Sequence) -> Tensor:
+        """Log-probabilities of all continuations over the full cache, `[Q, m, vocabulary]`, kept where that fits.
 
-    def _moved(
-        self,
-        contexts: Recorded,
-        picked: list[Sequence],
-        shares: list[float],
-        tokens: Tensor,
-        real: Tensor,
-        full: Tensor,
-    ) -> Tensor:
-        """Divergence of the cut caches from `full`, what the full ones say: `[contexts]`."""
-        layers, heads, n = contexts.keys.shape[1:4]
-        gates = torch.stack(
-            [self._cut(sequence, share, n) for sequence, share in zip(picked, shares, strict=True)]
-        ).view(len(picked), layers, heads, n)
-        cut = continuation_logits(self.model, contexts, gates, tokens).float().log_softmax(-1)
-        moved = (full.exp() * (full - cut)).sum(-1) * real
-        return moved.sum((1, 2)) / real.sum((1, 2))
+        Always of one context alone, so that a resumed run meets the same numbers as an uninterrupted one.
+        """
+        if sequence.id in self._answers:
+            return self._answers[sequence.id]
+        contexts = _recorded([sequence])
+        everything = torch.ones(contexts.keys.shape[:4])
+        tokens, _ = _continuations([sequence], [list(range(len(sequence.continuations)))])
+        full = continuation_logits(self.model, contexts, everything, tokens)[0].float().log_softmax(-1)
+        if full.nbytes * len(self.sequences) <= MOST_KEPT:
+            self._answers[sequence.id] = full
+        return full
 
     def _cut(self, sequence: Sequence, share: float, n: int) -> Tensor:
         scores = self.network(inputs_of(sequence, self.chosen.inputs))  # [heads, length]
         count = max(1, int(share * scores.numel()))
         gates = hard_top(scores.flatten(), count, self.chosen.temperature).view_as(scores)
-        return torch.nn.functional.pad(gates, (0, n - scores.shape[1]))
+        return pad(gates, (0, n - scores.shape[1]))
 
 
 def _recorded(sequences: list[Sequence]) -> Recorded:
     lengths = torch.tensor([len(sequence.tokens) for sequence in sequences])
     n = int(lengths.max())
-    pad = lambda array: torch.nn.functional.pad(torch.from_numpy(array), (0, 0, 0, n - array.shape[2]))  # noqa: E731
-    keys = torch.stack([pad(sequence.keys) for sequence in sequences])
-    return Recorded(keys, torch.stack([pad(sequence.values) for sequence in sequences]), lengths)
+
+    def padded(array: np.ndarray) -> Tensor:
+        return pad(torch.from_numpy(array), (0, 0, 0, n - array.shape[2]))
+
+    keys = torch.stack([padded(sequence.keys) for sequence in sequences])
+    return Recorded(keys, torch.stack([padded(sequence.values) for sequence in sequences]), lengths)
 
 
-def _continuations(sequences: list[Sequence], most: int, everyone: bool = False) -> tuple[Tensor, Tensor]:
-    """Tokens `[C, Q, m]` of as many continuations of each context, padded at the end, and which are real.
-
-    Drawn anew where a context has more than the others; `everyone` takes all of a single context's.
-    """
-    several = min(most, *(len(sequence.continuations) for sequence in sequences))
-    drawn = []
-    for sequence in sequences:
-        order = range(several) if everyone else torch.randperm(len(sequence.continuations))[:several].tolist()
-        drawn.append([torch.from_numpy(sequence.continuations[i].tokens) for i in order])
-    m = max(len(tokens) for row in drawn for tokens in row)
-    padded = torch.stack(
-        [torch.stack([torch.nn.functional.pad(tokens, (0, m - len(tokens))) for tokens in row]) for row in drawn]
-    )
-    lengths = torch.tensor([[len(tokens) for tokens in row] for row in drawn])
+def _continuations(sequences: list[Sequence], drawn: list[list[int]]) -> tuple[Tensor, Tensor]:
+    """Tokens `[C, Q, m]` of the drawn continuations of each context, padded at the end, and which are real."""
+    picked = [
+        [torch.from_numpy(sequence.continuations[i].tokens) for i in which]
+        for sequence, which in zip(sequences, drawn, strict=True)
+    ]
+    m = max(len(tokens) for row in picked for tokens in row)
+    padded = torch.stack([torch.stack([pad(tokens, (0, m - len(tokens))) for tokens in row]) for row in picked])
+    lengths = torch.tensor([[len(tokens) for tokens in row] for row in picked])
     return padded, (torch.arange(m) < lengths[..., None]).float()
