@@ -111,7 +111,7 @@ class EndToEnd(Learner):
         ).view(len(picked), layers, heads, n)
         tokens, real = _continuations(picked, drawn)
         cut = continuation_logits(self.model, contexts, gates, tokens).float().log_softmax(-1)
-        known = [self._full(sequence)[which] for sequence, which in zip(picked, drawn, strict=True)]
+        known = [self._full(sequence, which) for sequence, which in zip(picked, drawn, strict=True)]
         full = torch.stack([pad(each, (0, 0, 0, tokens.shape[2] - each.shape[1])) for each in known])
         moved = (full.exp() * (full - cut)).sum(-1) * real
         return moved.sum((1, 2)) / real.sum((1, 2))
@@ -128,20 +128,23 @@ class EndToEnd(Learner):
         return -sum(moved) / len(moved)
 
     @torch.no_grad()
-    def _full(self, sequence: Sequence) -> Tensor:
-        """Log-probabilities of all continuations over the full cache, `[Q, m, vocabulary]`, kept where that fits.
+    def _full(self, sequence: Sequence, drawn: list[int]) -> Tensor:
+        """Log-probabilities of some continuations over the full cache, `[Q, m, vocabulary]`; kept if all of them fit.
 
         Always of one context alone, so that a resumed run meets the same numbers as an uninterrupted one.
         """
         if sequence.id in self._answers:
-            return self._answers[sequence.id]
+            return self._answers[sequence.id][drawn]
+        there = sum(len(continuation.tokens) for continuation in sequence.continuations)
+        kept = 4 * there * self.model.config.get_text_config().vocab_size * len(self.sequences) <= MOST_KEPT
         contexts = _recorded([sequence])
         everything = torch.ones(contexts.keys.shape[:4])
-        tokens, _ = _continuations([sequence], [list(range(len(sequence.continuations)))])
+        asked = list(range(len(sequence.continuations))) if kept else drawn
+        tokens, _ = _continuations([sequence], [asked])
         full = continuation_logits(self.model, contexts, everything, tokens)[0].float().log_softmax(-1)
-        if full.nbytes * len(self.sequences) <= MOST_KEPT:
+        if kept:
             self._answers[sequence.id] = full
-        return full
+        return full[drawn] if kept else full
 
     def _cut(self, sequence: Sequence, share: float, n: int) -> Tensor:
         scores = self.network(inputs_of(sequence, self.chosen.inputs))  # [heads, length]
