@@ -77,10 +77,11 @@ def test_other_budgets_are_refused_with_what_was_expected(given, complaint):
 
 @pytest.mark.parametrize(
     ("budget", "shown"),
-    [(64, "64"), (0.125, "1/8"), (0.5, "1/2"), (1.0, "1"), (0.3, "0.3"), (0.12, "0.12"), (0.0625, "1/16")],
+    [(64, "64"), (0.125, "1/8"), (0.5, "1/2"), (1, "1"), (1.0, "1.0"), (0.3, "0.3"), (0.12, "0.12"), (1 / 90, "1/90")],
 )
 def test_tables_show_short_fractions(budget, shown):
     assert format_budget(budget) == shown
+    assert parse_budget(shown) == budget and type(parse_budget(shown)) is type(budget)
 
 
 @pytest.mark.parametrize(

@@ -41,13 +41,12 @@ def parse_budget(budget: str | int | float) -> Budget:
 
 
 def format_budget(budget: Budget) -> str:
-    """A budget as tables show it: slots as they are, shares as fractions where these are short."""
+    """A budget as tables show it and :func:`parse_budget` reads it: slots as they are, shares as short fractions."""
     if isinstance(budget, int):
         return str(budget)
-    fraction = Fraction(budget).limit_denominator(64)
-    return (
-        str(fraction) if float(fraction) == budget and fraction.numerator == 1 < fraction.denominator else f"{budget:g}"
-    )
+    fraction = Fraction(budget).limit_denominator(1024)
+    exact = float(fraction) == budget and fraction.numerator == 1
+    return f"{budget:.1f}" if budget == 1 else str(fraction) if exact else f"{budget:g}"
 
 
 def budget_key(budget: Budget) -> tuple[bool, Budget]:
