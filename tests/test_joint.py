@@ -175,12 +175,25 @@ def test_targets_of_the_model_train_and_ask_for_it(recorded, tmp_path, target):
     assert policy.training["settings"]["target"] == target
 
 
+def test_the_target_is_the_best_that_there_is_to_learn_from(recorded, tmp_path):
+    """With the model what its layers are to the loss, without it attention alone; the policy's settings say which."""
+    model, traces = recorded
+    settings = FAST | {"steps": 3, "every": 3}
+    seeing = train("joint", traces, tmp_path / "with", model=model, **settings)
+    blind = train("joint", traces, tmp_path / "without", **settings)
+    assert seeing.training["settings"]["target"] == "layers" and blind.training["settings"]["target"] == "mean"
+    named = train("joint", traces, tmp_path / "named", model=model, target="layers", **settings)
+    for name, weight in named.network.state_dict().items():
+        assert torch.equal(weight, seeing.network.state_dict()[name])
+    assert any(not torch.equal(w, seeing.network.state_dict()[n]) for n, w in blind.network.state_dict().items())
+
+
 def test_settings_that_there_are_not():
     assert settings_of("joint") == JointSettings()  # the file and the class say the same
     assert settings_of("joint", continuations=3).continuations == 3
     with pytest.raises(UserError, match="unknown loss 'hinge'; known: softmax, poisson, listwise"):
         settings_of("joint", loss="hinge")
-    with pytest.raises(UserError, match="unknown target 'future'; known: utility, "):
+    with pytest.raises(UserError, match="unknown target 'future'; known: auto, utility, "):
         settings_of("joint", target="future")
     with pytest.raises(UserError, match="expected 0 < smallest <= largest < 1"):
         settings_of("joint", smallest=0.5, largest=0.25)

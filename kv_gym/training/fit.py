@@ -78,7 +78,7 @@ def train(
         settings["hidden"] = start.network.hidden
     if start is not None and settings.get("inputs") is None:
         settings["inputs"] = start.inputs
-    chosen = kind.settings.load(agent, **settings)
+    chosen = kind.settled(kind.settings.load(agent, **settings), model is not None)
     if chosen.inputs != DEFAULT and not kind.any_inputs:
         raise UserError(
             f"agent {agent!r} learns from {', '.join(DEFAULT)} alone and was given inputs {list(chosen.inputs)}: leave "

@@ -26,6 +26,7 @@ from kv_gym.training.losses import listwise_loss, poisson_loss, softmax_loss
 from kv_gym.training.settings import Settings
 from kv_gym.training.targets import FROM_MODEL, TARGETS, continued, target_of
 
+AUTO = "auto"
 LOSSES = ("softmax", "poisson", "listwise")
 VALIDATION_TOTALS = (1 / 8, 1 / 16, 1 / 32, 1 / 64)
 
@@ -36,7 +37,8 @@ class JointSettings(Settings):
 
     Attributes:
         loss: ``softmax`` over all slots, ``poisson`` (an absolute scale) or ``listwise`` (soft cuts to sampled totals).
-        target: what a slot is worth, one of :data:`kv_gym.training.targets.TARGETS`.
+        target: what a slot is worth, one of :data:`kv_gym.training.targets.TARGETS`; ``auto`` is ``layers`` where the
+            model is given and ``mean`` where it is not.
         continuations: how many recorded continuations of a context its worth is the mean of; None: all.
         totals: for ``listwise``: totals per context and step.
         smallest, largest: for ``listwise``: these totals, as shares of all drawn slots; drawn log-uniformly.
@@ -44,8 +46,8 @@ class JointSettings(Settings):
     """
 
     protect: tuple[int, int] = (0, 0)
-    loss: str = "softmax"
-    target: str = "utility"
+    loss: str = "listwise"
+    target: str = AUTO
     continuations: int | None = None
     totals: int = 4
     smallest: float = 1 / 64
@@ -54,7 +56,7 @@ class JointSettings(Settings):
 
     def __post_init__(self) -> None:
         """Refuse losses, targets and totals that there are not."""
-        for name, known in (("loss", LOSSES), ("target", TARGETS)):
+        for name, known in (("loss", LOSSES), ("target", (AUTO, *TARGETS))):
             if getattr(self, name) not in known:
                 raise UserError(f"unknown {name} {getattr(self, name)!r}; known: {', '.join(known)}")
         if not 0 < self.smallest <= self.largest < 1 or self.temperature <= 0:
@@ -72,6 +74,11 @@ class Joint(LossLearner):
     chosen: JointSettings
 
     @classmethod
+    def settled(cls, settings: Settings, with_model: bool) -> Settings:
+        """The target that ``auto`` stands for."""
+        return settings.with_overrides({"target": worth_by(getattr(settings, "target", ""), with_model)})
+
+    @classmethod
     def model_use(cls, settings: Settings) -> str:
         """It reads the model for targets that say what the model makes of a slot."""
         target = getattr(settings, "target", "")
@@ -79,7 +86,7 @@ class Joint(LossLearner):
 
     def prepare(self, sequences: list[Sequence]) -> None:
         """Make the target, read the contexts, and let a fresh network begin at the mean worth."""
-        self._target = target_of(self.chosen.target, self.model, sequences)
+        self._target = target_of(worth_by(self.chosen.target, self.model is not None), self.model, sequences)
         self._held_out: dict[str, Tensor] = {}
         super().prepare(sequences)
         slots = sum(context.worth.numel() for context in self.contexts)
@@ -115,6 +122,11 @@ class Joint(LossLearner):
                 self._held_out[sequence.id] = torch.from_numpy(self.worth(sequence))
             shares += kept_by_one_threshold(policy, sequence, self._held_out[sequence.id], VALIDATION_TOTALS)
         return sum(shares) / len(shares)
+
+
+def worth_by(target: str, with_model: bool) -> str:
+    """The target, or the best of ``benchmarks/ablation.py`` in the place of ``auto``."""
+    return target if target != AUTO else "layers" if with_model else "mean"
 
 
 @torch.no_grad()

@@ -55,6 +55,11 @@ class Learner(ABC):
         )
 
     @classmethod
+    def settled(cls, settings: Settings, with_model: bool) -> Settings:
+        """The settings with what hangs on whether the model is given decided."""
+        return settings
+
+    @classmethod
     def model_use(cls, settings: Settings) -> str:
         """What the agent needs the model itself for, after "agent 'x' ...", or "" where it needs none."""
         return "trains through the model" if cls.needs_model else ""
