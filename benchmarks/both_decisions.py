@@ -1,4 +1,4 @@
-"""One policy for prefill and decode: agents trained on one kind of decision points, on the other, and on both.
+"""One policy for prefill and decode: `end_to_end` trained on one kind of decision points, on the other, and on both.
 
     python benchmarks/both_decisions.py --out runs/held_out
     kv-gym leaderboard benchmarks/both_decisions.yml --out results/both_decisions --workers 2
@@ -7,7 +7,7 @@ Prefill decisions stand at the end of a context whose questions follow (the trai
 decisions stand in the midst of a text: dialogues, lists that are copied out and streams of facts are stopped at their
 cuts, and what follows is the next words of the same text and the questions about what was read. A scorer sees one slot
 at a time, so that slots which earlier cuts have taken do not change what it says of those that are left: training needs
-no simulated evictions, only the right futures. Policies are written to ``<out>/<agent>-<kind>-<seed>``, with kind
+no simulated evictions, only the right futures. Policies are written to ``<out>/end_to_end-<kind>-<seed>``, with kind
 ``decode`` or ``both``; what is there is not done again.
 """
 
@@ -25,7 +25,7 @@ from kv_gym.traces import TraceSet, load_model, record
 from kv_gym.traces.prompts import Prompt
 from kv_gym.training import train
 
-AGENTS = ("joint", "end_to_end")
+AGENT = "end_to_end"
 TEXTS = "dialogue:512:count=32:seed={0},copy:128:count=16:seed={0},fact:512:count=16:seed={0}"
 FIRST_SEED = 900  # of the texts; contexts of zoo.py have seeds below 600, validation ones 899
 AHEAD = 32  # tokens of the same text that follow a decision
@@ -40,8 +40,7 @@ def main() -> None:
     for seed in range(arguments.seeds):
         for kind in ("decode", "both"):
             traces = contexts(model, tokenizer, arguments.out / f"train-{kind}-{seed}", kind, seed)
-            for agent in AGENTS:
-                train(agent, traces, arguments.out / f"{agent}-{kind}-{seed}", seed=seed, model=model)
+            train(AGENT, traces, arguments.out / f"{AGENT}-{kind}-{seed}", seed=seed, model=model)
 
 
 def contexts(model, tokenizer, folder: Path, kind: str, seed: int) -> TraceSet:

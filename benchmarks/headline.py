@@ -23,7 +23,7 @@ RATIOS = (
     ("end_to_end", "rloo", 0.4),
     ("end_to_end, family unseen", "rloo, family unseen", 0.4),
 )
-ORACLE, RANKED_BY_UTILITY = "oracle", "joint"
+ORACLE, RANKED_BY_UTILITY = "oracle", "joint, utility"
 UTILITY_TOTALS = (1 / 4, 1 / 32)  # from, to
 
 

@@ -1,11 +1,11 @@
 """Train the zoo: every agent on the reference model, five seeds, each on contexts of its own.
 
     python benchmarks/zoo.py --out runs/held_out
-    python benchmarks/zoo.py --out runs/held_out --agents end_to_end,joint,rloo --leave-out multi_key
+    python benchmarks/zoo.py --out runs/held_out --agents end_to_end,rloo --leave-out multi_key
 
 Policies are written to ``<out>/<agent>-<seed>``; what has been recorded or trained is not done again. With
 ``--leave-out`` the training contexts come from all other families of tasks, and the folders are named
-``<agent>-without-<task>-<seed>``.
+``<agent>-without-<task>-<seed>``. `joint_utility` is `joint` with the attention that is kept as its aim.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from kv_gym.training import train
 from kv_gym.training.registry import learner_class
 
 AGENTS = ("end_to_end", "joint", "expected", "rloo", "grpo", "ppo", "distill", "foresight", "kvzap")
+OTHERS: dict[str, tuple[str, dict]] = {"joint_utility": ("joint", {"target": "utility", "loss": "softmax"})}
 CONTEXTS = ((512, 192), (1024, 64))  # words, and contexts of that length
 
 
@@ -55,13 +56,14 @@ def trained(
     seconds: dict[str, list[float]] = {agent: [] for agent in agents}
     for seed in range(seeds):
         for agent in seconds:
-            hidden = "hidden" in learner_class(agent).settings.load(agent).inputs
+            kind, settings = OTHERS.get(agent, (agent, {}))
+            hidden = "hidden" in learner_class(kind).settings.load(kind).inputs
             contexts = out / f"train{'-hidden' * hidden}{mark}-{seed}"
             training = training_contexts(model, tokenizer, contexts, tasks, seed, hidden=hidden)
             learned[f"{agent} {seed}"] = folder = out / f"{agent}{mark}-{seed}"
             if not (folder / "policy.json").exists():
                 began = time.monotonic()
-                train(agent, training, folder, seed=seed, model=model)
+                train(kind, training, folder, seed=seed, model=model, **settings)
                 (folder / "seconds").write_text(f"{time.monotonic() - began:.1f}")
             seconds[agent].append(float((folder / "seconds").read_text()))
     return learned, seconds
