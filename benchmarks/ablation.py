@@ -24,9 +24,12 @@ from typing import Any
 from ablation_bench import TOTALS, Bench, bench, work
 from ablation_rows import DEFAULT, NAMED, VARIANTS, Variant, chosen
 
+from kv_gym.atomic import whole_file
+from kv_gym.budgets import format_budget
 from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.result import read_json, result, write_json
 from kv_gym.evaluation.tasks import tasks_hash
+from kv_gym.markdown import pipe_table
 
 ATTENTION = ("h2o", "snapkv", "tova")  # of these the best is shown
 HEURISTICS = ("keydiff", *ATTENTION)
@@ -73,13 +76,9 @@ def compared(ours: dict[int, dict], theirs: dict[int, dict], rule: str) -> list[
 def table(rows: list[dict[str, Any]]) -> str:
     """A Markdown table for each choice that rows vary."""
     lines: list[str] = []
+    more = ("mean", "difference", "utility kept", "difference", "seeds", "seconds")
     for what in dict.fromkeys(row["what"] for row in rows):
-        lines += [
-            f"\n**{what}**\n",
-            f"| row | allocation | {' | '.join(f'1/{round(1 / total)}' for total in TOTALS)} |",
-        ]
-        lines[-1] += " mean | difference | utility kept | difference | seeds | seconds |"
-        lines.append("|---|---" + "|---:" * (len(TOTALS) + 6) + "|")
+        body = []
         arms = dict.fromkeys((row["policy"], row["allocation"]) for row in rows if row["what"] == what)
         for arm in arms:
             at = {row["budget"]: row for row in rows if (row["policy"], row["allocation"]) == arm}
@@ -88,7 +87,8 @@ def table(rows: list[dict[str, Any]]) -> str:
                 percent(at[0.0], name) for name in ("accuracy_difference", "utility_kept", "utility_kept_difference")
             ]
             seconds = "" if at[0.0]["seconds"] is None else f"{at[0.0]['seconds']:.0f}"
-            lines.append(f"| {arm[0]} | {arm[1]} | {' | '.join(cells)} | {at[0.0]['seeds'] or ''} | {seconds} |")
+            body.append([*arm, *cells, str(at[0.0]["seeds"] or ""), seconds])
+        lines += [f"\n**{what}**\n", pipe_table(["row", "allocation", *map(format_budget, TOTALS), *more], body, 2)]
     return "\n".join(lines) + "\n"
 
 
@@ -186,7 +186,8 @@ def main() -> None:
     data = result(rows, **about)
     write_json(arguments.results / "ablation.json", data)
     text = INTRODUCTION.format(command=data["command"], full=100 * full["accuracy"], n=full["n"]) + table(rows)
-    (arguments.results / "ablation.md").write_text(text)
+    with whole_file(arguments.results / "ablation.md") as part:
+        part.write_text(text)
     print(text)
 
 

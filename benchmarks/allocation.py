@@ -22,6 +22,7 @@ from kv_gym.evaluation.replay import replay
 from kv_gym.evaluation.report import merged
 from kv_gym.evaluation.result import result, write_json
 from kv_gym.evaluation.tasks import reference_tasks, tasks_hash
+from kv_gym.markdown import pipe_table
 from kv_gym.reference import MODEL
 from kv_gym.reference.prompts import reference_prompts
 from kv_gym.traces import load_model, open_traces, record
@@ -94,10 +95,11 @@ def markdown(rows: list[dict]) -> str:
     full = next(row for row in rows if row["policy"] == "full_cache")
     lines = [f"Full cache: {full['accuracy']:.1%} of {full['n']} questions. Cells: accuracy in percent / utility kept."]
     for budget in BUDGETS:
-        lines += ["", f"| {format_budget(budget)} of the slots | {' | '.join(ALL)} |", "|---" * (len(ALL) + 1) + "|"]
+        body = []
         for policy in dict.fromkeys(row["policy"] for row in rows if row["policy"] != "full_cache"):
             cells = [cell(at.get((policy, budget, rule))) for rule in ALL]
-            lines.append(f"| {policy} | {' | '.join(cells)} |")
+            body.append([policy, *cells])
+        lines += ["", pipe_table([f"{format_budget(budget)} of the slots", *ALL], body)]
     return "\n".join(lines)
 
 

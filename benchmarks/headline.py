@@ -18,6 +18,7 @@ from kv_gym.budgets import format_budget
 from kv_gym.evaluation.leaderboard import publish, read_rows
 from kv_gym.evaluation.result import result, write_json
 from kv_gym.evaluation.summary import smallest_budgets, summarise
+from kv_gym.markdown import pipe_table
 
 RATIOS = (
     ("end_to_end", "rloo", 0.4),
@@ -91,12 +92,13 @@ def markdown(lines: list[dict], claims: dict) -> str:
     for line in lines:
         place = line["policy"], line["allocation"], line["sinks"], line["recent"], line["window"]
         arms.setdefault(place, {})[line["budget"]] = line
-    out = [f"| policy | allocation | {' | '.join(map(format_budget, budgets))} |", "|---" * (len(budgets) + 2) + "|"]
+    body = []
     for (policy, rule, *_), found in sorted(arms.items(), key=lambda arm: -sum(x["accuracy"] for x in arm[1].values())):
         if policy != "full_cache":
             cells = [_cell(found[budget]) if budget in found else "" for budget in budgets]
-            out.append(f"| {policy} | {rule} | {' | '.join(cells)} |")
+            body.append([policy, rule, *cells])
     full = [line["accuracy"] for line in lines if line["policy"] == "full_cache"]
+    out = [pipe_table(["policy", "allocation", *map(format_budget, budgets)], body, 2)]
     out += ["", f"Full cache {100 * full[0]:.2f} %, {max(line['asked'] for line in lines):.0f} questions."]
     for policy, budget in sorted(claims["smallest"].items(), key=lambda item: item[1] or 2):
         out.append(f"- smallest total of {policy}: {format_budget(budget) if budget else 'none measured'}")

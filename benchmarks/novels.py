@@ -15,9 +15,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from kv_gym.budgets import format_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.leaderboard import leaderboard
 from kv_gym.evaluation.leaderboard.rows import write_rows
+from kv_gym.markdown import pipe_table
 from kv_gym.traces import TraceSet, load_model, prompts_from_text, record
 from kv_gym.training import train
 
@@ -93,12 +95,11 @@ def markdown(rows: list[dict]) -> str:
             sums.setdefault((row["policy"], row["allocation"]), {}).setdefault(row["budget"], []).append(row["nll"])
     budgets = sorted({budget for found in sums.values() for budget in found if budget < 1}, reverse=True)
     table = {arm: {b: sum(v) / len(v) for b, v in found.items()} for arm, found in sums.items()}
-    lines = [f"| policy | allocation | {' | '.join(f'1/{round(1 / b)}' for b in budgets)} |"]
-    lines.append("| --- | --- |" + " ---: |" * len(budgets))
+    body = []
     for (policy, rule), found in sorted(table.items(), key=lambda item: sum(item[1].values()) / len(item[1])):
         cells = [f"{found.get(budget, found.get(1.0, float('nan'))):.3f}" for budget in budgets]
-        lines.append(f"| {policy} | {rule} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        body.append([policy, rule, *cells])
+    return pipe_table(["policy", "allocation", *map(format_budget, budgets)], body, 2)
 
 
 if __name__ == "__main__":

@@ -20,6 +20,7 @@ from kv_gym.budgets import format_budget
 from kv_gym.evaluation.leaderboard import accuracy_table, page, read_rows
 from kv_gym.evaluation.report import picture
 from kv_gym.evaluation.summary import FULL, smallest_budgets, summarise
+from kv_gym.markdown import pipe_table
 from kv_gym.policies.scorer import Scorer
 
 ROOT = Path(__file__).parents[1]
@@ -94,18 +95,13 @@ def zoo(rows: Sequence[Mapping], trained: Path) -> str:
         "# The zoo", "",
         "Settings are in `<agent>.yml`; `trained/<agent>/` holds a policy for the bundled reference model (seed 0).",
         "This page is written by `python benchmarks/publish.py`.", "",
-        f"| agent | steps | width | inputs | bytes | seconds | allocation | "
-        f"{' | '.join(map(format_budget, SHOWN))} | smallest |",
-        "| --- | ---: | ---: | --- | ---: | ---: | --- |" + " ---: |" * (len(SHOWN) + 1),
     ]  # fmt: skip
+    body = []
     for folder in sorted(trained.iterdir()):
         policy = Scorer.from_pretrained(folder)
         about = policy.training
         seconds = f"{about['seconds']:.0f}" if "seconds" in about else "-"
-        means = (
-            f"| {folder.name} | {about['settings']['steps']} | {policy.network.hidden} | {', '.join(policy.inputs)} | "
-            f"{policy.nbytes():,} | {seconds} |"
-        )
+        trained = (str(about["settings"]["steps"]), str(policy.network.hidden), f"{policy.nbytes():,}", seconds)
         arms: dict[str, dict[float, Mapping]] = {}
         for line in lines:
             if line["learned"] and line["policy"] == folder.name:
@@ -114,9 +110,21 @@ def zoo(rows: Sequence[Mapping], trained: Path) -> str:
             cells = [f"{100 * at[budget]['accuracy']:.1f}" if budget in at else "" for budget in SHOWN]
             enough = next(v for k, v in least.items() if (k[1], k[2]) == (folder.name, rule))
             found = format_budget(enough) if enough else "-"
-            out.append(f"{means} {rule} | {' | '.join(cells)} | {found} |")
+            body.append([folder.name, ", ".join(policy.inputs), rule, *trained, *cells, found])
         if not arms:
-            out.append(f"{means} |" + " |" * (len(SHOWN) + 1))
+            body.append([folder.name, ", ".join(policy.inputs), "", *trained, *[""] * (len(SHOWN) + 1)])
+    head = (
+        "agent",
+        "inputs",
+        "allocation",
+        "steps",
+        "width",
+        "bytes",
+        "seconds",
+        *map(format_budget, SHOWN),
+        "smallest",
+    )
+    out.append(pipe_table(head, body, 3))
     seeds = max((line["seeds"] for line in lines if line["learned"]), default=0)
     asked = max((line["asked"] for line in lines), default=0)
     out += [

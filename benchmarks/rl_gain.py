@@ -21,6 +21,7 @@ import torch
 
 from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.result import result, write_json
+from kv_gym.markdown import pipe_table
 from kv_gym.reference import MODEL
 from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, make_context
 from kv_gym.reference.tokenizer import encode, word_ids
@@ -119,16 +120,17 @@ def paired(ours: list[float], theirs: list[float]) -> dict:
 
 
 def markdown(rows: list[dict], differences: dict[str, dict]) -> str:
-    lines = ["| policy | paid | rankings seen |", "| --- | ---: | ---: |"]
+    body = []
     for row in sorted(rows, key=lambda row: -row["reward"]):
         spread = f" +- {row['interval']:.3f}" if row.get("interval") is not None else ""
         seen = f"{row['rankings']:,}" if "rankings" in row else ""
-        lines.append(f"| {row['policy']} | {row['reward']:.3f}{spread} | {seen} |")
-    lines += ["", "| difference | mean |", "| --- | ---: |"]
+        body.append([row["policy"], f"{row['reward']:.3f}{spread}", seen])
+    apart = []
     for name, gap in differences.items():
         spread = "" if gap["interval"] is None else f" +- {gap['interval']:.3f}"
-        lines.append(f"| {name} | {gap['mean']:+.3f}{spread} |")
-    return "\n".join(lines)
+        apart.append([name, f"{gap['mean']:+.3f}{spread}"])
+    paid = pipe_table(["policy", "paid", "rankings seen"], body)
+    return f"{paid}\n\n{pipe_table(['difference', 'mean'], apart)}"
 
 
 if __name__ == "__main__":

@@ -17,10 +17,12 @@ from pathlib import Path
 
 from zoo import training_contexts
 
+from kv_gym.budgets import format_budget
 from kv_gym.evaluation import evaluate
 from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.result import read_json, result, write_json
 from kv_gym.evaluation.tasks import reference_tasks
+from kv_gym.markdown import pipe_table
 from kv_gym.reference import MODEL
 from kv_gym.traces import load_model
 from kv_gym.training import train
@@ -91,15 +93,14 @@ def differences(rows: list[dict]) -> list[dict]:
 
 
 def markdown(table: list[dict]) -> str:
-    lines = ["| agent | words | total | full cache | trained on 512 | trained on 1,024 | difference |"]
-    lines.append("| --- | ---: | ---: | ---: | ---: | ---: | ---: |")
+    body = []
     for row in table:
         spread = "" if row["interval"] is None else f" +- {row['interval']:.1f}"
-        lines.append(
-            f"| {row['agent']} | {row['words']:,} | 1/{round(1 / row['budget'])} | {row['full_cache']:.1f} | "
-            f"{row['trained_on_512']:.1f} | {row['trained_on_1024']:.1f} | {row['difference']:+.1f}{spread} |"
-        )
-    return "\n".join(lines)
+        rights = [f"{row[name]:.1f}" for name in ("full_cache", "trained_on_512", "trained_on_1024")]
+        total = format_budget(row["budget"])
+        body.append([row["agent"], f"{row['words']:,}", total, *rights, f"{row['difference']:+.1f}{spread}"])
+    head = ["agent", "words", "total", "full cache", "trained on 512", "trained on 1,024", "difference"]
+    return pipe_table(head, body)
 
 
 if __name__ == "__main__":

@@ -9,13 +9,14 @@ from __future__ import annotations
 import ast
 import inspect
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
 
 from kv_gym.budgets.allocation import Allocation
 from kv_gym.budgets.rules import KINDS
 from kv_gym.live.tiers import TIERS, Tier, parse_tier
+from kv_gym.markdown import pipe_table
 from kv_gym.policies import Policy, list_policies, make_policy
 from kv_gym.policies.over import Over
 from kv_gym.training.registry import AGENTS
@@ -34,19 +35,19 @@ def method_tables() -> str:
         "(statistics), of the context repeated, of the future (oracles: on traces only), or none. *decoding*: whether "
         "its source evicts while decoding too, or scores a prompt once; any trigger works with any policy. "
         "*comparable*: scores of different heads may be compared as they are, as one threshold for all of them needs.",
-        _table(
+        pipe_table(
             ("policy", "paper", "reads", "trained", "memory", "decoding", "comparable", "beyond keys and attention"),
-            [_policy(name) for name in list_policies()],
+            [_policy(name) for name in list_policies()], None,
         ),
         "## Allocations: who gets how many slots",
-        _table(
+        pipe_table(
             ("allocation", "paper", "heads differ", "layers differ", "cuts after", "reads"),
-            [_allocation(name, kind) for name, kind in KINDS.items()],
+            [_allocation(name, kind) for name, kind in KINDS.items()], None,
         ),
         "## Tiers: what becomes of evicted pairs",
-        _table(("evicted", "paper", "what"), [_tier(parse_tier(name)) for name in TIERS]),
+        pipe_table(("evicted", "paper", "what"), [_tier(parse_tier(name)) for name in TIERS], None),
         "## Agents: how a policy is learned",
-        _table(("agent", "paper", "what"), [_agent(name) for name in AGENTS]),
+        pipe_table(("agent", "paper", "what"), [_agent(name) for name in AGENTS], None),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 
@@ -156,8 +157,3 @@ def _sentence(about: str) -> str:
 
 def _yes(true: bool) -> str:
     return "yes" if true else "-"
-
-
-def _table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [head, ["---"] * len(head), *rows]
-    return "\n".join(f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in line)} |" for line in lines)

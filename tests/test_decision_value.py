@@ -270,7 +270,7 @@ def test_rows_are_a_table_and_a_file(tmp_path):
     assert json.loads((tmp_path / "value.json").read_text()) == json.loads(json.dumps(data))
     assert {row["task"] for row in data["rows"]} == {"multi_key", "dialogue"} and data["baseline"] == "recency"
     table = markdown(data["rows"])
-    assert all(f"\n| oracle ({task}) | 1/4 | uniform |" in table for task in ("dialogue", "multi_key"))
+    assert all(f"\n| oracle ({task}) | uniform | 1/4 |" in table for task in ("dialogue", "multi_key"))
     assert "(AUC)" in table and "no ground to choose by" in table and "recency (uniform)" in table
 
 
@@ -288,7 +288,7 @@ def test_the_command_needs_traces(tmp_path):
     run = lambda *options: CliRunner().invoke(app, ["evaluate", "--decision-value", "recency", *options])  # noqa: E731
     asked = ["--policies", "oracle", "--budgets", "1/4", "--no-progress"]
     done = run(*asked, "--traces", str(bundled("traces")), "--split", "all", "--json", str(tmp_path / "value.json"))
-    assert done.exit_code == 0 and "| oracle (dialogue) | 1/4 | uniform |" in done.output
+    assert done.exit_code == 0 and "| oracle (dialogue) | uniform | 1/4 |" in done.output
     assert len(read_json(tmp_path / "value.json")["rows"]) == 2
     refused = run(*asked, "--model", "reference")
     assert isinstance(refused.exception, UserError) and "give --traces" in str(refused.exception)

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation.decision_value import NOT_DECISIVE
+from kv_gym.markdown import pipe_table
 
 
 def markdown(rows: Iterable[dict]) -> str:
@@ -21,17 +22,17 @@ def markdown(rows: Iterable[dict]) -> str:
         "output_error_change": ("output error, change", "{:.1%}"),
         "regret": ("regret", "{:.1%}"),
     }
-    lines = [["policy", "budget", "allocation", *(head for head, _ in forms.values()), "(Spearman)", "(AUC)", "n"]]
-    lines.append(["---", "---:", "---", *["---:"] * (len(forms) + 3)])
+    head = ["policy", "allocation", "budget", *(name for name, _ in forms.values()), "(Spearman)", "(AUC)", "n"]
+    body = []
     for row in rows:
         cells = [_cell(row, name, form) for name, (_, form) in forms.items()]
         beside = [_cell(row["not_decisive"], name, "{:.3f}") for name in NOT_DECISIVE]
         name = f"{row['policy']} ({row['task']})" if several else row["policy"]
-        lines.append([name, format_budget(row["budget"]), row["allocation"], *cells, *beside, str(row["n"])])
+        body.append([name, row["allocation"], format_budget(row["budget"]), *cells, *beside, str(row["n"])])
     against = ", ".join(sorted({f"{row['baseline']} ({row['baseline_allocation']})" for row in rows}))
     return (
-        "".join("| " + " | ".join(line) + " |\n" for line in lines)
-        + f"\nAgainst the cut of {against} in the same contexts: mean over contexts +- half a 95 % interval. Gain and"
+        pipe_table(head, body, 2)
+        + f"\n\nAgainst the cut of {against} in the same contexts: mean over contexts +- half a 95 % interval. Gain and"
         " regret are shares of the whole future attention. Spearman and AUC say how well importance is predicted, not"
         " what the action is worth: no ground to choose by.\n"
     )

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation.summary import FULL, NULLS, smallest_budgets, summarise
+from kv_gym.markdown import pipe_table
 
 _ARM = ("policy", "allocation", "evicted", "sinks", "recent", "window", "trigger")
 
@@ -89,7 +90,7 @@ def _accuracy(lines: Sequence[Mapping], smallest: Mapping[tuple, float | None]) 
         cells = [_percent(at[budget]["accuracy"]) if budget in at else "" for budget in budgets]
         found = smallest.get((next(iter(at.values()))["task"], *arm))
         body.append([*_name(next(iter(at.values()))), *cells, "-" if found is None else format_budget(found)])
-    return _table(["policy", "allocation", *map(format_budget, budgets), "smallest"], body, 2)
+    return [pipe_table(["policy", "allocation", *map(format_budget, budgets), "smallest"], body, 2)]
 
 
 def _sum(at: Mapping[float, Mapping], budgets: Sequence[float]) -> float:
@@ -120,7 +121,7 @@ def _details(lines: Sequence[Mapping]) -> list[str]:
     return [
         f"At {format_budget(budget)}{against}; `ms` is CPU time of a context for the cut and all that came after:",
         "",
-        *_table(head, body, 2),
+        pipe_table(head, body, 2),
     ]
 
 
@@ -139,7 +140,7 @@ def _parts(lines: Sequence[Mapping]) -> list[str]:
         "",
         f"The same by part, at {format_budget(budget)}:",
         "",
-        *_table(["policy", "allocation", *names], body, 2),
+        pipe_table(["policy", "allocation", *names], body, 2),
     ]
 
 
@@ -162,7 +163,7 @@ def _utility(rows: Sequence[Mapping]) -> list[str]:
             "", f"## Utility kept, {_text(task)}", "",
             f"Share of the recorded future attention on the slots that stay, {same[0]['n']:.0f} contexts; oracles see "
             f"that future, and bound this and not accuracy.", "",
-            *_table(["policy", "allocation", *map(format_budget, budgets)], body, 2),
+            pipe_table(["policy", "allocation", *map(format_budget, budgets)], body, 2),
         ]  # fmt: skip
     return out
 
@@ -216,11 +217,6 @@ def _name(line: Mapping) -> tuple[str, str]:
     if line["window"] is not None:
         how.append(f"window {line['window']}")
     return f"**{name}**" if line["learned"] else name, _text(", ".join(how))
-
-
-def _table(head: Sequence[str], body: Sequence[Sequence[str]], left: int) -> list[str]:
-    rule = ["---"] * left + ["---:"] * (len(head) - left)
-    return ["| " + " | ".join(line) + " |" for line in (head, rule, *body)]
 
 
 def _percent(share: float) -> str:

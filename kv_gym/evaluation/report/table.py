@@ -7,6 +7,7 @@ from collections.abc import Iterable
 
 from kv_gym.budgets import budget_key, format_budget
 from kv_gym.evaluation.summary import FULL
+from kv_gym.markdown import pipe_table
 
 COLUMNS = ("policy", "budget", "utility kept", "accuracy", "NLL", "cache bytes")
 
@@ -63,6 +64,5 @@ def _label(row: dict, shared: bool) -> str:
 
 def markdown(rows: Iterable[dict]) -> str:
     """The table in Markdown; what names say there is no markup."""
-    told = [tuple(html.escape(cell, quote=False).replace("|", "\\|") for cell in line) for line in table(rows)]
-    lines = [COLUMNS, ("---", "---:", "---:", "---:", "---:", "---:"), *told]
-    return "".join("| " + " | ".join(line) + " |\n" for line in lines)
+    told = [[html.escape(cell, quote=False) for cell in line] for line in table(rows)]
+    return pipe_table(COLUMNS, told) + "\n"
