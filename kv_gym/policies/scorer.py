@@ -77,7 +77,7 @@ class GroupedScorer(nn.Module):
         """The same of inputs that were standardised before: training does that once, not at every step."""
         *inner, last = zip(self.weights, self.biases, strict=True)
         for weight, bias in inner:
-            x = torch.baddbmm(bias[heads], x, weight[heads]).relu()
+            x = torch.baddbmm(bias[heads], x, weight[heads]).relu_()  # in place: the product itself is not needed again
         return torch.baddbmm(last[1][heads], x, last[0][heads])[..., 0]
 
 

@@ -51,5 +51,5 @@ def listwise_loss(scores: Tensor, worth: Tensor, shares: Tensor, temperature: fl
     counts = (shares * flat.shape[1]).floor().clamp(min=1)
     gates = soft_top(flat[:, None], counts, temperature)  # [contexts, totals, slots]
     kept = (gates * worth[:, None]).sum(-1)
-    best = worth.sort(-1, descending=True).values.cumsum(-1)[:, counts.long() - 1]
+    best = worth.topk(int(counts.max())).values.cumsum(-1)[:, counts.long() - 1]
     return 1 - (kept / best.clamp(min=1e-12)).mean()
