@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -32,7 +34,8 @@ def _threshold(scores: Tensor, wanted: Tensor, temperature: float) -> Tensor:
     """Where soft gates of `[..., n]` sum to `wanted` `[..., 1]`: halvings until it is near, then Newton's method."""
     low = scores.amin(-1, keepdim=True) - 30 * temperature
     high = scores.amax(-1, keepdim=True) + 30 * temperature
-    for _ in range(2 + int(torch.log2((high - low).max() / temperature))):
+    apart = float((high - low).max()) / temperature
+    for _ in range(2 + int(math.log2(apart)) if math.isfinite(apart) else 0):  # else the loss says so
         middle = (low + high) / 2
         too_many = ((scores - middle) / temperature).sigmoid().sum(-1, keepdim=True) > wanted
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
