@@ -5,7 +5,7 @@
 Every variant is trained on the same contexts as the zoo (recorded by ``zoo.py`` into ``--traces``, five sets) and
 judged on validation contexts, which are neither trained on nor held out: accuracy when decoding and utility kept in
 replay, at totals from 1/8 to 1/64, one threshold over all slots unless the row names another rule. Mean and 95 %
-interval (Student's t) over training seeds, and the same of the difference to the default of the same seed.
+interval (Student's t) over training seeds, and the same of the difference to the first row of the same seed.
 
 Every variant and seed has a folder, named by all that it depends on, and is not done again: interrupted, or stopped by
 ``--minutes``, the same command goes on. Writes ``ablation.json`` and ``ablation.md``.
@@ -22,7 +22,7 @@ from statistics import fmean
 from typing import Any
 
 from ablation_bench import TOTALS, Bench, bench, work
-from ablation_rows import DEFAULT, NAMED, VARIANTS, Variant, chosen
+from ablation_rows import FIRST, NAMED, VARIANTS, Variant, chosen
 
 from kv_gym.atomic import whole_file
 from kv_gym.budgets import format_budget
@@ -49,12 +49,12 @@ def values(found: dict[str, Any], rule: str, name: str) -> dict[float, float]:
 
 
 def compared(ours: dict[int, dict], theirs: dict[int, dict], rule: str) -> list[dict[str, Any]]:
-    """Figures of one row at every total (0: their mean), with their difference to the default of the same seed.
+    """Figures of one row at every total (0: their mean), with their difference to the first row of the same seed.
 
     Args:
         ours: what was found, by seed; a heuristic has no seeds and one finding.
-        theirs: what was found of the default, by seed.
-        rule: the allocation of our row; the default has its own.
+        theirs: what was found of the first row, by seed.
+        rule: the allocation of our row; the first has its own.
     """
     paired = [(ours.get(seed, ours.get(None)), found) for seed, found in theirs.items()]
     rows = []
@@ -64,7 +64,7 @@ def compared(ours: dict[int, dict], theirs: dict[int, dict], rule: str) -> list[
             each = [values(found, rule, name)[total] for found in ours.values()]
             row[name], row[f"{name}_interval"] = mean_interval(each)
             apart = [
-                values(mine, rule, name)[total] - values(other, NAMED[DEFAULT].rules[-1], name)[total]
+                values(mine, rule, name)[total] - values(other, NAMED[FIRST].rules[-1], name)[total]
                 for mine, other in paired
                 if mine is not None
             ]
@@ -117,14 +117,14 @@ def summary(here: Bench, variants: list[Variant], seeds: int) -> list[dict[str, 
             "settings": next(iter(found[variant.name].values()))["settings"],
         }
         for rule in variant.rules:
-            same = compared(found[variant.name], found[DEFAULT], rule)
+            same = compared(found[variant.name], found[FIRST], rule)
             rows += [about | {"allocation": rule} | row for row in same]
     heuristics = {name: here.heuristic(name) for name in HEURISTICS}
     best = max(ATTENTION, key=lambda name: max_of(heuristics[name]))
     for name in (*(name for name in HEURISTICS if name not in ATTENTION), best):
         about = {"policy": name, "what": "heuristics", "seeds": None, "seconds": None, "settings": None}
         for rule in dict.fromkeys(row["allocation"] for row in heuristics[name]["rows"] if row["policy"] == ""):
-            same = compared({None: heuristics[name]}, found[DEFAULT], rule)
+            same = compared({None: heuristics[name]}, found[FIRST], rule)
             rows += [about | {"allocation": rule} | row for row in same]
     return rows
 

@@ -1,4 +1,4 @@
-"""The rows of ``ablation.py``: what is trained, and how it differs from the default."""
+"""The rows of ``ablation.py``: what is trained, and how it differs from the first row."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from kv_gym.policies.inputs import DEFAULT as INPUTS
 from kv_gym.training.registry import settings_of
 
 RULES = ("uniform", "ada", "pyramid", "global")
-DEFAULT = "joint"
+FIRST = "softmax, utility"
+BASE = {"loss": "softmax", "target": "utility"}  # of `joint`, whatever its file says by now
 
 
 @dataclass(frozen=True)
@@ -21,7 +22,7 @@ class Variant:
         name: of the row.
         what: which choice it varies.
         agent: as `train` knows it.
-        settings: that differ from the agent's file.
+        settings: beside those of the agent's file.
         init: the row whose policy of the same seed it starts from.
         rules: allocations that it is judged with.
         extra: only trained when ``--only`` names it.
@@ -42,7 +43,7 @@ class Variant:
 
 
 def joint(what: str, name: str, extra: bool = False, **settings: Any) -> Variant:
-    return Variant(name, what, settings=settings, extra=extra)
+    return Variant(name, what, settings=BASE | settings, extra=extra)
 
 
 def through(
@@ -52,7 +53,7 @@ def through(
 
 
 VARIANTS = (
-    Variant(DEFAULT, "default", rules=RULES),
+    Variant(FIRST, "first row", settings=BASE, rules=RULES),
     *(joint("loss", f"loss {loss}", loss=loss) for loss in ("softmax", "poisson", "listwise")),
     *(
         joint("target", f"target {target}", target=target)
@@ -75,7 +76,7 @@ VARIANTS = (
     joint("together", "layers, listwise, inputs hidden", target="layers", loss="listwise", inputs=["hidden"]),
     joint("together", "output_layers, listwise", target="output_layers", loss="listwise"),
     through("end_to_end, 400 steps", rules=RULES, steps=400),
-    through("end_to_end, 400 steps after joint", DEFAULT, steps=400),
+    through("end_to_end, 400 steps after softmax, utility", FIRST, steps=400),
     through("end_to_end, 400 steps after layers, listwise", "layers, listwise", steps=400),
     through(
         "end_to_end, 400 steps after layers, listwise, inputs hidden",
@@ -98,12 +99,12 @@ def reads_hidden(variant: Variant) -> bool:
 def chosen(only: list[str] | None) -> list[Variant]:
     """Rows by name, with those that they start from; all but the extra ones where none is named.
 
-    A row that is the default by another name is left out.
+    A row that is the first by another name is left out.
     """
     unknown = sorted(set(only or ()) - set(NAMED))
     if unknown:
         raise SystemExit(f"unknown row {unknown[0]!r}; known: {'; '.join(NAMED)}")
-    usual = NAMED[DEFAULT]
+    usual = NAMED[FIRST]
     wanted = [
         variant
         for variant in VARIANTS
