@@ -6,7 +6,10 @@ import numpy as np
 import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
 
+from kv_gym.bundled import bundled
+from kv_gym.cli import app
 from kv_gym.errors import UserError
 from kv_gym.evaluation import evaluate, report
 from kv_gym.evaluation.evaluate import named
@@ -182,6 +185,19 @@ def test_reports_join_replay_and_live_rows(tmp_path):
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(UserError, match="no result"):
         read_json(tmp_path / "other.json")
+
+
+def test_allocations_that_a_policy_cannot_use_are_left_out_and_named(tmp_path):
+    traces = str(bundled("traces"))
+    command = ["evaluate", "--traces", traces, "--split", "all", "--policies", "knorm,snapkv", "--budgets", "1/4"]
+    done = CliRunner().invoke(app, [*command, "--allocation", "uniform,global", "--json", str(tmp_path / "rows.json")])
+    assert done.exit_code == 0 and "left out: knorm: scores of policy 'knorm' are not comparable" in done.output
+    data = json.loads((tmp_path / "rows.json").read_text())
+    arms = {(row["policy"], row["allocation"]) for row in data["rows"]}
+    assert arms == {("knorm", "uniform"), ("snapkv", "uniform"), ("snapkv", "global")}
+    assert [sentence.partition(":")[0] for sentence in data["left_out"]] == ["knorm"]
+    with pytest.raises(UserError, match="not comparable"):
+        evaluate(["knorm"], ["1/4"], traces=traces, split=None, allocations=["global"], progress=False)
 
 
 def test_policies_of_one_name_are_told_apart_by_a_mapping_alone():

@@ -284,14 +284,24 @@ def test_parts_are_joined():
     assert mean_slots(parts) is None
 
 
+def test_a_policy_meets_the_rules_that_can_use_its_scores():
+    rules = [parse_allocation(name) for name in ("uniform", "global")]
+    arms = every_arm({"snapkv": make_policy("snapkv"), "knorm": make_policy("knorm")}, [8], rules)
+    assert [(arm.name, arm.allocation.name) for arm in arms[1:]] == [
+        ("snapkv", "uniform"), ("snapkv", "global"), ("knorm", "uniform"),
+    ]  # fmt: skip
+    with pytest.raises(UserError, match="not comparable across heads"):
+        every_arm({"knorm": make_policy("knorm")}, [8], rules[1:])
+
+
 def test_every_arm_meets_every_budget_and_rule():
-    arms = every_arm({"keydiff": make_policy("keydiff")}, [8, 0.5], [parse_allocation(n) for n in ("uniform", "ada")])
+    arms = every_arm({"snapkv": make_policy("snapkv")}, [8, 0.5], [parse_allocation(n) for n in ("uniform", "ada")])
     assert [(arm.name, arm.budget, arm.allocation.name) for arm in arms] == [
         (FULL, 1.0, "uniform"),
-        ("keydiff", 8, "uniform"),
-        ("keydiff", 8, "ada"),
-        ("keydiff", 0.5, "uniform"),
-        ("keydiff", 0.5, "ada"),
+        ("snapkv", 8, "uniform"),
+        ("snapkv", 8, "ada"),
+        ("snapkv", 0.5, "uniform"),
+        ("snapkv", 0.5, "ada"),
     ]
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -11,6 +11,7 @@ from torch import Tensor
 
 from kv_gym.budgets.selection import top
 from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
 
 
@@ -76,3 +77,21 @@ class Allocation(ABC):
     def kept(self, layers: Sequence[Layer]) -> list[Tensor]:
         """The slots that stay, bool `[batch, kv_heads, tokens]` for each of `layers`: the best of each head."""
         return [top(layer.merits, slots) for layer, slots in zip(layers, self.slots(layers), strict=True)]
+
+
+def fitting(policy: Policy, allocations: Iterable[Allocation]) -> tuple[list[Allocation], list[str]]:
+    """The allocations that can use a policy's scores, and a sentence on each that cannot.
+
+    Raises:
+        UserError: none can.
+    """
+    rules, sentences = [], []
+    for rule in allocations:
+        try:
+            rule.refuse_unfit(policy)
+            rules.append(rule)
+        except UserError as unfit:
+            sentences.append(str(unfit))
+    if not rules and sentences:
+        raise UserError(sentences[0])
+    return rules, sentences

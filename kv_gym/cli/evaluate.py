@@ -91,3 +91,5 @@ def evaluate(
         evicted=[name.strip() for name in evicted.split(",")],
     )  # fmt: skip
     typer.echo(markdown(merged(data)))
+    for sentence in data["left_out"]:
+        typer.echo(f"left out: {sentence}", err=True)

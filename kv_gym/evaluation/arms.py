@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 
-from kv_gym.budgets import Allocation
+from kv_gym.budgets import Allocation, fitting
 from kv_gym.budgets.budget import Budget
 from kv_gym.budgets.uniform import Uniform
 from kv_gym.evaluation.summary import FULL
@@ -54,9 +54,17 @@ def every_arm(
     sinks: int | None = None,
     recent: int | None = None,
 ) -> list[Arm]:
-    """The full cache, then every policy (by the name that rows carry) at every budget, allocation and tier."""
-    chosen = product(policies.items(), list(budgets), list(allocations), list(evicted))
-    arms = [Arm(name, policy, budget, rule, tier, sinks, recent) for (name, policy), budget, rule, tier in chosen]
+    """The full cache, then every policy (by the name that rows carry) at every budget, allocation that fits and tier.
+
+    Raises:
+        UserError: no allocation can use a policy's scores.
+    """
+    budgets, allocations, evicted = list(budgets), list(allocations), list(evicted)
+    arms = [
+        Arm(name, policy, budget, rule, tier, sinks, recent)
+        for name, policy in policies.items()
+        for budget, rule, tier in product(budgets, fitting(policy, allocations)[0], evicted)
+    ]
     return [full_cache(), *arms]
 
 

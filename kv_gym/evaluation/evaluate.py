@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.progress import Progress
 
-from kv_gym.budgets import Allocation, parse_allocation, parse_budget
+from kv_gym.budgets import Allocation, fitting, parse_allocation, parse_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.arms import every_arm
 from kv_gym.evaluation.replay import replay
@@ -47,18 +47,21 @@ def evaluate(
         tasks: contexts with questions, or whole tasks, see :func:`kv_gym.evaluation.tasks.parse_tasks`.
         split: of the traces, ``train`` or ``test``; None takes all.
         sinks, recent: protection for every policy; None means each policy's own.
-        allocations: who gets the slots, see :func:`kv_gym.budgets.parse_allocation`; every policy meets every one.
+        allocations: who gets the slots, see :func:`kv_gym.budgets.parse_allocation`; every policy meets all that can
+            use its scores.
         evicted: what becomes of evicted pairs, ``drop``, ``merge``, ``bits:4`` ...; every policy meets every one. Live
             only: replay knows what is kept, not what a model makes of it.
         json: file to write the result to.
         progress: show a bar.
 
     Returns:
-        ``{"rows": [...], "command", "versions", ...}``; rows as in :func:`replay` and
-        :func:`~kv_gym.evaluation.live.judge`, with None for what the other of the two measures.
+        ``{"rows": [...], "left_out": [...], "command", "versions", ...}``; rows as in :func:`replay` and
+        :func:`~kv_gym.evaluation.live.judge`, with None for what the other of the two measures; a sentence for every
+        policy and allocation that do not fit each other.
 
     Raises:
-        UserError: an unusable policy, budget, trace set or task; a policy of another model; an oracle live.
+        UserError: an unusable policy, budget, trace set or task; a policy of another model, or one that no allocation
+            can use; an oracle live.
     """
     if json is not None:
         refuse_unwritable(json)
@@ -76,6 +79,7 @@ def evaluate(
         rows, about = _replayed(chosen, chosen_budgets, traces, split, sinks, recent, rules, progress)
     else:
         rows, about = _live(chosen, chosen_budgets, model, list(tasks or ()), sinks, recent, rules, fates, progress)
+    about["left_out"] = [f"{name}: {why}" for name, policy in chosen.items() for why in fitting(policy, rules)[1]]
     data = result([dict.fromkeys(COLUMNS) | row for row in rows], **about)
     if json is not None:
         write_json(json, data)

@@ -39,8 +39,8 @@ def answer(
         sinks, recent: protection; None means each policy's own.
         rows_at_once: contexts per prefill.
         advance: called with the number of contexts done (progress).
-        allocations: who gets the slots; every policy meets every one of them.
-        evicted: what becomes of evicted pairs, see :func:`kv_gym.live.tiers.parse_tier`; the same.
+        allocations: who gets the slots; every policy meets all that can use its scores.
+        evicted: what becomes of evicted pairs, see :func:`kv_gym.live.tiers.parse_tier`; every policy meets every one.
 
     Returns:
         Rows as in :func:`judge`; their task is the contexts' own.

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 
 import torch
 
-from kv_gym.budgets import Allocation, cut, parse_allocation, protection_for, uniform
+from kv_gym.budgets import Allocation, cut, fitting, parse_allocation, protection_for, uniform
 from kv_gym.budgets.budget import Budget
 from kv_gym.errors import UserError
 from kv_gym.policies import Policy
@@ -32,20 +32,18 @@ def replay(
         budgets: slots per head or shares.
         sinks, recent: protection; None means each policy's own.
         advance: called after every context and policy (progress).
-        allocations: who gets the slots; every policy meets every one of them.
+        allocations: who gets the slots; every policy meets all that can use its scores.
 
     Returns:
         Rows of policy, budget, allocation, task, ``utility_kept`` (ratio of sums over layers, heads and contexts,
         protected slots included), ``kept_share`` (of the slots, mean over contexts) and ``n`` (contexts).
 
     Raises:
-        UserError: a context without continuations, or without the queries or statistics that a policy needs; or an
-            allocation that cannot use a policy's scores.
+        UserError: a context without continuations, or without the queries or statistics that a policy needs; or no
+            allocation that can use a policy's scores.
     """
-    budgets, rules = list(budgets), [parse_allocation(allocation) for allocation in allocations]
-    for policy in policies.values():
-        for rule in rules:
-            rule.refuse_unfit(policy)
+    budgets, given = list(budgets), [parse_allocation(allocation) for allocation in allocations]
+    rules = {name: fitting(policy, given)[0] for name, policy in policies.items()}
     kept: dict[tuple, float] = defaultdict(float)
     total: dict[tuple, float] = defaultdict(float)
     slots: dict[tuple, float] = defaultdict(float)
@@ -60,7 +58,7 @@ def replay(
             views = [sequence.view_for(policy, layer) for layer in layers]
             for which, budget in enumerate(budgets):  # 1 slot and a share of 1.0 are equal numbers
                 room = uniform(budget, views[0].seen, utility.shape[1])
-                for rule in rules:
+                for rule in rules[name]:
                     place = name, which, rule.name, sequence.task
                     masks = cut(policy, rule, [view.with_budget(room) for view in views], first, last)
                     for layer, keep in zip(layers, masks, strict=True):
