@@ -189,12 +189,12 @@ def test_reports_join_replay_and_live_rows(tmp_path):
 
 def test_allocations_that_a_policy_cannot_use_are_left_out_and_named(tmp_path):
     traces = str(bundled("traces"))
-    command = ["evaluate", "--traces", traces, "--split", "all", "--policies", "knorm,snapkv", "--budgets", "1/4"]
+    command = ["evaluate", "--traces", traces, "--split", "all", "--policies", "knorm,recency", "--budgets", "1/4"]
     done = CliRunner().invoke(app, [*command, "--allocation", "uniform,global", "--json", str(tmp_path / "rows.json")])
     assert done.exit_code == 0 and "left out: knorm: scores of policy 'knorm' are not comparable" in done.output
     data = json.loads((tmp_path / "rows.json").read_text())
     arms = {(row["policy"], row["allocation"]) for row in data["rows"]}
-    assert arms == {("knorm", "uniform"), ("snapkv", "uniform"), ("snapkv", "global")}
+    assert arms == {("knorm", "uniform"), ("recency", "uniform"), ("recency", "global")}
     assert [sentence.partition(":")[0] for sentence in data["left_out"]] == ["knorm"]
     with pytest.raises(UserError, match="not comparable"):
         evaluate(["knorm"], ["1/4"], traces=traces, split=None, allocations=["global"], progress=False)
