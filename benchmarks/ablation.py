@@ -8,7 +8,7 @@ replay, at totals from 1/8 to 1/64, one threshold over all slots unless the row 
 interval (Student's t) over training seeds, and the same of the difference to the first row of the same seed.
 
 Every variant and seed has a folder, named by all that it depends on, and is not done again: interrupted, or stopped by
-``--minutes``, the same command goes on. Writes ``ablation.json`` and ``ablation.md``.
+``--minutes``, the same command goes on. Writes ``ablation.json``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,6 @@ from typing import Any
 from ablation_bench import TOTALS, Bench, bench, work
 from ablation_rows import FIRST, NAMED, VARIANTS, Variant, chosen
 
-from kv_gym.atomic import whole_file
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.result import read_json, result, write_json
@@ -34,12 +33,6 @@ from kv_gym.markdown import pipe_table
 ATTENTION = ("h2o", "snapkv", "tova")  # of these the best is shown
 HEURISTICS = ("keydiff", *ATTENTION)
 RESULTS = Path(__file__).parent / "results"
-INTRODUCTION = """<!-- made by `python benchmarks/{command}` -->
-
-Accuracy in percent on {n} validation questions (full cache {full:.1f}) at totals of the cache, and its mean over these
-totals; utility kept in replay, in percent, the same mean; differences in points to the first row, paired by seed. Half
-of the 95 % interval over training seeds behind ±; heuristics have no seeds.
-"""
 
 
 def values(found: dict[str, Any], rule: str, name: str) -> dict[float, float]:
@@ -71,6 +64,16 @@ def compared(ours: dict[int, dict], theirs: dict[int, dict], rule: str) -> list[
             row[f"{name}_difference"], row[f"{name}_difference_interval"] = mean_interval(apart)
         rows.append(row)
     return rows
+
+
+def introduction(data: dict[str, Any]) -> str:
+    """What the tables show."""
+    return (
+        f"Accuracy in percent on {data['questions']} validation questions (full cache {data['full_cache']:.1%}) at "
+        "totals of the cache, and its mean over these totals; utility kept in replay, in percent, the same mean; "
+        "differences in points to the first row, paired by seed. Half of the 95 % interval over training seeds behind "
+        "±; heuristics have no seeds.\n"
+    )
 
 
 def table(rows: list[dict[str, Any]]) -> str:
@@ -146,7 +149,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, help="training steps of every row, for a trial run")
     parser.add_argument("--minutes", type=float, default=float("inf"), help="start nothing after so many")
     parser.add_argument("--jobs", type=int, default=1, help="processes, of one thread each")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of ablation.json and ablation.md")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of ablation.json")
     arguments = parser.parse_args()
     until = time.time() + 60 * arguments.minutes
     variants = chosen(arguments.only)
@@ -185,10 +188,7 @@ def main() -> None:
     }  # fmt: skip
     data = result(rows, **about)
     write_json(arguments.results / "ablation.json", data)
-    text = INTRODUCTION.format(command=data["command"], full=100 * full["accuracy"], n=full["n"]) + table(rows)
-    with whole_file(arguments.results / "ablation.md") as part:
-        part.write_text(text)
-    print(text)
+    print(introduction(data) + table(rows))
 
 
 if __name__ == "__main__":

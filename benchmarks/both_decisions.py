@@ -1,7 +1,8 @@
 """One policy for prefill and decode: `end_to_end` trained on one kind of decision points, on the other, and on both.
 
     python benchmarks/both_decisions.py --out runs/held_out
-    kv-gym leaderboard benchmarks/both_decisions.yml --out results/both_decisions --workers 2
+    kv-gym leaderboard benchmarks/both_decisions.yml --out runs/both_decisions --workers 2 \
+        --publish benchmarks/results/both_decisions
 
 Prefill decisions stand at the end of a context whose questions follow (the training contexts of ``zoo.py``). Decode
 decisions stand in the midst of a text: dialogues, lists that are copied out and streams of facts are stopped at their

@@ -12,6 +12,7 @@ project); goes on where it was interrupted.
 from __future__ import annotations
 
 import argparse
+import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -85,6 +86,11 @@ def contexts(model, tokenizer, novels: Path, folder: Path, seed: int) -> TraceSe
             windows = prompts_from_text(novels / f"{name}.txt", tokenizer, tokens, AHEAD, 24, "train")
             prompts += [replace(window, id=f"{window.id}-{tokens}") for window in windows]
     return record(model, prompts, folder, tokenizer=tokenizer)
+
+
+def read(file: Path) -> list[dict]:
+    """The rows that were written."""
+    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
 
 
 def markdown(rows: list[dict]) -> str:

@@ -4,9 +4,8 @@
     python benchmarks/publish.py --run runs/held_out  # before that takes over the zoo that zoo.py trained there
     python benchmarks/publish.py --check              # says which pages are stale, and exits with 1
 
-The pages: what stands between the markers of README.md, agents/README.md and the cards of its policies, and
-BENCHMARK.md. They are made of ``benchmarks/results/headline/``, ``benchmarks/results/leaderboard/`` and
-agents/trained/ alone.
+The pages: what stands between the markers of README.md, agents/README.md and the cards of its policies, BENCHMARK.md
+and benchmarks/RESULTS.md. They are made of ``benchmarks/results/`` and agents/trained/ alone.
 """
 
 from __future__ import annotations
@@ -15,6 +14,8 @@ import argparse
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+
+from findings import findings
 
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation.leaderboard import accuracy_table, page, read_rows
@@ -59,6 +60,8 @@ def pages(root: Path) -> dict[Path, str]:
         root / "agents" / "README.md": zoo(board, root / "agents" / "trained"),
         root / "BENCHMARK.md": page(board),
     }
+    if found := findings(root / RESULTS):
+        made[root / "benchmarks" / "RESULTS.md"] = found
     for folder in sorted((root / "agents" / "trained").iterdir()):
         made[folder / "README.md"] = Scorer.from_pretrained(folder).card()
     return made

@@ -1,0 +1,86 @@
+"""The page of findings: what every benchmark beside the headline and the leaderboard found, made of its results.
+
+``publish.py`` writes it to ``benchmarks/RESULTS.md``. A benchmark that has not been run has no section.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import ablation
+import novels
+import rl_gain
+import transfer
+
+from kv_gym.evaluation.leaderboard import accuracy_table, read_rows
+from kv_gym.evaluation.result import read_json
+
+
+def of_ablation(results: Path) -> str:
+    """What makes a ranking good."""
+    data = read_json(results / "ablation.json")
+    return ablation.introduction(data) + ablation.table(data["rows"]).rstrip()
+
+
+def of_rl_gain(results: Path) -> str:
+    """What reinforcement learning adds."""
+    data = read_json(results / "rl_gain.json")
+    told = (
+        f"What KVEvict-v0 pays in eviction mode at 1/8 on unseen dialogues, mean over {data['seeds']} training seeds, "
+        "with half a 95 % interval; differences are paired by seed."
+    )
+    return f"{told}\n\n{rl_gain.markdown(data['rows'], data['differences'])}"
+
+
+def of_transfer(results: Path) -> str:
+    """Used on longer contexts than trained on."""
+    data = read_json(results / "transfer.json")
+    told = (
+        f"Percent right, one threshold over all slots, means over {data['seeds']} training seeds; the difference, in "
+        "points, is that of the policy trained on 512 words to the one trained on 1,024, paired by seed, with half a "
+        "95 % interval. The model itself was trained on up to 1,024 words."
+    )
+    return f"{told}\n\n{transfer.markdown(data['differences'])}"
+
+
+def of_novels(results: Path) -> str:
+    """Perplexity of a text."""
+    told = (
+        "Nats per token of four held-out novels, read in blocks of 32 tokens with the cache cut after each, by a "
+        "pretrained model of 260,000 parameters; learned policies are means over training seeds on other novels."
+    )
+    return f"{told}\n\n{novels.markdown(novels.read(results / 'novels.jsonl'))}"
+
+
+def of_both_decisions(results: Path) -> str:
+    """One policy for prefill and decode."""
+    rows = read_rows(results / "both_decisions")
+    tables = [f"**{task}**\n\n{accuracy_table(rows, task)}" for task in sorted({row["task"] for row in rows})]
+    told = (
+        "Percent right of `end_to_end` trained on decisions at the end of a prompt, in the midst of a text, and on "
+        "half of each."
+    )
+    return "\n\n".join([told, *tables])
+
+
+SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {
+    "ablation.json": ("What makes one ranking over all slots good", of_ablation),
+    "rl_gain.json": ("What reinforcement learning adds to a supervised start", of_rl_gain),
+    "both_decisions": ("One policy for prefill and decode", of_both_decisions),
+    "transfer.json": ("Longer contexts than trained on", of_transfer),
+    "novels.jsonl": ("Perplexity of novels", of_novels),
+}
+
+
+def findings(results: Path) -> str:
+    """The page, of what lies in a folder of results; "" where that is nothing."""
+    there = [f"## {title}\n\n{of(results)}" for name, (title, of) in SECTIONS.items() if (results / name).exists()]
+    if not there:
+        return ""
+    head = (
+        "# Findings\n\nThe headline is in [README.md](../README.md), all policies are in "
+        "[BENCHMARK.md](../BENCHMARK.md). This page is written by `python benchmarks/publish.py` from `results/`; the "
+        "commands are in [README.md](README.md)."
+    )
+    return "\n\n".join([head, *there]) + "\n"
