@@ -27,7 +27,7 @@ def of_rl_gain(results: Path) -> str:
     """What reinforcement learning adds."""
     data = read_json(results / "rl_gain.json")
     told = (
-        f"What KVEvict-v0 pays in eviction mode at 1/8 on unseen dialogues, mean over {data['seeds']} training seeds, "
+        f"What KVEvict-v0 pays in eviction mode at 1/4 on unseen dialogues, mean over {data['seeds']} training seeds, "
         "with half a 95 % interval; differences are paired by seed."
     )
     return f"{told}\n\n{rl_gain.markdown(data['rows'], data['differences'])}"

@@ -2,11 +2,13 @@
 
     python benchmarks/rl_gain.py --out runs/rl_gain
 
-Dialogues of 512 words of the bundled model: 256 are the context, the other 256 and two questions the continuation,
-recorded in 31 blocks; before each block every head is cut to an eighth of the context (KVEvict-v0 in eviction mode).
-Reported is what the environment pays on unseen dialogues. All arms draw the same number of states a step and take the
-same number of steps; where sampling is involved, each state is ranked `group` times, so that RL sees more rankings (the
-column says how many). Five seeds, differences paired by seed, 95 % intervals (Student's t).
+Dialogues of the bundled model: 384 words are the context, the next 64 and two questions the continuation, recorded in
+ten blocks; before each block every head is cut to a quarter of the context, new tokens included (KVEvict-v0 in eviction
+mode). Reported is what the environment pays on unseen dialogues.
+
+Arms from scratch take the same number of steps (`foresight`, on the same number of states a step; `joint` as its file
+says), those that go on from `joint` half as many. Where rankings are sampled each state is ranked `group` times: the
+table says how many rankings an arm has seen. Five seeds, differences paired by seed, 95 % intervals (Student's t).
 Goes on where it was interrupted.
 """
 
@@ -30,9 +32,10 @@ from kv_gym.traces.prompts import Prompt
 from kv_gym.training import train
 from kv_gym.training.reached import Reached
 
-WORDS, CONTEXT = 512, 256
-BUDGET = 1 / 8
-STEPS = 400
+CONTEXT, AHEAD = 384, 64  # words; a head keeps 96 slots, of which new tokens take more and more
+BUDGET = 1 / 4
+BLOCKS = 10  # that a continuation is recorded in, and a cut before each
+STEPS = 300
 UNSEEN = FIRST_HELD_OUT_SEED + 2_000_000
 SUPERVISED, MIXED, REINFORCED = {"distill": 1.0}, {"distill": 0.5}, {"distill": 0.0}
 ARMS: dict[str, tuple[dict, str | None]] = {
@@ -96,22 +99,22 @@ BASELINES = {
 
 
 def dialogues(model, tokenizer, folder: Path, first: int, count: int, split: str) -> TraceSet:
-    """Dialogues cut in the middle, with what comes after it in 31 blocks."""
+    """Dialogues that stop at a decision, with what comes after it."""
     prompts = []
     for number in range(count):
-        made = make_context("dialogue", WORDS, first + number, 2)
+        made = make_context("dialogue", 512, first + number, 2)
         asked = [word for question in made.questions for word in (*question.question, *question.answer, ".")]
         prompts.append(
             Prompt(
                 id=f"dialogue-{first + number}",
                 context_ids=[word_ids()["<bos>"], *encode(made.words[:CONTEXT])],
-                continuation_ids=[encode((*made.words[CONTEXT:], *asked))],
+                continuation_ids=[encode((*made.words[CONTEXT : CONTEXT + AHEAD], *asked))],
                 task="dialogue",
                 split=split,
                 text_hash=f"dialogue-{first + number}",
             )
         )
-    return record(model, prompts, folder, tokenizer=tokenizer)
+    return record(model, prompts, folder, tokenizer=tokenizer, blocks=BLOCKS)
 
 
 def paired(ours: list[float], theirs: list[float]) -> dict:

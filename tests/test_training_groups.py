@@ -105,6 +105,14 @@ def test_equal_returns_have_no_advantage_and_a_group_of_one_is_refused():
         GRPO(GRPOSettings(ranking="heads"), 0, GroupedScorer(1, 2, 4))
 
 
+def test_states_with_nothing_to_decide_teach_nothing():
+    scores = torch.randn(2, 6, requires_grad=True)
+    group = Group.sample(scores.detach(), scores.detach(), torch.rand(2, 6), torch.zeros(2, 6), 4)
+    loss, told = group.loss(scores, GRPOSettings(kl=0.5, entropy=0.1))
+    loss.backward()
+    assert loss.item() == 0 and not scores.grad.any() and all(float(value) == 0 for value in told.values())
+
+
 def test_the_first_update_follows_the_score_function_and_far_ratios_do_not_count():
     torch.manual_seed(0)
     scores, worth = torch.randn(1, 6), torch.rand(1, 6)

@@ -116,7 +116,7 @@ class Group:
             size: of the group.
         """
         order = sample_rankings(scores, size)
-        length = int((weights > 0).sum(-1).max())
+        length = max(1, int((weights > 0).sum(-1).max()))  # nothing may be acted anywhere: a step that learns nothing
         returns = returns_to_go(order, worth, weights)
         old = Stages.of(scores.expand(order.shape), order, length)
         acted = (weights > 0)[..., :length].expand(*order.shape[1:-1], length)
