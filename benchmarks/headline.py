@@ -1,8 +1,10 @@
 """The figures that are claimed, from a leaderboard's rows: smallest totals, their ratios, the way to the oracle.
 
-    python benchmarks/headline.py runs/headline/rows runs/headline/equal --publish benchmarks/results/headline
+    python benchmarks/headline.py runs/headline/rows runs/headline/equal runs/headline/utility \
+        --publish benchmarks/results/headline
 
-The rows are those of ``headline.yml`` and ``headline_equal.yml``; the head of the first says how to make them. A
+The rows are those of ``headline.yml``, ``headline_equal.yml`` and ``headline_utility.yml``; the head of the first says
+how to make them. A
 smallest total is the least budget at and above which the lower end of the accuracy's 95 % interval stays within a point
 of the full cache. The way to the oracle: (utility kept - the best heuristic's) / (the oracle's - the best heuristic's),
 each at its best allocation, at every total from 1/4 to 1/32, and their mean.
