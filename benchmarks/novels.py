@@ -13,13 +13,17 @@ from __future__ import annotations
 
 import argparse
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from statistics import fmean
 
 from kv_gym.budgets import format_budget
 from kv_gym.errors import UserError
+from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.leaderboard import leaderboard
 from kv_gym.evaluation.leaderboard.rows import write_rows
+from kv_gym.evaluation.summary import FULL, NULLS
 from kv_gym.markdown import pipe_table
 from kv_gym.traces import TraceSet, load_model, prompts_from_text, record
 from kv_gym.training import train
@@ -72,9 +76,15 @@ def main() -> None:
         arguments.out / "results",
         arguments.workers,
     )
-    kept = ("policy", "seed", "budget", "allocation", "sinks", "recent", "task", "n", "asked", "nll", "refused")
-    write_rows(arguments.rows, [{name: row[name] for name in kept if name in row} for row in rows])
-    print(markdown(rows))
+    write_rows(arguments.rows, [shown(row) for row in rows if row.get("nll") is not None])
+    print(markdown(read(arguments.rows)))
+
+
+def shown(row: Mapping) -> dict:
+    """What the table is made of: the setting, and the nats per token of every stretch."""
+    kept = ("policy", "seed", "budget", "allocation", "sinks", "recent", "window", "chosen_on_validation", "task")
+    nats = {name: round(lost / asked, 5) for name, (_, asked, lost) in row["contexts"].items()}
+    return {name: row[name] for name in kept if row.get(name) not in (None, False)} | {"nll": nats}
 
 
 def contexts(model, tokenizer, novels: Path, folder: Path, seed: int) -> TraceSet:
@@ -94,18 +104,29 @@ def read(file: Path) -> list[dict]:
 
 
 def markdown(rows: list[dict]) -> str:
-    """NLL in nats per token over all held-out novels, by policy and allocation; the best settings of each policy."""
-    sums: dict[tuple[str, str], dict[float, list[float]]] = {}
+    """NLL in nats per token over all stretches, and what the smallest cache costs, paired by stretch.
+
+    Heuristics have the setting that did best on the validation novel, null hypotheses and learned policies all.
+    """
+    tuned = {row["policy"] for row in rows if row.get("chosen_on_validation")} - set(NULLS)
+    arms: dict[tuple[str, str], dict[float, dict[str, list[float]]]] = {}
     for row in rows:
-        if row.get("nll") is not None:
-            sums.setdefault((row["policy"], row["allocation"]), {}).setdefault(row["budget"], []).append(row["nll"])
-    budgets = sorted({budget for found in sums.values() for budget in found if budget < 1}, reverse=True)
-    table = {arm: {b: sum(v) / len(v) for b, v in found.items()} for arm, found in sums.items()}
+        if row["policy"] not in tuned or row.get("chosen_on_validation"):
+            ends = f", ends {row['sinks']} + {row['recent']}" if "sinks" in row else ""
+            stretches = arms.setdefault((row["policy"], row["allocation"] + ends), {}).setdefault(row["budget"], {})
+            for name, nats in row["nll"].items():
+                stretches.setdefault(f"{row['task']} {name}", []).append(nats)
+    means = {arm: {b: {k: fmean(v) for k, v in of.items()} for b, of in found.items()} for arm, found in arms.items()}
+    (full,) = means.pop((FULL, "uniform")).values()
+    budgets = sorted({budget for found in means.values() for budget in found}, reverse=True)
     body = []
-    for (policy, rule), found in sorted(table.items(), key=lambda item: sum(item[1].values()) / len(item[1])):
-        cells = [f"{found.get(budget, found.get(1.0, float('nan'))):.3f}" for budget in budgets]
-        body.append([policy, rule, *cells])
-    return pipe_table(["policy", "allocation", *map(format_budget, budgets)], body, 2)
+    for (policy, rule), found in sorted(means.items(), key=lambda item: fmean(item[1][budgets[-1]].values())):
+        cells = [f"{fmean(found[budget].values()):.3f}" for budget in budgets]
+        gap, half = mean_interval([nats - full[name] for name, nats in found[budgets[-1]].items()])
+        body.append([policy, rule, *cells, f"{gap:+.3f} ± {half:.3f}"])
+    body.insert(0, [FULL, "", *[f"{fmean(full.values()):.3f}"] * len(budgets), ""])
+    head = ["policy", "allocation", *map(format_budget, budgets), f"cost at {format_budget(budgets[-1])}"]
+    return pipe_table(head, body, 2)
 
 
 if __name__ == "__main__":
