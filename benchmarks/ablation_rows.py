@@ -84,7 +84,7 @@ VARIANTS = (
         steps=400,
         inputs=["hidden"],
     ),
-    through("end_to_end", rules=RULES, extra=True),
+    through("end_to_end", rules=RULES),  # the zoo's
     through("end_to_end, width 128", extra=True, hidden=128),
 )
 NAMED = {variant.name: variant for variant in VARIANTS}

@@ -48,6 +48,11 @@ def test_every_public_name_is_there():
         kv_gym.evolve  # noqa: B018
 
 
+def test_the_package_is_a_command_too():
+    done = subprocess.run([sys.executable, "-m", "kv_gym", "--version"], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout) == (0, f"kv-gym {kv_gym.__version__}\n")
+
+
 def test_the_version_stands_in_one_place():
     written = [path for path in ("setup.cfg", "setup.py", "pyproject.toml", "CITATION.cff") if (ROOT / path).exists()]
     assert not [path for path in written if kv_gym.__version__ in _without_requirements((ROOT / path).read_text())]
