@@ -5,7 +5,8 @@
 
 Policies are written to ``<out>/<agent>-<seed>``; what has been recorded or trained is not done again. With
 ``--leave-out`` the training contexts come from all other families of tasks, and the folders are named
-``<agent>-without-<task>-<seed>``. `joint_utility` is `joint` with the attention that is kept as its aim.
+``<agent>-without-<task>-<seed>``. `joint_utility` is `joint` with the attention that is kept as its aim,
+`joint_hidden` sees hidden states alone.
 """
 
 from __future__ import annotations
@@ -24,7 +25,10 @@ from kv_gym.training import train
 from kv_gym.training.registry import learner_class
 
 AGENTS = ("end_to_end", "joint", "expected", "rloo", "grpo", "ppo", "distill", "foresight", "kvzap")
-OTHERS: dict[str, tuple[str, dict]] = {"joint_utility": ("joint", {"target": "utility", "loss": "softmax"})}
+OTHERS: dict[str, tuple[str, dict]] = {
+    "joint_utility": ("joint", {"target": "utility", "loss": "softmax"}),
+    "joint_hidden": ("joint", {"inputs": ["hidden"]}),
+}
 CONTEXTS = ((512, 192), (1024, 64))  # words, and contexts of that length
 
 
@@ -57,7 +61,7 @@ def trained(
     for seed in range(seeds):
         for agent in seconds:
             kind, settings = OTHERS.get(agent, (agent, {}))
-            hidden = "hidden" in learner_class(kind).settings.load(kind).inputs
+            hidden = "hidden" in learner_class(kind).settings.load(kind, **settings).inputs
             contexts = out / f"train{'-hidden' * hidden}{mark}-{seed}"
             training = training_contexts(model, tokenizer, contexts, tasks, seed, hidden=hidden)
             learned[f"{agent} {seed}"] = folder = out / f"{agent}{mark}-{seed}"
