@@ -187,6 +187,14 @@ def test_reports_join_replay_and_live_rows(tmp_path):
         read_json(tmp_path / "other.json")
 
 
+def test_ids_of_another_tokenizer_are_refused_in_one_sentence(tmp_path):
+    line = {"context_ids": [1, 2, 3, 99999], "question_ids": [5], "answer_ids": [7]}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(line) + "\n")
+    command = ["evaluate", "--model", "reference", "--tasks", str(tmp_path / "tasks.jsonl"), "--policies", "recency"]
+    with pytest.raises(UserError, match="token id 99999 and the model knows ids below 1015"):
+        CliRunner().invoke(app, [*command, "--budgets", "1/2"], catch_exceptions=False)
+
+
 def test_allocations_that_a_policy_cannot_use_are_left_out_and_named(tmp_path):
     traces = str(bundled("traces"))
     command = ["evaluate", "--traces", traces, "--split", "all", "--policies", "knorm,recency", "--budgets", "1/4"]

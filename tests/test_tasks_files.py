@@ -92,6 +92,8 @@ def test_a_longbench_line_is_context_then_question(tmp_path, tokenizer):
     (prompt,) = task.prompts
     assert tokenizer.decode(prompt.context_ids) == f"<bos> {HOTPOT['context']}"
     assert tokenizer.decode(prompt.question_ids) == HOTPOT["input"]
+    twice = written(tmp_path / "twice.jsonl", HOTPOT, HOTPOT | {"input": "where was Alice ?"})
+    assert [each.id for each in longbench(twice, tokenizer).prompts] == ["hotpotqa a1", "hotpotqa a1 1"]
     assert (prompt.id, prompt.new_tokens, prompt.answers) == ("hotpotqa_e a1", 32, ("the old mill", "mill"))
     assert task.score("in the mill", prompt) == pytest.approx(2 / 3)  # [in, mill] against [mill]
     template = tmp_path / "template.txt"

@@ -146,8 +146,9 @@ class Eviction:
         shortest, longest = getattr(self.policy, "lengths", (seen, seen))
         if not shortest <= seen <= longest:
             lengths = shortest if shortest == longest else f"{shortest} to {longest}"
+            name = getattr(self.policy, "training", {}).get("agent", self.policy.name)
             warnings.warn(
-                f"policy {self.policy.name!r} was trained on contexts of {lengths} tokens and evicts "
+                f"policy {name!r} was trained on contexts of {lengths} tokens and evicts "
                 f"now after {seen}: its choice may be poor",
                 stacklevel=2,
             )

@@ -19,6 +19,7 @@ from kv_gym.fingerprint import Fingerprint
 from kv_gym.hidden_states import listen, unlisten
 from kv_gym.policies.base import Policy, StatefulPolicy
 from kv_gym.policies.registry import make_policy
+from kv_gym.token_ids import token_rows
 from kv_gym.traces.format import FORMAT, VERSION
 from kv_gym.traces.models import tokenizer_hash, usable_device
 from kv_gym.traces.prompts import Prompt
@@ -176,7 +177,7 @@ def _sequence(
 ) -> Sequence:  # fmt: skip
     cache = RecordingCache(model, window, policies, hidden)
     _forward(model, [prompt.context_ids], cache)
-    cache.read_again(model, torch.tensor([prompt.context_ids], device=model.device))
+    cache.read_again(model, token_rows(model, [prompt.context_ids]))
     layers = cache.recorded
     arrays = {
         name: torch.stack([getattr(layer, name)[0] for layer in layers]).float().cpu().numpy()
@@ -230,12 +231,8 @@ def _tokens(ids: list[int]):
 
 @torch.inference_mode()
 def _forward(model, ids: list[list[int]], cache: RecordingCache) -> None:
-    vocabulary = model.config.get_text_config().vocab_size
-    largest = max(max(row) for row in ids)
-    if largest >= vocabulary:
-        raise UserError(f"a prompt holds token id {largest} and the model knows ids below {vocabulary}: is it its own?")
     # the decoder without its output layer, whose logits nobody reads
-    model.base_model(torch.tensor(ids, device=model.device), past_key_values=cache, use_cache=True)
+    model.base_model(token_rows(model, ids), past_key_values=cache, use_cache=True)
 
 
 @contextmanager

@@ -70,6 +70,7 @@ def longbench(
         raise UserError(f"{file} holds text and the model has no tokenizer; give a model that has one")
     before, after = _template(template)
     prompts: list[Prompt] = []
+    names: set[str] = set()
     for number, (where, data) in enumerate(json_lines(file, "context, input, answers and dataset")):
         if count is not None and number >= count:
             break
@@ -85,6 +86,9 @@ def longbench(
         if seen:
             context_ids, question_ids = context_ids + question_ids, ()
         answers, name = texts_of(data, "answers", where), f"{dataset} {data.get('_id', number)}"
+        if name in names:  # published files name every line once, a file of one's own may not
+            name = f"{name} {number}"
+        names.add(name)
         prompts.append(Prompt(name, context_ids, question_ids, answers, new_tokens, classes, dataset))
     if not prompts:
         raise UserError(f"task file {file} holds no task; expected JSON lines with context, input and answers")

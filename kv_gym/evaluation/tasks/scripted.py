@@ -20,6 +20,7 @@ from kv_gym.evaluation.outcome import Outcome
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.script import Aside, Script, alike, scripts_hash
 from kv_gym.live import EvictingCache
+from kv_gym.token_ids import token_rows
 
 AT_ONCE = 64  # questions asked together: each holds a copy of its context's cache
 
@@ -96,7 +97,7 @@ class _Reading:
     @torch.no_grad()
     def feed(self, model, cache: EvictingCache, index: int) -> None:
         """Feed segment `index` of every row, and judge its answers."""
-        ids = torch.tensor([script.segments[index].ids for script in self.batch], device=model.device)
+        ids = token_rows(model, [script.segments[index].ids for script in self.batch])
         answers = self.batch[0].segments[index].answers
         keep = 0 if answers else 1  # transformers: 0 means the logits of all tokens
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
@@ -169,7 +170,7 @@ def answers(
     groups = [list(items) for _, items in groupby(sorted(asked, key=size), size)]
     for same in (group[start : start + AT_ONCE] for group in groups for start in range(0, len(group), AT_ONCE)):
         question_size = len(same[0][1].question_ids)
-        ids = torch.tensor([(*aside.question_ids, *aside.answer_ids) for _, aside in same], device=model.device)
+        ids = token_rows(model, [(*aside.question_ids, *aside.answer_ids) for _, aside in same])
         with cache.fork() as fork, torch.no_grad():
             fork.batch_select_indices(torch.tensor([row for row, _ in same], device=model.device))
             logits = model(input_ids=ids[:, :-1], past_key_values=fork, use_cache=True).logits

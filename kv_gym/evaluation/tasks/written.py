@@ -18,6 +18,7 @@ from kv_gym.evaluation.arms import Arm, cache_for, fork_for
 from kv_gym.evaluation.outcome import Outcome
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.scripted import bytes_held
+from kv_gym.token_ids import token_rows
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,7 @@ def ending_tokens(model) -> set[int]:
 @torch.no_grad()
 def _fed(model, cache, ids: Sequence[int]) -> Tensor:
     """Logits `[vocabulary]` after the last of some tokens."""
-    tokens = torch.tensor([list(ids)], device=model.device)
+    tokens = token_rows(model, [ids])
     return model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
 
 
