@@ -35,7 +35,7 @@ AHEAD = 32  # tokens of the same text that follow a decision
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/held_out"))
-    parser.add_argument("--seeds", type=int, default=5)
+    parser.add_argument("--seeds", type=int, default=3)
     arguments = parser.parse_args()
     model, tokenizer = load_model(MODEL)
     for seed in range(arguments.seeds):
