@@ -2,9 +2,9 @@
 
     python benchmarks/transfer.py --out runs/transfer
 
-Multi-key recall, one threshold over all slots at totals of 1/16 and 1/32. `end_to_end` is trained for 400
-steps on 256 contexts of 512 words, and, with the same settings, on 128 contexts of 1,024 words; all are used on
-held-out contexts of 1,024 to 2,048 words. Five seeds, paired by seed: mean difference in points and its 95 % interval (Student's t). The
+Multi-key recall, one threshold over all slots at totals of 1/16 and 1/32. `end_to_end` is trained for 400 steps on 256
+contexts of 512 words, and, with the same settings, on 128 contexts of 1,024 words; all are used on held-out contexts of
+1,024 to 2,048 words. Five seeds, paired by seed: mean difference in points and its 95 % interval (Student's t). The
 bundled model answers everything at 1,024 words, five sixths at 1,536 and little at 2,048, where its own range has
 ended: the row of the full cache says so. Goes on where it was interrupted.
 """
