@@ -20,6 +20,8 @@ from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
 from kv_gym.fit import fit, load_fit, run
 from kv_gym.fit.data import PARTS, _divided, read_data
 from kv_gym.fit.loss import least_provable, lost_answers, lost_nats, smallest
+from kv_gym.policies import make_policy
+from kv_gym.traces import open_traces
 from kv_gym.training.registry import settings_of
 
 CONTEXT, QUESTIONS = 24, 3
@@ -263,6 +265,12 @@ def test_continuations_are_judged_by_their_likelihood(model, continuations, tmp_
     assert learned["loss"] == pytest.approx(learned["nll"] - full["nll"], abs=1e-6) and learned["loss"] != 0
     card = (tmp_path / "out" / "README.md").read_text()
     assert "nats per token" in done["verdict"][0] and "| accuracy |" not in card
+
+
+def test_a_policy_of_hidden_states_is_fitted_too(model, questions, tmp_path, few_heuristics):
+    done = fit(model, questions, tmp_path, tolerance=0.9, **FAST | {"inputs": ["hidden"]})
+    assert done["finished"] and open_traces(tmp_path / "traces").load()[0].hidden is not None
+    assert make_policy(tmp_path / "policy").inputs == ("hidden",)
 
 
 def test_an_unreachable_tolerance_is_said_and_nothing_is_evicted(model, continuations, tmp_path, few_heuristics):

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from kv_gym.cli.options import Device, Dtype, Model, Progress, named_model
+from kv_gym.cli.options import Device, Dtype, Model, Progress, Setting, named_model, settings_from
 
 
 def fit(
@@ -32,6 +32,7 @@ def fit(
     continuation_tokens: Annotated[int | None, typer.Option(help="What follows each of them (default: 64).")] = None,
     seed: Annotated[int, typer.Option(help="Of the policy, and of the reference task's contexts.")] = 0,
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
+    setting: Setting = None,
     device: Device = "cpu",
     dtype: Dtype = "auto",
     progress: Progress = True,
@@ -41,11 +42,10 @@ def fit(
     from kv_gym.fit import fit as run
 
     loaded, tokenizer = named_model(model, device, dtype)
-    more = {} if steps is None else {"steps": steps}
     done = run(
         loaded, data, out, tokenizer=tokenizer, tolerance=tolerance, agent=agent, allocation=allocation,
         budgets=BUDGETS if budgets is None else budgets.split(","), count=count, tokens=tokens,
-        continuation_tokens=continuation_tokens, seed=seed, progress=progress, **more,
+        continuation_tokens=continuation_tokens, seed=seed, progress=progress, **settings_from(setting, steps=steps),
     )  # fmt: skip
     for sentence in done["verdict"]:
         typer.echo(sentence)

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
-from kv_gym.cli.options import Device, Dtype, Progress, named_model
-from kv_gym.errors import UserError
+from kv_gym.cli.options import Device, Dtype, Progress, Setting, named_model, settings_from
 
 
 def train(
@@ -25,10 +24,7 @@ def train(
     steps: Annotated[int | None, typer.Option(help="Optimiser steps.")] = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the networks.")] = None,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
-    setting: Annotated[
-        list[str] | None,
-        typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of the agent, as in its file; repeatable."),
-    ] = None,
+    setting: Setting = None,
     init: Annotated[Path | None, typer.Option(help="Exported policy to start from.")] = None,
     model: Annotated[str | None, typer.Option(help="Of the traces; `end_to_end` trains through it.")] = None,
     device: Device = "cpu",
@@ -42,7 +38,7 @@ def train(
     from kv_gym.training import train as train_agent
     from kv_gym.training.registry import settings_of
 
-    settings = _settings(setting or [], steps=steps, hidden=hidden, rate=rate)
+    settings = settings_from(setting, steps=steps, hidden=hidden, rate=rate)
     settings_of(agent, **settings)  # refuses names that are no settings, such as seed
     policy = train_agent(
         agent, traces, out, seed=seed, init=init, resume=resume, progress=progress,
@@ -50,19 +46,3 @@ def train(
         **settings,
     )  # fmt: skip
     typer.echo(f"{out}: held-out reward {policy.training['held_out_reward']:.4f}, {policy.nbytes():,} bytes of weights")
-
-
-def _settings(written: list[str], **given: Any) -> dict[str, Any]:
-    """``NAME=VALUE`` with values as YAML, beside settings that have an option of their own."""
-    import yaml
-
-    settings = {name: value for name, value in given.items() if value is not None}
-    for text in written:
-        name, equals, value = text.partition("=")
-        if not equals or not name or name in settings:
-            raise UserError(f"--set got {text!r}; expected NAME=VALUE, each name once, such as --set contexts=4")
-        try:
-            settings[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set got {text!r}; expected a value as in agents/*.yml, such as 4 or [0, 0]") from None
-    return settings

@@ -23,6 +23,7 @@ from kv_gym.fit.folder import FitFolder
 from kv_gym.fit.loss import least_provable, measured, smallest
 from kv_gym.live.gated import frozen
 from kv_gym.policies import Policy, make_policy
+from kv_gym.policies.inputs import HIDDEN
 from kv_gym.traces import open_traces, record
 from kv_gym.training import train
 from kv_gym.training.registry import learner_class
@@ -137,8 +138,9 @@ class _Fit:
             recipe = {"source": "fit", "data": self.data.hash} | self.data.source
             prompts = self.data.prompts()
             record(
-                self.model, prompts, path / "traces", tokenizer=self.tokenizer, recipe=recipe, progress=self.progress
-            )
+                self.model, prompts, path / "traces", tokenizer=self.tokenizer, recipe=recipe, progress=self.progress,
+                hidden=HIDDEN in learner_class(agent).settings.load(agent, **settings).inputs,
+            )  # fmt: skip
         with self._shown("train", f"Train {agent}"):
             policy = train(
                 agent, open_traces(path / "traces"), path / "training", seed=seed, model=self.model,
