@@ -83,6 +83,7 @@ VARIANTS = (
         "layers, listwise, inputs hidden",
         steps=400,
         inputs=["hidden"],
+        extra=True,
     ),
     through("end_to_end", rules=RULES),  # the zoo's
     through("end_to_end, width 128", extra=True, hidden=128),
