@@ -33,6 +33,7 @@ from kv_gym.markdown import pipe_table
 ATTENTION = ("h2o", "snapkv", "tova")  # of these the best is shown
 HEURISTICS = ("keydiff", *ATTENTION)
 RESULTS = Path(__file__).parent / "results"
+MEASURED = {"accuracy": "", "utility_kept": "utility_kept_"}  # and how the names of its interval and difference begin
 
 
 def values(found: dict[str, Any], rule: str, name: str) -> dict[float, float]:
@@ -53,15 +54,15 @@ def compared(ours: dict[int, dict], theirs: dict[int, dict], rule: str) -> list[
     rows = []
     for total in (*TOTALS, 0.0):
         row: dict[str, Any] = {"budget": total}
-        for name in ("accuracy", "utility_kept"):
+        for name, behind in MEASURED.items():
             each = [values(found, rule, name)[total] for found in ours.values()]
-            row[name], row[f"{name}_interval"] = mean_interval(each)
+            row[name], row[f"{behind}interval"] = mean_interval(each)
             apart = [
                 values(mine, rule, name)[total] - values(other, NAMED[FIRST].rules[-1], name)[total]
                 for mine, other in paired
                 if mine is not None
             ]
-            row[f"{name}_difference"], row[f"{name}_difference_interval"] = mean_interval(apart)
+            row[f"{behind}difference"], row[f"{behind}difference_interval"] = mean_interval(apart)
         rows.append(row)
     return rows
 
@@ -82,25 +83,24 @@ def table(rows: list[dict[str, Any]]) -> str:
     more = ("mean", "difference", "utility kept", "difference", "seeds", "seconds")
     for what in dict.fromkeys(row["what"] for row in rows):
         body = []
-        arms = dict.fromkeys((row["policy"], row["allocation"]) for row in rows if row["what"] == what)
+        arms = dict.fromkeys((row["row"], row["allocation"]) for row in rows if row["what"] == what)
         for arm in arms:
-            at = {row["budget"]: row for row in rows if (row["policy"], row["allocation"]) == arm}
-            cells = [percent(at[total], "accuracy") for total in (*TOTALS, 0.0)]
-            cells += [
-                percent(at[0.0], name) for name in ("accuracy_difference", "utility_kept", "utility_kept_difference")
-            ]
+            at = {row["budget"]: row for row in rows if (row["row"], row["allocation"]) == arm}
+            cells = [percent(at[total], "accuracy", "") for total in (*TOTALS, 0.0)]
+            cells.append(percent(at[0.0], "difference", "difference_"))
+            cells += [percent(at[0.0], f"utility_kept{end}", f"utility_kept{end}_") for end in ("", "_difference")]
             seconds = "" if at[0.0]["seconds"] is None else f"{at[0.0]['seconds']:.0f}"
             body.append([*arm, *cells, str(at[0.0]["seeds"] or ""), seconds])
         lines += [f"\n**{what}**\n", pipe_table(["row", "allocation", *map(format_budget, TOTALS), *more], body, 2)]
     return "\n".join(lines) + "\n"
 
 
-def percent(row: dict[str, Any], name: str) -> str:
+def percent(row: dict[str, Any], name: str, behind: str) -> str:
     """A figure in percent or points, and half its interval where several seeds tell one."""
     if row[name] is None:
         return ""
     sign = "+" if "difference" in name else ""
-    half = row[f"{name}_interval"]
+    half = row[f"{behind}interval"]
     return f"{100 * row[name]:{sign}.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
 
 
@@ -113,7 +113,7 @@ def summary(here: Bench, variants: list[Variant], seeds: int) -> list[dict[str, 
     rows = []
     for variant in (each for each in VARIANTS if found.get(each.name)):
         about = {
-            "policy": variant.name,
+            "row": variant.name,
             "what": variant.what,
             "seeds": len(found[variant.name]),
             "seconds": fmean(each["seconds"] for each in found[variant.name].values()),
@@ -121,15 +121,20 @@ def summary(here: Bench, variants: list[Variant], seeds: int) -> list[dict[str, 
         }
         for rule in variant.rules:
             same = compared(found[variant.name], found[FIRST], rule)
-            rows += [about | {"allocation": rule} | row for row in same]
+            rows += [about | known(variant.name, rule) | row for row in same]
     heuristics = {name: here.heuristic(name) for name in HEURISTICS}
     best = max(ATTENTION, key=lambda name: max_of(heuristics[name]))
     for name in (*(name for name in HEURISTICS if name not in ATTENTION), best):
-        about = {"policy": name, "what": "heuristics", "seeds": None, "seconds": None, "settings": None}
+        about = {"row": name, "what": "heuristics", "seeds": None, "seconds": None, "settings": None}
         for rule in dict.fromkeys(row["allocation"] for row in heuristics[name]["rows"] if row["policy"] == ""):
             same = compared({None: heuristics[name]}, found[FIRST], rule)
-            rows += [about | {"allocation": rule} | row for row in same]
+            rows += [about | known(name, rule) | row for row in same]
     return rows
+
+
+def known(name: str, rule: str) -> dict[str, str]:
+    """The allocation of a row, and what `kv-gym report` calls it."""
+    return {"allocation": rule, "variant": name if rule == "global" else f"{name} ({rule})"}
 
 
 def max_of(found: dict[str, Any]) -> float:
@@ -186,7 +191,9 @@ def main() -> None:
             here.hash(here.folder(seed, False)) for seed in range(arguments.seeds)
         ],
     }  # fmt: skip
-    data = result(rows, **about)
+    data = result(
+        [row for row in rows if row["budget"]], means=[row for row in rows if not row["budget"]], **about
+    )  # fmt: skip
     write_json(arguments.results / "ablation.json", data)
     print(introduction(data) + table(rows))
 

@@ -20,7 +20,7 @@ from kv_gym.evaluation.result import read_json
 def of_ablation(results: Path) -> str:
     """What makes a ranking good."""
     data = read_json(results / "ablation.json")
-    return ablation.introduction(data) + ablation.table(data["rows"]).rstrip()
+    return ablation.introduction(data) + ablation.table([*data["rows"], *data["means"]]).rstrip()
 
 
 def of_rl_gain(results: Path) -> str:
@@ -53,7 +53,7 @@ def of_novels(results: Path) -> str:
         "have what did best on another novel. Last: what the smallest cache costs against the full one, in nats, "
         "paired over stretches, with half a 95 % interval."
     )
-    return f"{told}\n\n{novels.markdown(novels.read(results / 'novels.jsonl'))}"
+    return f"{told}\n\n{novels.markdown(read_rows(results / 'novels'))}"
 
 
 def of_both_decisions(results: Path) -> str:
@@ -72,7 +72,7 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "rl_gain.json": ("What reinforcement learning adds to a supervised start", of_rl_gain),
     "both_decisions": ("One policy for prefill and decode", of_both_decisions),
     "transfer.json": ("Longer contexts than trained on", of_transfer),
-    "novels.jsonl": ("Perplexity of novels", of_novels),
+    "novels": ("Perplexity of novels", of_novels),
 }
 
 

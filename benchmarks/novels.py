@@ -12,8 +12,6 @@ project); goes on where it was interrupted.
 from __future__ import annotations
 
 import argparse
-import json
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from statistics import fmean
@@ -21,8 +19,7 @@ from statistics import fmean
 from kv_gym.budgets import format_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.interval import mean_interval
-from kv_gym.evaluation.leaderboard import leaderboard
-from kv_gym.evaluation.leaderboard.rows import write_rows
+from kv_gym.evaluation.leaderboard import leaderboard, publish, read_rows
 from kv_gym.evaluation.summary import FULL, NULLS
 from kv_gym.markdown import pipe_table
 from kv_gym.traces import TraceSet, load_model, prompts_from_text, record
@@ -44,7 +41,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5)
     parser.add_argument("--stretches", type=int, default=12, help="of each held-out novel")
     parser.add_argument("--workers", type=int, default=2)
-    parser.add_argument("--rows", type=Path, default=Path("benchmarks/results/novels.jsonl"))
+    parser.add_argument("--publish", type=Path, default=Path("benchmarks/results/novels"), help="for compact rows")
     arguments = parser.parse_args()
     novels = arguments.data / "corpora" / "novels"
     folder = arguments.data / "models" / "stories260K"
@@ -76,15 +73,8 @@ def main() -> None:
         arguments.out / "results",
         arguments.workers,
     )
-    write_rows(arguments.rows, [shown(row) for row in rows if row.get("nll") is not None])
-    print(markdown(read(arguments.rows)))
-
-
-def shown(row: Mapping) -> dict:
-    """What the table is made of: the setting, and the nats per token of every stretch."""
-    kept = ("policy", "seed", "budget", "allocation", "sinks", "recent", "window", "chosen_on_validation", "task")
-    nats = {name: round(lost / asked, 5) for name, (_, asked, lost) in row["contexts"].items()}
-    return {name: row[name] for name in kept if row.get(name) not in (None, False)} | {"nll": nats}
+    publish(rows, arguments.publish)
+    print(markdown(read_rows(arguments.publish)))
 
 
 def contexts(model, tokenizer, novels: Path, folder: Path, seed: int) -> TraceSet:
@@ -98,11 +88,6 @@ def contexts(model, tokenizer, novels: Path, folder: Path, seed: int) -> TraceSe
     return record(model, prompts, folder, tokenizer=tokenizer)
 
 
-def read(file: Path) -> list[dict]:
-    """The rows that were written."""
-    return [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
-
-
 def markdown(rows: list[dict]) -> str:
     """NLL in nats per token over all stretches, and what the smallest cache costs, paired by stretch.
 
@@ -111,11 +96,11 @@ def markdown(rows: list[dict]) -> str:
     tuned = {row["policy"] for row in rows if row.get("chosen_on_validation")} - set(NULLS)
     arms: dict[tuple[str, str], dict[float, dict[str, list[float]]]] = {}
     for row in rows:
-        if row["policy"] not in tuned or row.get("chosen_on_validation"):
+        if row.get("contexts") and (row["policy"] not in tuned or row.get("chosen_on_validation")):
             ends = f", ends {row['sinks']} + {row['recent']}" if "sinks" in row else ""
             stretches = arms.setdefault((row["policy"], row["allocation"] + ends), {}).setdefault(row["budget"], {})
-            for name, nats in row["nll"].items():
-                stretches.setdefault(f"{row['task']} {name}", []).append(nats)
+            for name, (_, asked, lost) in row["contexts"].items():
+                stretches.setdefault(f"{row['task']} {name}", []).append(lost / asked)
     means = {arm: {b: {k: fmean(v) for k, v in of.items()} for b, of in found.items()} for arm, found in arms.items()}
     (full,) = means.pop((FULL, "uniform")).values()
     budgets = sorted({budget for found in means.values() for budget in found}, reverse=True)

@@ -80,10 +80,10 @@ def main() -> None:
     bounds["golden order (sees the future)"] = judge.reward(None)
     differences = {f"{a} - {b}": paired(paid[a], paid[b]) for a, b in PAIRS}
     rows = [
-        {"policy": name, "budget": BUDGET, "reward": statistics.mean(values), "interval": mean_interval(values)[1],
+        {"arm": name, "budget": BUDGET, "reward": statistics.mean(values), "interval": mean_interval(values)[1],
          "rankings": rankings[name], "by_seed": values}
         for name, values in paid.items()
-    ] + [{"policy": name, "budget": BUDGET, "reward": value} for name, value in bounds.items()]  # fmt: skip
+    ] + [{"arm": name, "budget": BUDGET, "reward": value} for name, value in bounds.items()]  # fmt: skip
     write_json(arguments.json, result(rows, differences=differences, seeds=arguments.seeds))
     print(markdown(rows, differences))
 
@@ -127,7 +127,7 @@ def markdown(rows: list[dict], differences: dict[str, dict]) -> str:
     for row in sorted(rows, key=lambda row: -row["reward"]):
         spread = f" +- {row['interval']:.3f}" if row.get("interval") is not None else ""
         seen = f"{row['rankings']:,}" if "rankings" in row else ""
-        body.append([row["policy"], f"{row['reward']:.3f}{spread}", seen])
+        body.append([row["arm"], f"{row['reward']:.3f}{spread}", seen])
     apart = []
     for name, gap in differences.items():
         spread = "" if gap["interval"] is None else f" +- {gap['interval']:.3f}"

@@ -52,7 +52,8 @@ def main() -> None:
                 train(agent, training, policy, seed=seed, model=model, steps=STEPS)
                 rows += answered(model, policy, agent, lengths, seed, arguments.count)
     about = {"seeds": arguments.seeds, "differences": differences(rows)}
-    write_json(arguments.json, result(rows, **about))
+    named = [{"agent" if name == "policy" else name: value for name, value in row.items()} for row in rows]
+    write_json(arguments.json, result(named, **about))
     print(markdown(about["differences"]))
 
 
