@@ -5,8 +5,10 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import ablation
 import novels
@@ -14,18 +16,22 @@ import rl_gain
 import transfer
 
 from kv_gym.evaluation.leaderboard import accuracy_table, read_rows
-from kv_gym.evaluation.result import read_json
+
+
+def read(file: Path) -> dict[str, Any]:
+    """What a benchmark wrote."""
+    return json.loads(file.read_text(encoding="utf-8"))
 
 
 def of_ablation(results: Path) -> str:
     """What makes a ranking good."""
-    data = read_json(results / "ablation.json")
+    data = read(results / "ablation.json")
     return ablation.introduction(data) + ablation.table([*data["rows"], *data["means"]]).rstrip()
 
 
 def of_rl_gain(results: Path) -> str:
     """What reinforcement learning adds."""
-    data = read_json(results / "rl_gain.json")
+    data = read(results / "rl_gain.json")
     told = (
         f"What KVEvict-v0 pays in eviction mode at 1/4 on unseen dialogues, mean over {data['seeds']} training seeds, "
         "with half a 95 % interval; differences are paired by seed."
@@ -35,7 +41,7 @@ def of_rl_gain(results: Path) -> str:
 
 def of_transfer(results: Path) -> str:
     """Used on longer contexts than trained on."""
-    data = read_json(results / "transfer.json")
+    data = read(results / "transfer.json")
     told = (
         f"Percent right, one threshold over all slots, means over {data['seeds']} training seeds; the difference, in "
         "points, is that of the policy trained on 512 words to the one trained on 1,024, paired by seed, with half a "
