@@ -19,7 +19,8 @@ import publish  # noqa: E402
 @pytest.fixture
 def checkout(tmp_path):
     """What the pages are made of, and the pages, as they are committed."""
-    for name in ("README.md", "BENCHMARK.md", "benchmarks/results", "agents/README.md", "agents/trained"):
+    pages = ("README.md", "BENCHMARK.md", "benchmarks/RESULTS.md", "agents/README.md")
+    for name in (*pages, "benchmarks/results", "agents/trained"):
         source, copy = ROOT / name, tmp_path / name
         copy.parent.mkdir(parents=True, exist_ok=True)
         if source.is_dir():
@@ -65,6 +66,14 @@ def test_a_changed_result_makes_its_pages_stale(checkout):
     assert stale(checkout) == {"README.md"}
     change(results / "leaderboard", accuracy=0.01)
     assert stale(checkout) == {"README.md", "agents/README.md", "BENCHMARK.md"}
+
+
+def test_a_changed_finding_makes_its_page_stale(checkout):
+    file = checkout / "benchmarks" / "results" / "transfer.json"
+    data = json.loads(file.read_text())
+    data["differences"][0]["difference"] += 1
+    file.write_text(json.dumps(data))
+    assert stale(checkout) == {"benchmarks/RESULTS.md"}
 
 
 def test_a_changed_page_is_stale(checkout):
