@@ -102,6 +102,21 @@ def test_charts_draw_a_mark_for_every_point_that_is_shown(page):
     wait(page, lambda: page.execute_script(count) == len(drawn) + 2)
 
 
+def test_charts_are_drawn_as_wide_as_they_stand(page):
+    """The browser shrinks a drawing that is wider than its place, text and all."""
+    page.set_window_size(1600, 1200)
+    page.refresh()
+    page.execute_async_script(
+        """const done = arguments[0];
+        (function wait() { document.documentElement.dataset.ready === "true" ? done() : setTimeout(wait, 50); })()"""
+    )
+    drawn = page.execute_script(
+        """return [...document.querySelectorAll('#quality-figures svg')].map((svg) =>
+        [+svg.getAttribute('width'), svg.getBoundingClientRect().width])"""
+    )
+    assert len(drawn) > 1 and all(width == pytest.approx(shown, abs=1) for width, shown in drawn)
+
+
 def test_columns_sort_both_ways(page):
     press = "document.querySelector(`#quality-table th[data-field='${arguments[0]}'] button`).click()"
     for column in ("nll", "utility_kept", "budget_text"):

@@ -10,7 +10,8 @@ const charts = (() => {
   };
   const drawn = new Map();
 
-  // Put a chart into a figure of its own; `data` gives its rows whenever it is drawn.
+  // Give a chart a figure of its own, not yet drawn; `data` gives its rows whenever it is. All figures stand before the
+  // first is drawn: a chart is as wide as its figure, which the figures beside it narrow.
   function add(parent, key, title, spec, source, data, description) {
     const figure = document.createElement("figure");
     const heading = document.createElement("h3");
@@ -22,8 +23,8 @@ const charts = (() => {
     place.setAttribute("aria-label", description || title);
     figure.append(heading, place);
     parent.append(figure);
+    figure.hidden = !data().length;
     drawn.set(key, { spec, source, data, figure, place, view: null });
-    return draw(drawn.get(key));
   }
 
   // A chart without rows is not shown: it would have no scale.

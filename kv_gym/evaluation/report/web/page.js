@@ -163,9 +163,11 @@
       ["parts", "parts", "Accuracy by part", "parts", () => pieces.filter((piece) => !hidden.has(piece.arm))],
       ["ablations", "ablation", "Accuracy of every variant", "ablations", () => [...variants].sort((a, b) => b.accuracy - a.accuracy)],
     ];
-    for (const [section, key, title, ...rest] of wanted) {
+    const there = wanted.filter(([, key]) => specs[key]);
+    for (const [section, key, title, ...rest] of there) charts.add(find(`${section}-figures`), key, title, specs[key], ...rest);
+    for (const [, key] of there) {
       await new Promise((done) => setTimeout(done));
-      if (specs[key]) await charts.add(find(`${section}-figures`), key, title, specs[key], ...rest);
+      await charts.refresh([key]);
     }
   }
 
