@@ -17,6 +17,14 @@ import transfer
 
 from kv_gym.evaluation.leaderboard import accuracy_table, read_rows
 
+WHY = """`joint` ranks list-wise by `layers` where it is given the model, and by `mean` where it is not: nothing that
+is learned from attention answers more from the smallest caches, `output_layers` alone as much. Attention kept is a
+proxy of answers, and the smaller the cache, the worse a one. Hidden states as the only input answer more still
+(`kv-gym record --hidden`, then `--set inputs=[hidden]`), but vary more between seeds, and a policy of theirs scores a
+token when it comes and never again: it cannot cut a cache that was filled without it, and so they are no default.
+Training through the model, `end_to_end`, holds the most of all, and is what `kv-gym fit` trains.
+"""
+
 
 def read(file: Path) -> dict[str, Any]:
     """What a benchmark wrote."""
@@ -26,7 +34,8 @@ def read(file: Path) -> dict[str, Any]:
 def of_ablation(results: Path) -> str:
     """What makes a ranking good."""
     data = read(results / "ablation.json")
-    return ablation.introduction(data) + ablation.table([*data["rows"], *data["means"]]).rstrip()
+    tables = ablation.table([*data["rows"], *data["means"]]).rstrip()
+    return f"{ablation.introduction(data)}\n{WHY}\n{tables}"
 
 
 def of_rl_gain(results: Path) -> str:

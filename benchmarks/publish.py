@@ -84,7 +84,8 @@ def first_screen(rows: Sequence[Mapping]) -> str:
         f"slots of the model; learned policies (bold) are means over {len(seeds)} training runs; heuristics have the "
         f"allocation, protected ends and window that did best on validation contexts; `smallest` is the least budget "
         f"that stays within a point of the full cache, at the lower end of a 95 % interval. *Family unseen*: trained "
-        f"on all other families of tasks. *Hidden states*: all that this policy sees of a token. [How it is made](benchmarks/headline.yml); all policies and tasks: "
+        f"on all other families of tasks. *Hidden states*: all that it sees of a token. "
+        f"[How it is made](benchmarks/headline.yml); all policies and tasks: "
         f"[BENCHMARK.md](BENCHMARK.md).\n\n{accuracy_table(rows, TASK)}\n\n"
         f"![accuracy against the budget](benchmarks/results/headline.png)\n"
     )
