@@ -77,7 +77,7 @@ def of_both_decisions(results: Path) -> str:
     tables = [f"**{task}**\n\n{accuracy_table(rows, task)}" for task in sorted({row["task"] for row in rows})]
     told = (
         "Percent right of `end_to_end` trained on decisions at the end of a prompt, in the midst of a text, and on "
-        "half of each."
+        "half of each; means over three training seeds. Recall is cut once, the others as the text goes on."
     )
     return "\n\n".join([told, *tables])
 
