@@ -13,13 +13,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part of kv_gym may import parts of its own layer and of those before it.
 LAYERS = (
-    {"atomic", "errors"},
-    {"attention", "bundled", "cache_view", "fingerprint", "hidden_states"},
+    {"atomic", "errors", "markdown"},
+    {"attention", "bundled", "cache_view", "fingerprint", "hidden_states", "token_ids"},
     {"budgets", "policies", "second_reading", "traces"},
     {"envs", "live", "reference"},
     {"evaluation", "interop", "training"},
     {"methods", "testing"},
     {"cli", "demo", "fit"},
+    {"__main__"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 
