@@ -25,7 +25,7 @@ def test_it_writes_report_policy_and_log_and_may_run_again(small, tmp_path, caps
         assert kept["learned", 0.25] > max(kept[name, 0.25] for name in demo.POLICIES)
         learned.append([value for (name, _), value in kept.items() if name == "learned"])
         text = report.read_text()
-        assert "| learned | 1/8 |" in text and "| full_cache | 1 |" in text
+        assert "| learned | 1/8 |" in text and "| full_cache | 1.0 |" in text
         assert (tmp_path / "report.png").is_file() and (tmp_path / "policy" / "policy.json").is_file()
         assert len(list((tmp_path / "training" / "tensorboard").glob("events*"))) == 1
     assert learned[0] == learned[1] != learned[2]
