@@ -48,5 +48,7 @@ def test_what_a_result_is_made_by_can_be_typed_again(monkeypatch):
     command = result([])["command"]
     assert command == "kv-gym evaluate --tasks multi_key:64:count=2 --budgets 1/4,12% --json 'my runs/a.json'"
     assert shlex.split(command) == ["kv-gym", *said]
+    monkeypatch.setattr(sys, "argv", ["/somewhere/kv_gym/__main__.py", *said])
+    assert result([])["command"] == command
     monkeypatch.setattr(sys, "argv", ["benchmarks/held_out.py", "--out", "runs"])
     assert result([])["command"] == "held_out.py --out runs"

@@ -29,7 +29,8 @@ def result(rows: list[dict], **about: Any) -> dict:
 
 def _command() -> str:
     program, *arguments = sys.argv
-    ours = Path(program).parts[-3:] == ("kv_gym", "cli", "__main__.py")  # started by `python -m kv_gym.cli`
+    *folders, name = Path(program).parts[-3:] or ("",)
+    ours = name == "__main__.py" and "kv_gym" in folders  # started by `python -m kv_gym`, or `kv_gym.cli`
     return shlex.join(["kv-gym" if ours else Path(program).name, *arguments])
 
 
