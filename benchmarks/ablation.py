@@ -191,9 +191,8 @@ def main() -> None:
             here.hash(here.folder(seed, False)) for seed in range(arguments.seeds)
         ],
     }  # fmt: skip
-    data = result(
-        [row for row in rows if row["budget"]], means=[row for row in rows if not row["budget"]], **about
-    )  # fmt: skip
+    means = [row for row in rows if not row["budget"]]
+    data = result([row for row in rows if row["budget"]], means=means, **about)
     write_json(arguments.results / "ablation.json", data)
     print(introduction(data) + table(rows))
 

@@ -79,19 +79,23 @@ class Allocation(ABC):
         return [top(layer.merits, slots) for layer, slots in zip(layers, self.slots(layers), strict=True)]
 
 
+def unfit(policy: Policy, allocation: Allocation) -> str:
+    """The sentence with which an allocation refuses a policy's scores, or ""."""
+    try:
+        allocation.refuse_unfit(policy)
+    except UserError as error:
+        return str(error)
+    return ""
+
+
 def fitting(policy: Policy, allocations: Iterable[Allocation]) -> tuple[list[Allocation], list[str]]:
     """The allocations that can use a policy's scores, and a sentence on each that cannot.
 
     Raises:
         UserError: none can.
     """
-    rules, sentences = [], []
-    for rule in allocations:
-        try:
-            rule.refuse_unfit(policy)
-            rules.append(rule)
-        except UserError as unfit:
-            sentences.append(str(unfit))
+    said = [(rule, unfit(policy, rule)) for rule in allocations]
+    rules, sentences = [rule for rule, why in said if not why], [why for _, why in said if why]
     if not rules and sentences:
         raise UserError(sentences[0])
     return rules, sentences

@@ -9,8 +9,8 @@ from itertools import product
 from typing import Any
 
 from kv_gym.budgets import parse_allocation, parse_budget, protection_for
+from kv_gym.budgets.allocation import unfit as refused
 from kv_gym.budgets.budget import Budget
-from kv_gym.errors import UserError
 from kv_gym.evaluation.arms import Arm
 from kv_gym.evaluation.leaderboard.identity import RESULTS, digest, exported_hash, policy_hash
 from kv_gym.live.tiers import parse_tier
@@ -153,8 +153,4 @@ def unfit(contender: Contender, allocation: str) -> str:
     """The sentence with which an allocation refuses a policy's scores, or ""; learned ones are asked when loaded."""
     if contender.learned:
         return ""
-    try:
-        parse_allocation(allocation).refuse_unfit(contender.make())
-    except UserError as error:
-        return str(error)
-    return ""
+    return refused(contender.make(), parse_allocation(allocation))
