@@ -10,7 +10,7 @@ DATA = {"traces": ("traces/sample", "**/*"), "agents": ("agents", "*.yml")}  # f
 
 
 class BuildWithData(build_py):
-    """The ordinary build, and the files that `kv_gym.bundled` looks for."""
+    """The ordinary build, and the files that `kv_gym.files` looks for."""
 
     def run(self) -> None:
         """Build; an editable install reads the data where it lies."""

@@ -6,7 +6,7 @@ import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from kv_gym.policies.inputs import DEFAULT as INPUTS
+from kv_gym.policies.scoring.inputs import DEFAULT as INPUTS
 from kv_gym.training.registry import settings_of
 
 RULES = ("uniform", "ada", "pyramid", "global")

@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kv_gym import EvictingCache, make_policy
-from kv_gym.live.contents import Contents
+from kv_gym.live.layer_state import Contents
 from kv_gym.live.tiers.low_precision import LowPrecision
 from kv_gym.policies import Policy
 

@@ -28,7 +28,7 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kv_gym import EvictingCache
-from kv_gym.fingerprint import Fingerprint
+from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy
 from kv_gym.policies.scorer import GroupedScorer, Scorer
 

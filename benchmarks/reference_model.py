@@ -8,10 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kv_gym.bundled import MODEL
 from kv_gym.evaluation.live import answer
 from kv_gym.evaluation.result import result, write_json
 from kv_gym.evaluation.tasks import reference_tasks
+from kv_gym.files import MODEL
 from kv_gym.reference.generator import TASKS
 from kv_gym.reference.heldout import LENGTHS
 from kv_gym.traces import load_model

@@ -30,7 +30,7 @@ from kv_gym.reference.tokenizer import encode, word_ids
 from kv_gym.traces import TraceSet, load_model, record
 from kv_gym.traces.prompts import Prompt
 from kv_gym.training import train
-from kv_gym.training.reached import Reached
+from kv_gym.training.on_policy_states import Reached
 
 CONTEXT, AHEAD = 384, 64  # words; a head keeps 96 slots, of which new tokens take more and more
 BUDGET = 1 / 4

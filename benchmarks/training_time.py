@@ -19,8 +19,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kv_gym.policies.inputs import POSITION_FEATURES
 from kv_gym.policies.scorer import GroupedScorer
+from kv_gym.policies.scoring.inputs import POSITION_FEATURES
 from kv_gym.training.contexts import Context
 from kv_gym.training.learner import ContextLearner
 from kv_gym.training.registry import learner_class, settings_of

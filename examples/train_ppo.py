@@ -18,7 +18,7 @@ from kv_gym.envs import KVEvictVecEnv
 from kv_gym.policies.scorer import Scorer
 from kv_gym.training.contexts import read_context
 from kv_gym.training.decision_buffer import DecisionBuffer
-from kv_gym.training.ranking_policy import RankingPolicy
+from kv_gym.training.sb3_policy import RankingPolicy
 
 
 def main() -> None:

@@ -13,11 +13,11 @@ from pages import ROOT, Page, blocks, check_other, commands, enter, links, optio
 from typer.main import get_command
 from users_files import write_users_files
 
-from kv_gym.bundled import MODEL
 from kv_gym.cli import app
 from kv_gym.evaluation.tasks import parse_tasks, read_tasks
 from kv_gym.evaluation.tasks.names import _KINDS
-from kv_gym.policies.inputs import INPUTS
+from kv_gym.files import MODEL
+from kv_gym.policies.scoring.inputs import INPUTS
 from kv_gym.traces import load_model, prompts_from_jsonl
 from kv_gym.training.joint import LOSSES
 from kv_gym.training.targets import TARGETS

@@ -8,10 +8,10 @@ import pytest
 from typer.testing import CliRunner
 
 from kv_gym import list_policies
-from kv_gym.budgets.rules import NAMES as ALLOCATIONS
+from kv_gym.budgets.registry import NAMES as ALLOCATIONS
 from kv_gym.cli import app
 from kv_gym.live.tiers import TIERS
-from kv_gym.methods import method_tables, source
+from kv_gym.method_table import method_tables, source
 from kv_gym.training.registry import AGENTS
 
 PAGE = Path(__file__).parents[1] / "docs" / "methods.md"

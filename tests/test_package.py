@@ -12,8 +12,8 @@ from shutil import copytree, ignore_patterns
 import pytest
 
 import kv_gym
-from kv_gym.bundled import bundled
 from kv_gym.errors import UserError
+from kv_gym.files import bundled
 
 ROOT = Path(__file__).parent.parent
 MODEL = ROOT / "kv_gym" / "reference" / "model"
@@ -80,7 +80,7 @@ def test_a_checkout_reads_its_own_top_level_folders():
 
 
 def test_missing_data_is_one_sentence(monkeypatch, tmp_path):
-    monkeypatch.setattr("kv_gym.bundled._PACKAGE", tmp_path / "kv_gym")
+    monkeypatch.setattr("kv_gym.files._PACKAGE", tmp_path / "kv_gym")
     with pytest.raises(UserError, match=r"the bundled traces are missing \(.*_data.*traces\)"):
         bundled("traces")
 
@@ -88,7 +88,7 @@ def test_missing_data_is_one_sentence(monkeypatch, tmp_path):
 def test_other_peoples_folders_beside_an_installed_package_are_not_taken(monkeypatch, tmp_path):
     (tmp_path / "agents").mkdir()
     (tmp_path / "agents" / "smith.yml").touch()
-    monkeypatch.setattr("kv_gym.bundled._PACKAGE", tmp_path / "kv_gym")
+    monkeypatch.setattr("kv_gym.files._PACKAGE", tmp_path / "kv_gym")
     with pytest.raises(UserError, match="the bundled agents are missing"):
         bundled("agents")
 
@@ -167,9 +167,7 @@ def test_the_installed_package_makes_policies(installed):
 
 @pytest.mark.slow
 def test_the_installed_package_finds_its_agents(installed):
-    printed = installed(
-        "from kv_gym.bundled import bundled; print(sorted(p.name for p in bundled('agents').iterdir()))"
-    )
+    printed = installed("from kv_gym.files import bundled; print(sorted(p.name for p in bundled('agents').iterdir()))")
     assert printed.strip() == str(sorted(path.name for path in (ROOT / "agents").glob("*.yml")))
 
 

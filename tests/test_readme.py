@@ -7,8 +7,8 @@ import pytest
 from pages import ROOT, Page, blocks, enter, is_class_with_score, links
 from users_files import write_users_files
 
-from kv_gym.budgets.rules import KINDS
-from kv_gym.bundled import MODEL
+from kv_gym.budgets.registry import KINDS
+from kv_gym.files import MODEL
 from kv_gym.live.guard import REACTIONS, SIGNALS
 from kv_gym.training.registry import AGENTS
 

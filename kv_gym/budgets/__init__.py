@@ -3,7 +3,7 @@
 from kv_gym.budgets.allocation import Allocation, Layer, fitting
 from kv_gym.budgets.budget import budget_key, format_budget, parse_budget, slots_per_head
 from kv_gym.budgets.cut import cut, judged
-from kv_gym.budgets.rules import parse_allocation
+from kv_gym.budgets.registry import parse_allocation
 from kv_gym.budgets.selection import UNSEEN, keep_order, merit, protected, protection_for, select, top, weakest
 from kv_gym.budgets.uniform import uniform
 

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kv_gym.budgets.allocation import Allocation, Layer
-from kv_gym.budgets.comparing import NORMALISATIONS
 from kv_gym.budgets.global_threshold import best, refuse_incomparable
+from kv_gym.budgets.normalisation import NORMALISATIONS
 from kv_gym.budgets.selection import top
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError

@@ -18,10 +18,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kv_gym.atomic import whole_file
 from kv_gym.budgets.allocation import Allocation, Layer
 from kv_gym.budgets.selection import LOWEST, ordered
 from kv_gym.errors import UserError
+from kv_gym.files import whole_file
 from kv_gym.policies.base import Policy
 
 FORMAT = 1

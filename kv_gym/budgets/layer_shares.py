@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.budgets.allocation import Allocation, Layer
-from kv_gym.budgets.dealing import deal
+from kv_gym.budgets.rounding import deal
 from kv_gym.budgets.uniform import Uniform
 from kv_gym.cache_view import CacheView
 from kv_gym.policies.base import Policy

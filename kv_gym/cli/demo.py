@@ -16,6 +16,6 @@ def demo(
     progress: Progress = True,
 ) -> None:
     """The main job on the bundled reference model: record, train, compare, export, decode."""
-    from kv_gym.demo import demo as run
+    from kv_gym.fit.demo import demo as run
 
     run(out, seed, progress)

@@ -19,11 +19,11 @@ def leaderboard(
     progress: Progress = True,
 ) -> None:
     """Measure what a specification asks for and the folder does not hold yet."""
-    from kv_gym.atomic import whole_file
     from kv_gym.evaluation.leaderboard import compact, read_spec
     from kv_gym.evaluation.leaderboard import leaderboard as measure
     from kv_gym.evaluation.leaderboard import page as tables
     from kv_gym.evaluation.leaderboard import publish as write_rows
+    from kv_gym.files import whole_file
 
     rows = measure(read_spec(spec), out, workers, progress)
     refused = sum(bool(row.get("refused")) for row in rows)

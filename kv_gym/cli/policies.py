@@ -18,7 +18,7 @@ def policies(
     from kv_gym.policies import list_policies
 
     if table:
-        from kv_gym.methods import method_tables
+        from kv_gym.method_table import method_tables
 
         typer.echo(method_tables(), nl=False)
         return

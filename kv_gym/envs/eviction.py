@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from kv_gym.budgets.budget import Budget
 from kv_gym.envs.render import Scene
-from kv_gym.envs.reward import best, by_head, in_time_order, protected_positions, shrunk_protection, slots
+from kv_gym.envs.rewards import best, by_head, in_time_order, protected_positions, shrunk_protection, slots
 from kv_gym.envs.slot_table import SlotTable
 from kv_gym.traces.sequence import Sequence
 

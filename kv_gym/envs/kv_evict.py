@@ -9,9 +9,9 @@ import gymnasium as gym
 import numpy as np
 
 from kv_gym.budgets.budget import Budget
+from kv_gym.envs.episodes import Dealer, Replay, State, Traces
 from kv_gym.envs.render import FRAMES_PER_SECOND, MODES, Frame, check_mode, draw, tokenizer_for
-from kv_gym.envs.replay import Dealer, Replay, State, Traces
-from kv_gym.envs.reward import BudgetWeights
+from kv_gym.envs.rewards import BudgetWeights
 from kv_gym.envs.slot_table import Heads, Observation
 from kv_gym.envs.window import Window
 from kv_gym.errors import UserError

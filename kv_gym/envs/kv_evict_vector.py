@@ -9,8 +9,8 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
+from kv_gym.envs.episodes import Dealer, Replay, State, Traces
 from kv_gym.envs.render import FRAMES_PER_SECOND, MODES, Frame, check_mode, draw, tokenizer_for
-from kv_gym.envs.replay import Dealer, Replay, State, Traces
 from kv_gym.envs.slot_table import Observation
 from kv_gym.envs.window import Window, tiled
 from kv_gym.errors import UserError

@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kv_gym.envs.render import Scene
-from kv_gym.envs.reward import (
+from kv_gym.envs.rewards import (
     BudgetWeights,
     budget_weights,
     by_head,

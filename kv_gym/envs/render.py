@@ -95,7 +95,7 @@ def tokenizer_for(traces: Any, tokenizer: Any, render_mode: str | None) -> Any:
     if tokenizer is not None or render_mode is None:
         return tokenizer
     from kv_gym.traces import TraceSet, open_traces
-    from kv_gym.traces.describe import tokenizer_of
+    from kv_gym.traces.summary import tokenizer_of
 
     if traces is None or isinstance(traces, str | Path):
         traces = open_traces(traces)

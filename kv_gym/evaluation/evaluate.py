@@ -136,7 +136,7 @@ def _replayed(policies, budgets, traces, split, sinks, recent, rules, progress):
 
 def _live(policies, budgets, model, given, sinks, recent, rules, fates, progress):
     from kv_gym.evaluation.live import judge
-    from kv_gym.fingerprint import Fingerprint
+    from kv_gym.models.fingerprint import Fingerprint
 
     if not given:
         raise UserError("live evaluation needs tasks; give --tasks FILE.jsonl or --tasks reference")

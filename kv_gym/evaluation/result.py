@@ -11,8 +11,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from kv_gym.atomic import whole_file
 from kv_gym.errors import UserError
+from kv_gym.files import whole_file
 
 _PACKAGES = ("gymnasium", "h5py", "kv-gym", "numpy", "stable-baselines3", "torch", "transformers")
 

@@ -9,9 +9,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from kv_gym.atomic import whole_file
-from kv_gym.attention import full_layers
 from kv_gym.errors import UserError
+from kv_gym.files import whole_file
+from kv_gym.models.attention import full_layers
 
 
 @torch.no_grad()

@@ -11,21 +11,21 @@ from typing import Any
 
 from rich.console import Console
 
-from kv_gym.atomic import whole_file
 from kv_gym.budgets import parse_allocation, parse_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.arms import FULL, Arm
 from kv_gym.evaluation.result import result
-from kv_gym.fingerprint import Fingerprint
+from kv_gym.files import whole_file
 from kv_gym.fit.card import LEARNED, card, share_of, verdict
 from kv_gym.fit.data import FitData, contexts_for, read_data
 from kv_gym.fit.folder import FitFolder
 from kv_gym.fit.loss import least_provable, measured, smallest
-from kv_gym.live.gated import frozen
+from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, make_policy
-from kv_gym.policies.inputs import HIDDEN
+from kv_gym.policies.scoring.inputs import HIDDEN
 from kv_gym.traces import open_traces, record
 from kv_gym.training import train
+from kv_gym.training.masked_context import frozen
 from kv_gym.training.registry import learner_class
 
 BUDGETS = tuple(1 / n for n in (2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90))  # about the powers of 2^(1/2)

@@ -21,10 +21,10 @@ from torch import Tensor, nn
 from kv_gym.budgets import keep_order, protected, protection_for
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.fingerprint import Fingerprint
 from kv_gym.interop.queries import prompt_queries
+from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, StatefulPolicy, make_policy
-from kv_gym.policies.observing import observe_blocks
+from kv_gym.policies.scoring.block_schedule import observe_blocks
 
 try:
     from kvpress import ScorerPress

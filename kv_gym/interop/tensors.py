@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from kv_gym.atomic import whole_file
 from kv_gym.errors import UserError
-from kv_gym.policies.inputs import DEFAULT
+from kv_gym.files import whole_file
+from kv_gym.policies.scoring.inputs import DEFAULT
 
 FORMAT = 1
 INPUTS = ("key after rotary embedding", "value", "log(1 + position) / 4", "log(1 + age) / 4")

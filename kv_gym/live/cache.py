@@ -14,18 +14,18 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from kv_gym.attention import attach, detach, full_layers
 from kv_gym.budgets import Allocation, parse_budget
 from kv_gym.errors import UserError
-from kv_gym.hidden_states import listen, unlisten
 from kv_gym.live import rollback, saving
 from kv_gym.live.guard import Guard
-from kv_gym.live.layers import EvictingLayer, copied
+from kv_gym.live.layer import EvictingLayer, copied
 from kv_gym.live.padding import fresh_tokens, refuse_shifted
 from kv_gym.live.safety import SafetyNet, guarded, put_back, under_watch
 from kv_gym.live.settings import changed, settings_of
 from kv_gym.live.tiers import Tier
 from kv_gym.live.whole_model import cut_all, repeat
+from kv_gym.models.attention import attach, detach, full_layers
+from kv_gym.models.hidden_states import listen, unlisten
 from kv_gym.policies import Policy
 
 

@@ -8,16 +8,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kv_gym.attention import output_projection
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.live.eviction import UNLIMITED, Eviction
+from kv_gym.live.config import UNLIMITED, Eviction
 from kv_gym.live.observing import observed
 from kv_gym.live.queries import last_queries
 from kv_gym.live.ragged import RaggedSlots
 from kv_gym.live.slots import EqualSlots
 from kv_gym.live.tiers import joined
 from kv_gym.live.tiers.tier import ragged
+from kv_gym.models.attention import output_projection
 
 SLOT = ("keys", "values", "positions")  # what every slot has; then scores, and `<place>/<name>` for policies' state
 SHORT = 64  # the queries of so many tokens may wait: see observe

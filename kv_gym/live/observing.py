@@ -8,7 +8,7 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.policies import StatefulPolicy
-from kv_gym.policies.observing import observe_blocks
+from kv_gym.policies.scoring.block_schedule import observe_blocks
 
 
 def observed(

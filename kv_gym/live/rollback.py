@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from kv_gym.errors import UserError
-from kv_gym.live.contents import Contents
 from kv_gym.live.holding import SHORT
+from kv_gym.live.layer_state import Contents
 
 _NOT_ASSISTED = (
     "with assisted or prompt-lookup decoding generate() reads drafts before it is known whether they stay, and a cache "

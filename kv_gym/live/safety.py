@@ -15,10 +15,10 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 
 from kv_gym.errors import UserError
-from kv_gym.live.contents import Contents
-from kv_gym.live.eviction import Eviction
+from kv_gym.live.config import Eviction
 from kv_gym.live.guard import Guard
-from kv_gym.live.layers import EvictingLayer
+from kv_gym.live.layer import EvictingLayer
+from kv_gym.live.layer_state import Contents
 from kv_gym.live.signals import of_output
 from kv_gym.live.slots import EqualSlots
 from kv_gym.live.tiers import LowPrecision, Merge, MergeValues, Tier, parse_tier

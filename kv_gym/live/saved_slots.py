@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.live.contents import Contents
 from kv_gym.live.holding import SLOT
+from kv_gym.live.layer_state import Contents
 from kv_gym.live.ragged import RaggedSlots, runs
 from kv_gym.live.slots import EqualSlots
 

@@ -17,19 +17,19 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from kv_gym.atomic import whole_file
-from kv_gym.attention import attention_of
 from kv_gym.budgets import Allocation, parse_allocation
-from kv_gym.budgets.comparing import NORMALISATIONS
+from kv_gym.budgets.normalisation import NORMALISATIONS
 from kv_gym.errors import UserError
-from kv_gym.fingerprint import Fingerprint
+from kv_gym.files import whole_file
 from kv_gym.live import saved_policy
-from kv_gym.live.contents import Contents
-from kv_gym.live.layers import EvictingLayer
+from kv_gym.live.layer import EvictingLayer
+from kv_gym.live.layer_state import Contents
 from kv_gym.live.ragged import RaggedSlots
 from kv_gym.live.saved_slots import check_positions, expected_slots, stored_slots
 from kv_gym.live.slots import EqualSlots
 from kv_gym.live.tiers import Drop
+from kv_gym.models.attention import attention_of
+from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy
 
 if TYPE_CHECKING:

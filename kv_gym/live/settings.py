@@ -5,17 +5,17 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from kv_gym.attention import full_layers, refuse_unserved
 from kv_gym.budgets import Allocation, parse_allocation, parse_budget, protection_for
 from kv_gym.errors import UserError
-from kv_gym.fingerprint import Fingerprint
-from kv_gym.hidden_states import refuse_unheard
-from kv_gym.live.eviction import Eviction
+from kv_gym.live.config import Eviction
 from kv_gym.live.panel import watched
-from kv_gym.live.reindexed import turn_for
+from kv_gym.live.rope_shift import turn_for
 from kv_gym.live.tiers import Tier, parse_tier
 from kv_gym.live.tiers.watched import Watched
 from kv_gym.live.trigger import Trigger
+from kv_gym.models.attention import full_layers, refuse_unserved
+from kv_gym.models.fingerprint import Fingerprint
+from kv_gym.models.hidden_states import refuse_unheard
 from kv_gym.policies import Policy, StatefulPolicy, make_policy
 
 

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from kv_gym.live.contents import Contents
+from kv_gym.live.layer_state import Contents
+from kv_gym.models.second_reading import read_again
 from kv_gym.policies import StatefulPolicy
-from kv_gym.second_reading import read_again
 
 
 def repeat(model, cached: Sequence[Any], layers: Sequence[Contents]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.policies.repetition import Repetition
+from kv_gym.models.repetition import Repetition
 
 
 @dataclass(frozen=True, eq=False)  # its dataclasses compare settings; one with weights equals itself alone

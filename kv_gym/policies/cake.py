@@ -15,8 +15,8 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
 from kv_gym.policies.base import Policy
-from kv_gym.policies.hits import query_positions
-from kv_gym.policies.tokens import refuse_window, smooth
+from kv_gym.policies.scoring.attention_hits import query_positions
+from kv_gym.policies.scoring.neighbours import refuse_window, smooth
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.policies.base import Policy
-from kv_gym.policies.over import Over
+from kv_gym.policies.wrapper import Over
 
 LEAST_REST = 1e-6  # the weight of all other slots, which a single attended slot leaves nothing
 

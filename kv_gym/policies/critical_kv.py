@@ -18,8 +18,8 @@ from torch import Tensor
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
-from kv_gym.policies.over import Over
-from kv_gym.policies.tokens import rank
+from kv_gym.policies.scoring.neighbours import rank
+from kv_gym.policies.wrapper import Over
 
 CHUNK = 2**22  # numbers of projected values held at once
 

@@ -20,8 +20,8 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
+from kv_gym.models.repetition import Repetition
 from kv_gym.policies.base import StatefulPolicy
-from kv_gym.policies.repetition import Repetition
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.policies.base import StatefulPolicy
-from kv_gym.policies.hits import among_top
+from kv_gym.policies.scoring.attention_hits import among_top
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from torch import Tensor
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.policies.base import StatefulPolicy
-from kv_gym.policies.hits import above_even_share, last_hit
+from kv_gym.policies.scoring.attention_hits import above_even_share, last_hit
 
 
 @dataclass(frozen=True)

@@ -20,8 +20,8 @@ from torch.nn import functional as F
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
-from kv_gym.policies.hits import query_positions
-from kv_gym.policies.tokens import refuse_window, smooth
+from kv_gym.policies.scoring.attention_hits import query_positions
+from kv_gym.policies.scoring.neighbours import refuse_window, smooth
 
 _CHUNK = 32  # keys compared with all others at a time
 

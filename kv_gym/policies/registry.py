@@ -13,7 +13,7 @@ from kv_gym.policies.base import Policy, load_settings
 from kv_gym.policies.hub import is_hub_id
 
 # every other file of this package is a policy of its own name
-_MACHINERY = {"base", "hits", "hub", "inputs", "observing", "over", "registry", "repetition", "tokens"}
+_MACHINERY = {"base", "hub", "registry", "scoring", "wrapper"}
 
 
 def list_policies() -> list[str]:

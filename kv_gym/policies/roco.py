@@ -17,7 +17,7 @@ from torch import Tensor
 from kv_gym.cache_view import CacheView, group_mean
 from kv_gym.errors import UserError
 from kv_gym.policies.base import StatefulPolicy
-from kv_gym.policies.tokens import rank
+from kv_gym.policies.scoring.neighbours import rank
 
 
 @dataclass(frozen=True)

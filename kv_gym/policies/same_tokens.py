@@ -19,7 +19,7 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.policies.base import Policy
-from kv_gym.policies.over import Over
+from kv_gym.policies.wrapper import Over
 
 
 @dataclass(frozen=True)

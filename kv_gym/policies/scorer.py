@@ -3,7 +3,7 @@
 Paper: KVP, arXiv 2602.10238 (ICML 2026), section 4: an MLP per head reads key, value and position of a token.
 Differs from the paper in: inputs are standardised, position enters as the logarithms of position and age (a
 policy meets lengths it was not trained on), all heads run as one batched product, and the agent called `joint`
-trains all heads against one another. :mod:`kv_gym.policies.inputs` has all inputs.
+trains all heads against one another. :mod:`kv_gym.policies.scoring.inputs` has all inputs.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from kv_gym.atomic import whole_file
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.fingerprint import Fingerprint
+from kv_gym.files import whole_file
+from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Policy
 from kv_gym.policies.hub import download, is_hub_id, push, refuse_large
-from kv_gym.policies.inputs import DEFAULT, INPUTS, check_inputs, input_width, read_inputs
+from kv_gym.policies.scoring.inputs import DEFAULT, INPUTS, check_inputs, input_width, read_inputs
 
 FORMAT = 2  # 1 where the inputs are the usual ones and two layers are hidden, which every version reads
 CHECKPOINT = "checkpoint.pt"  # of a training run, in the folder that its policy will be exported into
@@ -35,7 +35,7 @@ class GroupedScorer(nn.Module):
         heads: A, layers x KV heads, layer by layer.
         head_dim: of the model's keys and values.
         hidden: width of the hidden layers.
-        inputs: what it sees of a slot, names of :data:`~kv_gym.policies.inputs.INPUTS`; f = 2 d + 2 by default.
+        inputs: what it sees of a slot, names of :data:`~kv_gym.policies.scoring.inputs.INPUTS`; f = 2 d + 2 by default.
         hidden_size: width of the model's hidden states, where they are an input.
         depth: hidden layers; 0 is a linear map.
     """
@@ -115,7 +115,7 @@ class Scorer(Policy):
 
     @property
     def needs_hidden(self) -> bool:  # type: ignore[override]
-        """Whether it reads hidden states; then it is static too, see :func:`~kv_gym.policies.inputs.check_inputs`."""
+        """Whether it reads hidden states; then it is static too, see :func:`~.scoring.inputs.check_inputs`."""
         return any(INPUTS[name].hidden for name in self.inputs)
 
     @property

@@ -15,7 +15,7 @@ from torch import Tensor
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
-from kv_gym.policies.tokens import refuse_window, smooth
+from kv_gym.policies.scoring.neighbours import refuse_window, smooth
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
 from kv_gym.policies.base import Policy
-from kv_gym.policies.tokens import mean_over_heads
+from kv_gym.policies.scoring.neighbours import mean_over_heads
 
 
 @dataclass(frozen=True)

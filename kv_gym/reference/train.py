@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from kv_gym.atomic import whole_file
+from kv_gym.files import whole_file
 from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, make_context
 from kv_gym.reference.tokenizer import build_tokenizer, encode, word_ids
 

@@ -9,16 +9,16 @@ _HOMES = {
     "Continuation": "sequence",
     "Prompt": "prompts",
     "Sequence": "sequence",
-    "TraceSet": "store",
-    "info": "describe",
-    "load_model": "models",
-    "open_traces": "store",
+    "TraceSet": "reader",
+    "info": "summary",
+    "load_model": "kv_gym.models.loading",
+    "open_traces": "reader",
     "prompts_from_jsonl": "prompts",
     "prompts_from_text": "prompts",
-    "record": "recording",
-    "record_sequence": "recording",
-    "show": "describe",
-    "validate": "describe",
+    "record": "recorder",
+    "record_sequence": "recorder",
+    "show": "summary",
+    "validate": "summary",
 }
 
 __all__ = sorted(_HOMES)
@@ -27,4 +27,4 @@ __all__ = sorted(_HOMES)
 def __getattr__(name: str):
     if name not in _HOMES:
         raise AttributeError(f"module 'kv_gym.traces' has no attribute {name!r}")
-    return getattr(import_module(f"kv_gym.traces.{_HOMES[name]}"), name)
+    return getattr(import_module(_HOMES[name] if "." in _HOMES[name] else f"kv_gym.traces.{_HOMES[name]}"), name)

@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from kv_gym.atomic import whole_file
 from kv_gym.errors import UserError
+from kv_gym.files import whole_file
 from kv_gym.traces.sequence import Sequence
 
 if TYPE_CHECKING:

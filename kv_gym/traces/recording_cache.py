@@ -10,13 +10,13 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from kv_gym.attention import AttentionCall, full_layers, hand_over
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.hidden_states import received
+from kv_gym.models.attention import AttentionCall, full_layers, hand_over
+from kv_gym.models.hidden_states import received
+from kv_gym.models.second_reading import read_again
 from kv_gym.policies.base import StatefulPolicy
-from kv_gym.policies.observing import observe_blocks
-from kv_gym.second_reading import read_again
+from kv_gym.policies.scoring.block_schedule import observe_blocks
 
 # arguments of an attention function that change the weights in a way that is not followed here
 _UNFOLLOWED = ("softcap", "s_aux", "position_bias")
@@ -101,7 +101,7 @@ class RecordingCache(Cache):
         model: a transformers decoder.
         window: how many of the context's last queries to keep.
         policies: policies with memory, by name, whose statistics to take over the context.
-        hidden: take the hidden states of the context, of a model that is listened to (:mod:`kv_gym.hidden_states`).
+        hidden: take the hidden states of the context (:mod:`kv_gym.models.hidden_states`).
     """
 
     def __init__(self, model, window: int, policies: Mapping[str, StatefulPolicy], hidden: bool = False):

@@ -14,7 +14,7 @@ from kv_gym.budgets.budget import Budget
 from kv_gym.cache_view import CacheView, Future
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
-from kv_gym.traces.hidden import StoredHidden
+from kv_gym.traces.stored_hidden_states import StoredHidden
 
 
 @dataclass(frozen=True)

@@ -14,11 +14,11 @@ from typing import Any
 import h5py
 
 from kv_gym.errors import UserError
-from kv_gym.traces import checked
-from kv_gym.traces.format import Entry, prompt_hash, refuse_other_manifest, write_sequence
+from kv_gym.traces import safe_hdf5 as checked
 from kv_gym.traces.prompts import Prompt
+from kv_gym.traces.reader import MANIFEST, read_manifest, read_shards
+from kv_gym.traces.schema import Entry, prompt_hash, refuse_other_manifest, write_sequence
 from kv_gym.traces.sequence import Sequence
-from kv_gym.traces.store import MANIFEST, read_manifest, read_shards
 
 _LARGEST_MANIFEST = 60_000  # bytes; an HDF5 attribute holds 64 KiB
 

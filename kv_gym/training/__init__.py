@@ -1,6 +1,6 @@
 """Agents and how they learn."""
 
 from kv_gym.training.export import export
-from kv_gym.training.fit import train
+from kv_gym.training.trainer import train
 
 __all__ = ["export", "train"]

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.policies.inputs import DEFAULT, HIDDEN, INPUTS, read_inputs, slot_inputs
 from kv_gym.policies.scorer import GroupedScorer
+from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN, INPUTS, read_inputs, slot_inputs
 from kv_gym.traces.sequence import Sequence
 
 

@@ -20,12 +20,12 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from kv_gym.errors import UserError
-from kv_gym.live.gated import Recorded, continuation_logits, frozen
 from kv_gym.policies.scorer import Scorer
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.contexts import inputs_of
 from kv_gym.training.cuts import hard_top
 from kv_gym.training.learner import Learner, Told
+from kv_gym.training.masked_context import Recorded, continuation_logits, frozen
 from kv_gym.training.settings import Settings
 
 MOST_KEPT = 1 << 30  # bytes: what the full cache says, of all contexts, is kept up to here

@@ -23,8 +23,8 @@ from kv_gym.training.contexts import inputs_of
 from kv_gym.training.distill import pairwise_hinge
 from kv_gym.training.grpo import Group, GroupLearner, GRPOSettings
 from kv_gym.training.learner import Told
+from kv_gym.training.on_policy_states import Reached, States
 from kv_gym.training.plackett_luce import ABSENT
-from kv_gym.training.reached import Reached, States
 
 
 @dataclass(frozen=True)

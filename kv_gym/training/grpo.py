@@ -26,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kv_gym.envs.reward import budget_weights, rank_weights
+from kv_gym.envs.rewards import budget_weights, rank_weights
 from kv_gym.errors import UserError
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.learner import ContextLearner, Learner, Told

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from kv_gym.errors import UserError
 from kv_gym.policies.golden import Golden
-from kv_gym.policies.inputs import HIDDEN
+from kv_gym.policies.scoring.inputs import HIDDEN
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.learner import LossLearner, Told
 from kv_gym.training.settings import Settings

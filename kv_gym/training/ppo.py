@@ -22,7 +22,7 @@ from kv_gym.traces.sequence import Sequence
 from kv_gym.training.contexts import inputs_of
 from kv_gym.training.decision_buffer import DecisionBuffer
 from kv_gym.training.learner import Learner, Told
-from kv_gym.training.ranking_policy import RankingPolicy, stages_of
+from kv_gym.training.sb3_policy import RankingPolicy, stages_of
 from kv_gym.training.settings import Settings
 
 LARGEST_BUDGET = 0.5  # that the environment's reward looks at

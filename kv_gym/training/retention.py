@@ -6,8 +6,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kv_gym.policies.inputs import DEFAULT
 from kv_gym.policies.scorer import GroupedScorer
+from kv_gym.policies.scoring.inputs import DEFAULT
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.contexts import inputs_of
 

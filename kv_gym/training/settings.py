@@ -6,9 +6,9 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from kv_gym.bundled import bundled
 from kv_gym.errors import UserError
-from kv_gym.policies.inputs import DEFAULT, check_inputs
+from kv_gym.files import bundled
+from kv_gym.policies.scoring.inputs import DEFAULT, check_inputs
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Settings:
         protect: first and last tokens that the exported policy wants protected.
         validation: share of the documents held out to choose the best checkpoint.
         every: steps between validations (and checkpoints).
-        inputs: what the networks see of a slot: names of :data:`~kv_gym.policies.inputs.INPUTS`.
+        inputs: what the networks see of a slot: names of :data:`~kv_gym.policies.scoring.inputs.INPUTS`.
     """
 
     steps: int = 600

@@ -27,10 +27,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kv_gym.attention import attention_of, output_projection
 from kv_gym.errors import UserError
-from kv_gym.live.gated import Recorded, continuation_logits, frozen
+from kv_gym.models.attention import attention_of, output_projection
 from kv_gym.traces.sequence import Sequence
+from kv_gym.training.masked_context import Recorded, continuation_logits, frozen
 
 Target = Callable[[Sequence], np.ndarray]
 """Worth of a context's slots, `[L, H, n]` float32, non-negative."""

@@ -9,8 +9,8 @@ from transformers import DynamicCache
 from kv_gym import CacheView, list_policies, make_policy
 from kv_gym.budgets import select
 from kv_gym.errors import UserError
-from kv_gym.fingerprint import Fingerprint
 from kv_gym.interop import PolicyPress
+from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import StatefulPolicy
 from kv_gym.policies.scorer import GroupedScorer, Scorer
 

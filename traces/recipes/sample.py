@@ -15,7 +15,7 @@ from kv_gym.policies import list_policies, make_policy
 from kv_gym.reference import MODEL
 from kv_gym.reference.prompts import reference_prompts
 from kv_gym.traces import load_model, record_sequence, validate
-from kv_gym.traces.recording import manifest_of
+from kv_gym.traces.recorder import manifest_of
 from kv_gym.traces.writer import TraceWriter
 
 SEED = 999

@@ -40,7 +40,8 @@ def exported_hash(folder: str | Path) -> str:
     Raises:
         UserError: the folder holds no exported policy.
     """
-    from kv_gym.policies import inputs, scorer
+    from kv_gym.policies import scorer
+    from kv_gym.policies.scoring import inputs
 
     folder = Path(folder)
     try:
@@ -74,7 +75,7 @@ def model_folder(name: str) -> Path:
     Raises:
         UserError: a hub id that was never fetched.
     """
-    from kv_gym.bundled import MODEL
+    from kv_gym.files import MODEL
 
     if name == "reference":
         return Path(MODEL)

@@ -20,10 +20,10 @@ from typing import Any
 
 from torch import Tensor
 
-from kv_gym.atomic import whole_file
 from kv_gym.errors import UserError
 from kv_gym.evaluation.leaderboard.identity import digest
 from kv_gym.evaluation.outcome import Outcome
+from kv_gym.files import whole_file
 
 ROWS, OTHER, BATCHES = "rows.jsonl", "other.jsonl", "batches"
 MEASURED = (

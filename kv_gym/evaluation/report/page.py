@@ -17,13 +17,13 @@ from pathlib import Path
 from string import Template
 from typing import Any
 
-from kv_gym.atomic import whole_file
 from kv_gym.budgets import format_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.report import charts
 from kv_gym.evaluation.report.look import COLOURS, looks
 from kv_gym.evaluation.report.points import MEASURES, points
 from kv_gym.evaluation.report.reading import Results
+from kv_gym.files import whole_file
 
 FOLDER = Path(__file__).with_name("web")
 SCRIPTS = ("charts.js", "tables.js", "tokens.js", "page.js")

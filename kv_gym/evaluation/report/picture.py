@@ -6,10 +6,10 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kv_gym.atomic import whole_file
 from kv_gym.evaluation.report import charts
 from kv_gym.evaluation.report.look import COLOURS, Look, looks
 from kv_gym.evaluation.report.points import points
+from kv_gym.files import whole_file
 
 SCALE = 2  # pixels for each of the picture's own
 WIDTH = 420

@@ -18,7 +18,7 @@ from kv_gym.budgets.budget import slots_after
 from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks import TaskContext
 from kv_gym.live import EvictingCache, Panel
-from kv_gym.live.layers import EvictingLayer
+from kv_gym.live.layer import EvictingLayer
 from kv_gym.policies import Policy
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)  # the page's buttons

@@ -6,7 +6,6 @@ import html
 from collections.abc import Sequence
 from pathlib import Path
 
-from kv_gym.atomic import whole_file
 from kv_gym.errors import UserError
 from kv_gym.evaluation.report import charts
 from kv_gym.evaluation.report.page import write_page
@@ -14,6 +13,7 @@ from kv_gym.evaluation.report.picture import frontier_picture, quality_picture
 from kv_gym.evaluation.report.points import points
 from kv_gym.evaluation.report.reading import Results
 from kv_gym.evaluation.report.table import markdown, rule
+from kv_gym.files import whole_file
 
 _OTHERS = {".csv", ".htm", ".json", ".jsonl", ".md", ".pdf", ".png", ".svg", ".txt"}  # no names of folders
 

@@ -18,7 +18,7 @@ from kv_gym.evaluation.arms import Arm, cache_for, fork_for
 from kv_gym.evaluation.outcome import Outcome
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.scripted import bytes_held
-from kv_gym.token_ids import token_rows
+from kv_gym.models.token_ids import token_rows
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,85 @@
+"""Which model a trace or a policy belongs to."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass
+
+from kv_gym.errors import UserError
+from kv_gym.models.attention import full_layers
+
+
+@dataclass(frozen=True)
+class Fingerprint:
+    """The identity of a model, as far as its cached keys and values depend on it.
+
+    Attributes:
+        architecture: model type of the configuration, such as ``llama``.
+        weights: SHA-256 over the names, shapes and about 4,096 evenly spaced values of every parameter.
+        rope: the rotary embedding's parameters, as canonical JSON.
+        layers: indices of the layers with full attention.
+        query_heads, kv_heads, head_dim: sizes of one layer.
+    """
+
+    architecture: str
+    weights: str
+    rope: str
+    layers: tuple[int, ...]
+    query_heads: int
+    kv_heads: int
+    head_dim: int
+
+    @classmethod
+    def of(cls, model) -> Fingerprint:
+        """Read a transformers model.
+
+        A checkpoint has one fingerprint in float32 and bfloat16, and in float16 too if it was saved in 16 bits; a
+        float32 checkpoint loaded in float16 is rounded to another model and has another weights hash.
+        """
+        config = model.config.get_text_config()
+        heads = config.num_attention_heads
+        rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
+        return cls(
+            architecture=config.model_type,
+            weights=_weights_hash(model),
+            rope=json.dumps(rope, sort_keys=True, default=str),
+            layers=tuple(full_layers(config)),
+            query_heads=heads,
+            kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+            head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        )
+
+    @classmethod
+    def from_json(cls, data: dict) -> Fingerprint:
+        """Rebuild from :meth:`to_json`; a missing or extra field is a UserError."""
+        try:
+            return cls(**{**data, "layers": tuple(data["layers"])})
+        except (TypeError, KeyError):
+            raise UserError("the model fingerprint in the file is damaged; expected one written by kv_gym") from None
+
+    def to_json(self) -> dict:
+        """Plain JSON data."""
+        return {**asdict(self), "layers": list(self.layers)}
+
+    def refuse_other(self, other: Fingerprint, what: str, that: str) -> None:
+        """Raise a UserError naming the first difference: `what` has this fingerprint, `that` the other."""
+        for field in ("kv_heads", "head_dim", "query_heads", "layers", "architecture", "rope", "weights"):
+            mine, theirs = getattr(self, field), getattr(other, field)
+            if mine != theirs:
+                shown = ("weights hash", mine[:12], theirs[:12]) if field == "weights" else (field, mine, theirs)
+                raise UserError(
+                    f"{what} was made for a model with {shown[0]} {shown[1]}, and {that} has {shown[2]}: "
+                    "use the model it was made for, or make it anew for this one"
+                )
+
+
+def _weights_hash(model) -> str:
+    digest = hashlib.sha256()
+    for name, parameter in sorted(model.named_parameters()):
+        flat = parameter.detach().flatten()
+        values = flat[:: max(1, flat.numel() // 4096)]
+        digest.update(f"{name}{tuple(parameter.shape)}".encode())
+        # through bfloat16, so that a checkpoint has one hash in every precision that it is loaded in
+        digest.update(values.float().cpu().bfloat16().float().numpy().tobytes())
+    return digest.hexdigest()

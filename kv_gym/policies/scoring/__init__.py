@@ -1,0 +1,1 @@
+"""What policies score with: inputs, attention hits, neighbours, the block schedule."""

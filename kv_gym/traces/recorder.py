@@ -1,0 +1,272 @@
+"""Record what a model caches of a context, and what the queries of its continuations attend to."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kv_gym import __version__
+from kv_gym.errors import UserError
+from kv_gym.models.attention import attach, detach, refuse_unserved
+from kv_gym.models.fingerprint import Fingerprint
+from kv_gym.models.hidden_states import listen, unlisten
+from kv_gym.models.loading import tokenizer_hash, usable_device
+from kv_gym.models.token_ids import token_rows
+from kv_gym.policies.base import Policy, StatefulPolicy
+from kv_gym.policies.registry import make_policy
+from kv_gym.traces.prompts import Prompt
+from kv_gym.traces.reader import TraceSet, open_traces
+from kv_gym.traces.recording_cache import RecordingCache
+from kv_gym.traces.schema import FORMAT, VERSION
+from kv_gym.traces.sequence import Continuation, Sequence
+from kv_gym.traces.writer import TraceWriter
+
+_BATCHED_TOKENS = 8192  # continuations of one length run together while their caches hold no more tokens than this
+
+
+def record(
+    model,
+    prompts: Iterable[Prompt],
+    out: str | Path,
+    *,
+    tokenizer=None,
+    window: int = 32,
+    stats: Iterable[str | Policy] = ("h2o",),
+    blocks: int = 32,
+    shard_size: int = 16,
+    storage: str = "auto",
+    device: str | None = None,
+    progress: bool = True,
+    recipe: Mapping[str, Any] | None = None,
+    hidden: bool = False,
+) -> TraceSet:
+    """Record prompts into a trace set; run again after an interruption, it records what is missing.
+
+    Args:
+        model: a transformers decoder on the attention interface; its attention is watched while this runs.
+        prompts: what to record.
+        out: folder of the trace set; new, empty, or begun by the same recording.
+        tokenizer: whose hash the manifest is to carry, or None.
+        window: last queries of each context to keep.
+        stats: policies with memory, names or objects, whose statistics over the context's queries to take.
+        blocks: at most so many blocks of queries per continuation.
+        shard_size: sequences per file; as many are lost, at most, when a run is killed.
+        storage: ``auto`` keeps keys, values and queries in the type the model computes in, ``float32`` widens them.
+        device: where to move the model first, such as ``cuda``; None leaves it where it is.
+        progress: show a progress bar on stderr.
+        recipe: plain JSON data that says how the prompts were made; a resumed recording must have the same.
+        hidden: keep what every recorded layer's attention receives of the context too, `[layers, tokens, width]`:
+            often more than keys and values together.
+
+    Returns:
+        The whole set, what was there before included.
+
+    Raises:
+        UserError: a model that cannot be served, settings or prompts that are not usable, or a folder that holds
+            something else; nothing half-written stays behind.
+    """
+    refuse_unserved(model)
+    listed = list(prompts)
+    if not listed:
+        raise UserError("there are no prompts to record; expected at least one")
+    if window < 0 or blocks < 1 or shard_size < 1:
+        raise UserError(
+            f"window, blocks and shard_size are {window}, {blocks} and {shard_size}; expected at least 0, 1 and 1"
+        )
+    if device is not None:
+        model.to(usable_device(device))
+    policies = _policies(stats)
+    longest = max(len(p.context_ids) + max(map(len, p.continuation_ids), default=0) for p in listed)
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and longest > limit:
+        warnings.warn(
+            f"the longest prompt has {longest} tokens and the model was made for {limit}: what it attends to beyond "
+            "may mean little",
+            stacklevel=2,
+        )
+    settings = {"window": window, "stats": list(policies), "blocks": blocks} | ({"hidden": True} if hidden else {})
+    manifest = manifest_of(model, tokenizer, storage, settings, recipe)
+    writer = TraceWriter(out, manifest)
+    missing = writer.missing(listed)
+    with _watched(model, hidden), _progress(progress, len(listed), len(listed) - len(missing)) as advance:
+        for start in range(0, len(missing), shard_size):
+            group = missing[start : start + shard_size]
+            with writer.shard(group[0][0], [prompt.id for _, prompt in group]) as shard:
+                for ordinal, prompt in group:
+                    shard.add(_sequence(model, prompt, window, policies, blocks, hidden), ordinal)
+                    advance()
+    return open_traces(out)
+
+
+def record_sequence(
+    model,
+    prompt: Prompt,
+    window: int = 32,
+    stats: Iterable[str | Policy] = ("h2o",),
+    blocks: int = 32,
+    hidden: bool = False,
+) -> Sequence:
+    """Record one prompt into memory.
+
+    Args:
+        model: as for :func:`record`.
+        prompt: the context and its continuations.
+        window: last queries of the context to keep.
+        stats: policies with memory, names or objects.
+        blocks: at most so many blocks of queries per continuation.
+        hidden: keep hidden states too.
+
+    Raises:
+        UserError: a model or settings that are not usable.
+    """
+    refuse_unserved(model)
+    with _watched(model, hidden):
+        return _sequence(model, prompt, window, _policies(stats), blocks, hidden)
+
+
+def manifest_of(
+    model, tokenizer, storage: str, settings: Mapping[str, Any], recipe: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    """How a trace set is recorded, as plain JSON data.
+
+    Args:
+        model: the recorded model.
+        tokenizer: or None.
+        storage: ``auto``, ``float32``, ``float16`` or ``bfloat16``.
+        settings: of the recorder.
+        recipe: how the prompts are made.
+
+    Raises:
+        UserError: an unknown storage, one that would round what was computed, or a recipe that is no JSON.
+    """
+    dtype = str(model.dtype).removeprefix("torch.")
+    own = "float32" if dtype == "float64" else dtype
+    if storage not in ("auto", "float32", own):
+        raise UserError(
+            f"storage {storage!r} is not usable for a model that computes in {dtype}; choose auto or float32"
+        )
+    try:
+        plain = json.loads(json.dumps({"settings": dict(settings), "recipe": dict(recipe or {})}))
+    except (TypeError, ValueError) as error:
+        raise UserError(
+            f"the recipe is no plain JSON data ({error}); expected texts, numbers, lists and objects"
+        ) from None
+    name = str(getattr(model.config, "name_or_path", "") or "")
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "model": Path(name).name if Path(name).is_dir() else name,  # a folder of this machine means nothing elsewhere
+        "fingerprint": Fingerprint.of(model).to_json(),
+        "tokenizer": tokenizer_hash(tokenizer),
+        "dtype": dtype,
+        "storage": own if storage == "auto" else storage,
+        **plain,
+        "versions": {"kv_gym": __version__, **{name: version(name) for name in ("torch", "transformers", "h5py")}},
+    }
+
+
+def _sequence(
+    model, prompt: Prompt, window: int, policies: Mapping[str, StatefulPolicy], blocks: int, hidden: bool
+) -> Sequence:  # fmt: skip
+    cache = RecordingCache(model, window, policies, hidden)
+    _forward(model, [prompt.context_ids], cache)
+    cache.read_again(model, token_rows(model, [prompt.context_ids]))
+    layers = cache.recorded
+    arrays = {
+        name: torch.stack([getattr(layer, name)[0] for layer in layers]).float().cpu().numpy()
+        for name in ("keys", "values", "queries", *["hidden"] * hidden)
+    }
+    stats = {
+        policy: {
+            state: torch.stack([layer.stats[policy][state][0] for layer in layers]).cpu().numpy()
+            for state in layers[0].stats[policy]
+        }
+        for policy in policies
+    }
+    return Sequence(
+        id=prompt.id,
+        tokens=_tokens(prompt.context_ids),
+        **arrays,
+        continuations=_continuations(model, prompt, cache, blocks),
+        layers=tuple(layer.layer for layer in layers),
+        scaling=tuple(float(layer.scaling) for layer in layers),
+        stats=stats,
+        task=prompt.task,
+        split=prompt.split,
+        text_hash=prompt.text_hash,
+        dtype=str(model.dtype).removeprefix("torch."),
+    )
+
+
+def _continuations(model, prompt: Prompt, cache: RecordingCache, blocks: int) -> tuple[Continuation, ...]:
+    """Every continuation on top of the context's full cache; those of one length run as one batch."""
+    by_length: dict[int, list[int]] = {}
+    for i, ids in enumerate(prompt.continuation_ids):
+        by_length.setdefault(len(ids), []).append(i)
+    done: dict[int, Continuation] = {}
+    for length, members in by_length.items():
+        at_once = max(1, _BATCHED_TOKENS // (len(prompt.context_ids) + length))
+        block = -(-length // min(blocks, -(-length // 16)))  # 16 queries a block, or as many as `blocks` allow
+        for start in range(0, len(members), at_once):
+            batch = members[start : start + at_once]
+            rows = [prompt.continuation_ids[i] for i in batch]
+            with cache.continuing(len(batch), block):
+                _forward(model, rows, cache)
+                received = torch.stack(cache.received, 1).cpu().numpy()
+            for row, i in enumerate(batch):
+                done[i] = Continuation(_tokens(prompt.continuation_ids[i]), received[row], block)
+    return tuple(done[i] for i in range(len(done)))
+
+
+def _tokens(ids: list[int]):
+    return torch.tensor(ids, dtype=torch.int64).numpy()
+
+
+@torch.inference_mode()
+def _forward(model, ids: list[list[int]], cache: RecordingCache) -> None:
+    # the decoder without its output layer, whose logits nobody reads
+    model.base_model(token_rows(model, ids), past_key_values=cache, use_cache=True)
+
+
+@contextmanager
+def _watched(model, hidden: bool = False) -> Iterator[None]:
+    training = model.training
+    attach(model)
+    if hidden:
+        listen(model)
+    try:
+        model.eval()
+        yield
+    finally:
+        model.train(training)
+        if hidden:
+            unlisten(model)
+        detach(model)
+
+
+def _policies(stats: Iterable[str | Policy]) -> dict[str, StatefulPolicy]:
+    policies: dict[str, StatefulPolicy] = {}
+    for given in stats:
+        policy = make_policy(given)
+        if not isinstance(policy, StatefulPolicy) or not policy.statistics:
+            raise UserError(f"policy {policy.name!r} keeps no statistics, so there is nothing to record for it")
+        policies[policy.statistics] = policy
+    return dict(sorted(policies.items()))
+
+
+@contextmanager
+def _progress(shown: bool, total: int, done: int):
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
+        task = bar.add_task("", total=total, completed=done)
+        yield lambda: bar.advance(task)

@@ -1,0 +1,54 @@
+"""The examples that use the environment run from end to end and stay short."""
+
+import re
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+from traced_models import some_prompt, tiny_model
+
+from kv_gym.traces import record
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("traces")
+    for name, seed, contexts in (("train", 0, 3), ("test", 7, 2)):
+        prompts = [some_prompt(name=f"{name}{i}", seed=seed + i, context=24 + i) for i in range(contexts)]
+        record(tiny_model(), prompts, folder / name, progress=False)
+    return folder
+
+
+def run(example, *arguments):
+    argv = sys.argv
+    sys.argv = [example, *map(str, arguments)]
+    try:
+        runpy.run_path(str(EXAMPLES / example), run_name="__main__")
+    finally:
+        sys.argv = argv
+
+
+def test_train_ppo(traces, tmp_path, capsys):
+    run(
+        "train_ppo.py", "--traces", traces / "train", "--eval-traces", traces / "test", "--out", tmp_path,
+        "--steps", 512, "--num-envs", 4,
+    )  # fmt: skip
+    trained, fresh = re.findall(r": (0\.\d{3})$", capsys.readouterr().out, re.MULTILINE)
+    assert 0 < float(fresh) <= 1 and 0 < float(trained) <= 1
+    assert (tmp_path / "agent.zip").is_file() and list(tmp_path.glob("PPO_1/events.out.tfevents.*"))
+
+
+def test_custom_agent(traces, capsys):
+    run("custom_agent.py", "--traces", traces / "train", "--steps", 201)
+    said = capsys.readouterr().out
+    first, *_, last = (float(number) for number in re.findall(r"training reward (0\.\d{3})", said))
+    assert 0 < first < last < 1  # it learns
+    assert re.search(r"held out, learned: 0\.\d{3}", said) and "held out, smallest keys" in said
+
+
+@pytest.mark.parametrize("example", ["train_ppo.py", "custom_agent.py"])
+def test_examples_are_short(example):
+    assert len((EXAMPLES / example).read_text().splitlines()) <= 60

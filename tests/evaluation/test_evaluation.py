@@ -1,0 +1,216 @@
+"""Judging policies: replay against hand-computed shares, live answers against plain generation, reports."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+from typer.testing import CliRunner
+
+from kv_gym.cli import app
+from kv_gym.errors import UserError
+from kv_gym.evaluation import evaluate, report
+from kv_gym.evaluation.evaluate import named
+from kv_gym.evaluation.live import answer
+from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.report import markdown, merged
+from kv_gym.evaluation.result import read_json, result, write_json
+from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, read_tasks
+from kv_gym.files import bundled
+from kv_gym.policies import make_policy
+from kv_gym.traces.sequence import Continuation, Sequence
+
+
+def four_tokens():
+    """One layer, one head, four tokens; the two continuations have 2 queries and 1."""
+    future = np.zeros((1, 1, 4, 1, 2), np.float32)
+    future[0, 0, :, 0, 0] = [0.2, 0.8, 0.4, 0.2]
+    other = np.zeros((1, 1, 4, 1, 2), np.float32)
+    other[0, 0, :, 0, 0] = [0.1, 0.0, 0.5, 0.3]
+    keys = np.zeros((1, 1, 4, 2), np.float32)
+    keys[0, 0, :, 0] = [3.0, 1.0, 2.0, 4.0]  # knorm keeps 1, then 2, 0, 3
+    continuations = (Continuation(np.zeros(2, int), future, 2), Continuation(np.zeros(1, int), other, 1))
+    queries = np.zeros((1, 1, 4, 2), np.float32)
+    return Sequence("a", np.arange(4), keys, keys, queries, continuations, (0,), (1.0,), task="hand")
+
+
+def test_replay_equals_shares_computed_by_hand():
+    # expected utility: the mean of [.1, .4, .2, .1] and [.1, 0, .5, .3]
+    utility = np.array([0.1, 0.2, 0.35, 0.2])
+    rows = replay({"knorm": make_policy("knorm"), "oracle": make_policy("oracle")}, [four_tokens()], [1, 0.5, 3])
+    kept = {(row["policy"], row["budget"]): row["utility_kept"] for row in rows}
+    assert kept["knorm", 1] == pytest.approx(utility[1] / utility.sum())
+    assert kept["knorm", 0.5] == pytest.approx(utility[[1, 2]].sum() / utility.sum())
+    assert kept["knorm", 3] == pytest.approx(utility[[0, 1, 2]].sum() / utility.sum())
+    assert kept["oracle", 0.5] == pytest.approx(utility[[2, 3]].sum() / utility.sum())  # the tie goes to the newer
+    assert {row["task"] for row in rows} == {"hand"} and {row["n"] for row in rows} == {1}
+
+
+def test_one_slot_and_everything_are_different_budgets():
+    rows = replay({"knorm": make_policy("knorm")}, [four_tokens()], [1, 1.0])
+    assert [row["utility_kept"] for row in rows] == pytest.approx([0.2 / 0.85, 1.0])
+
+
+def test_protected_slots_count_and_displace():
+    rows = replay({"knorm": make_policy("knorm")}, [four_tokens()], [2], sinks=1, recent=0)
+    assert rows[0]["utility_kept"] == pytest.approx((0.1 + 0.2) / 0.85)
+
+
+def test_statistics_and_queries_that_were_not_recorded_are_refused():
+    with pytest.raises(UserError, match="record with --stats h2o"):
+        replay({"h2o": make_policy("h2o")}, [four_tokens()], [2])
+    with pytest.raises(UserError, match="record with --window 32"):
+        replay({"snapkv": make_policy("snapkv")}, [four_tokens()], [2])
+
+
+@pytest.fixture(scope="module")
+def model():
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=40, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, head_dim=8, bos_token_id=None, eos_token_id=None, pad_token_id=0,
+        initializer_range=0.4,
+    )  # fmt: skip
+    return LlamaForCausalLM(config).eval()
+
+
+@pytest.fixture(scope="module")
+def contexts(model):
+    """Questions whose first answer is what the full cache would say, and a second kind that is surely wrong."""
+    generator = torch.Generator().manual_seed(1)
+    made = []
+    for _ in range(3):
+        context = torch.randint(1, 40, (24,), generator=generator)
+        questions = []
+        for size in (2, 3):
+            question = torch.randint(1, 40, (size,), generator=generator)
+            said = model.generate(
+                torch.cat([context, question])[None], max_new_tokens=3, do_sample=False, min_new_tokens=3
+            )[0, -3:]
+            questions.append(TaskQuestion(tuple(question.tolist()), tuple(said.tolist())))
+            questions.append(TaskQuestion(tuple(question.tolist()), ((said[0].item() + 1) % 40, *said[1:].tolist())))
+        made.append(TaskContext(tuple(context.tolist()), tuple(questions), "t"))
+    return made
+
+
+def test_the_full_cache_answers_as_plain_generation_does(model, contexts):
+    rows = answer(model, contexts, {"keydiff": make_policy("keydiff")}, [8])
+    full = next(row for row in rows if row["policy"] == "full_cache")
+    assert (full["accuracy"], full["n"]) == (0.5, 12)  # the right ones right, the changed ones wrong
+    assert model.config._attn_implementation == "sdpa"
+
+
+@pytest.mark.parametrize("name", ["keydiff", "h2o", "snapkv", "recency", "uniform_order"])
+def test_batched_one_pass_answers_equal_a_greedy_loop_on_each_question(model, contexts, name):
+    from kv_gym.live import EvictingCache
+
+    right, nll = [], []
+    for context in contexts:
+        for question in context.questions:
+            with EvictingCache(model, policy=name, budget=8) as cache, torch.no_grad():
+                model(input_ids=torch.tensor([context.context_ids]), past_key_values=cache)
+                ids, said, losses = list(question.question_ids), [], []
+                for expected in question.answer_ids:
+                    logits = model(input_ids=torch.tensor([ids]), past_key_values=cache).logits[0, -1]
+                    losses.append(-logits.log_softmax(-1)[expected].item())
+                    said.append(logits.argmax().item())
+                    ids = [expected]
+                right.append(said == list(question.answer_ids))
+                nll.append(np.mean(losses))
+    rows = answer(model, contexts, {name: make_policy(name)}, [8], rows_at_once=2)
+    row = next(row for row in rows if row["policy"] == name)
+    assert row["accuracy"] == pytest.approx(np.mean(right))
+    assert row["nll"] == pytest.approx(np.mean(nll), abs=1e-4)
+    # keys and values of 2 layers x 2 heads x 8 slots x 8 numbers, and the positions, at the least
+    assert row["cache_bytes"] >= 2 * 2 * 8 * (2 * 8 * 4 + 8)
+
+
+def test_oracles_are_refused_live(model, contexts):
+    with pytest.raises(UserError, match="oracle"):
+        evaluate(["oracle"], [0.5], model=model, tasks=contexts, progress=False)
+
+
+BAD_TASKS = {
+    "missing": (None, "is not there"),
+    "empty": ("\n", "holds no task"),
+    "not json": ("{", "line 1 is no JSON"),
+    "no answer": ('{"context_ids": [1], "question_ids": [2]}', "has no answer"),
+    "empty ids": ('{"context_ids": [1], "question_ids": [2], "answer_ids": []}', "answer_ids is no list"),
+    "text without tokenizer": ('{"context": "a", "question": "b", "answer": "c"}', "has no tokenizer"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_TASKS)
+def test_bad_task_files_are_refused_in_one_sentence(tmp_path, name):
+    text, sentence = BAD_TASKS[name]
+    file = tmp_path / "tasks.jsonl"
+    if text is not None:
+        file.write_text(text)
+    with pytest.raises(UserError, match=sentence):
+        read_tasks(file)
+
+
+def test_text_that_the_tokenizer_makes_nothing_of_is_quoted(tmp_path):
+    (tmp_path / "tasks.jsonl").write_text('{"context": "a", "question": "b", "answer": "c"}')
+
+    def deaf(text, **_):
+        return {"input_ids": [] if text == "b" else [1]}
+
+    with pytest.raises(UserError, match="line 1: the model's tokenizer makes no token of the question 'b'; give other"):
+        read_tasks(tmp_path / "tasks.jsonl", deaf)
+
+
+def test_lines_with_one_context_share_it(tmp_path):
+    lines = [{"context_ids": [1, 2], "question_ids": [3], "answer_ids": [i], "task": "t"} for i in (4, 5)]
+    lines.append({"context_ids": [1], "question_ids": [3], "answer_ids": [6], "task": "t"})
+    (tmp_path / "tasks.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    read = read_tasks(tmp_path / "tasks.jsonl")
+    assert [len(context.questions) for context in read] == [2, 1]
+    assert read[0].questions[1].answer_ids == (5,)
+
+
+def test_reports_join_replay_and_live_rows(tmp_path):
+    replayed = result([{"policy": "a", "budget": 0.125, "task": "t", "utility_kept": 0.5, "n": 3}])
+    live = result([
+        {"policy": "full_cache", "budget": 1.0, "task": "t", "accuracy": 1.0, "nll": 0.1, "cache_bytes": 80, "n": 9},
+        {"policy": "a", "budget": 0.125, "task": "t", "accuracy": 0.25, "nll": 1.5, "cache_bytes": 10, "n": 9,
+         "policy_bytes": 4000},
+    ])  # fmt: skip
+    assert "| a | 1/8 | 0.500 | 25.0% | 1.500 | 10 + 4,000 |" in markdown(merged(replayed, live))
+    write_json(tmp_path / "live.json", live)
+    written = report([replayed, read_json(tmp_path / "live.json")], tmp_path)
+    assert "| a | 1/8 | 0.500 | 25.0% |" in written.read_text()
+    assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "other.json").write_text("[]")
+    with pytest.raises(UserError, match="no result"):
+        read_json(tmp_path / "other.json")
+
+
+def test_ids_of_another_tokenizer_are_refused_in_one_sentence(tmp_path):
+    line = {"context_ids": [1, 2, 3, 99999], "question_ids": [5], "answer_ids": [7]}
+    (tmp_path / "tasks.jsonl").write_text(json.dumps(line) + "\n")
+    command = ["evaluate", "--model", "reference", "--tasks", str(tmp_path / "tasks.jsonl"), "--policies", "recency"]
+    with pytest.raises(UserError, match="token id 99999 and the model knows ids below 1015"):
+        CliRunner().invoke(app, [*command, "--budgets", "1/2"], catch_exceptions=False)
+
+
+def test_allocations_that_a_policy_cannot_use_are_left_out_and_named(tmp_path):
+    traces = str(bundled("traces"))
+    command = ["evaluate", "--traces", traces, "--split", "all", "--policies", "knorm,recency", "--budgets", "1/4"]
+    done = CliRunner().invoke(app, [*command, "--allocation", "uniform,global", "--json", str(tmp_path / "rows.json")])
+    assert done.exit_code == 0 and "left out: knorm: scores of policy 'knorm' are not comparable" in done.output
+    data = json.loads((tmp_path / "rows.json").read_text())
+    arms = {(row["policy"], row["allocation"]) for row in data["rows"]}
+    assert arms == {("knorm", "uniform"), ("recency", "uniform"), ("recency", "global")}
+    assert [sentence.partition(":")[0] for sentence in data["left_out"]] == ["knorm"]
+    with pytest.raises(UserError, match="not comparable"):
+        evaluate(["knorm"], ["1/4"], traces=traces, split=None, allocations=["global"], progress=False)
+
+
+def test_policies_of_one_name_are_told_apart_by_a_mapping_alone():
+    windows = [make_policy("snapkv", window=8), make_policy("snapkv", window=16)]
+    with pytest.raises(UserError, match="two policies are called 'snapkv'; give a mapping"):
+        named(windows)
+    assert list(named({"short": windows[0], "long": windows[1]}).values()) == windows
+    assert list(named(["h2o", "h2o", make_policy("snapkv"), make_policy("snapkv")])) == ["h2o", "snapkv"]

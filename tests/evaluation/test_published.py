@@ -1,0 +1,99 @@
+"""Generated pages say what the committed results and policies say: `python benchmarks/publish.py` writes them."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from kv_gym.evaluation.leaderboard import page, read_rows
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import publish  # noqa: E402
+
+
+@pytest.fixture
+def checkout(tmp_path):
+    """What the pages are made of, and the pages, as they are committed."""
+    pages = ("README.md", "BENCHMARK.md", "benchmarks/RESULTS.md", "agents/README.md")
+    for name in (*pages, "benchmarks/results", "agents/trained"):
+        source, copy = ROOT / name, tmp_path / name
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        if source.is_dir():
+            shutil.copytree(source, copy)
+        elif source.is_file():
+            shutil.copyfile(source, copy)
+    return tmp_path
+
+
+def stale(root):
+    return {
+        str(file.relative_to(root)) for file, text in publish.pages(root).items() if not publish.is_fresh(file, text)
+    }
+
+
+def test_no_page_is_stale():
+    assert stale(ROOT) == set()
+
+
+def test_the_benchmark_page_is_that_of_its_rows():
+    rows = read_rows(ROOT / "benchmarks" / "results" / "leaderboard")
+    assert bool(rows) == (ROOT / "BENCHMARK.md").is_file()
+    if rows:
+        assert (ROOT / "BENCHMARK.md").read_text() == page(rows)
+
+
+def change(folder, **changed):
+    """Change the first row of a learned policy in a folder of rows."""
+    for file in sorted(folder.glob("*.jsonl")):
+        rows = [json.loads(line) for line in file.read_text().splitlines()]
+        for row in rows:
+            if row["task"] == publish.TASK and row.get("seed") == 0 and row["policy"] == "joint":
+                row |= changed
+                file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+                return
+    raise AssertionError("no such row")
+
+
+def test_a_changed_result_makes_its_pages_stale(checkout):
+    assert stale(checkout) == set()
+    results = checkout / "benchmarks" / "results"
+    change(results / "headline", accuracy=0.01)
+    assert stale(checkout) == {"README.md"}
+    change(results / "leaderboard", accuracy=0.01)
+    assert stale(checkout) == {"README.md", "agents/README.md", "BENCHMARK.md"}
+
+
+def test_a_changed_finding_makes_its_page_stale(checkout):
+    file = checkout / "benchmarks" / "results" / "transfer.json"
+    data = json.loads(file.read_text())
+    data["differences"][0]["difference"] += 1
+    file.write_text(json.dumps(data))
+    assert stale(checkout) == {"benchmarks/RESULTS.md"}
+
+
+def test_a_changed_page_is_stale(checkout):
+    for name in ("agents/README.md", "agents/trained/joint/README.md"):
+        file = checkout / name
+        file.write_text(file.read_text().replace("joint", "jolt", 1))
+    front = checkout / "README.md"
+    before, table = front.read_text().split(publish.START)
+    front.write_text(before + publish.START + table.replace("9", "8", 1))
+    assert stale(checkout) == {"README.md", "agents/README.md", "agents/trained/joint/README.md"}
+
+
+def test_what_stands_outside_of_the_markers_is_left_alone(checkout):
+    file = checkout / "README.md"
+    file.write_text("# Another title\n" + file.read_text())
+    assert stale(checkout) == set()
+
+
+def test_the_command_says_what_is_stale():
+    done = subprocess.run(
+        [sys.executable, ROOT / "benchmarks" / "publish.py", "--check"], capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")

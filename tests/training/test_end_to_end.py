@@ -1,0 +1,155 @@
+"""The agent that trains through the model: it learns, it resumes, it refuses what it cannot use."""
+
+import pytest
+import torch
+from traced_models import VOCABULARY, tiny_model
+
+from kv_gym.errors import UserError
+from kv_gym.policies.scorer import GroupedScorer, Scorer
+from kv_gym.reference import MODEL
+from kv_gym.reference.prompts import reference_prompts
+from kv_gym.traces import Prompt, load_model, open_traces, record
+from kv_gym.training import end_to_end, train
+from kv_gym.training import trainer as fit
+from kv_gym.training.contexts import inputs_of
+from kv_gym.training.end_to_end import EndToEnd, EndToEndSettings, _continuations, _recorded
+from kv_gym.training.masked_context import continuation_logits, frozen
+
+FAST = {"steps": 60, "every": 30, "hidden": 16, "rate": 0.02, "smallest": 0.1, "largest": 0.3, "progress": False}
+
+
+def draw(generator, n):
+    return torch.randint(0, VOCABULARY, (n,), generator=generator).tolist()
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A tiny random model, and contexts of two lengths with continuations of two lengths."""
+    model = tiny_model("qwen3")
+    prompts = []
+    for i in range(12):
+        generator = torch.Generator().manual_seed(i)
+        context = draw(generator, 30 + 6 * (i % 2))
+        prompts.append(Prompt(f"c{i}", context, [draw(generator, 5 + k % 2) for k in range(3)], text_hash=f"c{i}"))
+    folder = tmp_path_factory.mktemp("end_to_end") / "traces"
+    record(model, prompts, folder, progress=False)
+    return model, open_traces(folder)
+
+
+def random_cut(model, sequences, share):
+    """Divergence of random cuts of the same total, written out here."""
+    generator, moved = torch.Generator().manual_seed(0), []
+    for sequence in sequences:
+        contexts = _recorded([sequence])
+        tokens, real = _continuations([sequence], [list(range(len(sequence.continuations)))])
+        scores = torch.rand(contexts.keys.shape[:4], generator=generator)
+        count = int(share * scores.numel())
+        gates = torch.zeros(scores.numel()).scatter_(0, scores.flatten().topk(count).indices, 1.0).view_as(scores)
+        with frozen(model), torch.no_grad():
+            full = continuation_logits(model, contexts, torch.ones_like(gates), tokens).log_softmax(-1)
+            cut = continuation_logits(model, contexts, gates, tokens).log_softmax(-1)
+        moved.append(float(((full.exp() * (full - cut)).sum(-1) * real).sum() / real.sum()))
+    return sum(moved) / len(moved)
+
+
+def test_it_learns_what_the_bundled_model_needs(tmp_path):
+    """On contexts it was not trained on; random cuts and the untrained networks of the same seed are far worse."""
+    model, tokenizer = load_model(MODEL)
+    prompts = list(reference_prompts("multi_key", 128, 40, 4, "train", seed=7))
+    traces = record(model, prompts, tmp_path / "traces", tokenizer=tokenizer, progress=False)
+    settings = {"hidden": 16, "rate": 0.02, "smallest": 0.1, "largest": 0.1, "validation": 0.1, "progress": False}
+    learned = train("end_to_end", traces, tmp_path / "learned", model=model, steps=120, every=120, **settings)
+    untrained = train(
+        "end_to_end", traces, tmp_path / "untrained", model=model, steps=1, every=1, **settings | {"rate": 0.0}
+    )
+    divergence = -learned.training["held_out_reward"]
+    assert -untrained.training["held_out_reward"] > 1.0
+    assert random_cut(model, traces.load()[::10], 0.1) > 1.0
+    assert divergence < 0.3
+    assert learned.comparable and learned.protection == (0, 0)
+
+
+def test_an_interrupted_run_ends_as_if_it_had_not_been(recorded, tmp_path, monkeypatch):
+    model, traces = recorded
+    whole = train("end_to_end", traces, tmp_path / "whole", model=model, **FAST)
+    one_step = fit._Run._one_step
+
+    def stops(run):
+        if run.step == 45:
+            raise KeyboardInterrupt
+        return one_step(run)
+
+    monkeypatch.setattr(fit._Run, "_one_step", stops)
+    with pytest.raises(KeyboardInterrupt):
+        train("end_to_end", traces, tmp_path / "parts", model=model, **FAST)
+    monkeypatch.undo()
+    parts = train("end_to_end", traces, tmp_path / "parts", model=model, resume=True, **FAST)
+    for name, tensor in whole.network.state_dict().items():
+        assert torch.equal(tensor, parts.network.state_dict()[name])
+    assert torch.equal(
+        Scorer.from_pretrained(tmp_path / "parts").network.mean, whole.network.mean
+    )  # and what was exported is what was trained
+
+
+def test_the_models_weights_and_attention_are_as_before(recorded, tmp_path):
+    model, traces = recorded
+    before = {name: weight.clone() for name, weight in model.named_parameters()}
+    train("end_to_end", traces, tmp_path / "out", model=model, **FAST | {"steps": 3, "every": 3})
+    assert model.config._attn_implementation == "sdpa"
+    assert not model.training
+    for name, weight in model.named_parameters():
+        assert weight.requires_grad and weight.grad is None and torch.equal(weight, before[name])
+
+
+def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for_every_context(recorded, monkeypatch):
+    """Against one pass of the model for every context and total, with the cut and its divergence written out here."""
+    model, traces = recorded
+    sequences = traces.load()[:3]
+    settings = EndToEndSettings(hidden=8, smallest=0.1, largest=0.4)
+    torch.manual_seed(0)
+    network = GroupedScorer(sequences[0].keys.shape[0] * sequences[0].keys.shape[1], sequences[0].keys.shape[3], 8)
+    learner = EndToEnd(settings, 0, network)
+    learner.model = model
+    learner.prepare(sequences)
+    moved = []
+    for sequence in sequences:
+        contexts = _recorded([sequence])
+        scores = network(inputs_of(sequence)).detach()
+        for share in (0.1, 0.1 * 4 ** (1 / 3), 0.1 * 4 ** (2 / 3), 0.4):
+            gates = torch.zeros(scores.numel())
+            gates[scores.flatten().argsort(descending=True)[: int(share * scores.numel())]] = 1.0
+            gates = gates.view(contexts.keys.shape[:4])
+            far, tokens_there = 0.0, 0
+            for continuation in sequence.continuations:
+                tokens = torch.from_numpy(continuation.tokens)[None, None]
+                with frozen(model), torch.no_grad():
+                    full = continuation_logits(model, contexts, torch.ones_like(gates), tokens).log_softmax(-1)
+                    cut = continuation_logits(model, contexts, gates, tokens).log_softmax(-1)
+                far += float((full.exp() * (full - cut)).sum())
+                tokens_there += tokens.numel()
+            moved.append(far / tokens_there)
+    calls = []
+
+    def counted(model, contexts, gates, tokens):
+        calls.append(bool((gates == 1).all()))
+        return continuation_logits(model, contexts, gates, tokens)
+
+    monkeypatch.setattr(end_to_end, "continuation_logits", counted)
+    assert learner.reward(None, sequences) == pytest.approx(-sum(moved) / len(moved), rel=1e-4)
+    assert calls.count(True) == 3 and calls.count(False) == 12
+    calls.clear()
+    learner.reward(None, sequences)  # what the full cache says is kept
+    assert not any(calls)
+    monkeypatch.setattr(end_to_end, "MOST_KEPT", 0)
+    learner.prepare(sequences)
+    assert learner.reward(None, sequences) == pytest.approx(-sum(moved) / len(moved), rel=1e-4)
+    assert calls.count(True) == 12  # and asked for again where it would not fit
+
+
+def test_refusals(recorded, tmp_path):
+    _, traces = recorded
+    with pytest.raises(UserError, match="trains through the model: name the one that the traces were recorded of"):
+        train("end_to_end", traces, tmp_path / "a", **FAST)
+    with pytest.raises(UserError, match="weights hash"):
+        train("end_to_end", traces, tmp_path / "b", model=tiny_model("qwen3", seed=1), **FAST)
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()

@@ -1,0 +1,207 @@
+"""The agent `joint`: its losses against loops and numbers by hand, what it learns with each, what it refuses."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from known_traces import known_worth, write_known_traces
+from traced_models import VOCABULARY, tiny_model
+
+from kv_gym.errors import UserError
+from kv_gym.evaluation.replay import replay
+from kv_gym.policies import make_policy
+from kv_gym.traces import Prompt, open_traces, record
+from kv_gym.training import train
+from kv_gym.training import trainer as fit
+from kv_gym.training.cuts import soft_top
+from kv_gym.training.joint import LOSSES, JointSettings, kept_by_one_threshold
+from kv_gym.training.losses import listwise_loss, poisson_loss, softmax_loss
+from kv_gym.training.registry import settings_of
+from kv_gym.training.targets import FROM_MODEL
+
+FAST = {"steps": 60, "every": 30, "hidden": 16, "rate": 0.02, "progress": False}
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    return write_known_traces(tmp_path_factory.mktemp("known") / "traces")
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory):
+    """A tiny random model and eight of its contexts."""
+    model = tiny_model("qwen3")
+    draw = lambda seed, n: torch.randint(VOCABULARY, (n,), generator=torch.Generator().manual_seed(seed)).tolist()  # noqa: E731
+    prompts = [Prompt(f"c{i}", draw(i, 24), [draw(100 + 3 * i + k, 5) for k in range(3)]) for i in range(8)]
+    folder = tmp_path_factory.mktemp("joint") / "traces"
+    record(model, prompts, folder, progress=False)
+    return model, open_traces(folder)
+
+
+def test_the_softmax_is_over_all_heads():
+    """Gradient of softmax cross-entropy: softmax minus target, over all six slots at once."""
+    scores = torch.zeros(1, 2, 3, requires_grad=True)
+    softmax_loss(scores, torch.tensor([[[4.0, 0.0, 0.0], [1.0, 1.0, 0.0]]])).backward()
+    expected = torch.full((6,), 1 / 6) - torch.tensor([4.0, 0, 0, 1, 1, 0]) / 6
+    assert torch.allclose(scores.grad.flatten(), expected, atol=1e-6)
+
+
+def test_poisson_is_least_at_the_logarithm_of_the_worth():
+    worth = torch.tensor([[[0.5, 2.0], [1.0, 0.0]]])
+    scores = torch.tensor([[[0.0, 1.0], [-1.0, 0.5]]])
+    flat = zip(scores.flatten().tolist(), worth.flatten().tolist(), strict=True)
+    by_hand = sum(math.exp(s) - w * s for s, w in flat) / 4 / 0.875
+    assert float(poisson_loss(scores, worth, 0.875)) == pytest.approx(by_hand, rel=1e-6)
+    best = torch.tensor([0.5, 2.0, 1.0]).log().requires_grad_(True)
+    poisson_loss(best.view(1, 1, 3), torch.tensor([[[0.5, 2.0, 1.0]]]), 1.0).backward()
+    assert torch.allclose(best.grad, torch.zeros(3), atol=1e-6)
+
+
+def threshold_by_bisection(scores, count, temperature):
+    low, high = -100.0, 100.0
+    for _ in range(200):
+        middle = (low + high) / 2
+        if sum(1 / (1 + math.exp((middle - s) / temperature)) for s in scores) > count:
+            low = middle
+        else:
+            high = middle
+    return low
+
+
+def test_the_listwise_loss_is_what_soft_cuts_lose():
+    torch.manual_seed(0)
+    scores, worth = torch.randn(2, 3, 8, dtype=torch.float64), torch.rand(2, 3, 8, dtype=torch.float64) ** 4
+    kept = []
+    for row, valued in zip(scores.flatten(1).tolist(), worth.flatten(1).tolist(), strict=True):
+        for count in (2, 9):  # shares of 24 slots, rounded down; the smallest share still keeps one slot
+            edge = threshold_by_bisection(row, count, 0.3)
+            gates = [1 / (1 + math.exp((edge - s) / 0.3)) for s in row]
+            best = sum(sorted(valued)[-count:])
+            kept.append(sum(g * w for g, w in zip(gates, valued, strict=True)) / best)
+    shares = torch.tensor([2.9 / 24, 9 / 24 + 1e-6], dtype=torch.float64)
+    assert float(listwise_loss(scores, worth, shares, 0.3)) == pytest.approx(1 - sum(kept) / 4, abs=1e-6)
+    perfect = 100 * worth.argsort(-1).argsort(-1).double()
+    one_head = listwise_loss(perfect[:, :1], worth[:, :1], torch.tensor([1e-3, 0.5], dtype=torch.float64), 0.3)
+    assert float(one_head) == pytest.approx(0.0, abs=1e-6)  # far apart, soft cuts are hard
+
+
+def test_soft_cuts_of_several_rows_are_those_of_each_row():
+    torch.manual_seed(0)
+    scores, counts = torch.randn(3, 1, 20, dtype=torch.float64), torch.tensor([1.0, 6.5], dtype=torch.float64)
+    gates = soft_top(scores, counts, 0.7)
+    assert gates.shape == (3, 2, 20)
+    for row in range(3):
+        for column, count in enumerate(counts.tolist()):
+            torch.testing.assert_close(gates[row, column], soft_top(scores[row, 0], count, 0.7))
+
+
+def way_to_the_oracle(policy, traces):
+    """0: as good as a random order; 1: as good as the best ranking, one threshold at a quarter of the slots."""
+    arms = {"learned": policy, "oracle": make_policy("oracle"), "random": make_policy("uniform_order")}
+    sequences = open_traces(traces).select(split="test")
+    rule = "global" if policy.comparable else "uniform"
+    kept = {}
+    for name, arm in arms.items():
+        chosen = "global:raw" if name == "random" else rule
+        (row,) = replay({name: arm}, sequences, [0.25], sinks=0, recent=0, allocations=[chosen])
+        kept[name] = row["utility_kept"]
+    return (kept["learned"] - kept["random"]) / (kept["oracle"] - kept["random"])
+
+
+@pytest.mark.parametrize("loss", LOSSES)
+def test_each_loss_learns_the_known_ranking_of_all_slots(traces, tmp_path, loss):
+    untrained = train("joint", traces, tmp_path / "untrained", loss=loss, **(FAST | {"rate": 0.0, "steps": 1}))
+    trained = train("joint", traces, tmp_path / "trained", loss=loss, **(FAST | {"steps": 120}))
+    assert way_to_the_oracle(untrained, traces) < 0.5
+    assert way_to_the_oracle(trained, traces) > 0.9
+    assert trained.comparable and trained.absolute == (loss == "poisson")
+
+
+def test_poisson_scores_are_logarithms_of_the_expected_worth(traces, tmp_path):
+    """On contexts it was not trained on, over all slots and over those that it holds to be worth most."""
+    policy = train("joint", traces, tmp_path / "policy", loss="poisson", **FAST)
+    scored, worth = [], []
+    for sequence in open_traces(traces).select(split="test"):
+        scored.append(torch.cat([policy.score(sequence.view(layer)) for layer in range(2)]).exp().numpy())
+        worth.append(known_worth(sequence.keys) / 3)  # of 6 queries, who pay twice the known worth in all
+    rates, told = np.concatenate(scored).ravel(), np.concatenate(worth).ravel()
+    best = np.argsort(-rates)[: len(rates) // 4]
+    assert rates.mean() == pytest.approx(told.mean(), rel=0.1)
+    assert rates[best].mean() == pytest.approx(told[best].mean(), rel=0.1) and told[best].mean() > 3 * told.mean()
+
+
+def test_the_reward_is_the_share_of_the_best_kept_worth(traces, tmp_path):
+    policy = train("joint", traces, tmp_path / "policy", **(FAST | {"steps": 5, "protect": [2, 3]}))
+    sequence = open_traces(traces)[0]
+    worth = known_worth(sequence.keys)
+    scores = torch.cat([policy.score(sequence.view(layer)) for layer in range(2)]).double()
+    scores[..., :2] = scores[..., -3:] = float("inf")  # protected: 2 + 3 in each of 4 heads of 40 slots
+    for total, share in zip(
+        (40, 80), kept_by_one_threshold(policy, sequence, torch.from_numpy(worth), (1 / 4, 1 / 2)), strict=True
+    ):
+        kept = worth.ravel()[np.argsort(-scores.numpy().ravel(), kind="stable")[:total]].sum()
+        assert share == pytest.approx(kept / np.sort(worth.ravel())[-total:].sum(), rel=1e-5)
+
+
+def test_checkpoints_are_chosen_by_the_target(recorded, tmp_path):
+    """The held-out reward is that of the target, not of attention, and of the continuations that were asked for."""
+    model, traces = recorded
+    for settings in ({"target": "output"}, {"continuations": 1}):
+        chosen = (
+            {name: value for name, value in FAST.items() if name != "progress"} | {"steps": 3, "every": 3} | settings
+        )
+        policy = train("joint", traces, tmp_path / "-".join(settings), model=model, progress=False, **chosen)
+        run = fit._Run("joint", settings_of("joint", **chosen), 0, traces, model=model)
+        run.load()
+        (sequence,) = run.validation
+        worth = torch.from_numpy(run.learner.worth(sequence))
+        shares = kept_by_one_threshold(policy, sequence, worth, (1 / 8, 1 / 16, 1 / 32, 1 / 64))
+        assert policy.training["held_out_reward"] == pytest.approx(sum(shares) / 4, rel=1e-6)
+        other = kept_by_one_threshold(
+            policy, sequence, torch.from_numpy(sequence.utility()), (1 / 8, 1 / 16, 1 / 32, 1 / 64)
+        )
+        assert other != pytest.approx(shares)
+
+
+@pytest.mark.parametrize("target", FROM_MODEL)
+def test_targets_of_the_model_train_and_ask_for_it(recorded, tmp_path, target):
+    model, traces = recorded
+    settings = FAST | {"steps": 3, "every": 3, "target": target}
+    with pytest.raises(UserError, match=f"agent 'joint' with target '{target}' reads the model: name the one"):
+        train("joint", traces, tmp_path / "none", **settings)
+    with pytest.raises(UserError, match="weights hash"):
+        train("joint", traces, tmp_path / "other", model=tiny_model("qwen3", seed=1), **settings)
+    policy = train("joint", traces, tmp_path / "policy", model=model, **settings)
+    assert policy.training["settings"]["target"] == target
+
+
+def test_the_target_is_the_best_that_there_is_to_learn_from(recorded, tmp_path):
+    """With the model what its layers are to the loss, without it attention alone; the policy's settings say which."""
+    model, traces = recorded
+    settings = FAST | {"steps": 3, "every": 3}
+    seeing = train("joint", traces, tmp_path / "with", model=model, **settings)
+    blind = train("joint", traces, tmp_path / "without", **settings)
+    assert seeing.training["settings"]["target"] == "layers" and blind.training["settings"]["target"] == "mean"
+    named = train("joint", traces, tmp_path / "named", model=model, target="layers", **settings)
+    for name, weight in named.network.state_dict().items():
+        assert torch.equal(weight, seeing.network.state_dict()[name])
+    assert any(not torch.equal(w, seeing.network.state_dict()[n]) for n, w in blind.network.state_dict().items())
+
+
+def test_settings_that_there_are_not():
+    assert settings_of("joint") == JointSettings()  # the file and the class say the same
+    assert settings_of("joint", continuations=3).continuations == 3
+    with pytest.raises(UserError, match="unknown loss 'hinge'; known: softmax, poisson, listwise"):
+        settings_of("joint", loss="hinge")
+    with pytest.raises(UserError, match="unknown target 'future'; known: auto, utility, "):
+        settings_of("joint", target="future")
+    with pytest.raises(UserError, match="expected 0 < smallest <= largest < 1"):
+        settings_of("joint", smallest=0.5, largest=0.25)
+    with pytest.raises(UserError, match="setting continuations is 'all'"):
+        settings_of("joint", continuations="all")
+
+
+def test_more_continuations_than_were_recorded(traces, tmp_path):
+    with pytest.raises(UserError, match="has 1 continuations and 2 are asked for"):
+        train("joint", traces, tmp_path / "policy", continuations=2, **FAST)

@@ -1,0 +1,284 @@
+"""What all agents share: seeds repeat, runs resume and start from policies, mistakes are refused, a log is written."""
+
+import inspect
+import json
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from known_traces import write_known_traces
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from typer.testing import CliRunner
+
+from kv_gym.cli import app
+from kv_gym.errors import UserError
+from kv_gym.evaluation.replay import replay
+from kv_gym.policies import make_policy
+from kv_gym.policies.scorer import GroupedScorer, Scorer
+from kv_gym.traces import open_traces
+from kv_gym.training import train
+from kv_gym.training import trainer as fit
+from kv_gym.training.contexts import held_out
+from kv_gym.training.registry import AGENTS, learner_class, settings_of
+from kv_gym.training.retention import Retention
+from kv_gym.training.trainer import start_of
+
+FAST = {"steps": 20, "every": 5, "hidden": 8, "rate": 0.02, "progress": False}
+FROM_TRACES = [agent for agent in AGENTS if not getattr(learner_class(agent), "needs_model", False)]
+SMALL = {
+    "ppo": {"envs": 4, "rollout": 4, "batch": 8},
+    "grpo": {"refresh": 7},
+    "foresight": {"refresh": 4, "distill": 0.2},
+}
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    return write_known_traces(tmp_path_factory.mktemp("known") / "traces")
+
+
+@pytest.fixture(scope="module")
+def first(traces, tmp_path_factory):
+    """A policy to start from, and to look at; its folder is `first.folder`."""
+    folder = tmp_path_factory.mktemp("first") / "policy"
+    return SimpleNamespace(folder=folder, policy=train("joint", traces, folder, **FAST))
+
+
+def weights(policy):
+    return torch.cat([tensor.flatten() for tensor in policy.network.state_dict().values()])
+
+
+def test_the_registry_finds_every_agent_and_its_settings():
+    for agent in AGENTS:
+        settings = settings_of(agent)
+        assert type(settings) is learner_class(agent).settings
+        assert inspect.getmodule(learner_class(agent)).__doc__
+    with pytest.raises(UserError, match="unknown agent 'ppo2'; known: distill, "):
+        learner_class("ppo2")
+
+
+@pytest.mark.parametrize("agent", FROM_TRACES)
+def test_an_interrupted_run_ends_as_an_uninterrupted_one(traces, tmp_path, monkeypatch, agent):
+    settings = FAST | SMALL.get(agent, {})
+    whole = train(agent, traces, tmp_path / "whole", **settings)
+    step, taken = fit._Run._one_step, 0
+
+    def interrupted(run):
+        nonlocal taken
+        taken += 1
+        if taken == 13:
+            raise KeyboardInterrupt
+        return step(run)
+
+    monkeypatch.setattr(fit._Run, "_one_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train(agent, traces, tmp_path / "cut", **settings)
+    assert not (tmp_path / "cut" / "policy.json").exists()
+    resumed = train(agent, traces, tmp_path / "cut", resume=True, **settings)
+    assert taken == 13 + 10  # it went on from step 10
+    assert torch.equal(weights(resumed), weights(whole))
+    unlike = {"seconds"}
+    assert {k: v for k, v in resumed.training.items() if k not in unlike} == {
+        k: v for k, v in whole.training.items() if k not in unlike
+    }
+
+
+@pytest.mark.parametrize("agent", FROM_TRACES)
+def test_a_seed_repeats_a_run_and_another_changes_it(traces, tmp_path, agent):
+    runs = [
+        weights(train(agent, traces, tmp_path / str(i), seed=seed, **(FAST | SMALL.get(agent, {}) | {"steps": 3})))
+        for i, seed in enumerate((0, 0, 1))
+    ]
+    assert torch.equal(runs[0], runs[1]) and not torch.equal(runs[0], runs[2])
+
+
+@pytest.mark.parametrize("agent", FROM_TRACES)
+def test_any_agent_starts_from_any_policy(traces, first, tmp_path, agent):
+    still = train(agent, traces, tmp_path / "still", init=first.folder,
+                  **(FAST | SMALL.get(agent, {}) | {"hidden": None, "steps": 1, "rate": 0.0}))  # fmt: skip
+    assert torch.equal(weights(still), weights(first.policy))  # a rate of 0 moves nothing: it did start there
+    assert still.training["start"] == start_of(first.policy) and first.policy.training["start"] == "scratch"
+    assert still.training["settings"]["hidden"] == 8  # the first policy's
+    moved = train(agent, traces, tmp_path / "moved", init=first.policy, **(FAST | SMALL.get(agent, {}) | {"steps": 3}))
+    assert not torch.equal(weights(moved), weights(first.policy)) and moved.training["start"] == still.training["start"]
+
+
+def test_a_policy_to_start_from_has_to_fit(traces, first, tmp_path):
+    first = first.policy
+    with pytest.raises(UserError, match="width 8 and hidden is 9"):
+        train("expected", traces, tmp_path / "out", init=first, **(FAST | {"hidden": 9}))
+    other = replace(first, fingerprint=replace(first.fingerprint, weights="0" * 64))
+    with pytest.raises(UserError, match="the policy to start from was made for a model with weights hash 000000000000"):
+        train("expected", traces, tmp_path / "out", init=other, **FAST)
+    with pytest.raises(UserError, match=r"holds no policy\.json"):
+        train("expected", traces, tmp_path / "out", init=tmp_path / "nowhere", **FAST)
+    assert not (tmp_path / "out").exists()
+    train("expected", traces, tmp_path / "out", **FAST)
+    with pytest.raises(UserError, match="trained otherwise"):  # same folder, another start
+        train("expected", traces, tmp_path / "out", init=first, **FAST)
+
+
+def test_resume_goes_on_or_refuses_and_can_be_switched_off(traces, tmp_path, monkeypatch):
+    with pytest.raises(UserError, match="no checkpoint of this agent"):
+        train("joint", traces, tmp_path / "new", resume=True, **FAST)
+    first = train("joint", traces, tmp_path / "policy", **FAST)
+    monkeypatch.setattr(fit._Run, "to_the_end", lambda *_: pytest.fail("a finished run was repeated"))
+    assert torch.equal(weights(train("joint", traces, tmp_path / "policy", resume=True, **FAST)), weights(first))
+    monkeypatch.undo()
+    steps, step = 0, fit._Run._one_step
+
+    def counted(run):
+        nonlocal steps
+        steps += 1
+        return step(run)
+
+    monkeypatch.setattr(fit._Run, "_one_step", counted)
+    again = train("joint", traces, tmp_path / "policy", resume=False, **FAST)
+    assert steps == 20 and torch.equal(weights(again), weights(first))
+
+
+def test_what_a_policy_says_of_its_training(traces, tmp_path):
+    policy = train("grpo", traces, tmp_path / "policy", **FAST)
+    about = make_policy(tmp_path / "policy").training
+    assert about == policy.training == json.loads((tmp_path / "policy" / "policy.json").read_text())["training"]
+    assert about["samples"] == 20 * 8 * 4 * 8  # steps, contexts, heads, rankings of each
+    assert about["start"] == "scratch" and 0 < about["seconds"] < 60 and 0 < about["held_out_reward"] < 1
+    assert not policy.comparable and train("joint", traces, tmp_path / "joint", **FAST).comparable
+
+
+def test_the_log_holds_what_there_is_to_watch(traces, tmp_path):
+    train("grpo", traces, tmp_path / "policy", **FAST)
+    (file,) = (tmp_path / "policy" / "tensorboard").glob("events*")
+    log = EventAccumulator(str(file), size_guidance={"tensors": 0}).Reload()
+    tags = set(log.Tags()["scalars"])
+    for name in ("loss", "reward", "kl", "clip_share", "entropy", "gradient_norm", "rate"):
+        assert [event.step for event in log.Scalars(f"train/{name}")] == [10, 20]
+    assert {"validation/utility_kept", "utility_kept/at_1_8", "regret_to_oracle/at_1_8", "held_out_reward"} <= tags
+    assert [event.step for event in log.Scalars("utility_kept/at_1_4")] == [5, 10, 15, 20]
+    assert len(log.Images("retention at 1/8 (heads x positions)")) == 4
+    assert "settings/text_summary" in log.Tags()["tensors"] and "_hparams_/experiment" in file.read_bytes().decode(
+        "latin1"
+    )
+    oracle = EventAccumulator(str(tmp_path / "policy" / "tensorboard" / "oracle")).Reload()
+    best, mine = oracle.Scalars("utility_kept/at_1_8")[0].value, log.Scalars("utility_kept/at_1_8")[-1].value
+    assert log.Scalars("regret_to_oracle/at_1_8")[-1].value == pytest.approx(best - mine, abs=1e-6)
+    lines = {path.name for path in (tmp_path / "policy" / "tensorboard").iterdir() if path.is_dir()}
+    assert lines == {"oracle", "recency", "keydiff", "uniform_order"}  # no statistics of h2o were recorded
+    recency = EventAccumulator(str(tmp_path / "policy" / "tensorboard" / "recency")).Reload()
+    flat = recency.Scalars("utility_kept/at_1_4")
+    assert [event.step for event in flat] == [0, 20] and flat[0].value == flat[1].value
+    validation = held_out(open_traces(traces).select(split="train").load(), 0.1)[1]
+    (row,) = replay({"recency": make_policy("recency")}, validation, [0.25])
+    assert flat[0].value == pytest.approx(row["utility_kept"])
+
+
+def test_the_picture_shows_what_stays(traces):
+    """A network that scores by age alone keeps the end of every context."""
+    network = GroupedScorer(4, 4, 2)
+    with torch.no_grad():
+        for weight in network.weights:
+            weight.zero_()
+        network.weights[0][:, -1, 0] = 1.0  # log age
+        network.weights[1][:, 0, 0] = 1.0
+        network.weights[2][:, 0, 0] = torch.tensor([-1.0, -1.0, -1.0, 1.0])
+    sequences = open_traces(traces).load()[:2]
+    kept = Retention(sequences, calibrated=False).kept(network)
+    there = kept[:, [i * 64 // 40 for i in range(40)]]
+    assert there[:3, 35:].all() and not there[:3, :35].any()  # 5 of 40 stay
+    assert there[3, :5].all() and not there[3, 5:].any()
+    kept = Retention(sequences, calibrated=True).kept(network)[:, [i * 64 // 40 for i in range(40)]]
+    assert kept[3].sum() == 20 and not kept[:3].any()  # one threshold: the fourth head has all the highest scores
+    picture = Retention(sequences, calibrated=True).picture(network)
+    assert picture.shape == (1, 4 * 6, 64 * 6) and picture[0, -1, 0] == 255 and picture[0, 0, 0] == 0
+
+
+def test_settings_come_from_the_zoo_and_unknown_ones_are_refused(traces, tmp_path):
+    assert settings_of("joint", steps=None) == settings_of("joint")
+    assert settings_of("joint", steps=7).steps == 7
+    with pytest.raises(UserError, match="unknown setting 'stesp'"):
+        train("joint", traces, tmp_path / "out", stesp=5)
+    with pytest.raises(UserError, match="unknown setting 'group'"):
+        train("joint", traces, tmp_path / "out", group=5)
+    with pytest.raises(UserError, match="setting steps is 'many'"):
+        settings_of("joint", steps="many")
+    with pytest.raises(UserError, match="setting ranking is 3; expected a word"):
+        settings_of("grpo", ranking=3)
+    with pytest.raises(UserError, match="unknown agent 'ppo2'"):
+        train("ppo2", traces, tmp_path / "out")
+    with pytest.raises(UserError, match=r"budget 0\.0 is not above zero"):
+        train("foresight", traces, tmp_path / "out", budget=0.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_finished_run_is_not_repeated_and_not_overwritten(traces, tmp_path):
+    settings = FAST | {"steps": 5}
+    train("joint", traces, tmp_path / "policy", **settings)
+    before = (tmp_path / "policy" / "policy.safetensors").stat().st_mtime_ns
+    train("joint", traces, tmp_path / "policy", **settings)
+    with pytest.raises(UserError, match="trained otherwise"):
+        train("joint", traces, tmp_path / "policy", seed=1, **settings)
+    assert (tmp_path / "policy" / "policy.safetensors").stat().st_mtime_ns == before
+
+
+def test_a_policy_from_before_starts_were_recorded_counts_as_from_scratch(traces, tmp_path):
+    policy = train("joint", traces, tmp_path / "new", **FAST)
+    old = {k: v for k, v in policy.training.items() if k not in ("start", "samples", "seconds")}
+    Scorer(policy.network, policy.fingerprint, policy.lengths, training=old).save_pretrained(tmp_path / "old")
+    assert train("joint", traces, tmp_path / "old", **FAST).training == old
+
+
+def test_a_damaged_checkpoint_and_a_rate_that_explodes(traces, tmp_path):
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "checkpoint.pt").write_bytes(b"nothing")
+    with pytest.raises(UserError, match="damaged: remove it"):
+        train("joint", traces, tmp_path / "damaged", **FAST)
+    for agent in ("joint", "grpo", "ppo"):
+        with pytest.raises(UserError, match=r"lower rate than 1e\+30"):
+            train(agent, traces, tmp_path / agent, **(FAST | SMALL.get(agent, {}) | {"rate": 1e30}))
+
+
+def test_one_long_document_is_enough_and_its_last_contexts_choose_the_checkpoint(traces):
+    one = [replace(sequence, text_hash="one book") for sequence in open_traces(traces).select(split="train").load()]
+    training, validation = held_out(one, 0.1)
+    assert [s.id for s in validation] == [s.id for s in one[-2:]] and len(training) == 14
+    several = open_traces(traces).select(split="train").load()
+    training, validation = held_out(several, 0.25)
+    assert not {s.text_hash for s in training} & {s.text_hash for s in validation} and len(validation) == 4
+    with pytest.raises(UserError, match="at least 4 contexts"):
+        held_out(one[:3], 0.1)
+
+
+def test_the_supervised_agents_learn_as_they_did_when_the_shipped_policies_were_made(traces):
+    """Losses of the first steps, as the version before this file's other agents gave them."""
+    losses = {
+        ("joint", ("loss", "softmax"), ("target", "utility")): [
+            5.042366,
+            5.018621,
+            5.024224,
+            5.02081,
+            4.991484,
+            4.993714,
+            4.966986,
+            4.923386,
+        ],
+        ("expected",): [0.484689, 0.479233, 0.480594, 0.48026, 0.472142, 0.472582, 0.467346, 0.453874],
+    }
+    for (agent, *settings), expected in losses.items():
+        run = fit._Run(
+            agent, settings_of(agent, steps=20, hidden=8, rate=0.02, **dict(settings)), 0, open_traces(traces)
+        )
+        run.load()
+        assert [float(run._one_step()["loss"]) for _ in expected] == pytest.approx(expected, rel=1e-4)
+
+
+def test_the_command_line_starts_from_a_policy_and_resumes(traces, first, tmp_path):
+    command = ["train", "distill", "--traces", str(traces), "--steps", "3", "--rate", "0.01", "--no-progress"]
+    command += ["--set", "contexts=2", "--set", "protect=[0, 3]"]
+    run = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out"), "--init", str(first.folder)])
+    assert run.exit_code == 0 and "held-out reward" in run.stdout
+    made = make_policy(tmp_path / "out")
+    assert made.training["start"] == start_of(first.policy)
+    assert made.protection == (0, 3) and made.training["settings"]["contexts"] == 2
+    with pytest.raises(UserError, match="no checkpoint"):
+        CliRunner().invoke(app, [*command, "--out", str(tmp_path / "new"), "--resume"], catch_exceptions=False)
