@@ -7,7 +7,6 @@ total, which floats around the budget; ``cache.kept()`` and ``cache.nbytes()`` t
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from kv_gym.budgets.allocation import Allocation, Layer
 from kv_gym.budgets.selection import LOWEST, ordered
 from kv_gym.errors import UserError
 from kv_gym.files import whole_file
+from kv_gym.models.fingerprint import state_dict_hash
 from kv_gym.policies.base import Policy
 
 FORMAT = 1
@@ -172,11 +172,7 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Policy):
         return identity(value)
     if isinstance(value, nn.Module):
-        digest = hashlib.sha256()
-        for name, tensor in sorted(value.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-        return digest.hexdigest()
+        return state_dict_hash(value.state_dict())
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if isinstance(value, Mapping):

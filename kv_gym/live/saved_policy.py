@@ -9,6 +9,7 @@ from typing import Any
 
 from kv_gym.errors import UserError
 from kv_gym.live.panel import Panel
+from kv_gym.models.fingerprint import state_dict_hash
 from kv_gym.policies import Policy, list_policies, make_policy
 
 _DEEPEST = 4  # policies over policies
@@ -73,12 +74,8 @@ def _rebuilt(stored: dict[str, Any], depth: int = 0) -> Policy:
 
 def _digest(policy: Policy) -> str:
     kind = type(policy)
-    digest = hashlib.sha256(f"{kind.__module__}:{kind.__qualname__}".encode())
+    name = f"{kind.__module__}:{kind.__qualname__}"
     network = getattr(policy, "network", None)
     if network is None:
-        digest.update(repr(policy).encode())
-    else:  # a learned policy is its weights
-        for name, tensor in sorted(network.state_dict().items()):
-            digest.update(f"{name}{tuple(tensor.shape)}".encode())
-            digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+        return hashlib.sha256(f"{name}{policy!r}".encode()).hexdigest()
+    return state_dict_hash(network.state_dict(), prefix=name)  # a learned policy is its weights

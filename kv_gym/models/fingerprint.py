@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+
+from torch import Tensor
 
 from kv_gym.errors import UserError
 from kv_gym.models.attention import full_layers
@@ -72,6 +75,20 @@ class Fingerprint:
                     f"{what} was made for a model with {shown[0]} {shown[1]}, and {that} has {shown[2]}: "
                     "use the model it was made for, or make it anew for this one"
                 )
+
+
+def state_dict_hash(tensors: Mapping[str, Tensor], prefix: str = "") -> str:
+    """SHA-256 over the names, shapes and float32 values of all tensors, sorted by name.
+
+    Args:
+        tensors: a module's ``state_dict()``.
+        prefix: text that is hashed in front of the tensors.
+    """
+    digest = hashlib.sha256(prefix.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name}{tuple(tensor.shape)}".encode())
+        digest.update(tensor.detach().cpu().float().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _weights_hash(model) -> str:

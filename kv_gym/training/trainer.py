@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import json
 import math
 import time
@@ -17,7 +16,7 @@ from torch import Tensor
 from kv_gym.errors import UserError
 from kv_gym.evaluation.replay import replay
 from kv_gym.files import whole_file
-from kv_gym.models.fingerprint import Fingerprint
+from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.policies.scorer import CHECKPOINT, GroupedScorer, Scorer, refuse_foreign
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN
 from kv_gym.traces import TraceSet, open_traces
@@ -113,11 +112,7 @@ def start_of(policy: Scorer | None) -> str:
     """How a policy that starts from another names it: SHA-256 of its weights, or ``scratch``."""
     if policy is None:
         return SCRATCH
-    digest = hashlib.sha256()
-    for name, tensor in sorted(policy.network.state_dict().items()):
-        digest.update(f"{name}{tuple(tensor.shape)}".encode())
-        digest.update(tensor.detach().cpu().contiguous().numpy().tobytes())
-    return digest.hexdigest()
+    return state_dict_hash(policy.network.state_dict())
 
 
 class _Run:

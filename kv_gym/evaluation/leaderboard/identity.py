@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_gym.errors import UserError
+from kv_gym.models.fingerprint import state_dict_hash
 from kv_gym.policies import Policy
 
 RESULTS = 1
@@ -110,8 +111,7 @@ def _settings(value: Any) -> Any:
         code = [_code_of(each) for each in kinds]
         return [f"{kind.__module__}:{kind.__qualname__}", _fields(value), code]
     if hasattr(value, "state_dict"):  # weights inside of a policy object
-        tensors = sorted(value.state_dict().items())
-        return [[name, hashlib.sha256(each.cpu().numpy().tobytes()).hexdigest()] for name, each in tensors]
+        return state_dict_hash(value.state_dict())
     if is_dataclass(value):
         return [type(value).__qualname__, _fields(value)]
     if isinstance(value, Mapping):
