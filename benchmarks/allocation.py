@@ -42,7 +42,7 @@ def main() -> None:
     arguments = parser.parse_args()
     began = time.perf_counter()
     model, tokenizer = load_model(MODEL)
-    policies = {name: make_policy(name) for name in ("h2o", "snapkv", "keydiff", "value_norm", "uniform_order")}
+    policies = {name: make_policy(name) for name in ("h2o", "snapkv", "keydiff", "value_norm", "random")}
     policies = {"joint": make_policy(arguments.agent)} | policies
     tasks = reference_tasks(TASK, TOKENS, arguments.contexts)
     with TemporaryDirectory() as folder:

@@ -17,7 +17,7 @@ from kv_gym.budgets.allocation import Allocation
 from kv_gym.budgets.registry import KINDS
 from kv_gym.live.tiers import TIERS, Tier, parse_tier
 from kv_gym.markdown import pipe_table
-from kv_gym.policies import Policy, list_policies, make_policy
+from kv_gym.policies import Policy, list_policies, make_policy, policy_class
 from kv_gym.policies.wrapper import Over
 from kv_gym.training.registry import AGENTS
 
@@ -76,8 +76,7 @@ def source(about: str) -> str:
 
 
 def _policy(name: str) -> Sequence[str]:
-    module = import_module(f"kv_gym.policies.{name}")
-    paper = source(module.__doc__ or "") or "-"
+    paper = _paper_of(policy_class(name))
     if name == "scorer":
         return name, paper, "none, or as its inputs ask", "yes", "-", "yes", "where trained to", "learned weights"
     policy = make_policy(name)

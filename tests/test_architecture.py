@@ -1,11 +1,13 @@
 """The design's rules about files and imports, read from the source with `ast`."""
 
 import ast
+import inspect
 from pathlib import Path
 
 import pytest
 
 from kv_gym import list_policies
+from kv_gym.policies import policy_class
 
 ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "kv_gym"
@@ -158,7 +160,7 @@ def test_nothing_that_is_read_can_run_code():
 
 
 def policy_files():
-    return [PACKAGE / "policies" / f"{name}.py" for name in list_policies()]
+    return [Path(inspect.getfile(policy_class(name))) for name in list_policies()]
 
 
 @pytest.mark.parametrize("file", policy_files(), ids=list_policies())

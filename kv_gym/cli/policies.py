@@ -13,9 +13,9 @@ def policies(
     ] = False,
 ) -> None:
     """List the bundled policies, each with the first sentence of its file."""
-    from importlib import import_module
+    import sys
 
-    from kv_gym.policies import list_policies
+    from kv_gym.policies import list_policies, policy_class
 
     if table:
         from kv_gym.method_table import method_tables
@@ -23,5 +23,5 @@ def policies(
         typer.echo(method_tables(), nl=False)
         return
     for name in list_policies():
-        about = import_module(f"kv_gym.policies.{name}").__doc__ or ""
+        about = sys.modules[policy_class(name).__module__].__doc__ or ""
         typer.echo(f"{name:24} {' '.join(about.split(chr(10) * 2)[0].split())}")

@@ -16,7 +16,7 @@ from kv_gym.budgets import budget_key
 from kv_gym.evaluation.interval import mean_interval
 
 FULL = "full_cache"
-NULLS = ("uniform_order", "recency")
+NULLS = ("random", "recency")
 DRAWS = 2000  # of the bootstrap: its ends then move by about a tenth of the interval's width
 ARM = ("policy", "budget", "allocation", "evicted", "sinks", "recent", "window", "trigger")
 _MEANS = ("nll", "cache_bytes", "policy_bytes", "milliseconds", "n", "asked")

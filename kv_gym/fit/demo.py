@@ -11,7 +11,7 @@ from rich.table import Table
 
 from kv_gym.errors import UserError
 
-POLICIES = ("uniform_order", "recency", "streaming_llm", "h2o", "snapkv", "tova", "knorm", "keydiff")
+POLICIES = ("random", "recency", "streaming_llm", "h2o", "snapkv", "tova", "knorm", "keydiff")
 BUDGETS = (1 / 4, 1 / 8, 1 / 16)
 TASK, TOKENS = "multi_key", 512
 TRAINING_CONTEXTS, HELD_OUT_CONTEXTS = 160, 32

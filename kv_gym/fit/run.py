@@ -34,7 +34,7 @@ HEURISTICS = {  # each with the allocations that it is tried with; the best on v
     "snapkv": ("uniform", "global"),
     "h2o": ("uniform", "global"),
     "recency": ("uniform",),
-    "uniform_order": ("uniform",),
+    "random": ("uniform",),
 }
 
 

@@ -10,7 +10,7 @@ from typing import Any
 from kv_gym.errors import UserError
 from kv_gym.live.panel import Panel
 from kv_gym.models.fingerprint import state_dict_hash
-from kv_gym.policies import Policy, list_policies, make_policy
+from kv_gym.policies import Policy, current_name, list_policies, make_policy
 
 _DEEPEST = 4  # policies over policies
 
@@ -36,6 +36,7 @@ def chosen(stored: dict[str, Any], given: str | Path | Policy | None, file: Path
     Raises:
         UserError: another one was given, or none and the file cannot name it.
     """
+    stored = _with_current_names(stored)
     name = str(stored["name"])
     if given is not None:
         policy = make_policy(given)
@@ -70,6 +71,16 @@ def _rebuilt(stored: dict[str, Any], depth: int = 0) -> Policy:
             raise ValueError(f"policy {name!r} with {key}={value!r}")
         settings[key] = value
     return make_policy(name, **settings)
+
+
+def _with_current_names(stored: Any) -> Any:
+    """What an earlier version described, with today's names of policies."""
+    if not isinstance(stored, dict):
+        return stored
+    parts = {key: _with_current_names(value) for key, value in stored.items()}
+    if isinstance(members := stored.get("members"), list):
+        parts["members"] = [_with_current_names(member) for member in members]
+    return parts | ({"name": current_name(str(stored["name"]))} if "name" in stored else {})
 
 
 def _digest(policy: Policy) -> str:

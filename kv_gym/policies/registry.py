@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import warnings
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -14,11 +15,29 @@ from kv_gym.policies.hub import is_hub_id
 
 # every other file of this package is a policy of its own name
 _MACHINERY = {"base", "hub", "registry", "scoring", "wrapper"}
+_FILES = {"random_eviction": "random"}  # a module `random` would shadow the standard library's in scripts
+_OLD_NAMES = {"uniform_order": "random", "kv_gym.policies.uniform_order:UniformOrder": "random"}
 
 
 def list_policies() -> list[str]:
     """Names of the bundled policies; `scorer` is the learned one and is loaded from a folder."""
-    return sorted(module.name for module in iter_modules([str(Path(__file__).parent)]) if module.name not in _MACHINERY)
+    return sorted(_bundled())
+
+
+def policy_class(name: str) -> type[Policy]:
+    """The class of a policy of :func:`list_policies`."""
+    return _class_in(f"kv_gym.policies.{_bundled()[name]}")
+
+
+def current_name(name: str) -> str:
+    """Today's name of a policy, for files that an earlier version wrote; other names are returned as they are."""
+    return _OLD_NAMES.get(name, name)
+
+
+def _bundled() -> dict[str, str]:
+    """Name -> module."""
+    modules = (module.name for module in iter_modules([str(Path(__file__).parent)]))
+    return {_FILES.get(module, module): module for module in modules if module not in _MACHINERY}
 
 
 def make_policy(policy: str | Path | Policy, **settings: Any) -> Policy:
@@ -36,9 +55,11 @@ def make_policy(policy: str | Path | Policy, **settings: Any) -> Policy:
     """
     if isinstance(policy, Policy):
         return policy
-    name = str(policy)
+    name = current_name(str(policy))
+    if name != str(policy):
+        warnings.warn(f"policy {policy} is called {name!r} now", DeprecationWarning, stacklevel=2)
     if name in list_policies() and name != "scorer":
-        return load_settings(_class_in(f"kv_gym.policies.{name}"), settings)
+        return load_settings(policy_class(name), settings)
     if ":" in name and not Path(name).exists():
         return load_settings(_from_class_path(name), settings)
     if (Path(name) / "policy.json").is_file() or is_hub_id(name):
@@ -74,8 +95,6 @@ def _unknown(name: str) -> str:
         return "policy 'scorer' is learned: name the folder that `kv-gym train` exported, with its policy.json"
     if Path(name).is_dir():
         return f"folder {name} holds no policy.json; expected a policy exported by `kv-gym train` or `kv-gym export`"
-    if name == "random":
-        return "unknown policy 'random'; random eviction is called 'uniform_order'"
     nearest = difflib.get_close_matches(name, list_policies(), n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(list_policies())}"
     return f"unknown policy {name!r}; {hint}"

@@ -11,7 +11,7 @@ from kv_gym.policies import StatefulPolicy, make_policy
 from kv_gym.traces.sequence import Sequence
 
 VALIDATION_BUDGETS = (1 / 4, 1 / 8, 1 / 16)
-HEURISTICS = ("recency", "keydiff", "uniform_order", "h2o")
+HEURISTICS = ("recency", "keydiff", "random", "h2o")
 
 
 def by_budget(rows: Iterable[dict]) -> dict[str, dict[str, float]]:

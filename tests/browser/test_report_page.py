@@ -11,7 +11,7 @@ from kv_gym.evaluation.report.tokens import token_view
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
 
 LENGTH = 61
-POLICIES = ("keydiff", "streaming_llm", "h2o", "uniform_order")
+POLICIES = ("keydiff", "streaming_llm", "h2o", "random")
 pytestmark = pytest.mark.usefixtures("clean_console")
 
 

@@ -101,7 +101,7 @@ def test_the_full_cache_answers_as_plain_generation_does(model, contexts):
     assert model.config._attn_implementation == "sdpa"
 
 
-@pytest.mark.parametrize("name", ["keydiff", "h2o", "snapkv", "recency", "uniform_order"])
+@pytest.mark.parametrize("name", ["keydiff", "h2o", "snapkv", "recency", "random"])
 def test_batched_one_pass_answers_equal_a_greedy_loop_on_each_question(model, contexts, name):
     from kv_gym.live import EvictingCache
 

@@ -95,7 +95,7 @@ def test_rows_are_all_arms_with_the_null_hypotheses(rows):
     expected = {("full_cache", None, 1.0, None, None)}
     for budget in (6, 0.5):
         for ends in ((None, None), (4, 32)):
-            expected |= {(name, None, budget, *ends) for name in ("uniform_order", "recency")}
+            expected |= {(name, None, budget, *ends) for name in ("random", "recency")}
         expected |= {(name, None, budget, None, None) for name in ("keydiff", "h2o", "critical_kv")}
         expected |= {("mine", seed, budget, None, None) for seed in (0, 1)}
     assert len(arms) == len(expected) and set(arms) == expected
@@ -288,7 +288,7 @@ def test_an_arm_that_fails_is_told_of_and_measured_again_when_mended(place, tmp_
     with pytest.raises(UserError, match=r"2 arms failed, the first moody_failing:Moody on toy .* ValueError: no idea"):
         leaderboard(spec, tmp_path / "out", progress=False)
     kept = read_rows(tmp_path / "out" / "rows.jsonl")
-    assert {row["policy"] for row in kept} == {"full_cache", "uniform_order", "recency", "keydiff"}
+    assert {row["policy"] for row in kept} == {"full_cache", "random", "recency", "keydiff"}
     del sys.modules["moody_failing"]
     (tmp_path / "moody_failing.py").write_text(MOODY.format(error="x").replace("raise x", "pass"))
     counted.clear()

@@ -132,7 +132,7 @@ def test_roles_labels_and_intervals_over_contexts(results):
     assert roles == {
         "full_cache": "full", "joint, uniform": "learned", "keydiff, uniform": "heuristic",
         f"{BAD_NAME}, uniform": "heuristic", "keydiff, global:softmax": "heuristic",
-        "recency, uniform": "null", "uniform_order, uniform": "null",
+        "recency, uniform": "null", "random, uniform": "null",
     }  # fmt: skip
     point = at(found, "keydiff, uniform", 0.25)
     assert point["accuracy"] == 11 / 16

@@ -12,7 +12,7 @@ from kv_gym.evaluation.report.tokens import answer_places, pieces, token_view
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
 
 LENGTH = 37
-POLICIES = ("keydiff", "streaming_llm", "h2o", "snapkv", "uniform_order")
+POLICIES = ("keydiff", "streaming_llm", "h2o", "snapkv", "random")
 
 
 def decode(ids):

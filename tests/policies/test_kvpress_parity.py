@@ -1,7 +1,7 @@
 """kv_gym's scores against those of kvpress 0.5.5, stored by tests/kvpress/golden.py for one tiny model.
 
 One row per policy that both have: the press, the settings, and what becomes of ours before it is compared. Not in the
-table: `uniform_order` (kvpress's RandomPress draws other numbers), the policies that kvpress has no press for, and of
+table: `random` (kvpress's RandomPress draws other numbers), the policies that kvpress has no press for, and of
 what both have CriticalAdaKVPress (it divides a layer's slots by the base's scores and weighs values inside each head;
 here an allocation compares the scores that the policy gives), and BlockPress and DecodingPress, which are triggers.
 """

@@ -46,7 +46,7 @@ BY_HAND = {
     "streaming_llm": "test_methods_by_hand.py::test_recency_and_sinks",
     "streaming_llm_reindexed": "test_methods_by_hand.py::test_recency_and_sinks",
     "tova": "test_methods_by_hand.py::test_tova",
-    "uniform_order": "test_methods_by_hand.py::test_uniform_order",
+    "random": "test_methods_by_hand.py::test_random",
     "value_norm": "test_methods_keys.py::test_value_norm_keeps_the_largest_values",
 }
 
@@ -148,7 +148,7 @@ def test_recency_and_sinks():
         assert chosen == sorted({*sinks, *range(8 - (6 - len(sinks)), 8)})
 
 
-def test_uniform_order():
+def test_random():
     # tokens 0 and 1 of head 0, layer 0, seed 0. Zero stays zero under every step of the mixer; one is multiplied by
     # 0x9E3779B1 and mixed: each line below is one step, worked out in base 16
     x = 0x9E3779B1
@@ -158,6 +158,6 @@ def test_uniform_order():
     x = x ^ (x >> 15)
     x = (x * 0x46A6B78B) & 0xFFFFFFFF
     x = x ^ (x >> 16)
-    scores = make_policy("uniform_order").score(one_head([[0, 0]] * 2))[0, 0].tolist()
+    scores = make_policy("random").score(one_head([[0, 0]] * 2))[0, 0].tolist()
     assert scores == [0.0, x / 2**32]
-    assert order(make_policy("uniform_order"), one_head([[0, 0]] * 2)) == [1, 0]
+    assert order(make_policy("random"), one_head([[0, 0]] * 2)) == [1, 0]

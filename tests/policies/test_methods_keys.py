@@ -454,7 +454,7 @@ STATIC = [name for name in NAMES if make_policy(name).static]
 
 
 def test_who_is_static():
-    assert set(STATIC) >= {"knorm", "value_norm", "recency", "streaming_llm", "uniform_order"}
+    assert set(STATIC) >= {"knorm", "value_norm", "recency", "streaming_llm", "random"}
     assert not set(STATIC) & {"keydiff", "lagkv", "h2o", "snapkv", "caote", "expected_attention"}
 
 

@@ -267,7 +267,7 @@ def test_random_order_is_a_fixed_hash_of_layer_head_and_position():
         return (x ^ (x >> 16)) / 2**32
 
     view = replace(ragged_view(), layer=3)
-    scores = make_policy("uniform_order", seed=5).score(view)
+    scores = make_policy("random", seed=5).score(view)
     expected = np.array([[[mixed(int(p), h, 3, 5) for p in view.positions[b, h]] for h in range(2)] for b in range(2)])
     assert equal_where_valid(scores, expected, view)
 
@@ -275,12 +275,12 @@ def test_random_order_is_a_fixed_hash_of_layer_head_and_position():
 def test_random_order_is_uniform_and_differs_between_heads_layers_and_seeds():
     n = 4000
     view = CacheView.of(torch.zeros(1, 2, n, 1), torch.zeros(1, 2, n, 1))
-    scores = make_policy("uniform_order").score(view)[0]
+    scores = make_policy("random").score(view)[0]
     assert float(scores.min()) >= 0 and float(scores.max()) < 1
     counts = torch.histc(scores.float(), 10, 0, 1)
     assert float((counts - n / 5).abs().max()) < 5 * math.sqrt(n / 5)
-    others = [scores[1], make_policy("uniform_order").score(replace(view, layer=1))[0, 0]]
-    others.append(make_policy("uniform_order", seed=1).score(view)[0, 0])
+    others = [scores[1], make_policy("random").score(replace(view, layer=1))[0, 0]]
+    others.append(make_policy("random", seed=1).score(view)[0, 0])
     for other in others:
         assert abs(float(torch.corrcoef(torch.stack((scores[0], other)))[0, 1])) < 0.1
 

@@ -82,3 +82,9 @@ def test_a_folder_without_a_policy_is_refused(tmp_path):
 def test_the_learned_policy_is_named_by_its_folder():
     with pytest.raises(UserError, match="policy 'scorer' is learned: name the folder"):
         make_policy("scorer")
+
+
+@pytest.mark.parametrize("old", ["uniform_order", "kv_gym.policies.uniform_order:UniformOrder"])
+def test_an_old_name_works_with_a_warning(old):
+    with pytest.warns(DeprecationWarning, match=f"policy {old} is called 'random' now"):
+        assert make_policy(old, seed=3) == make_policy("random", seed=3)

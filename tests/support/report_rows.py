@@ -37,7 +37,7 @@ def rows():
             found.append(row("keydiff", share, [2, 2, 2, 2 - fewer], task=task, allocation="global:softmax"))
             found.append(row(BAD_NAME, share, [1, 2, 1, 2 - less], task=task))
             found.append(row("recency", share, [1, 0, 1, 0], task=task, utility_kept=0.3))
-            found.append(row("uniform_order", share, [0, 0, 1, 0], task=task))
+            found.append(row("random", share, [0, 0, 1, 0], task=task))
     return found
 
 

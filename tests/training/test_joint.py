@@ -98,7 +98,7 @@ def test_soft_cuts_of_several_rows_are_those_of_each_row():
 
 def way_to_the_oracle(policy, traces):
     """0: as good as a random order; 1: as good as the best ranking, one threshold at a quarter of the slots."""
-    arms = {"learned": policy, "oracle": make_policy("oracle"), "random": make_policy("uniform_order")}
+    arms = {"learned": policy, "oracle": make_policy("oracle"), "random": make_policy("random")}
     sequences = open_traces(traces).select(split="test")
     rule = "global" if policy.comparable else "uniform"
     kept = {}

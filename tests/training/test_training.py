@@ -164,7 +164,7 @@ def test_the_log_holds_what_there_is_to_watch(traces, tmp_path):
     best, mine = oracle.Scalars("utility_kept/at_1_8")[0].value, log.Scalars("utility_kept/at_1_8")[-1].value
     assert log.Scalars("regret_to_oracle/at_1_8")[-1].value == pytest.approx(best - mine, abs=1e-6)
     lines = {path.name for path in (tmp_path / "policy" / "tensorboard").iterdir() if path.is_dir()}
-    assert lines == {"oracle", "recency", "keydiff", "uniform_order"}  # no statistics of h2o were recorded
+    assert lines == {"oracle", "recency", "keydiff", "random"}  # no statistics of h2o were recorded
     recency = EventAccumulator(str(tmp_path / "policy" / "tensorboard" / "recency")).Reload()
     flat = recency.Scalars("utility_kept/at_1_4")
     assert [event.step for event in flat] == [0, 20] and flat[0].value == flat[1].value

@@ -48,7 +48,7 @@ def _about(rows: Sequence[Mapping]) -> list[str]:
     return [
         "Greedy exact match of the whole answer, in percent. A budget is a share of the tokens, over all layers and "
         "heads of the model. " + trained + "Heuristics have the allocation, protected ends and window with which they "
-        "answered most on validation contexts; `uniform_order` (random) and `recency` stand there plain, too, and with "
+        "answered most on validation contexts; `random` and `recency` stand there plain, too, and with "
         "protected ends. Intervals are of 95 %: Student's t over training runs for learned policies, a bootstrap over "
         "contexts else. `smallest` is the least budget at and above which the lower end stays within a point of the "
         "full cache."

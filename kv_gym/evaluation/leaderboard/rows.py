@@ -24,6 +24,7 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.leaderboard.identity import digest
 from kv_gym.evaluation.outcome import Outcome
 from kv_gym.files import whole_file
+from kv_gym.policies import current_name
 
 ROWS, OTHER, BATCHES = "rows.jsonl", "other.jsonl", "batches"
 MEASURED = (
@@ -48,6 +49,8 @@ def read_rows(path: str | Path) -> list[dict]:
         try:
             row = json.loads(line)
             row["cell"]
+            if "policy" in row:
+                row["policy"] = current_name(row["policy"])
         except (ValueError, TypeError, KeyError):
             raise UserError(f"{path}, line {number} is no row of a leaderboard; move the file away") from None
         rows.append(row)

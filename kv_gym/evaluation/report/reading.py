@@ -11,6 +11,7 @@ from pathlib import Path
 from kv_gym.budgets import budget_key
 from kv_gym.errors import UserError
 from kv_gym.evaluation.summary import ARM
+from kv_gym.policies import current_name
 
 EXPECTED = "expected rows of policy and budget, as `kv-gym evaluate --json` or a leaderboard writes them"
 # what a row means that does not say it
@@ -105,6 +106,9 @@ def _read(file: Path, results: Results, required: bool) -> bool:
     except (OSError, ValueError, KeyError, TypeError):
         usable = False
     if usable:
+        for row in data["rows"]:
+            if "policy" in row:
+                row["policy"] = current_name(row["policy"])
         results.add(data, str(file))
     elif required:
         raise UserError(f"{file} is no result file; {EXPECTED}")

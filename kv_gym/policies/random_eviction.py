@@ -19,12 +19,16 @@ _MASK = 0xFFFFFFFF
 
 
 @dataclass(frozen=True)
-class UniformOrder(Policy):
+class RandomEviction(Policy):
     """Random order of slots; `seed` names the order."""
 
     comparable = True  # uniform in every head: one threshold keeps the same share of each, on average
     static = True
     seed: int = 0
+
+    @property
+    def name(self) -> str:
+        return "random"
 
     def score(self, view: CacheView) -> Tensor:
         heads = torch.arange(view.keys.shape[1], device=view.keys.device)[:, None]
