@@ -26,7 +26,7 @@ from ablation_rows import FIRST, NAMED, VARIANTS, Variant, chosen
 
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation.interval import mean_interval
-from kv_gym.evaluation.result import read_json, result, write_json
+from kv_gym.evaluation.rows import read_result, result, write_json
 from kv_gym.evaluation.tasks import tasks_hash
 from kv_gym.markdown import pipe_table
 
@@ -109,7 +109,7 @@ def summary(here: Bench, variants: list[Variant], seeds: int) -> list[dict[str, 
     found: dict[str, dict[int, dict]] = {}
     for variant in variants:
         files = {seed: here.place(variant, seed) / "rows.json" for seed in range(seeds)}
-        found[variant.name] = {seed: read_json(file) for seed, file in files.items() if file.is_file()}
+        found[variant.name] = {seed: read_result(file) for seed, file in files.items() if file.is_file()}
     rows = []
     for variant in (each for each in VARIANTS if found.get(each.name)):
         about = {

@@ -16,7 +16,7 @@ from zoo import training_contexts
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation import evaluate
-from kv_gym.evaluation.result import read_json, result, write_json
+from kv_gym.evaluation.rows import read_result, result, write_json
 from kv_gym.evaluation.tasks import TaskContext, reference_tasks, tasks_hash
 from kv_gym.policies import Policy, make_policy
 from kv_gym.policies.scorer import Scorer
@@ -134,7 +134,7 @@ class Bench:
             policy = self.policy(variant, seed)
             rows = self.judge(policy, variant.rules)
             write_json(file, result(rows, seconds=policy.training["seconds"], settings=policy.training["settings"]))
-        return read_json(file)
+        return read_result(file)
 
     def heuristic(self, name: str) -> dict[str, Any]:
         """Judge a heuristic, unless that was done."""
@@ -143,7 +143,7 @@ class Bench:
         if not file.is_file():
             rules = (*HEURISTIC_RULES, *(("ada", "global") if make_policy(name).comparable else ()))
             write_json(file, result(self.judge(make_policy(name), rules)))
-        return read_json(file)
+        return read_result(file)
 
     def judge(self, policy: Policy, rules: tuple[str, ...]) -> list[dict]:
         """Rows of total, rule, accuracy and utility kept."""

@@ -20,7 +20,7 @@ from kv_gym.evaluation.calibrate import calibrate, realised
 from kv_gym.evaluation.live import answer
 from kv_gym.evaluation.replay import replay
 from kv_gym.evaluation.report import merged
-from kv_gym.evaluation.result import result, write_json
+from kv_gym.evaluation.rows import result, write_json
 from kv_gym.evaluation.tasks import reference_tasks, tasks_hash
 from kv_gym.markdown import pipe_table
 from kv_gym.reference import MODEL

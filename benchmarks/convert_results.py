@@ -13,12 +13,15 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 
 RENAMED_POLICIES = {"uniform_order": "random"}
+RENAMED_FIELDS = {"asked": "questions", "right": "correct"}  # of rows
 
 
-def convert(text: str) -> str:
-    """JSON or JSON lines with today's names; everything else stays byte for byte."""
+def convert(text: str, rows: bool) -> str:
+    """JSON or JSON lines with today's names, those of fields where it is `rows`; all else stays byte for byte."""
     for old, new in RENAMED_POLICIES.items():
         text = re.sub(f'"{old}"', f'"{new}"', text)
+    for old, new in RENAMED_FIELDS.items() if rows else ():
+        text = text.replace(f'"{old}":', f'"{new}":')
     return text
 
 
@@ -27,7 +30,7 @@ def main() -> None:
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
     for file in sorted(parser.parse_args().folder.rglob("*.json*")):
         before = file.read_text(encoding="utf-8")
-        after = convert(before)
+        after = convert(before, rows=file.suffix == ".jsonl")
         if after != before:
             file.write_text(after, encoding="utf-8")
             print(f"converted {file}")

@@ -18,7 +18,7 @@ from statistics import fmean
 
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation.leaderboard import publish, read_rows
-from kv_gym.evaluation.result import result, write_json
+from kv_gym.evaluation.rows import result, write_json
 from kv_gym.evaluation.summary import smallest_budgets, summarise
 from kv_gym.markdown import pipe_table
 
@@ -101,7 +101,7 @@ def markdown(lines: list[dict], claims: dict) -> str:
             body.append([policy, rule, *cells])
     full = [line["accuracy"] for line in lines if line["policy"] == "full_cache"]
     out = [pipe_table(["policy", "allocation", *map(format_budget, budgets)], body, 2)]
-    out += ["", f"Full cache {100 * full[0]:.2f} %, {max(line['asked'] for line in lines):.0f} questions."]
+    out += ["", f"Full cache {100 * full[0]:.2f} %, {max(line['questions'] for line in lines):.0f} questions."]
     for policy, budget in sorted(claims["smallest"].items(), key=lambda item: item[1] or 2):
         out.append(f"- smallest total of {policy}: {format_budget(budget) if budget else 'none measured'}")
     for ratio in claims["ratios"]:

@@ -79,7 +79,7 @@ def first_screen(rows: Sequence[Mapping]) -> str:
         return ""
     seeds = {row["seed"] for row in rows if row.get("seed") is not None}
     return (
-        f"How little of the cache is enough? Multi-key recall in 512 words, {full['asked']:,} held-out questions, "
+        f"How little of the cache is enough? Multi-key recall in 512 words, {full['questions']:,} held-out questions, "
         f"unseen while the cache is cut, in percent (full cache {full['accuracy']:.1%}). A budget is a share of all "
         f"slots of the model; learned policies (bold) are means over {len(seeds)} training runs; heuristics have the "
         f"allocation, protected ends and window that did best on validation contexts; `smallest` is the least budget "
@@ -130,7 +130,7 @@ def zoo(rows: Sequence[Mapping], trained: Path) -> str:
     )
     out.append(pipe_table(head, body, 3))
     seeds = max((line["seeds"] for line in lines if line["learned"]), default=0)
-    asked = max((line["asked"] for line in lines), default=0)
+    asked = max((line["questions"] for line in lines), default=0)
     out += [
         "",
         f"Percent right of {asked:.0f} held-out questions of multi-key recall in 512 words, means over {seeds} ",

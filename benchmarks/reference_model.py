@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 
 from kv_gym.evaluation.live import answer
-from kv_gym.evaluation.result import result, write_json
+from kv_gym.evaluation.rows import result, write_json
 from kv_gym.evaluation.tasks import reference_tasks
 from kv_gym.files import MODEL
 from kv_gym.reference.generator import TASKS

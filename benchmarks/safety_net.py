@@ -22,7 +22,7 @@ from pathlib import Path
 import torch
 
 from kv_gym.budgets import format_budget
-from kv_gym.evaluation.result import result, write_json
+from kv_gym.evaluation.rows import result, write_json
 from kv_gym.evaluation.safety import auroc, recall_at, threshold_at, watched_answers
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, reference_tasks
 from kv_gym.live import EvictingCache, Guard, Panel

@@ -20,7 +20,7 @@ from zoo import training_contexts
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation import evaluate
 from kv_gym.evaluation.interval import mean_interval
-from kv_gym.evaluation.result import read_json, result, write_json
+from kv_gym.evaluation.rows import read_result, result, write_json
 from kv_gym.evaluation.tasks import reference_tasks
 from kv_gym.markdown import pipe_table
 from kv_gym.reference import MODEL
@@ -67,7 +67,7 @@ def answered(model, policy: Path, agent: str, lengths: str, seed: int, count: in
             found = evaluate({agent: policy}, BUDGETS, model=model, tasks=tasks, allocations=["global"])["rows"]
             rows += [row | {"words": words, "trained_on": lengths, "seed": seed} for row in found]
         write_json(file, result(rows))
-    return read_json(file)["rows"]
+    return read_result(file)["rows"]
 
 
 def differences(rows: list[dict]) -> list[dict]:

@@ -8,7 +8,7 @@ import pytest
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation import evaluate
-from kv_gym.evaluation.result import result
+from kv_gym.evaluation.rows import result
 from kv_gym.files import bundled, whole_file
 
 LONG = "a" * 300 + ".json"  # more than any file system takes; root may write to read-only folders, but not this

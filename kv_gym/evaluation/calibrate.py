@@ -16,7 +16,7 @@ from kv_gym.budgets.budget import slots_after
 from kv_gym.budgets.calibrated import Calibrated, identity, refuse_no_scale
 from kv_gym.budgets.selection import protection_within
 from kv_gym.errors import UserError
-from kv_gym.evaluation.result import refuse_unwritable, versions
+from kv_gym.evaluation.rows import refuse_unwritable, versions
 from kv_gym.policies import Policy, make_policy
 from kv_gym.traces import Sequence, TraceSet, open_traces
 

@@ -37,7 +37,7 @@ from kv_gym.evaluation.evaluate import Policies, in_split, named, refuse_other_m
 from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.output_error import output_error
 from kv_gym.evaluation.prediction import auc, spearman
-from kv_gym.evaluation.result import refuse_unwritable, result, write_json
+from kv_gym.evaluation.rows import refuse_unwritable, result, write_json
 from kv_gym.policies import Policy
 from kv_gym.policies.oracle import Oracle
 from kv_gym.traces.sequence import Sequence

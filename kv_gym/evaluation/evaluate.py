@@ -12,7 +12,7 @@ from kv_gym.budgets import Allocation, fitting, parse_allocation, parse_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.arms import every_arm
 from kv_gym.evaluation.replay import replay
-from kv_gym.evaluation.result import refuse_unwritable, result, write_json
+from kv_gym.evaluation.rows import refuse_unwritable, result, write_json
 from kv_gym.evaluation.tasks import Task, TaskContext, tasks_hash
 from kv_gym.evaluation.tasks.asked import by_label, unseen_questions
 from kv_gym.live.tiers import parse_tier

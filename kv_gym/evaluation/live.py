@@ -63,11 +63,7 @@ def judge(
         advance: called with the number of contexts done (progress).
 
     Returns:
-        Rows of policy, budget, allocation, evicted, task, trigger, ``accuracy`` (greedy exact match of whole answers,
-        or the task's own score), ``nll`` (mean over answers of the mean over their tokens, nats; None where it is not
-        measured), ``cache_bytes`` (mean per context, all that the compressed cache holds), ``milliseconds`` (mean CPU
-        time of a context), ``policy_bytes`` (weights of a learned policy), ``n`` (answers) and, for tasks with parts,
-        ``parts``: right and asked by the name of the part. The full cache is the row named ``full_cache``.
+        Rows, see :class:`kv_gym.evaluation.rows.Row`; the full cache is the row named ``full_cache``.
 
     Raises:
         UserError: an arm that cannot run live, or does not fit the model.
@@ -85,8 +81,8 @@ def judge(
 
 def _row(task: Task, arm: Arm, outcomes: Sequence[Outcome]) -> dict:
     contexts = whole(outcomes)
-    asked = sum(outcome.asked for outcome in contexts)
-    nll = math.fsum(outcome.nll for outcome in contexts) / asked
+    questions = sum(outcome.questions for outcome in contexts)
+    nll = math.fsum(outcome.nll for outcome in contexts) / questions
     row = {
         "policy": arm.name,
         "budget": arm.budget,
@@ -94,16 +90,17 @@ def _row(task: Task, arm: Arm, outcomes: Sequence[Outcome]) -> dict:
         "evicted": arm.evicted.name,
         "task": task.name,
         "trigger": task.trigger,
-        "accuracy": math.fsum(outcome.right for outcome in contexts) / asked,
+        "accuracy": math.fsum(outcome.correct for outcome in contexts) / questions,
         "nll": None if math.isnan(nll) else nll,
         "cache_bytes": sum(outcome.cache_bytes for outcome in contexts) / len(contexts),
         "milliseconds": 1e3 * math.fsum(outcome.seconds for outcome in contexts) / len(contexts),
         "policy_bytes": getattr(arm.policy, "nbytes", int)(),
-        "n": asked,
+        "n": len(contexts),
+        "questions": questions,
     }
     parts: dict[str, dict[str, float]] = {}
     for outcome in outcomes:
-        part = parts.setdefault(outcome.part, {"asked": 0, "right": 0.0})
-        part["asked"] += outcome.asked
-        part["right"] += outcome.right
+        part = parts.setdefault(outcome.part, {"questions": 0, "correct": 0.0})
+        part["questions"] += outcome.questions
+        part["correct"] += outcome.correct
     return row | ({"parts": parts} if set(parts) != {""} else {})

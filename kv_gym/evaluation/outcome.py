@@ -13,15 +13,15 @@ from torch import Tensor
 class Outcome:
     """What one arm did in one context, or in one part of it.
 
-    A context with several parts gives one outcome for each of them: `asked`, `right`, `nll` and `seconds` are the
+    A context with several parts gives one outcome for each of them: `questions`, `right`, `nll` and `seconds` are the
     part's own, so that they add up; `cache_bytes` and `slots` describe the whole context and are the same in all its
     parts. :func:`whole` joins them.
 
     Attributes:
         context: its id, the same for all arms: differences are paired by it.
         part: ``""``, or which part of the context, such as ``turn 3`` or ``after 12 evictions``.
-        asked: how many answers were judged: questions, spans or tokens, as the task says.
-        right: how many of them matched exactly; or the sum of scores in [0, 1], such as F1.
+        questions: how many answers were judged: questions, spans or tokens, as the task says.
+        correct: how many of them matched exactly; or the sum of scores in [0, 1], such as F1.
         nll: sum over the answers of the mean over their tokens of -log p, nats; NaN where it is not measured.
         cache_bytes: all that the cache held of this one context right after its last cut, when it is largest;
             policies' weights and room for tokens to come are left out. The bytes of a batch are divided evenly among
@@ -34,8 +34,8 @@ class Outcome:
 
     context: str
     part: str
-    asked: int
-    right: float
+    questions: int
+    correct: float
     nll: float
     cache_bytes: int
     slots: Tensor | None
@@ -51,8 +51,8 @@ def whole(outcomes: Sequence[Outcome]) -> list[Outcome]:
         Outcome(
             context,
             "",
-            sum(part.asked for part in same),
-            sum(part.right for part in same),
+            sum(part.questions for part in same),
+            sum(part.correct for part in same),
             sum(part.nll for part in same),
             max(part.cache_bytes for part in same),
             same[-1].slots,

@@ -14,12 +14,12 @@ import numpy as np
 
 from kv_gym.budgets import budget_key
 from kv_gym.evaluation.interval import mean_interval
+from kv_gym.evaluation.rows import FULL
 
-FULL = "full_cache"
 NULLS = ("random", "recency")
 DRAWS = 2000  # of the bootstrap: its ends then move by about a tenth of the interval's width
 ARM = ("policy", "budget", "allocation", "evicted", "sinks", "recent", "window", "trigger")
-_MEANS = ("nll", "cache_bytes", "policy_bytes", "milliseconds", "n", "asked")
+_MEANS = ("nll", "cache_bytes", "policy_bytes", "milliseconds", "n", "questions")
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_gym.errors import UserError
-from kv_gym.evaluation.result import write_json
+from kv_gym.evaluation.rows import write_json
 from kv_gym.live import EvictingCache
 
 FILE = "fit.json"

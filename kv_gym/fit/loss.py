@@ -58,11 +58,11 @@ def measured(
 
 def _row(arm: Arm, part: str, measure: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> dict[str, Any]:
     """An arm's row from its contexts' outcomes, each behind the full cache's of the same context."""
-    asked, contexts = [cut.asked for _, cut in pairs], len(pairs)
+    asked, contexts = [cut.questions for _, cut in pairs], len(pairs)
     if measure == "accuracy":
-        loss, most = lost_answers([full.right - cut.right for full, cut in pairs], asked)
+        loss, most = lost_answers([full.correct - cut.correct for full, cut in pairs], asked)
     else:
-        loss, most = lost_nats([(cut.nll - full.nll) / cut.asked for full, cut in pairs])
+        loss, most = lost_nats([(cut.nll - full.nll) / cut.questions for full, cut in pairs])
     if arm.name == FULL:
         loss = most = 0.0
     return {
@@ -70,8 +70,8 @@ def _row(arm: Arm, part: str, measure: str, pairs: Sequence[tuple[Outcome, Outco
         "budget": arm.budget,
         "allocation": arm.allocation.name,
         "task": part,
-        "accuracy": sum(cut.right for _, cut in pairs) / sum(asked),
-        "nll": sum(cut.nll / cut.asked for _, cut in pairs) / contexts,
+        "accuracy": sum(cut.correct for _, cut in pairs) / sum(asked),
+        "nll": sum(cut.nll / cut.questions for _, cut in pairs) / contexts,
         "loss": loss,
         "most": most,
         "cache_bytes": sum(cut.cache_bytes for _, cut in pairs) / contexts,

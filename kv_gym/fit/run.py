@@ -14,7 +14,7 @@ from rich.console import Console
 from kv_gym.budgets import parse_allocation, parse_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.arms import FULL, Arm
-from kv_gym.evaluation.result import result
+from kv_gym.evaluation.rows import result
 from kv_gym.files import whole_file
 from kv_gym.fit.card import LEARNED, card, share_of, verdict
 from kv_gym.fit.data import FitData, contexts_for, read_data

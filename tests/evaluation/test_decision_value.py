@@ -21,7 +21,7 @@ from kv_gym.evaluation.decision_value import MEASURES, NOT_DECISIVE, compare
 from kv_gym.evaluation.interval import mean_interval, student_t
 from kv_gym.evaluation.output_error import output_error
 from kv_gym.evaluation.prediction import auc, ranks, spearman
-from kv_gym.evaluation.result import read_json
+from kv_gym.evaluation.rows import read_result
 from kv_gym.files import bundled
 from kv_gym.policies import make_policy
 from kv_gym.policies.oracle import Oracle
@@ -289,7 +289,7 @@ def test_the_command_needs_traces(tmp_path):
     asked = ["--policies", "oracle", "--budgets", "1/4", "--no-progress"]
     done = run(*asked, "--traces", str(bundled("traces")), "--split", "all", "--json", str(tmp_path / "value.json"))
     assert done.exit_code == 0 and "| oracle (dialogue) | uniform | 1/4 |" in done.output
-    assert len(read_json(tmp_path / "value.json")["rows"]) == 2
+    assert len(read_result(tmp_path / "value.json")["rows"]) == 2
     refused = run(*asked, "--model", "reference")
     assert isinstance(refused.exception, UserError) and "give --traces" in str(refused.exception)
 

@@ -15,7 +15,7 @@ from kv_gym.evaluation.evaluate import named
 from kv_gym.evaluation.live import answer
 from kv_gym.evaluation.replay import replay
 from kv_gym.evaluation.report import markdown, merged
-from kv_gym.evaluation.result import read_json, result, write_json
+from kv_gym.evaluation.rows import read_result, result, write_json
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, read_tasks
 from kv_gym.files import bundled
 from kv_gym.policies import make_policy
@@ -97,7 +97,7 @@ def contexts(model):
 def test_the_full_cache_answers_as_plain_generation_does(model, contexts):
     rows = answer(model, contexts, {"keydiff": make_policy("keydiff")}, [8])
     full = next(row for row in rows if row["policy"] == "full_cache")
-    assert (full["accuracy"], full["n"]) == (0.5, 12)  # the right ones right, the changed ones wrong
+    assert (full["accuracy"], full["n"], full["questions"]) == (0.5, 3, 12)  # the changed ones are wrong
     assert model.config._attn_implementation == "sdpa"
 
 
@@ -179,12 +179,12 @@ def test_reports_join_replay_and_live_rows(tmp_path):
     ])  # fmt: skip
     assert "| a | 1/8 | 0.500 | 25.0% | 1.500 | 10 + 4,000 |" in markdown(merged(replayed, live))
     write_json(tmp_path / "live.json", live)
-    written = report([replayed, read_json(tmp_path / "live.json")], tmp_path)
+    written = report([replayed, read_result(tmp_path / "live.json")], tmp_path)
     assert "| a | 1/8 | 0.500 | 25.0% |" in written.read_text()
     assert (tmp_path / "report.png").read_bytes()[:4] == b"\x89PNG"
     (tmp_path / "other.json").write_text("[]")
     with pytest.raises(UserError, match="no result"):
-        read_json(tmp_path / "other.json")
+        read_result(tmp_path / "other.json")
 
 
 def test_ids_of_another_tokenizer_are_refused_in_one_sentence(tmp_path):

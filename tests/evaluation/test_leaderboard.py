@@ -101,7 +101,7 @@ def test_rows_are_all_arms_with_the_null_hypotheses(rows):
     assert len(arms) == len(expected) and set(arms) == expected
     assert len({row["cell"] for row in rows}) == len(rows)
     full = rows[0]
-    assert (full["accuracy"], full["n"], full["asked"]) == (0.5, CONTEXTS, 2 * CONTEXTS)
+    assert (full["accuracy"], full["n"], full["questions"]) == (0.5, CONTEXTS, 2 * CONTEXTS)
     assert full["slots"] == [[TOKENS, TOKENS]] * 2
     by_name = {row["policy"]: row for row in rows if row["budget"] == 6}
     assert by_name["keydiff"]["slots"] == [[6, 6]] * 2
@@ -243,7 +243,7 @@ def test_an_arm_that_refuses_is_a_row_with_its_sentence(place, tmp_path):
     # a heuristic goes without an allocation that its scores are not made for
     assert {row["allocation"] for row in found if row["policy"] == "keydiff"} == {"uniform"}
     assert all(row["accuracy"] is None for row in found if row.get("refused"))
-    assert next(row for row in found if row["policy"] == "h2o" and row["allocation"] == "global")["asked"] == 20
+    assert next(row for row in found if row["policy"] == "h2o" and row["allocation"] == "global")["questions"] == 20
     assert "not comparable across heads" in page(found)
 
 

@@ -20,7 +20,7 @@ def row(policy, budget, right, seed=None, task="t", **more):
     contexts = {str(number): [value, 4, 0.5] for number, value in enumerate(right)}
     return {
         "policy": policy, "seed": seed, "budget": budget, "allocation": "uniform", "evicted": "drop", "task": task,
-        "accuracy": sum(right) / 4 / len(right), "nll": 0.125, "n": len(right), "asked": 4 * len(right),
+        "accuracy": sum(right) / 4 / len(right), "nll": 0.125, "n": len(right), "questions": 4 * len(right),
         "contexts": contexts, "cache_bytes": 100 * budget, "policy_bytes": 0, "milliseconds": 1.0,
     } | more  # fmt: skip
 

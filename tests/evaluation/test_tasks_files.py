@@ -126,7 +126,7 @@ def test_what_is_written_is_greedy_generation(tmp_path, tokenizer, model, policy
     arm = full_cache() if policy == "full_cache" else Arm("keydiff", make_policy("keydiff"), 3)
     for batch in task.batches():
         ((_, (outcome,)),) = task.measure(model, batch, [arm])
-        assert (outcome.asked, outcome.right, outcome.nll != outcome.nll) == (1, 0.25, True)
+        assert (outcome.questions, outcome.correct, outcome.nll != outcome.nll) == (1, 0.25, True)
         (prompt,) = batch
         ids = [*prompt.context_ids, *prompt.question_ids]
         if policy == "full_cache":

@@ -108,7 +108,7 @@ def test_batched_runs_equal_a_plain_loop_over_tokens(model, tasks, name, policy)
     (_, outcomes), _ = task.measure(model, batch, [Arm(policy, make_policy(policy), 0.5), full_cache()])
     for script in batch:
         expected = by_part(one_by_one(model, task, script, policy, 0.5))
-        own = {o.part: (o.asked, o.right, o.nll) for o in outcomes if o.context == script.id}
+        own = {o.part: (o.questions, o.correct, o.nll) for o in outcomes if o.context == script.id}
         assert own.keys() == expected.keys()
         for part, (asked, right, nll) in expected.items():
             assert own[part][:2] == (asked, right), part
@@ -128,8 +128,8 @@ def test_all_arms_of_a_policy_share_its_second_reading(model, tasks, monkeypatch
     alone = [next(task.measure(model, batch, [arm]))[1] for arm in arms]
     assert len(readings) == 1 + len(arms)
     for ours, theirs in zip(together, alone, strict=True):
-        assert [(o.right, o.cache_bytes, o.slots.tolist()) for o in ours] == [
-            (o.right, o.cache_bytes, o.slots.tolist()) for o in theirs
+        assert [(o.correct, o.cache_bytes, o.slots.tolist()) for o in ours] == [
+            (o.correct, o.cache_bytes, o.slots.tolist()) for o in theirs
         ]
         assert [o.nll for o in ours] == pytest.approx([o.nll for o in theirs], abs=1e-4)
         assert all(o.seconds > 0 for o in ours)
@@ -154,7 +154,7 @@ def test_the_full_cache_is_plain_transformers(model, tasks, name):
         for aside in script.asides:
             ids = [*fed, *aside.question_ids, *aside.answer_ids]
             found += judged_plainly(model, ids, [(len(ids) - len(aside.answer_ids), len(ids), aside.part)])
-        own = {o.part: (o.asked, o.right, o.nll) for o in outcomes if o.context == script.id}
+        own = {o.part: (o.questions, o.correct, o.nll) for o in outcomes if o.context == script.id}
         for part, (asked, right, nll) in by_part(found).items():
             assert own[part] == (asked, right, pytest.approx(nll, abs=2e-3 * asked))
         slots = next(o.slots for o in outcomes if o.context == script.id)
@@ -197,8 +197,8 @@ def test_a_bounded_stream_holds_its_share_and_not_more(model, tasks):
 def test_the_list_that_is_copied_is_one_the_model_can_copy(model):
     (task,) = parse_tasks("copy:64:count=2")
     ((_, outcomes),) = task.measure(model, task.scripts, [full_cache()])
-    assert [o.asked for o in whole(outcomes)] == [24, 24]
-    assert sum(o.right for o in outcomes) >= 46
+    assert [o.questions for o in whole(outcomes)] == [24, 24]
+    assert sum(o.correct for o in outcomes) >= 46
     first, second = (script.segments[0].ids for script in task.scripts)
     assert first != second and len(set(first)) == 65  # a beginning and 64 distinct words
 
@@ -270,7 +270,7 @@ def test_parts_are_joined():
     parts = [Outcome("a", "x", 2, 1.0, 0.5, 10, slots, 0.1), Outcome("b", "x", 1, 0.0, 2.0, 12, slots + 2, 0.1)]
     parts.append(Outcome("a", "y", 3, 2.0, 1.0, 10, slots, 0.2))
     first, second = whole(parts)
-    assert (first.context, first.part, first.asked, first.right, first.nll, first.cache_bytes) == (
+    assert (first.context, first.part, first.questions, first.correct, first.nll, first.cache_bytes) == (
         "a",
         "",
         5,
@@ -278,7 +278,7 @@ def test_parts_are_joined():
         1.5,
         10,
     )
-    assert first.seconds == pytest.approx(0.3) and second.asked == 1
+    assert first.seconds == pytest.approx(0.3) and second.questions == 1
     assert mean_slots(parts).tolist() == [[4.0, 4.0]]
     parts[1].slots = None
     assert mean_slots(parts) is None

@@ -11,7 +11,7 @@ def row(policy, budget, right, seed=None, task="multi_key 512", **more):
     known = {
         "cell": f"{policy} {budget} {seed} {task} {more.get('allocation')}", "policy": policy, "seed": seed,
         "budget": budget, "allocation": "uniform", "evicted": "drop", "sinks": None, "recent": None,
-        "trigger": "prefill", "task": task, "n": len(right), "asked": asked, "accuracy": sum(right) / asked,
+        "trigger": "prefill", "task": task, "n": len(right), "questions": asked, "accuracy": sum(right) / asked,
         "nll": sum(right) * 0.5 / asked, "parts": {}, "contexts": contexts, "cache_bytes": 1000 * budget,
         "policy_bytes": 0 if seed is None else 300, "milliseconds": 10 + 100 * budget, "slots": None,
         "utility_kept": None, "head_utility": None, "versions": VERSIONS, "command": "kv-gym leaderboard board.yml",
@@ -28,7 +28,7 @@ def rows():
             fewer = less + (share == 0.125)
             for seed, right in enumerate(([4, 4, 3, 4], [4, 3, 4, 4], [4, 4, 4, 4])):
                 grid = {"slots": [[10.0 + seed, 20.0], [30.0, 40.0]], "head_utility": [[0.9, 0.8], [0.7, 0.6]]}
-                parts = {"turn 1": {"asked": 8, "right": 8 - seed}, "turn 2": {"asked": 8, "right": 4}}
+                parts = {"turn 1": {"questions": 8, "correct": 8 - seed}, "turn 2": {"questions": 8, "correct": 4}}
                 found.append(
                     row("joint", share, [n - fewer for n in right], seed, task, utility_kept=0.8, parts=parts, **grid)
                 )

@@ -6,7 +6,8 @@ import shlex
 from collections.abc import Iterable, Mapping, Sequence
 
 from kv_gym.budgets import format_budget
-from kv_gym.evaluation.summary import FULL, NULLS, smallest_budgets, summarise
+from kv_gym.evaluation.rows import FULL
+from kv_gym.evaluation.summary import NULLS, smallest_budgets, summarise
 from kv_gym.markdown import pipe_table
 
 _ARM = ("policy", "allocation", "evicted", "sinks", "recent", "window", "trigger")
@@ -78,7 +79,8 @@ def _told(lines: Sequence[Mapping]) -> list[str]:
         else ""
     )
     return [
-        f"{first['n']:.0f} contexts, {first['asked']:.0f} answers; slots are evicted by `{first['trigger']}`.{right}"
+        f"{first['n']:.0f} contexts, {first['questions']:.0f} answers; "
+        f"slots are evicted by `{first['trigger']}`.{right}"
     ]
 
 
@@ -146,7 +148,7 @@ def _parts(lines: Sequence[Mapping]) -> list[str]:
 
 def _part(rows: Sequence[Mapping], name: str) -> float:
     found = [row["parts"][name] for row in rows]
-    return sum(part["right"] for part in found) / sum(part["asked"] for part in found)
+    return sum(part["correct"] for part in found) / sum(part["questions"] for part in found)
 
 
 def _utility(rows: Sequence[Mapping]) -> list[str]:

@@ -28,7 +28,7 @@ from kv_gym.policies import current_name
 
 ROWS, OTHER, BATCHES = "rows.jsonl", "other.jsonl", "batches"
 MEASURED = (
-    "n", "asked", "accuracy", "nll", "parts", "contexts", "cache_bytes", "policy_bytes", "milliseconds", "slots",
+    "n", "questions", "accuracy", "nll", "parts", "contexts", "cache_bytes", "policy_bytes", "milliseconds", "slots",
     "utility_kept", "head_utility",
 )  # fmt: skip
 
@@ -161,17 +161,17 @@ def _answered(contexts: Mapping[str, Sequence[dict]]) -> dict[str, Any]:
     for name, same in contexts.items():
         losses = [part["nll"] for part in same]
         nll = None if None in losses else round(sum(losses), 6)
-        right = sum(part["right"] for part in same)
-        entries[name] = [int(right) if right == int(right) else right, sum(part["asked"] for part in same), nll]
+        right = sum(part["correct"] for part in same)
+        entries[name] = [int(right) if right == int(right) else right, sum(part["questions"] for part in same), nll]
         for outcome in same:
             if outcome["part"]:
-                known = parts.setdefault(outcome["part"], {"asked": 0, "right": 0})
-                known["asked"] += outcome["asked"]
-                known["right"] += outcome["right"]
+                known = parts.setdefault(outcome["part"], {"questions": 0, "correct": 0})
+                known["questions"] += outcome["questions"]
+                known["correct"] += outcome["correct"]
     asked = sum(entry[1] for entry in entries.values())
     losses = [entry[2] for entry in entries.values()]
     return {
-        "asked": asked,
+        "questions": asked,
         "accuracy": sum(entry[0] for entry in entries.values()) / asked,
         "nll": None if None in losses else sum(losses) / asked,
         "parts": parts,

@@ -17,7 +17,7 @@ from kv_gym.evaluation.leaderboard.rows import Results, finished
 from kv_gym.evaluation.leaderboard.spec import Spec, read_spec
 from kv_gym.evaluation.leaderboard.subjects import Subject
 from kv_gym.evaluation.leaderboard.workers import Workers
-from kv_gym.evaluation.result import result
+from kv_gym.evaluation.rows import result
 
 
 def leaderboard(
@@ -36,14 +36,8 @@ def leaderboard(
         progress: show bars.
 
     Returns:
-        Rows, one per arm and task: ``cell``, ``policy``, ``seed``, ``budget``, ``allocation``, ``evicted``, ``sinks``,
-        ``recent``, ``window``, ``trigger``, ``task``, ``tasks_hash``, ``model_hash``, ``policy_hash``, ``n``
-        (contexts), ``asked``, ``accuracy``, ``nll`` (nats per answer, mean over its tokens), ``parts`` (``{part:
-        {"asked", "right"}}``), ``contexts`` (``{id: [right, asked, nll]}``), ``cache_bytes`` (mean), ``policy_bytes``,
-        ``milliseconds`` (mean CPU time of a context), ``slots`` (mean, ``[layers][kv_heads]``), ``utility_kept``,
-        ``head_utility`` (the same of each head), ``chosen_on_validation``, ``versions``, ``command``. Rows of replay
-        have ``utility_kept`` and no accuracy, and their contexts are ``{id: [kept, total, None]}``. An arm that the
-        model or the task refuses has ``refused``, the sentence, and no numbers.
+        Rows (:class:`kv_gym.evaluation.rows.Row`), one per arm and task. Rows of replay have ``utility_kept`` and no
+        accuracy. An arm that the model or the task refuses has ``refused``, the sentence, and no numbers.
 
     Raises:
         UserError: a specification that cannot be used, or arms that failed: all others are kept.

@@ -9,8 +9,8 @@ from typing import Any
 from kv_gym.budgets import budget_key, format_budget
 from kv_gym.evaluation.report.frontier import mark_frontier
 from kv_gym.evaluation.report.heads import gain, mean_grid
-from kv_gym.evaluation.report.reading import DEFAULTS
-from kv_gym.evaluation.summary import ARM, FULL, NULLS, arm_of, best_heuristics, smallest_budgets, summarise
+from kv_gym.evaluation.rows import FULL
+from kv_gym.evaluation.summary import NULLS, arm_of, best_heuristics, smallest_budgets, summarise
 
 MEASURES = ("accuracy", "nll", "utility_kept")
 SETTINGS = ("allocation", "evicted", "protection", "window", "trigger")
@@ -32,7 +32,7 @@ def points(rows: Iterable[Mapping]) -> list[dict]:
         oracle. ``difference`` is the accuracy beyond ``against``, the best heuristic, paired over contexts.
         ``smallest`` says whether it is the arm's smallest budget that keeps the full cache's accuracy.
     """
-    usable = [_complete(row) for row in rows if not row.get("refused")]
+    usable = [dict(row) for row in rows if not row.get("refused")]
     oracles = _oracles()
     lines: dict[tuple, dict[str, dict]] = {}
     for measure in MEASURES:
@@ -48,15 +48,6 @@ def points(rows: Iterable[Mapping]) -> list[dict]:
         _compare_heads(of_task)
         mark_frontier(of_task)
     return sorted(found.values(), key=lambda p: (p["task"], p["role"] != "full", p["arm"], -p["budget"]))
-
-
-def _complete(given: Mapping) -> dict[str, Any]:
-    """A row with what summaries ask for: files of `kv-gym evaluate` have fewer fields."""
-    row: dict[str, Any] = {**dict.fromkeys(ARM), **given}
-    row |= {name: row.get(name) or value for name, value in DEFAULTS.items()}
-    if row.get("seed") is None and (row.get("policy_bytes") or (row.get("seeds") or 1) > 1):
-        row["seed"] = 0  # learned, and one row tells of all its runs
-    return row
 
 
 def _for(measure: str, row: dict) -> dict:
@@ -147,8 +138,8 @@ def _parts(runs: Sequence[Mapping]) -> list[dict]:
     for run in runs:
         for name, part in (run.get("parts") or {}).items():
             total = sums.setdefault(str(name), [0.0, 0.0])
-            total[0] += part["right"]
-            total[1] += part["asked"]
+            total[0] += part["correct"]
+            total[1] += part["questions"]
     return [{"part": name, "accuracy": right / asked, "asked": asked} for name, (right, asked) in sums.items() if asked]
 
 
