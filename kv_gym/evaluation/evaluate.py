@@ -10,7 +10,7 @@ from rich.progress import Progress
 
 from kv_gym.budgets import Allocation, fitting, parse_allocation, parse_budget
 from kv_gym.errors import UserError
-from kv_gym.evaluation.arms import every_arm
+from kv_gym.evaluation.configurations import every_configuration
 from kv_gym.evaluation.replay import replay
 from kv_gym.evaluation.rows import refuse_unwritable, result, write_json
 from kv_gym.evaluation.tasks import Task, TaskContext, tasks_hash
@@ -148,10 +148,10 @@ def _live(policies, budgets, model, given, sinks, recent, rules, fates, progress
     refuse_other_model(policies, Fingerprint.of(model), "this model")
     tasks, hashed = _tasks(given)
     contexts = sum(task.contexts for task in tasks)
-    arms = every_arm(policies, budgets, rules, [parse_tier(fate) for fate in fates], sinks, recent)
+    configurations = every_configuration(policies, budgets, rules, [parse_tier(fate) for fate in fates], sinks, recent)
     with Progress(transient=True, disable=not progress) as bar:
         shown = bar.add_task("answer", total=contexts)
-        rows = judge(model, tasks, arms, lambda done: bar.advance(shown, done))
+        rows = judge(model, tasks, configurations, lambda done: bar.advance(shown, done))
     return rows, {"tasks": hashed, "contexts": contexts, "model": Path(str(model.config.name_or_path)).name}
 
 

@@ -1,4 +1,4 @@
-"""Judging policies on a decoding model: every arm on every task, and rows of what came of it."""
+"""Judging policies on a decoding model: every configuration on every task, and rows of what came of it."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 
 from kv_gym.budgets import Allocation, parse_allocation
 from kv_gym.budgets.budget import Budget
-from kv_gym.evaluation.arms import FULL, Arm, every_arm
-from kv_gym.evaluation.outcome import Outcome, whole
+from kv_gym.evaluation.configurations import FULL, Configuration, every_configuration
+from kv_gym.evaluation.outcomes import Outcome, per_context
 from kv_gym.evaluation.tasks import Task, TaskContext
 from kv_gym.evaluation.tasks.asked import by_label, unseen_questions
 from kv_gym.live.tiers import Tier, parse_tier
@@ -46,55 +46,58 @@ def answer(
         Rows as in :func:`judge`; their task is the contexts' own.
     """
     rules, tiers = [parse_allocation(rule) for rule in allocations], [parse_tier(tier) for tier in evicted]
-    arms = every_arm(policies, budgets, rules, tiers, sinks, recent)
+    configurations = every_configuration(policies, budgets, rules, tiers, sinks, recent)
     tasks = [unseen_questions(same, label, rows_at_once) for label, same in by_label(contexts).items()]
-    return judge(model, tasks, arms, advance)
+    return judge(model, tasks, configurations, advance)
 
 
 def judge(
-    model, tasks: Iterable[Task], arms: Sequence[Arm], advance: Callable[[int], None] = lambda _: None
+    model, tasks: Iterable[Task], configurations: Sequence[Configuration], advance: Callable[[int], None] = lambda _:
+        None
 ) -> list[dict]:  # fmt: skip
-    """Measure every arm on every task.
+    """Measure every configuration on every task.
 
     Args:
         model: a transformers decoder that :class:`~kv_gym.live.EvictingCache` serves.
         tasks: what is asked.
-        arms: who is compared.
+        configurations: who is compared.
         advance: called with the number of contexts done (progress).
 
     Returns:
         Rows, see :class:`kv_gym.evaluation.rows.Row`; the full cache is the row named ``full_cache``.
 
     Raises:
-        UserError: an arm that cannot run live, or does not fit the model.
+        UserError: a configuration that cannot run live, or does not fit the model.
     """
     rows = []
     for task in tasks:
-        found: list[list[Outcome]] = [[] for _ in arms]
+        found: list[list[Outcome]] = [[] for _ in configurations]
         for batch in task.batches():
-            for place, (_, outcomes) in enumerate(task.measure(model, batch, arms)):
+            for place, (_, outcomes) in enumerate(task.measure(model, batch, configurations)):
                 found[place] += outcomes
             advance(len(batch))
-        rows += [_row(task, arm, outcomes) for arm, outcomes in zip(arms, found, strict=True)]
+        rows += [
+            _row(task, configuration, outcomes) for configuration, outcomes in zip(configurations, found, strict=True)
+        ]
     return rows
 
 
-def _row(task: Task, arm: Arm, outcomes: Sequence[Outcome]) -> dict:
-    contexts = whole(outcomes)
+def _row(task: Task, configuration: Configuration, outcomes: Sequence[Outcome]) -> dict:
+    contexts = per_context(outcomes)
     questions = sum(outcome.questions for outcome in contexts)
     nll = math.fsum(outcome.nll for outcome in contexts) / questions
     row = {
-        "policy": arm.name,
-        "budget": arm.budget,
-        "allocation": arm.allocation.name,
-        "evicted": arm.evicted.name,
+        "policy": configuration.name,
+        "budget": configuration.budget,
+        "allocation": configuration.allocation.name,
+        "evicted": configuration.evicted.name,
         "task": task.name,
         "trigger": task.trigger,
         "accuracy": math.fsum(outcome.correct for outcome in contexts) / questions,
         "nll": None if math.isnan(nll) else nll,
         "cache_bytes": sum(outcome.cache_bytes for outcome in contexts) / len(contexts),
         "milliseconds": 1e3 * math.fsum(outcome.seconds for outcome in contexts) / len(contexts),
-        "policy_bytes": getattr(arm.policy, "nbytes", int)(),
+        "policy_bytes": getattr(configuration.policy, "nbytes", int)(),
         "n": len(contexts),
         "questions": questions,
     }

@@ -1,6 +1,6 @@
 """Summaries of rows: seeds and contexts made one number with its interval, and differences that are paired.
 
-Rows are those of :mod:`kv_gym.evaluation.leaderboard`, one for each arm, task and training seed.
+Rows are those of :mod:`kv_gym.evaluation.leaderboard`, one for each configuration, task and training seed.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from kv_gym.evaluation.rows import FULL
 
 NULLS = ("random", "recency")
 DRAWS = 2000  # of the bootstrap: its ends then move by about a tenth of the interval's width
-ARM = ("policy", "budget", "allocation", "evicted", "sinks", "recent", "window", "trigger")
+CONFIGURATION = ("policy", "budget", "allocation", "evicted", "sinks", "recent", "window", "trigger")
 _MEANS = ("nll", "cache_bytes", "policy_bytes", "milliseconds", "n", "questions")
 
 
@@ -64,18 +64,18 @@ def over_contexts(parts: Sequence[float], wholes: Sequence[float]) -> Estimate:
 
 @cache
 def _times_drawn(contexts: int) -> np.ndarray:
-    """How often each context is drawn, `[DRAWS, contexts]`: the same draws for every arm, and in every run."""
+    """How often each context is drawn, `[DRAWS, contexts]`: the same draws every time."""
     return np.random.default_rng(0).multinomial(contexts, [1 / contexts] * contexts, DRAWS)
 
 
 def paired(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> Estimate | None:
-    """How much more of a task one arm answers than another, context by context.
+    """How much more of a task one configuration answers than another, context by context.
 
     The interval joins how the difference varies over contexts (cluster bootstrap of the seeds' mean) with how it
     varies over training seeds (Student's t), as independent errors: the square root of the sum of squares.
 
     Args:
-        ours: rows of one arm, one for each seed.
+        ours: rows of one configuration, one for each seed.
         theirs: rows of the other.
 
     Returns:
@@ -102,30 +102,30 @@ def _mean_right(rows: Sequence[Mapping], ids: Sequence[str]) -> np.ndarray:
     return np.mean([[row["contexts"][name][0] for name in ids] for row in rows], 0)
 
 
-def arm_of(row: Mapping) -> tuple:
-    """A key of a row's arm: the fields of :data:`ARM`, None where the row lacks one."""
-    return tuple(budget_key(row[name]) if name == "budget" else row.get(name) for name in ARM)
+def configuration_key(row: Mapping) -> tuple:
+    """A key of a row's configuration: the fields of :data:`CONFIGURATION`, None where the row lacks one."""
+    return tuple(budget_key(row[name]) if name == "budget" else row.get(name) for name in CONFIGURATION)
 
 
 def summarise(rows: Iterable[Mapping], measure: str = "accuracy") -> list[dict]:
-    """One line for each arm and task, with its seeds made one.
+    """One line for each configuration and task, with its seeds made one.
 
     Args:
         rows: of any number of tasks; refused ones are left out.
         measure: ``accuracy``, or ``utility_kept`` (ratio of sums over contexts, of replay).
 
     Returns:
-        Lines of the arm (:data:`ARM`), ``task``, ``learned``, ``chosen_on_validation``, ``seeds``, means of the other
-        numbers, `measure` with ``low``, ``high`` and ``over``: over seeds for learned policies with several of them,
-        else over contexts; where a row lists no contexts the ends are the mean. ``gain`` is the paired difference to
-        the best heuristic of the same task and budget (:func:`best_heuristics`) as ``{"against", "mean", "low",
-        "high", "over"}``, or None. ``rows`` holds what a line stands on.
+        Lines of the configuration (:data:`CONFIGURATION`), ``task``, ``learned``, ``chosen_on_validation``, ``seeds``,
+        means of the other numbers, `measure` with ``low``, ``high`` and ``over``: over seeds for learned policies with
+        several of them, else over contexts; where a row lists no contexts the ends are the mean. ``gain`` is the paired
+        difference to the best heuristic of the same task and budget (:func:`best_heuristics`) as ``{"against", "mean",
+        "low", "high", "over"}``, or None. ``rows`` holds what a line stands on.
     """
-    arms: dict[tuple, list[Mapping]] = {}
+    configurations: dict[tuple, list[Mapping]] = {}
     for row in rows:
         if not row.get("refused") and row.get(measure) is not None:
-            arms.setdefault((row["task"], *arm_of(row)), []).append(row)
-    lines = [_line(same, measure) for same in arms.values()]
+            configurations.setdefault((row["task"], *configuration_key(row)), []).append(row)
+    lines = [_line(same, measure) for same in configurations.values()]
     best = best_heuristics(lines, measure)
     for line in lines:
         other = best.get((line["task"], budget_key(line["budget"])))
@@ -147,7 +147,7 @@ def _line(rows: list[Mapping], measure: str) -> dict:
         found = over_contexts([entry[0] for entry in contexts], [entry[1] for entry in contexts])
     else:
         found = Estimate(first[measure], first[measure], first[measure], "contexts")
-    line = {"task": first["task"], **{name: first.get(name) for name in ARM}}
+    line = {"task": first["task"], **{name: first.get(name) for name in CONFIGURATION}}
     line |= {"learned": learned, "seeds": len(rows), measure: found.mean}
     line |= {"low": max(found.low, 0.0), "high": min(found.high, 1.0)}  # Student's t knows nothing of shares
     line |= {"over": found.over, "chosen_on_validation": bool(first.get("chosen_on_validation")), "rows": rows}
@@ -176,7 +176,7 @@ def best_heuristics(lines: Iterable[Mapping], measure: str = "accuracy") -> dict
 
 
 def smallest_budgets(lines: Iterable[Mapping], tolerance: float = 0.01) -> dict[tuple, float | None]:
-    """The smallest budget at which each arm still answers as the full cache does.
+    """The smallest budget at which each configuration still answers as the full cache does.
 
     Args:
         lines: of :func:`summarise`, with the full cache's among them.
@@ -188,13 +188,13 @@ def smallest_budgets(lines: Iterable[Mapping], tolerance: float = 0.01) -> dict[
     """
     lines = list(lines)
     full = {line["task"]: line["accuracy"] for line in lines if line["policy"] == FULL}
-    arms: dict[tuple, list] = {}
+    configurations: dict[tuple, list] = {}
     for line in lines:
         if line["task"] in full and line["policy"] != FULL:
-            place = (line["task"], *(line[name] for name in ARM if name != "budget"))
-            arms.setdefault(place, []).append(line)
+            place = (line["task"], *(line[name] for name in CONFIGURATION if name != "budget"))
+            configurations.setdefault(place, []).append(line)
     found: dict[tuple, float | None] = {}
-    for place, same in arms.items():
+    for place, same in configurations.items():
         found[place] = None
         for line in sorted(same, key=lambda line: -line["budget"]):
             if line["low"] < full[place[0]] - tolerance:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kv_gym.evaluation.arms import FULL
+from kv_gym.evaluation.configurations import FULL
 
 LEARNED = "learned"  # the name that rows of the trained policy carry
 _SNIPPET = """```python

@@ -14,9 +14,9 @@ from rich.console import Console
 from rich.progress import Progress
 
 from kv_gym.budgets.budget import Budget
-from kv_gym.evaluation.arms import FULL, Arm, full_cache
+from kv_gym.evaluation.configurations import FULL, Configuration, full_cache
 from kv_gym.evaluation.interval import student_t
-from kv_gym.evaluation.outcome import Outcome, whole
+from kv_gym.evaluation.outcomes import Outcome, per_context
 from kv_gym.evaluation.tasks import TaskContext
 from kv_gym.evaluation.tasks.asked import unseen_questions
 
@@ -24,58 +24,65 @@ _PSEUDO = 2  # questions that Agresti and Min add, of which one half each is los
 
 
 def measured(
-    model: Any, contexts: Sequence[TaskContext], part: str, measure: str, arms: Iterable[Arm], progress: bool = True
+    model: Any,
+    contexts: Sequence[TaskContext],
+    part: str,
+    measure: str,
+    configurations: Iterable[Configuration],
+    progress: bool = True,
 ) -> list[dict[str, Any]]:
-    """Judge arms live on a part of the data: a context is read once and cut before its questions are seen.
+    """Judge configurations live on a part of the data: a context is read once and cut before its questions are seen.
 
     Args:
         model: the fitted decoder.
         contexts: of the part.
         part: its name, which rows carry as their task.
         measure: ``accuracy`` or ``nll``, what the loss is of.
-        arms: who is judged, beside the full cache.
+        configurations: who is judged, beside the full cache.
         progress: show a bar.
 
     Returns:
-        The row of the full cache, then one for each arm: policy, budget, allocation, task, ``accuracy``, ``nll`` (nats
-        per token), ``loss`` and ``most`` (its mean and the upper end of its 95 % interval; accuracy counts from 0 to
-        1), ``cache_bytes``, ``policy_bytes``, ``contexts`` and ``n`` (questions).
+        The row of the full cache, then one for each configuration: policy, budget, allocation, task, ``accuracy``,
+        ``nll`` (nats per token), ``loss`` and ``most`` (its mean and the upper end of its 95 % interval; accuracy
+        counts from 0 to 1), ``cache_bytes``, ``policy_bytes``, ``contexts`` and ``n`` (questions).
     """
-    task, everyone = unseen_questions(contexts, part), [full_cache(), *arms]
+    task, everyone = unseen_questions(contexts, part), [full_cache(), *configurations]
     found: list[dict[str, Outcome]] = [{} for _ in everyone]
     with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
         shown = bar.add_task(part, total=len(contexts))
         for batch in task.batches():
-            for of_arm, (_, outcomes) in zip(found, task.measure(model, batch, everyone), strict=True):
-                of_arm.update((outcome.context, outcome) for outcome in whole(outcomes))
+            for of_configuration, (_, outcomes) in zip(found, task.measure(model, batch, everyone), strict=True):
+                of_configuration.update((outcome.context, outcome) for outcome in per_context(outcomes))
             bar.advance(shown, len(batch))
     full = found[0]
     return [
-        _row(arm, part, measure, [(full[name], of_arm[name]) for name in full])
-        for arm, of_arm in zip(everyone, found, strict=True)
+        _row(configuration, part, measure, [(full[name], of_configuration[name]) for name in full])
+        for configuration, of_configuration in zip(everyone, found, strict=True)
     ]
 
 
-def _row(arm: Arm, part: str, measure: str, pairs: Sequence[tuple[Outcome, Outcome]]) -> dict[str, Any]:
-    """An arm's row from its contexts' outcomes, each behind the full cache's of the same context."""
+def _row(
+    configuration: Configuration, part: str, measure: str, pairs: Sequence[tuple[Outcome, Outcome]]
+) -> dict[str, Any]:
+    """A configuration's row from its contexts' outcomes, each behind the full cache's of the same context."""
     asked, contexts = [cut.questions for _, cut in pairs], len(pairs)
     if measure == "accuracy":
         loss, most = lost_answers([full.correct - cut.correct for full, cut in pairs], asked)
     else:
         loss, most = lost_nats([(cut.nll - full.nll) / cut.questions for full, cut in pairs])
-    if arm.name == FULL:
+    if configuration.name == FULL:
         loss = most = 0.0
     return {
-        "policy": arm.name,
-        "budget": arm.budget,
-        "allocation": arm.allocation.name,
+        "policy": configuration.name,
+        "budget": configuration.budget,
+        "allocation": configuration.allocation.name,
         "task": part,
         "accuracy": sum(cut.correct for _, cut in pairs) / sum(asked),
         "nll": sum(cut.nll / cut.questions for _, cut in pairs) / contexts,
         "loss": loss,
         "most": most,
         "cache_bytes": sum(cut.cache_bytes for _, cut in pairs) / contexts,
-        "policy_bytes": getattr(arm.policy, "nbytes", int)(),
+        "policy_bytes": getattr(configuration.policy, "nbytes", int)(),
         "contexts": contexts,
         "n": sum(asked),
     }

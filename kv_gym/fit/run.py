@@ -13,7 +13,7 @@ from rich.console import Console
 
 from kv_gym.budgets import parse_allocation, parse_budget
 from kv_gym.errors import UserError
-from kv_gym.evaluation.arms import FULL, Arm
+from kv_gym.evaluation.configurations import FULL, Configuration
 from kv_gym.evaluation.rows import result
 from kv_gym.files import whole_file
 from kv_gym.fit.card import LEARNED, card, share_of, verdict
@@ -168,8 +168,8 @@ class _Fit:
             with self._shown(name, what):
                 self.folder.save(**{name: work()})
 
-    def _measured(self, part: str, arms: Iterable[Arm]) -> list[dict[str, Any]]:
-        return measured(self.model, getattr(self.data, part), part, self.data.measure, arms, self.progress)
+    def _measured(self, part: str, configurations: Iterable[Configuration]) -> list[dict[str, Any]]:
+        return measured(self.model, getattr(self.data, part), part, self.data.measure, configurations, self.progress)
 
     def _full_cache(self) -> dict[str, Any]:
         (row,) = self._measured("validation", ())
@@ -185,18 +185,18 @@ class _Fit:
     def _choose(self, policy: Policy) -> dict[str, Any]:
         """Walk down the budgets with the learned policy, then see what heuristics do where it ended."""
         rule = parse_allocation(self.allocation)
-        rows = self._measured("validation", [Arm(LEARNED, policy, budget, rule) for budget in self.budgets])
+        rows = self._measured("validation", [Configuration(LEARNED, policy, budget, rule) for budget in self.budgets])
         tolerance = self.folder.state["settings"]["tolerance"]
         budget = smallest([row for row in rows if row["policy"] == LEARNED], tolerance)
         at = max(self.budgets) if budget is None else budget
-        arms = [
-            Arm(name, heuristic, at, parse_allocation(rule))
+        configurations = [
+            Configuration(name, heuristic, at, parse_allocation(rule))
             for name, rules in HEURISTICS.items()
             for heuristic in [make_policy(name)]
             for rule in rules
         ]
         best: dict[str, dict[str, Any]] = {}
-        for row in self._measured("validation", arms)[1:]:
+        for row in self._measured("validation", configurations)[1:]:
             there = best.setdefault(row["policy"], row)
             if (row["most"], row["nll"]) < (there["most"], there["nll"]):
                 best[row["policy"]] = row
@@ -207,11 +207,13 @@ class _Fit:
         """Measure the learned policy, and each heuristic with the allocation that suited it, where the walk ended."""
         chosen = self.folder.state["chosen"]
         at = chosen["compared_at"]
-        arms = [Arm(LEARNED, policy, at, parse_allocation(self.allocation))]
+        configurations = [Configuration(LEARNED, policy, at, parse_allocation(self.allocation))]
         for row in chosen["rows"]:
             if row["policy"] not in (FULL, LEARNED):
-                arms.append(Arm(row["policy"], make_policy(row["policy"]), at, parse_allocation(row["allocation"])))
-        return {"rows": self._measured("test", arms)}
+                configurations.append(
+                    Configuration(row["policy"], make_policy(row["policy"]), at, parse_allocation(row["allocation"]))
+                )
+        return {"rows": self._measured("test", configurations)}
 
     def _finish(self, agent: str, policy: Policy) -> None:
         state = self.folder.state

@@ -201,8 +201,8 @@ def test_allocations_that_a_policy_cannot_use_are_left_out_and_named(tmp_path):
     done = CliRunner().invoke(app, [*command, "--allocation", "uniform,global", "--json", str(tmp_path / "rows.json")])
     assert done.exit_code == 0 and "left out: knorm: scores of policy 'knorm' are not comparable" in done.output
     data = json.loads((tmp_path / "rows.json").read_text())
-    arms = {(row["policy"], row["allocation"]) for row in data["rows"]}
-    assert arms == {("knorm", "uniform"), ("recency", "uniform"), ("recency", "global")}
+    configurations = {(row["policy"], row["allocation"]) for row in data["rows"]}
+    assert configurations == {("knorm", "uniform"), ("recency", "uniform"), ("recency", "global")}
     assert [sentence.partition(":")[0] for sentence in data["left_out"]] == ["knorm"]
     with pytest.raises(UserError, match="not comparable"):
         evaluate(["knorm"], ["1/4"], traces=traces, split=None, allocations=["global"], progress=False)

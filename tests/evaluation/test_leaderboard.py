@@ -78,27 +78,27 @@ def rows(place, tmp_path_factory):
 
 @pytest.fixture
 def counted(monkeypatch):
-    """What was measured: (number of the batch's contexts, names of the arms)."""
+    """What was measured: (number of the batch's contexts, names of the configurations)."""
     seen = []
     measure = ScriptedTask.measure
 
-    def watched(self, model, batch, arms):
-        seen.append((len(batch), [arm.name for arm in arms]))
-        yield from measure(self, model, batch, arms)
+    def watched(self, model, batch, configurations):
+        seen.append((len(batch), [configuration.name for configuration in configurations]))
+        yield from measure(self, model, batch, configurations)
 
     monkeypatch.setattr(ScriptedTask, "measure", watched)
     return seen
 
 
 def test_rows_are_all_arms_with_the_null_hypotheses(rows):
-    arms = [(row["policy"], row["seed"], row["budget"], row["sinks"], row["recent"]) for row in rows]
+    configurations = [(row["policy"], row["seed"], row["budget"], row["sinks"], row["recent"]) for row in rows]
     expected = {("full_cache", None, 1.0, None, None)}
     for budget in (6, 0.5):
         for ends in ((None, None), (4, 32)):
             expected |= {(name, None, budget, *ends) for name in ("random", "recency")}
         expected |= {(name, None, budget, None, None) for name in ("keydiff", "h2o", "critical_kv")}
         expected |= {("mine", seed, budget, None, None) for seed in (0, 1)}
-    assert len(arms) == len(expected) and set(arms) == expected
+    assert len(configurations) == len(expected) and set(configurations) == expected
     assert len({row["cell"] for row in rows}) == len(rows)
     full = rows[0]
     assert (full["accuracy"], full["n"], full["questions"]) == (0.5, CONTEXTS, 2 * CONTEXTS)
@@ -156,9 +156,9 @@ def test_only_what_is_new_is_measured(place, tmp_path, counted):
 def test_an_interruption_loses_the_batch_under_way_alone(place, tmp_path, rows, monkeypatch):
     measure, sizes = ScriptedTask.measure, []
 
-    def interrupted(self, model, batch, arms):
+    def interrupted(self, model, batch, configurations):
         sizes.append(len(batch))
-        for number, found in enumerate(measure(self, model, batch, arms)):
+        for number, found in enumerate(measure(self, model, batch, configurations)):
             if len(batch) == 2 and number == 3:
                 raise KeyboardInterrupt
             yield found
@@ -285,7 +285,9 @@ def test_an_arm_that_refuses_midway_costs_the_others_nothing(place, tmp_path, ro
 def test_an_arm_that_fails_is_told_of_and_measured_again_when_mended(place, tmp_path, moody, counted):
     name = moody("moody_failing", "ValueError('no idea')")
     spec = spec_of(place, policies=["keydiff", name])
-    with pytest.raises(UserError, match=r"2 arms failed, the first moody_failing:Moody on toy .* ValueError: no idea"):
+    with pytest.raises(
+        UserError, match=r"2 configurations failed, the first moody_failing:Moody on toy .* ValueError: no idea"
+    ):
         leaderboard(spec, tmp_path / "out", progress=False)
     kept = read_rows(tmp_path / "out" / "rows.jsonl")
     assert {row["policy"] for row in kept} == {"full_cache", "random", "recency", "keydiff"}
@@ -302,7 +304,9 @@ def test_an_arm_that_fails_on_validation_contexts_costs_the_others_nothing(place
     grid = {"budgets": [6], "allocations": ["uniform"], "protections": ["own"]}
     name = moody("moody_choosing", "ValueError('no idea')")
     spec = spec_of(place, tasks=[task], validation=grid, policies=["keydiff", name])
-    with pytest.raises(UserError, match=r"3 arms failed, the first on validation contexts with ValueError: no idea"):
+    with pytest.raises(
+        UserError, match=r"3 configurations failed, the first on validation contexts with ValueError: no idea"
+    ):
         leaderboard(spec, tmp_path / "out", progress=False)
     kept = read_rows(tmp_path / "out" / "rows.jsonl")
     assert {row["policy"] for row in kept if row["chosen_on_validation"]} == {"keydiff"}
@@ -320,8 +324,8 @@ def test_replay_rows_equal_plain_replay_and_the_heads_add_up(tmp_path):
     for number, sequence in enumerate(part):
         total = float(sequence.utility().sum())
         for row in replay(policies, [sequence], [1 / 4, 1 / 8], allocations=spec["allocations"]):
-            arm = (row["policy"], row["budget"], row["allocation"])
-            ours = next(r for r in found if (r["policy"], r["budget"], r["allocation"]) == arm)
+            configuration = (row["policy"], row["budget"], row["allocation"])
+            ours = next(r for r in found if (r["policy"], r["budget"], r["allocation"]) == configuration)
             kept, whole, _ = list(ours["contexts"].values())[number]
             assert (kept, whole) == pytest.approx((row["utility_kept"] * total, total), rel=1e-5)
     refused = {row["refused"] for row in found if row["policy"] == "h2o"}  # only the first context holds statistics

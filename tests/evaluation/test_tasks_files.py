@@ -8,7 +8,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation import evaluate
-from kv_gym.evaluation.arms import Arm, full_cache
+from kv_gym.evaluation.configurations import Configuration, full_cache
 from kv_gym.evaluation.tasks import parse_tasks, scores
 from kv_gym.evaluation.tasks.longbench import DATASETS, longbench, worth
 from kv_gym.evaluation.tasks.ruler import ruler
@@ -123,9 +123,9 @@ def test_what_is_written_is_greedy_generation(tmp_path, tokenizer, model, policy
         return 0.25
 
     object.__setattr__(task, "score", keep)
-    arm = full_cache() if policy == "full_cache" else Arm("keydiff", make_policy("keydiff"), 3)
+    configuration = full_cache() if policy == "full_cache" else Configuration("keydiff", make_policy("keydiff"), 3)
     for batch in task.batches():
-        ((_, (outcome,)),) = task.measure(model, batch, [arm])
+        ((_, (outcome,)),) = task.measure(model, batch, [configuration])
         assert (outcome.questions, outcome.correct, outcome.nll != outcome.nll) == (1, 0.25, True)
         (prompt,) = batch
         ids = [*prompt.context_ids, *prompt.question_ids]

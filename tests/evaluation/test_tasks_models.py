@@ -5,7 +5,7 @@ import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from kv_gym.evaluation.arms import Arm, full_cache
+from kv_gym.evaluation.configurations import Configuration, full_cache
 from kv_gym.evaluation.tasks import parse_tasks
 from kv_gym.evaluation.tasks.wording import Wording
 from kv_gym.policies import make_policy
@@ -45,11 +45,11 @@ def test_every_task_runs_on_it(model, letters, name):
     (task,) = parse_tasks(name, letters, count=2)
     (same,) = parse_tasks(name, None, count=2)
     assert task.hash != same.hash and len(task.scripts) == len(same.scripts)
-    arms = [full_cache(), Arm("keydiff", make_policy("keydiff"), 20)]
+    configurations = [full_cache(), Configuration("keydiff", make_policy("keydiff"), 20)]
     for batch in task.batches():
-        for arm, outcomes in task.measure(model, batch, arms):
+        for configuration, outcomes in task.measure(model, batch, configurations):
             assert {outcome.context for outcome in outcomes} == {script.id for script in batch}
-            if arm.name == "keydiff":
+            if configuration.name == "keydiff":
                 assert {outcome.slots.unique().item() for outcome in outcomes} == {20.0}
     script, reference = task.scripts[0], same.scripts[0]
     if name != "copy:32":  # whose lists are as many tokens, not as many words

@@ -1,4 +1,4 @@
-"""Tasks that are scripts: batched and forked runs against one context, one arm and one token at a time."""
+"""Tasks that are scripts: batched and forked runs against one context, one configuration and one token at a time."""
 
 import math
 
@@ -7,8 +7,8 @@ import torch
 
 from kv_gym.budgets import parse_allocation
 from kv_gym.errors import UserError
-from kv_gym.evaluation.arms import FULL, Arm, every_arm, full_cache
-from kv_gym.evaluation.outcome import Outcome, mean_slots, whole
+from kv_gym.evaluation.configurations import FULL, Configuration, every_configuration, full_cache
+from kv_gym.evaluation.outcomes import Outcome, mean_slots, per_context
 from kv_gym.evaluation.tasks import parse_tasks
 from kv_gym.evaluation.tasks.dialogue import facts
 from kv_gym.evaluation.tasks.text import text_task
@@ -105,7 +105,7 @@ def test_batched_runs_equal_a_plain_loop_over_tokens(model, tasks, name, policy)
     task = tasks[name]
     batch = task.batches()[0]
     assert len(batch) > 1 or name == "dialogue turns"
-    (_, outcomes), _ = task.measure(model, batch, [Arm(policy, make_policy(policy), 0.5), full_cache()])
+    (_, outcomes), _ = task.measure(model, batch, [Configuration(policy, make_policy(policy), 0.5), full_cache()])
     for script in batch:
         expected = by_part(one_by_one(model, task, script, policy, 0.5))
         own = {o.part: (o.questions, o.correct, o.nll) for o in outcomes if o.context == script.id}
@@ -122,11 +122,15 @@ def test_all_arms_of_a_policy_share_its_second_reading(model, tasks, monkeypatch
     monkeypatch.setattr(whole_model, "read_again", lambda *given: (readings.append(1), read_again(*given)))
     task, kvzip = tasks["multi_key"], make_policy("kvzip")
     batch = task.batches()[0]
-    arms = [Arm("kvzip", kvzip, share, parse_allocation(rule)) for share in (0.5, 0.25) for rule in ("uniform", "ada")]
-    together = [outcomes for _, outcomes in task.measure(model, batch, [full_cache(), *arms])][1:]
+    configurations = [
+        Configuration("kvzip", kvzip, share, parse_allocation(rule))
+        for share in (0.5, 0.25)
+        for rule in ("uniform", "ada")
+    ]
+    together = [outcomes for _, outcomes in task.measure(model, batch, [full_cache(), *configurations])][1:]
     assert len(readings) == 1
-    alone = [next(task.measure(model, batch, [arm]))[1] for arm in arms]
-    assert len(readings) == 1 + len(arms)
+    alone = [next(task.measure(model, batch, [configuration]))[1] for configuration in configurations]
+    assert len(readings) == 1 + len(configurations)
     for ours, theirs in zip(together, alone, strict=True):
         assert [(o.correct, o.cache_bytes, o.slots.tolist()) for o in ours] == [
             (o.correct, o.cache_bytes, o.slots.tolist()) for o in theirs
@@ -139,10 +143,10 @@ def test_all_arms_of_a_policy_share_its_second_reading(model, tasks, monkeypatch
 def test_the_full_cache_is_plain_transformers(model, tasks, name):
     task = tasks[name]
     batch = task.batches()[0]
-    # another arm beside it, which cuts in every way there is: the full cache must not notice
+    # another configuration beside it, which cuts in every way there is: the full cache must not notice
     rule = parse_allocation("global:softmax")
-    arms = [Arm("keydiff", make_policy("keydiff"), 4, rule, sinks=0, recent=0), full_cache()]
-    (_, cut), (_, outcomes) = task.measure(model, batch, arms)
+    configurations = [Configuration("keydiff", make_policy("keydiff"), 4, rule, sinks=0, recent=0), full_cache()]
+    (_, cut), (_, outcomes) = task.measure(model, batch, configurations)
     assert abs(math.fsum(o.nll for o in cut) - math.fsum(o.nll for o in outcomes)) > 1e-4
     for script in batch:
         fed = [token for segment in script.segments for token in segment.ids]
@@ -181,9 +185,9 @@ def test_a_bounded_stream_holds_its_share_and_not_more(model, tasks):
         model,
         task.scripts,
         [
-            Arm("recency", make_policy("recency"), 0.25),
-            Arm("keydiff", make_policy("keydiff"), 0.25, parse_allocation("global:softmax")),
-            Arm("recency", make_policy("recency"), 7),
+            Configuration("recency", make_policy("recency"), 0.25),
+            Configuration("keydiff", make_policy("keydiff"), 0.25, parse_allocation("global:softmax")),
+            Configuration("recency", make_policy("recency"), 7),
         ],
     )
     assert {o.slots.unique().item() for o in outcomes} == {129 // 4}
@@ -197,7 +201,7 @@ def test_a_bounded_stream_holds_its_share_and_not_more(model, tasks):
 def test_the_list_that_is_copied_is_one_the_model_can_copy(model):
     (task,) = parse_tasks("copy:64:count=2")
     ((_, outcomes),) = task.measure(model, task.scripts, [full_cache()])
-    assert [o.questions for o in whole(outcomes)] == [24, 24]
+    assert [o.questions for o in per_context(outcomes)] == [24, 24]
     assert sum(o.correct for o in outcomes) >= 46
     first, second = (script.segments[0].ids for script in task.scripts)
     assert first != second and len(set(first)) == 65  # a beginning and 64 distinct words
@@ -269,7 +273,7 @@ def test_parts_are_joined():
     slots = torch.full((1, 2), 3.0)
     parts = [Outcome("a", "x", 2, 1.0, 0.5, 10, slots, 0.1), Outcome("b", "x", 1, 0.0, 2.0, 12, slots + 2, 0.1)]
     parts.append(Outcome("a", "y", 3, 2.0, 1.0, 10, slots, 0.2))
-    first, second = whole(parts)
+    first, second = per_context(parts)
     assert (first.context, first.part, first.questions, first.correct, first.nll, first.cache_bytes) == (
         "a",
         "",
@@ -286,17 +290,21 @@ def test_parts_are_joined():
 
 def test_a_policy_meets_the_rules_that_can_use_its_scores():
     rules = [parse_allocation(name) for name in ("uniform", "global")]
-    arms = every_arm({"snapkv": make_policy("snapkv"), "knorm": make_policy("knorm")}, [8], rules)
-    assert [(arm.name, arm.allocation.name) for arm in arms[1:]] == [
+    configurations = every_configuration({"snapkv": make_policy("snapkv"), "knorm": make_policy("knorm")}, [8], rules)
+    assert [(configuration.name, configuration.allocation.name) for configuration in configurations[1:]] == [
         ("snapkv", "uniform"), ("snapkv", "global"), ("knorm", "uniform"),
     ]  # fmt: skip
     with pytest.raises(UserError, match="not comparable across heads"):
-        every_arm({"knorm": make_policy("knorm")}, [8], rules[1:])
+        every_configuration({"knorm": make_policy("knorm")}, [8], rules[1:])
 
 
 def test_every_arm_meets_every_budget_and_rule():
-    arms = every_arm({"snapkv": make_policy("snapkv")}, [8, 0.5], [parse_allocation(n) for n in ("uniform", "ada")])
-    assert [(arm.name, arm.budget, arm.allocation.name) for arm in arms] == [
+    configurations = every_configuration(
+        {"snapkv": make_policy("snapkv")}, [8, 0.5], [parse_allocation(n) for n in ("uniform", "ada")]
+    )
+    assert [
+        (configuration.name, configuration.budget, configuration.allocation.name) for configuration in configurations
+    ] == [
         (FULL, 1.0, "uniform"),
         ("snapkv", 8, "uniform"),
         ("snapkv", 8, "ada"),

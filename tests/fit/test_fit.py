@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from kv_gym.cli import app
 from kv_gym.errors import UserError
-from kv_gym.evaluation.arms import full_cache
+from kv_gym.evaluation.configurations import full_cache
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
 from kv_gym.fit import fit, load_fit, run
 from kv_gym.fit.data import PARTS, _divided, read_data
@@ -289,10 +289,10 @@ def test_an_unreachable_tolerance_is_said_and_nothing_is_evicted(model, continua
 def invented(most):
     """A stand-in for measuring: the interval's upper end by part, policy and budget; the loss is half of it."""
 
-    def measured(model, contexts, part, measure, arms, progress=True):
+    def measured(model, contexts, part, measure, configurations, progress=True):
         rows = []
-        for arm in (full_cache(), *arms):
-            policy, budget, allocation = arm.name, arm.budget, arm.allocation.name
+        for configuration in (full_cache(), *configurations):
+            policy, budget, allocation = configuration.name, configuration.budget, configuration.allocation.name
             high = 0.0 if policy == "full_cache" else most(part, policy, budget, allocation)
             figures = {"accuracy": 1 - high / 2, "nll": high, "loss": high / 2, "most": high}
             counts = {"contexts": len(contexts), "n": sum(len(context.questions) for context in contexts)}

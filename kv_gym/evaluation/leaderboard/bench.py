@@ -1,4 +1,4 @@
-"""Where arms are measured: a model and its tasks in one process, asked for one batch at a time."""
+"""Where configurations are measured: a model and its tasks in one process, asked for one batch at a time."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Job:
     Attributes:
         subject: which task.
         number: of the batch.
-        cells: whose arms to measure, all of this task.
+        cells: whose configurations to measure, all of this task.
     """
 
     subject: Subject
@@ -42,7 +42,7 @@ class Done:
 
     Attributes:
         file: what was measured, or None where nothing was.
-        failed: by cell, what went wrong in arms that neither answered nor refused.
+        failed: by cell, what went wrong in configurations that neither answered nor refused.
     """
 
     file: Path | None
@@ -95,7 +95,7 @@ class Bench:
         return Done(write_batch(self.out, job.number, lines) if lines else None, failed)
 
     def _refusal(self, task: Task | Replayed, cell: Cell) -> str:
-        """The sentence with which an arm is refused before anything is read, or ""."""
+        """The sentence with which a configuration is refused before anything is read, or ""."""
         held = cell.setting
         place = (cell.contender, held.allocation, held.evicted, isinstance(task, Replayed))
         if place not in self._refusals:
@@ -105,29 +105,36 @@ class Bench:
     def _check(self, task: Task | Replayed, cell: Cell) -> None:
         if cell.contender not in self._policies:
             self._policies[cell.contender] = cell.contender.make()
-        arm = cell.arm(self._policies[cell.contender])
+        configuration = cell.configuration(self._policies[cell.contender])
         if isinstance(task, Replayed):
-            task.refuse_unfit(arm)
+            task.refuse_unfit(configuration)
         else:
             settings_of(
-                self.model, arm.policy, arm.budget, arm.allocation, "prefill", arm.sinks, arm.recent, arm.evicted
+                self.model,
+                configuration.policy,
+                configuration.budget,
+                configuration.allocation,
+                "prefill",
+                configuration.sinks,
+                configuration.recent,
+                configuration.evicted,
             )
 
     def _measure(
         self, task: Task | Replayed, batch: Sequence, able: Sequence[tuple[Cell, Policy]], number: int,
         lines: list[dict], failed: dict[str, str],
     ) -> None:  # fmt: skip
-        """Measure arms together; where that raises, in halves, until the arm that raises stands alone."""
+        """Measure configurations together; where that raises, in halves, until the one that raises stands alone."""
         if not able:
             return
         found = []
         try:
-            arms = [cell.arm(policy) for cell, policy in able]
+            configurations = [cell.configuration(policy) for cell, policy in able]
             model = None if isinstance(task, Replayed) else self.model
-            for (cell, policy), (_, outcomes) in zip(able, task.measure(model, batch, arms), strict=True):
+            for (cell, policy), (_, outcomes) in zip(able, task.measure(model, batch, configurations), strict=True):
                 weights = getattr(policy, "nbytes", int)()
                 found.append(batch_line(cell.id, number, outcomes, weights))
-        except Exception as error:  # one arm must not cost the others their results
+        except Exception as error:  # one configuration must not cost the others their results
             rest = able[len(found) :]
             if len(able) == 1:
                 cell = able[0][0]

@@ -1,4 +1,4 @@
-"""Cells: one arm on one task. What is known of them before anything is measured, as plain data for workers."""
+"""Cells: one configuration on one task. What is known before anything is measured, as plain data for workers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from kv_gym.budgets import parse_allocation, parse_budget, protection_for
 from kv_gym.budgets.allocation import unfit as refused
 from kv_gym.budgets.budget import Budget
-from kv_gym.evaluation.arms import Arm
+from kv_gym.evaluation.configurations import Configuration
 from kv_gym.evaluation.leaderboard.identity import RESULTS, digest, exported_hash, policy_hash
 from kv_gym.live.tiers import parse_tier
 from kv_gym.policies import Policy, make_policy
@@ -76,10 +76,10 @@ class Setting:
 
 @dataclass(frozen=True)
 class Cell:
-    """One arm on one task.
+    """One configuration on one task.
 
     Attributes:
-        contender, setting: the arm.
+        contender, setting: the configuration.
         task, tasks_hash, trigger: of the task.
         model_hash: of the model's files and dtype; "" for replay of recorded traces, whose hash covers them.
     """
@@ -106,10 +106,10 @@ class Cell:
             ]
         )  # fmt: skip
 
-    def arm(self, policy: Policy) -> Arm:
+    def configuration(self, policy: Policy) -> Configuration:
         """What a task measures; `policy` is the contender's, shared by all its cells."""
         held = self.setting
-        return Arm(
+        return Configuration(
             self.contender.name, policy, held.budget, parse_allocation(held.allocation), parse_tier(held.evicted),
             held.sinks, held.recent, self.contender.seed,
         )  # fmt: skip

@@ -21,8 +21,9 @@ def page(rows: Iterable[Mapping], title: str = "Benchmark") -> str:
         title: the heading.
 
     Returns:
-        For each task a table of accuracy at every budget, one of what the arms cost and gain at the middle budget,
-        and one of its parts where it has any; then utility kept in replay, what was refused, and where all comes from.
+        For each task a table of accuracy at every budget, one of what the configurations cost and gain at the middle
+        budget, and one of its parts where it has any; then utility kept in replay, what was refused, and where all
+        comes from.
     """
     rows = sorted(rows, key=lambda row: row["task"])
     lines = summarise(rows)
@@ -86,11 +87,11 @@ def _told(lines: Sequence[Mapping]) -> list[str]:
 
 def _accuracy(lines: Sequence[Mapping], smallest: Mapping[tuple, float | None]) -> list[str]:
     budgets = _budgets(lines)
-    arms = _arms(lines)
+    configurations = _arms(lines)
     body = []
-    for arm, at in sorted(arms.items(), key=lambda item: -_sum(item[1], budgets)):
+    for configuration, at in sorted(configurations.items(), key=lambda item: -_sum(item[1], budgets)):
         cells = [_percent(at[budget]["accuracy"]) if budget in at else "" for budget in budgets]
-        found = smallest.get((next(iter(at.values()))["task"], *arm))
+        found = smallest.get((next(iter(at.values()))["task"], *configuration))
         body.append([*_name(next(iter(at.values()))), *cells, "-" if found is None else format_budget(found)])
     return [pipe_table(["policy", "allocation", *map(format_budget, budgets), "smallest"], body, 2)]
 
@@ -100,7 +101,7 @@ def _sum(at: Mapping[float, Mapping], budgets: Sequence[float]) -> float:
 
 
 def _details(lines: Sequence[Mapping]) -> list[str]:
-    """What arms cost and gain at the middle one of the budgets; nothing where the full cache stands alone."""
+    """What configurations cost and gain at the middle one of the budgets; nothing where the full cache stands alone."""
     budgets = _budgets(lines)
     if not budgets:
         return []
@@ -156,9 +157,9 @@ def _utility(rows: Sequence[Mapping]) -> list[str]:
     out = []
     for task in dict.fromkeys(line["task"] for line in lines):
         same = [line for line in lines if line["task"] == task]
-        budgets, arms = _budgets(same), _arms(same)
+        budgets, configurations = _budgets(same), _arms(same)
         body = []
-        for at in sorted(arms.values(), key=lambda at: -sum(line["utility_kept"] for line in at.values())):
+        for at in sorted(configurations.values(), key=lambda at: -sum(line["utility_kept"] for line in at.values())):
             cells = [f"{at[budget]['utility_kept']:.3f}" if budget in at else "" for budget in budgets]
             body.append([*_name(next(iter(at.values()))), *cells])
         out += [
@@ -202,12 +203,12 @@ def _budgets(lines: Sequence[Mapping]) -> list[float]:
 
 
 def _arms(lines: Sequence[Mapping]) -> dict[tuple, dict[float, Mapping]]:
-    """Lines by arm and budget, without the full cache."""
-    arms: dict[tuple, dict[float, Mapping]] = {}
+    """Lines by configuration and budget, without the full cache."""
+    configurations: dict[tuple, dict[float, Mapping]] = {}
     for line in lines:
         if line["policy"] != FULL:
-            arms.setdefault(tuple(line[name] for name in _ARM), {})[line["budget"]] = line
-    return arms
+            configurations.setdefault(tuple(line[name] for name in _ARM), {})[line["budget"]] = line
+    return configurations
 
 
 def _name(line: Mapping) -> tuple[str, str]:

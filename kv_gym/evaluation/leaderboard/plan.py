@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from kv_gym.errors import UserError
-from kv_gym.evaluation.arms import FULL
+from kv_gym.evaluation.configurations import FULL
 from kv_gym.evaluation.leaderboard.cells import Cell, Contender, Setting, settings, unfit
 from kv_gym.evaluation.leaderboard.spec import ALL, Protection, Spec
 from kv_gym.evaluation.summary import NULLS

@@ -1,4 +1,4 @@
-"""Replay as a task: how much of the recorded future attention each arm's cut would have kept, head by head."""
+"""Replay as a task: how much of the recorded future attention the cuts would have kept, head by head."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from torch import Tensor
 
 from kv_gym.budgets import judged, protection_for, uniform
 from kv_gym.errors import UserError
-from kv_gym.evaluation.arms import Arm
-from kv_gym.evaluation.outcome import Outcome
+from kv_gym.evaluation.configurations import Configuration
+from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.traces import TraceSet, open_traces
 
 AT_ONCE = 8  # contexts of a batch
@@ -21,7 +21,7 @@ AT_ONCE = 8  # contexts of a batch
 
 @dataclass
 class Kept(Outcome):
-    """What one arm's cut kept of one recorded context.
+    """What one configuration's cut kept of one recorded context.
 
     Attributes:
         kept, total: `[layers, kv_heads]` float64, expected utility of the slots that stay, and of all.
@@ -63,49 +63,56 @@ class Replayed:
         ids = self.traces.ids
         return [ids[start : start + AT_ONCE] for start in range(0, len(ids), AT_ONCE)]
 
-    def refuse_unfit(self, arm: Arm) -> None:
-        """Raise a UserError for an arm that this recording cannot replay."""
-        arm.allocation.refuse_unfit(arm.policy)
-        fingerprint = getattr(arm.policy, "fingerprint", None)
+    def refuse_unfit(self, configuration: Configuration) -> None:
+        """Raise a UserError for a configuration that this recording cannot replay."""
+        configuration.allocation.refuse_unfit(configuration.policy)
+        fingerprint = getattr(configuration.policy, "fingerprint", None)
         if fingerprint is not None:
-            fingerprint.refuse_other(self.traces.fingerprint, f"policy {arm.name!r}", "the model of the traces")
-        self.traces[0].refuse_unrecorded(arm.policy)
+            fingerprint.refuse_other(
+                self.traces.fingerprint, f"policy {configuration.name!r}", "the model of the traces"
+            )
+        self.traces[0].refuse_unrecorded(configuration.policy)
 
     @torch.no_grad()
-    def measure(self, model, batch: Sequence[str], arms: Sequence[Arm]) -> Iterator[tuple[Arm, list[Outcome]]]:
-        """Cut every context of a batch by every arm; scores are shared by arms of one policy and budget.
+    def measure(
+        self, model, batch: Sequence[str], configurations: Sequence[Configuration]
+    ) -> Iterator[tuple[Configuration, list[Outcome]]]:
+        """Cut every context of a batch by every configuration; those of one policy and budget share scores.
 
         Args:
             model: not used.
             batch: one of :meth:`batches`.
-            arms: who is compared; their tiers change nothing, since replay knows only what is kept.
+            configurations: who is compared; their tiers change nothing, since replay knows only what is kept.
         """
         sequences = [self.traces[name] for name in batch]
         known: tuple | None = None
         judgeable: list = []
-        for arm in arms:
-            if known != (id(arm.policy), arm.budget):
-                known, judgeable = (id(arm.policy), arm.budget), [_scored(arm, sequence) for sequence in sequences]
+        for configuration in configurations:
+            if known != (id(configuration.policy), configuration.budget):
+                known, judgeable = (
+                    (id(configuration.policy), configuration.budget),
+                    [_scored(configuration, sequence) for sequence in sequences],
+                )
             pairs = zip(sequences, judgeable, strict=True)
-            yield arm, [_kept(arm, sequence, views, scores) for sequence, (views, scores) in pairs]
+            yield configuration, [_kept(configuration, sequence, views, scores) for sequence, (views, scores) in pairs]
 
 
-def _scored(arm: Arm, sequence) -> tuple[list, list[Tensor]]:
-    policy, views = arm.policy, []
+def _scored(configuration: Configuration, sequence) -> tuple[list, list[Tensor]]:
+    policy, views = configuration.policy, []
     for layer in range(len(sequence.layers)):
         view = sequence.view_for(policy, layer)
-        views.append(view.with_budget(uniform(arm.budget, view.seen, view.keys.shape[1])))
+        views.append(view.with_budget(uniform(configuration.budget, view.seen, view.keys.shape[1])))
     return views, [policy.score(view) for view in views]
 
 
-def _kept(arm: Arm, sequence, views: Sequence, scores: Sequence[Tensor]) -> Kept:
+def _kept(configuration: Configuration, sequence, views: Sequence, scores: Sequence[Tensor]) -> Kept:
     began = time.thread_time()
-    guarded = protection_for(arm.policy, arm.sinks, arm.recent)
+    guarded = protection_for(configuration.policy, configuration.sinks, configuration.recent)
     layers = [
-        judged(score, arm.allocation, view, *guarded, place, len(views))
+        judged(score, configuration.allocation, view, *guarded, place, len(views))
         for place, (score, view) in enumerate(zip(scores, views, strict=True))
     ]
-    masks = torch.stack([mask[0] for mask in arm.allocation.kept(layers)]).double()
+    masks = torch.stack([mask[0] for mask in configuration.allocation.kept(layers)]).double()
     seconds = time.thread_time() - began
     utility = torch.from_numpy(sequence.utility()).double()
     kept, total = (utility * masks).sum(-1), utility.sum(-1)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation.leaderboard.identity import digest
-from kv_gym.evaluation.outcome import Outcome
+from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.files import whole_file
 from kv_gym.policies import current_name
 

@@ -25,9 +25,9 @@ def leaderboard(
 ) -> list[dict]:
     """Measure all that a specification asks for and that `out` does not hold yet.
 
-    Each context is read once and forked for every arm. An interruption loses at most the batches under way; the same
-    call goes on. A cell that is finished is never measured again, until something changes that its result depends
-    on (:mod:`kv_gym.evaluation.leaderboard.identity`).
+    Each context is read once and forked for every configuration. An interruption loses at most the batches under way;
+    the same call goes on. A cell that is finished is never measured again, until something changes that its result
+    depends on (:mod:`kv_gym.evaluation.leaderboard.identity`).
 
     Args:
         spec: a YAML file, or the same as plain data, see :mod:`kv_gym.evaluation.leaderboard.spec`.
@@ -36,11 +36,12 @@ def leaderboard(
         progress: show bars.
 
     Returns:
-        Rows (:class:`kv_gym.evaluation.rows.Row`), one per arm and task. Rows of replay have ``utility_kept`` and no
-        accuracy. An arm that the model or the task refuses has ``refused``, the sentence, and no numbers.
+        Rows (:class:`kv_gym.evaluation.rows.Row`), one per configuration and task. Rows of replay have ``utility_kept``
+        and no accuracy. A configuration that the model or the task refuses has ``refused``, the sentence, and no
+        numbers.
 
     Raises:
-        UserError: a specification that cannot be used, or arms that failed: all others are kept.
+        UserError: a specification that cannot be used, or configurations that failed: all others are kept.
     """
     chosen = read_spec(spec)
     if workers < 1:
@@ -168,6 +169,6 @@ class Run:
         }
         first = next(iter(self.failed))
         raise UserError(
-            f"{len(self.failed)} arms failed, the first {names.get(first, 'on validation contexts')} with "
+            f"{len(self.failed)} configurations failed, the first {names.get(first, 'on validation contexts')} with "
             f"{self.failed[first]}; all others are in {self.results.folder}: mend it and run the same command again"
         )

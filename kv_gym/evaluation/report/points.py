@@ -10,7 +10,7 @@ from kv_gym.budgets import budget_key, format_budget
 from kv_gym.evaluation.report.frontier import mark_frontier
 from kv_gym.evaluation.report.heads import gain, mean_grid
 from kv_gym.evaluation.rows import FULL
-from kv_gym.evaluation.summary import NULLS, arm_of, best_heuristics, smallest_budgets, summarise
+from kv_gym.evaluation.summary import NULLS, best_heuristics, configuration_key, smallest_budgets, summarise
 
 MEASURES = ("accuracy", "nll", "utility_kept")
 SETTINGS = ("allocation", "evicted", "protection", "window", "trigger")
@@ -152,7 +152,7 @@ def _mark_smallest(found: Mapping[tuple, dict], lines: list[dict]) -> None:
 
 
 def _place(line: Mapping) -> tuple:
-    return line["task"], *arm_of(line)
+    return line["task"], *configuration_key(line)
 
 
 def _ends(point: Mapping) -> dict[str, float]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from kv_gym.budgets import budget_key
 from kv_gym.errors import UserError
 from kv_gym.evaluation.rows import EXPECTED, AblationRow, complete, validated
-from kv_gym.evaluation.summary import ARM
+from kv_gym.evaluation.summary import CONFIGURATION
 
 
 @dataclass
@@ -104,7 +104,11 @@ def _cell(row: dict) -> tuple:
     if row.get("cell"):
         return (row["cell"],)
     # replay and live decoding write rows of the same arm, which complete one another
-    return (*(row[name] for name in (*ARM, "task", "seed")), budget_key(row["budget"]), row["accuracy"] is None)
+    return (
+        *(row[name] for name in (*CONFIGURATION, "task", "seed")),
+        budget_key(row["budget"]),
+        row["accuracy"] is None,
+    )
 
 
 def _is_result(row: dict) -> bool:

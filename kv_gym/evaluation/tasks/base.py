@@ -1,4 +1,4 @@
-"""What a task is: contexts, what is asked of them, and how an arm is judged on them."""
+"""What a task is: contexts, what is asked of them, and how a configuration is judged on them."""
 
 from __future__ import annotations
 
@@ -6,25 +6,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from kv_gym.evaluation.arms import Arm
-from kv_gym.evaluation.outcome import Outcome
+from kv_gym.evaluation.configurations import Configuration
+from kv_gym.evaluation.outcomes import Outcome
 
 
 class Task(ABC):
-    """Contexts and what is asked of them; deterministic, and the same for every arm.
+    """Contexts and what is asked of them; deterministic, and the same for every configuration.
 
         for batch in task.batches():
-            for arm, outcomes in task.measure(model, batch, arms):
+            for configuration, outcomes in task.measure(model, batch, configurations):
                 ...
 
-    The batches of a task may be measured in any order, by any number of processes, and with any arms: outcomes are
-    those of an arm alone with one context alone, up to rounding.
+    The batches of a task may be measured in any order, by any number of processes, and with any configurations:
+    outcomes are those of a configuration alone with one context alone, up to rounding.
 
     Attributes:
         name: what rows call it, such as ``multi_key 512`` or ``text novel.txt 1024``.
-        trigger: when arms evict: ``prefill`` where each context is cut once and then forked, ``turn`` where it is cut
-            again after every turn of a conversation, ``every:16`` or ``block:64`` where it is a stream that is cut
-            after so many tokens, as the trigger of that name does.
+        trigger: when configurations evict: ``prefill`` where each context is cut once and then forked, ``turn`` where
+            it is cut again after every turn of a conversation, ``every:16`` or ``block:64`` where it is a stream that
+            is cut after so many tokens, as the trigger of that name does.
     """
 
     name: str
@@ -43,16 +43,18 @@ class Task(ABC):
         """
 
     @abstractmethod
-    def measure(self, model, batch: Sequence[Any], arms: Sequence[Arm]) -> Iterator[tuple[Arm, list[Outcome]]]:
-        """Judge every arm on one of :meth:`batches`; arms are yielded in the order given, each once.
+    def measure(
+        self, model, batch: Sequence[Any], configurations: Sequence[Configuration]
+    ) -> Iterator[tuple[Configuration, list[Outcome]]]:
+        """Judge every configuration on one of :meth:`batches`; they are yielded in the order given, each once.
 
         Args:
             model: a transformers decoder that :class:`~kv_gym.live.EvictingCache` serves.
             batch: one of :meth:`batches`.
-            arms: who is compared; the cost of reading what comes before the first cut is paid once for all.
+            configurations: who is compared; the cost of reading what comes before the first cut is paid once for all.
 
         Raises:
-            UserError: an arm that cannot run live, or does not fit the model.
+            UserError: a configuration that cannot run live, or does not fit the model.
         """
 
     @property

@@ -23,8 +23,8 @@ def dialogue(
 
     A turn: its text is read, the cache is cut, two questions are asked one after the other. They are about facts of
     earlier turns (in the first turn about its own), never twice about the same; question and right answer stay in
-    the cache, whatever the arm would have answered. A budget that is a share is of all tokens seen when the cut is
-    made. Parts are ``turn 1``, ``turn 2`` ...
+    the cache, whatever the configuration would have answered. A budget that is a share is of all tokens seen when the
+    cut is made. Parts are ``turn 1``, ``turn 2`` ...
 
     Args:
         tokens: words of a dialogue, a multiple of 128; questions come on top. The reference model is right about 97 %

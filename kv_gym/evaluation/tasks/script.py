@@ -12,7 +12,7 @@ from dataclasses import astuple, dataclass
 class Answer:
     """Tokens `start` to `stop` of a segment, judged as one answer; those before them are its prompt.
 
-    `part` is what :attr:`kv_gym.evaluation.outcome.Outcome.part` will say.
+    `part` is what :attr:`kv_gym.evaluation.outcomes.Outcome.part` will say.
     """
 
     start: int
@@ -50,7 +50,7 @@ class Script:
     """One context.
 
     Attributes:
-        id: the same for all arms.
+        id: the same for all configurations.
         segments: fed one after another; at least one.
         asides: asked at the end, each on a copy of the cache.
         length: tokens of which a budget that is a share takes its share at every cut, so that the cache is bounded in

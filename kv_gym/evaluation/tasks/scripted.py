@@ -1,4 +1,4 @@
-"""Tasks that are scripts: contexts of equal shape run as rows of one cache, and every arm goes on from one reading."""
+"""Tasks that are scripts: contexts of equal shape run as rows of one cache, which is read once."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from kv_gym.budgets.budget import slots_after
-from kv_gym.evaluation.arms import Arm, cache_for, fork_all, fork_for
-from kv_gym.evaluation.outcome import Outcome
+from kv_gym.evaluation.configurations import Configuration, cache_for, fork_all, fork_for
+from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.script import Aside, Script, alike, scripts_hash
 from kv_gym.live import EvictingCache
@@ -31,11 +31,12 @@ class ScriptedTask(Task):
 
     Greedy answers are judged in one pass: decoding greedily gives the expected answer exactly when the most likely
     token after each of its prefixes is the next one, so the answer is fed whole and every argmax must be right. Where
-    an answer stays in the cache it is the right one, whatever the arm would have said.
+    an answer stays in the cache it is the right one, whatever the configuration would have said.
 
-    The first segment is read once for all arms, with nothing evicted; then the cache is forked for every arm, cut
-    where the script says so, and fed the rest. Arms are cut only then: where a stream is said to be cut ``every:16``
-    or ``block:64`` tokens, its segments have that size, and an arm keeps what a cache of that trigger keeps.
+    The first segment is read once for all configurations, with nothing evicted; then the cache is forked for every
+    configuration, cut where the script says so, and fed the rest. Configurations are cut only then: where a stream is
+    said to be cut ``every:16`` or ``block:64`` tokens, its segments have that size, and a configuration keeps what a
+    cache of that trigger keeps.
 
     Attributes:
         name, trigger: see :class:`~kv_gym.evaluation.tasks.base.Task`.
@@ -57,23 +58,36 @@ class ScriptedTask(Task):
         """Groups of at most `rows` scripts of one shape."""
         return alike(self.scripts, self.rows)
 
-    def measure(self, model, batch: Sequence[Script], arms: Sequence[Arm]) -> Iterator[tuple[Arm, list[Outcome]]]:
+    def measure(
+        self, model, batch: Sequence[Script], configurations: Sequence[Configuration]
+    ) -> Iterator[tuple[Configuration, list[Outcome]]]:
         """See :meth:`kv_gym.evaluation.tasks.base.Task.measure`."""
-        with cache_for(model, arms) as shared, ExitStack() as reread:
+        with cache_for(model, configurations) as shared, ExitStack() as reread:
             opening = _Reading(batch)
             opening.feed(model, shared, 0)
-            rereading = {id(arm.policy): arm.policy for arm in arms if arm.policy.repetition is not None}
+            rereading = {
+                id(configuration.policy): configuration.policy
+                for configuration in configurations
+                if configuration.policy.repetition is not None
+            }
             bases = {
-                key: _read_again(shared, [arm for arm in arms if arm.policy is policy], reread)
+                key: _read_again(
+                    shared,
+                    [configuration for configuration in configurations if configuration.policy is policy],
+                    reread,
+                )
                 for key, policy in rereading.items()
                 if batch[0].segments[0].cut
             }
-            for arm in arms:
-                yield arm, _measured(model, *bases.get(id(arm.policy), (shared, 0.0)), opening, arm)
+            for configuration in configurations:
+                yield (
+                    configuration,
+                    _measured(model, *bases.get(id(configuration.policy), (shared, 0.0)), opening, configuration),
+                )
 
 
-def _read_again(shared: EvictingCache, same: Sequence[Arm], until: ExitStack) -> tuple[EvictingCache, float]:
-    """The context after one policy's second reading, for all arms of it, and the CPU seconds that the reading took."""
+def _read_again(shared: EvictingCache, same: Sequence[Configuration], until: ExitStack) -> tuple[EvictingCache, float]:
+    """The context after one policy's second reading, for all its configurations, and the CPU seconds that it took."""
     started = time.thread_time()
     base = until.enter_context(fork_all(shared, same))
     base.read_again()
@@ -124,14 +138,16 @@ def judged(likelihood: Tensor, expected: Tensor) -> tuple[list[bool], list[float
 
 
 @torch.no_grad()
-def _measured(model, shared: EvictingCache, spent: float, opening: _Reading, arm: Arm) -> list[Outcome]:
+def _measured(
+    model, shared: EvictingCache, spent: float, opening: _Reading, configuration: Configuration
+) -> list[Outcome]:
     batch = opening.batch
     length, segments = batch[0].length, batch[0].segments
-    budget = arm.budget if length is None else slots_after(arm.budget, length)
+    budget = configuration.budget if length is None else slots_after(configuration.budget, length)
     reading = _Reading(batch, list(opening.judged), opening.last)
     held, slots, started = 0, None, time.thread_time() - spent
     last_cut = max((index for index, segment in enumerate(segments) if segment.cut), default=None)
-    with fork_for(shared, arm, budget) as cache:
+    with fork_for(shared, configuration, budget) as cache:
         for index, segment in enumerate(segments):
             if index:
                 reading.feed(model, cache, index)
@@ -148,7 +164,7 @@ def _measured(model, shared: EvictingCache, spent: float, opening: _Reading, arm
 
 
 def bytes_held(cache: EvictingCache) -> int:
-    """Bytes of a copy, which has no room for tokens to come: arms grow their buffers by different steps."""
+    """Bytes of a copy, which has no room for tokens to come: configurations grow their buffers by different steps."""
     with cache.fork() as copy:
         return copy.nbytes()
 

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kv_gym.evaluation.arms import Arm, cache_for, fork_for
-from kv_gym.evaluation.outcome import Outcome
+from kv_gym.evaluation.configurations import Configuration, cache_for, fork_for
+from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.scripted import bytes_held
 from kv_gym.models.token_ids import token_rows
@@ -26,7 +26,7 @@ class Prompt:
     """One context and its question.
 
     Attributes:
-        id: the same for all arms.
+        id: the same for all configurations.
         context_ids: read before the cut.
         question_ids: read after it; none where the question stands at the end of the context.
         answers: texts that would be right.
@@ -46,7 +46,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class WrittenTask(Task):
-    """Each context is read and cut once; every arm writes its own answer until it ends or is long enough.
+    """Each context is read and cut once; every configuration writes its own answer until it ends or is long enough.
 
     Where the question was seen, the first token of an answer comes from the forward that read the context, as in any
     deployment.
@@ -73,22 +73,24 @@ class WrittenTask(Task):
         """One prompt each: they differ in length, and answers even more so."""
         return [[prompt] for prompt in self.prompts]
 
-    def measure(self, model, batch: Sequence[Prompt], arms: Sequence[Arm]) -> Iterator[tuple[Arm, list[Outcome]]]:
+    def measure(
+        self, model, batch: Sequence[Prompt], configurations: Sequence[Configuration]
+    ) -> Iterator[tuple[Configuration, list[Outcome]]]:
         """See :meth:`kv_gym.evaluation.tasks.base.Task.measure`; `right` is the score, `nll` NaN."""
-        for arm in arms:
-            arm.allocation.refuse_unfit(arm.policy)
-        found: list[list[Outcome]] = [[] for _ in arms]
+        for configuration in configurations:
+            configuration.allocation.refuse_unfit(configuration.policy)
+        found: list[list[Outcome]] = [[] for _ in configurations]
         for prompt in batch:
-            with cache_for(model, arms) as shared:
+            with cache_for(model, configurations) as shared:
                 last = _fed(model, shared, prompt.context_ids)
-                for place, arm in enumerate(arms):
-                    found[place].append(self._outcome(model, shared, last, prompt, arm))
-        yield from zip(arms, found, strict=True)
+                for place, configuration in enumerate(configurations):
+                    found[place].append(self._outcome(model, shared, last, prompt, configuration))
+        yield from zip(configurations, found, strict=True)
 
     @torch.no_grad()
-    def _outcome(self, model, shared, last: Tensor, prompt: Prompt, arm: Arm) -> Outcome:
+    def _outcome(self, model, shared, last: Tensor, prompt: Prompt, configuration: Configuration) -> Outcome:
         started = time.thread_time()
-        with fork_for(shared, arm) as cache:
+        with fork_for(shared, configuration) as cache:
             cache.compress()
             weighing = time.thread_time()
             held, slots = bytes_held(cache), cache.kept()[:, 0].double().cpu()

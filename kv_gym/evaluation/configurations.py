@@ -1,4 +1,4 @@
-"""Arms: the ways to hold a cache that are compared, and the cache that one prefill serves them all with."""
+"""Configurations: the ways to hold a cache that are compared, and the cache that one prefill serves them all with."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ EQUAL, DROP = Uniform(), Drop()
 
 
 @dataclass(frozen=True)
-class Arm:
+class Configuration:
     """One way to hold a cache: what a row of results stands for.
 
     Attributes:
@@ -41,69 +41,78 @@ class Arm:
     seed: int | None = None
 
 
-def full_cache() -> Arm:
-    """The arm that evicts nothing: recency at budget 1.0, which holds nothing but keys, values and positions."""
-    return Arm(FULL, make_policy("recency"))
+def full_cache() -> Configuration:
+    """The configuration that evicts nothing: recency at budget 1.0, which holds keys, values and positions alone."""
+    return Configuration(FULL, make_policy("recency"))
 
 
-def every_arm(
+def every_configuration(
     policies: Mapping[str, Policy],
     budgets: Iterable[Budget],
     allocations: Iterable[Allocation] = (EQUAL,),
     evicted: Iterable[Tier] = (DROP,),
     sinks: int | None = None,
     recent: int | None = None,
-) -> list[Arm]:
+) -> list[Configuration]:
     """The full cache, then every policy (by the name that rows carry) at every budget, allocation that fits and tier.
 
     Raises:
         UserError: no allocation can use a policy's scores.
     """
     budgets, allocations, evicted = list(budgets), list(allocations), list(evicted)
-    arms = [
-        Arm(name, policy, budget, rule, tier, sinks, recent)
+    configurations = [
+        Configuration(name, policy, budget, rule, tier, sinks, recent)
         for name, policy in policies.items()
         for budget, rule, tier in product(budgets, fitting(policy, allocations)[0], evicted)
     ]
-    return [full_cache(), *arms]
+    return [full_cache(), *configurations]
 
 
-def cache_for(model, arms: Sequence[Arm]) -> EvictingCache:
-    """An empty cache that evicts nothing and keeps all that any arm will ask for: read the context once, then fork.
+def cache_for(model, configurations: Sequence[Configuration]) -> EvictingCache:
+    """An empty cache that evicts nothing and keeps all that any configuration needs: read the context once, then fork.
 
     Args:
         model: a transformers decoder that :class:`~kv_gym.live.EvictingCache` serves.
-        arms: whoever will fork it with :func:`fork_for`.
+        configurations: whoever will fork it with :func:`fork_for`.
 
     Raises:
         UserError: an oracle, a policy of another model, or an allocation that cannot use a policy's scores.
     """
-    for arm in arms:
-        arm.allocation.refuse_unfit(arm.policy)
-    panel = Panel(tuple({id(arm.policy): arm.policy for arm in arms}.values()))
-    rule, tier = _most_curious(arms)
+    for configuration in configurations:
+        configuration.allocation.refuse_unfit(configuration.policy)
+    panel = Panel(tuple({id(configuration.policy): configuration.policy for configuration in configurations}.values()))
+    rule, tier = _most_curious(configurations)
     return EvictingCache(model, policy=panel, budget=1.0, allocation=rule, evicted=tier)
 
 
-def _most_curious(arms: Sequence[Arm]) -> tuple[Allocation, Tier]:
+def _most_curious(configurations: Sequence[Configuration]) -> tuple[Allocation, Tier]:
     """At budget 1.0 nothing is cut: allocation and tier only say which queries to keep."""
-    rule = max((EQUAL, *(arm.allocation for arm in arms)), key=lambda rule: rule.needs_queries)
-    return rule, max((DROP, *(arm.evicted for arm in arms)), key=lambda tier: tier.sees_queries)
+    rule = max(
+        (EQUAL, *(configuration.allocation for configuration in configurations)), key=lambda rule: rule.needs_queries
+    )
+    return rule, max(
+        (DROP, *(configuration.evicted for configuration in configurations)), key=lambda tier: tier.sees_queries
+    )
 
 
-def fork_all(cache: EvictingCache, same: Sequence[Arm]) -> EvictingCache:
-    """The same context for arms of one policy, which fork it again with :func:`fork_for`; nothing is evicted."""
+def fork_all(cache: EvictingCache, same: Sequence[Configuration]) -> EvictingCache:
+    """The same context for configurations of one policy; fork it again with :func:`fork_for`. Nothing is evicted."""
     return cache.fork(same[0].policy, 1.0, None, None, *_most_curious(same))
 
 
-def fork_for(cache: EvictingCache, arm: Arm, budget: Budget | None = None) -> EvictingCache:
-    """The same context held by an arm; nothing is evicted before ``compress()``.
+def fork_for(cache: EvictingCache, configuration: Configuration, budget: Budget | None = None) -> EvictingCache:
+    """The same context held by a configuration; nothing is evicted before ``compress()``.
 
     Args:
-        cache: made by :func:`cache_for` with this arm among others.
-        arm: whose policy, allocation, tier and protection to take.
-        budget: instead of the arm's own.
+        cache: made by :func:`cache_for` with this configuration among others.
+        configuration: whose policy, allocation, tier and protection to take.
+        budget: instead of the configuration's own.
     """
     return cache.fork(
-        arm.policy, arm.budget if budget is None else budget, arm.sinks, arm.recent, arm.allocation, arm.evicted
+        configuration.policy,
+        configuration.budget if budget is None else budget,
+        configuration.sinks,
+        configuration.recent,
+        configuration.allocation,
+        configuration.evicted,
     )
