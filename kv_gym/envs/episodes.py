@@ -1,10 +1,9 @@
-"""What the scalar and the vector environment share: the loaded traces, the episodes in them, and the rules."""
+"""The episodes in a trace set, which the scalar and the vector environment share."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,42 +11,29 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from kv_gym.budgets.budget import Budget, parse_budget
-from kv_gym.envs.eviction import Eviction
-from kv_gym.envs.ranking import Ranking
-from kv_gym.envs.render import Frame
-from kv_gym.envs.rewards import BudgetWeights
-from kv_gym.envs.slot_table import Heads, Observation, SlotTable
+from kv_gym.budgets.budget import Budget
+from kv_gym.envs.observations import Heads, Observation, ObservationTable
+from kv_gym.envs.rendering import Frame
+from kv_gym.envs.rewards import BudgetWeights, EpisodeState, EvictionMode, RankingMode
 from kv_gym.errors import UserError
 from kv_gym.policies import Policy
 from kv_gym.traces import open_traces
 from kv_gym.traces.sequence import Sequence
 
 Traces = str | Path | Iterable[Sequence] | None
+ResetOptions = Mapping[str, int | None] | None
 
 _REDUCTIONS = {"attention": "max", "attention_mean": "mean"}
 
 
-@dataclass
-class State:
-    """Where B environments stand.
-
-    Attributes:
-        episode, block: `[B]` int64.
-        cached: `[B, N]` bool in time order, or None in ranking mode.
-    """
-
-    episode: NDArray[np.int64]
-    block: NDArray[np.int64]
-    cached: NDArray[np.bool_] | None
-
-
 class Replay:
-    """Traces as episodes. It holds no state of play: that is in a :class:`State`, so that many may share it.
+    """Traces as episodes. Where an environment stands is an :class:`EpisodeState`, so that many can share a replay.
 
     Attributes:
-        table: the slots of every decision.
-        observation_space, action_space: of one environment.
+        table: the observations of every decision.
+        mode: what an action does and earns.
+        observation_space: of one environment.
+        action_space: of one environment.
     """
 
     def __init__(
@@ -72,159 +58,119 @@ class Replay:
             raise UserError(f"order is {order!r}; expected 'random' or 'sequential'")
         if min(sinks, recent) < 0:
             raise UserError(f"sinks and recent are {sinks} and {recent}; expected numbers from 0")
-        sequences = _load(traces)
-        self.order, self._index = order, index
-        self.table = SlotTable(sequences, heads, max_tokens, features)
-        self._tokens = [sequence.tokens for sequence in sequences]
-        reduction = _REDUCTIONS[utility]
-        self._rules: Ranking | Eviction
+        opened: Any = open_traces(traces) if traces is None or isinstance(traces, str | Path) else traces
+        # a trace set promises len and [i], other collections may only be iterated over
+        sequences = [opened[i] for i in range(len(opened))] if hasattr(opened, "__getitem__") else list(opened)
+        self.table = ObservationTable(sequences, heads, max_tokens, features)
+        self.mode: RankingMode | EvictionMode
         if budget is None:
-            self._rules = Ranking(sequences, self.table, reduction, sinks, recent, budget_weights)
+            self.mode = RankingMode(sequences, self.table, _REDUCTIONS[utility], sinks, recent, budget_weights)
         else:
-            self._rules = Eviction(sequences, self.table, reduction, sinks, recent, parse_budget(budget))
+            self.mode = EvictionMode(sequences, self.table, _REDUCTIONS[utility], sinks, recent, budget)
         if not len(self):
             raise UserError(
                 f"none of the {len(sequences)} contexts has a head with attention to lose: record them with "
                 "continuations, and with more tokens than are protected"
             )
+        self._tokens = [sequence.tokens for sequence in sequences]
+        self._order, self._index, self._next = order, index, 0
         self.observation_space = self.table.space(index)
         self.action_space = spaces.Box(-1.0, 1.0, (self.table.size,), np.float32)
 
     def __len__(self) -> int:
         """How many different episodes there are."""
-        return len(self._rules.decision)
+        return len(self.mode.decision)
 
-    def start(self, episodes: NDArray[np.int64]) -> State:
-        """The beginning of B episodes."""
-        cached = self._rules.whole(episodes) if isinstance(self._rules, Eviction) else None
-        return State(episodes, np.zeros(len(episodes), np.int64), cached)
+    def restart_order(self) -> None:
+        """Begin the sequential order again with the first episode."""
+        self._next = 0
 
-    def observe(self, state: State) -> Observation:
-        """New arrays with what is seen in B environments."""
-        return self.slots(self._rules.decision[state.episode], self._shown(state))
+    def sample(self, count: int, rng: np.random.Generator, options: ResetOptions = None) -> NDArray[np.int64]:
+        """The next `count` episodes that fit `options`, at random or in sequence; `[count]` int64."""
+        fitting = self._matching(options)
+        if fitting is None and self._order == "random":
+            return rng.integers(len(self), size=count)
+        if fitting is None:
+            start, self._next = self._next, (self._next + count) % len(self)
+            return (start + np.arange(count)) % len(self)
+        if self._order == "random":
+            return fitting[rng.integers(len(fitting), size=count)]
+        return fitting[np.arange(count) % len(fitting)]
+
+    def _matching(self, options: ResetOptions) -> NDArray[np.int64] | None:
+        """Episodes that fit `options` (`sequence`, `head`, `continuation`; None: any), or None without options."""
+        given = {name: number for name, number in (options or {}).items() if number is not None}
+        if not given:
+            return None
+        fits = np.ones(len(self), bool)
+        for name, number in given.items():
+            if name not in self.mode.keys:
+                raise UserError(f"unknown reset option {name!r}; expected {', '.join(self.mode.keys)}")
+            fits &= self.mode.keys[name] == number
+        if not fits.any():
+            listed = ", ".join(f"{name} {number}" for name, number in given.items())
+            heads = "joint" if self.table.joint else self.table.head_ids.tolist()
+            raise UserError(
+                f"no episode has {listed}; there are sequences 0 to {len(self._tokens) - 1} and heads {heads}, less "
+                "those with no attention to lose"
+            )
+        return np.flatnonzero(fits)
+
+    def observe(self, state: EpisodeState) -> Observation:
+        """New arrays with the observations of B environments."""
+        return self.slots(self.mode.decision[state.episode], self.mode.mask(state))
 
     def slots(self, decisions: NDArray[np.int64], mask: np.ndarray | None = None) -> Observation:
-        """The observation again from its `decision` ids `[B]` and, in eviction mode, its `mask` `[B, N]`."""
+        """The observations again from their `decision` ids `[B]` and, in eviction mode, their `mask` `[B, N]`."""
         observation = self.table.gather(decisions, None if mask is None else mask.astype(bool))
         if self._index:
             observation["decision"] = decisions.astype(np.int32)[:, None]
         return observation
 
-    def nothing(self) -> Observation:
-        """What one environment shows when its episode is over."""
-        return self.table.nothing() | ({"decision": np.zeros(1, np.int32)} if self._index else {})
+    def final_observation(self) -> Observation:
+        """The observation of one environment whose episode is over: no slots."""
+        return self.table.empty() | ({"decision": np.zeros(1, np.int32)} if self._index else {})
 
-    def describe(self, state: State) -> dict[str, np.ndarray]:
-        """What `info` tells at the start of B episodes, each `[B]`."""
-        decisions = self._rules.decision[state.episode]
-        table = self.table
-        told = {
-            "sequence": table.sequence[decisions],
-            "head": table.head[decisions],
-            "clipped": table.clipped[decisions],
-        }
-        if isinstance(self._rules, Eviction):
-            told["continuation"] = self._rules.continuation[state.episode]
-        return told
+    def reset_info(self, state: EpisodeState) -> dict[str, np.ndarray]:
+        """The `info` of `reset` for B episodes, each `[B]`."""
+        clipped = self.table.clipped[self.mode.decision[state.episode]]
+        return {name: column[state.episode] for name, column in self.mode.keys.items()} | {"clipped": clipped}
 
-    def act(self, state: State, actions: np.ndarray) -> tuple[State, np.ndarray, NDArray[np.bool_], dict]:
-        """One step of B environments: the state after it, rewards, which episodes are over, and info arrays."""
+    def step(
+        self, state: EpisodeState, actions: np.ndarray
+    ) -> tuple[EpisodeState, np.ndarray, NDArray[np.bool_], dict[str, np.ndarray]]:
+        """One step of B environments: the state after it, rewards `[B]`, which episodes ended `[B]`, and info."""
         scores = np.asarray(actions, np.float32)
         if scores.shape != (len(state.episode), self.table.size):
             raise UserError(
                 f"the action has shape {scores.shape[1:]}; expected one score per slot, {(self.table.size,)}"
             )
-        if isinstance(self._rules, Ranking):
-            rewards, told = self._rules.rate(self._rules.decision[state.episode], scores)
-            return state, rewards, np.ones(len(scores), bool), told
-        assert state.cached is not None
-        cached, rewards, told = self._rules.evict(state.episode, state.block, state.cached, scores)
-        after = State(state.episode, state.block + 1, cached)
-        return after, rewards, after.block >= self._rules.blocks[state.episode], told
+        return self.mode.step(state, scores)
 
-    def find(self, options: dict[str, Any] | None) -> NDArray[np.int64]:
-        """Episodes that fit `options`: `sequence`, `head` (its number) and, in eviction mode, `continuation`."""
-        wanted = dict(options or {})
-        rules, table = self._rules, self.table
-        known = {"sequence": table.sequence[rules.decision], "head": table.head[rules.decision]}
-        if isinstance(rules, Eviction):
-            known["continuation"] = rules.continuation
-        fits = np.ones(len(self), bool)
-        for name, number in wanted.items():
-            if name not in known:
-                raise UserError(f"unknown reset option {name!r}; expected {', '.join(known)}")
-            fits &= known[name] == number
-        if not fits.any():
-            asked = ", ".join(f"{name} {number}" for name, number in wanted.items())
-            raise UserError(
-                f"no episode has {asked}; there are sequences 0 to {len(self._tokens) - 1} and heads "
-                f"{'joint' if table.joint else table.chosen.tolist()}, less those with no attention to lose"
-            )
-        return np.flatnonzero(fits)
-
-    def frame(self, state: State, row: int, scores: np.ndarray | None, reward: float | None = None) -> Frame:
-        """What to show of one environment's decision; `scores` is the action `[N]`, None before the first."""
-        episode, rules, table = int(state.episode[row]), self._rules, self.table
-        decision = int(rules.decision[episode])
-        tokens = self._tokens[table.sequence[decision]]
-        title = f"context {table.sequence[decision]}"
-        if isinstance(rules, Eviction):
-            assert state.cached is not None
-            title += f", continuation {rules.continuation[episode]}"
-            scene = rules.scene(episode, int(state.block[row]), state.cached[row])
-        else:
-            scene = rules.scene(decision, None if scores is None else np.asarray(scores, np.float32))
-        by_head = (len(scene.labels), table.heads, table.tokens)
+    def frame(self, state: EpisodeState, row: int, scores: np.ndarray | None, reward: float | None = None) -> Frame:
+        """What to render of environment `row`; `scores` is its action `[N]`, None before the first."""
+        episode, table = int(state.episode[row]), self.table
+        decision = int(self.mode.decision[episode])
+        keys = {name: column[episode] for name, column in self.mode.keys.items()}
+        tokens = self._tokens[keys["sequence"]]
+        title = f"context {keys['sequence']}"
+        if "continuation" in keys:
+            title += f", continuation {keys['continuation']}"
+        outcome = self.mode.outcome(state, row, scores)
+        by_head = (len(outcome.labels), table.heads, table.tokens)
         n = len(tokens)
-        numbers = table.chosen if table.joint else table.head[decision : decision + 1]
         return Frame(
             title=title,
-            heads=[table.pairs[number] for number in numbers],
+            heads=[table.head_pairs[i] for i in (table.head_ids if table.joint else table.head[[decision]])],
             tokens=tokens,
-            labels=scene.labels,
-            shares=scene.shares,
-            measure=scene.measure,
-            kept=scene.kept.reshape(by_head)[..., :n],
-            best=scene.best.reshape(by_head)[..., :n],
-            protected=~scene.open.reshape(by_head[1:])[0, :n],
-            worth=scene.worth.reshape(by_head[1:])[:, :n],
+            labels=outcome.labels,
+            shares=outcome.shares,
+            measure=outcome.measure,
+            kept=outcome.kept.reshape(by_head)[..., :n],
+            best=outcome.best.reshape(by_head)[..., :n],
+            protected=~outcome.evictable.reshape(by_head[1:])[0, :n],
+            utility=outcome.utility.reshape(by_head[1:])[:, :n],
             reward=reward,
-            goes_on=isinstance(rules, Eviction),
-            lanes=rules.lanes,
+            keeps_history=self.mode.keeps_history,
+            rows=self.mode.picture_rows,
         )
-
-    def _shown(self, state: State) -> NDArray[np.bool_] | None:
-        if state.cached is None or not isinstance(self._rules, Eviction):
-            return None
-        return self._rules.shown(state.cached)
-
-
-class Dealer:
-    """Which episode comes next: at random, or one after the other."""
-
-    def __init__(self, replay: Replay) -> None:
-        self._replay = replay
-        self._next = 0
-
-    def rewind(self) -> None:
-        """Begin the sequential order again."""
-        self._next = 0
-
-    def deal(self, count: int, rng: np.random.Generator, options: dict[str, Any] | None = None) -> NDArray[np.int64]:
-        """`[count]` episodes that fit the options."""
-        if options:
-            fitting = self._replay.find(options)
-            if self._replay.order == "random":
-                return fitting[rng.integers(len(fitting), size=count)]
-            return fitting[np.arange(count) % len(fitting)]
-        if self._replay.order == "random":
-            return rng.integers(len(self._replay), size=count)
-        dealt = (self._next + np.arange(count)) % len(self._replay)
-        self._next = (self._next + count) % len(self._replay)
-        return dealt
-
-
-def _load(traces: Traces) -> list[Sequence]:
-    opened: Any = open_traces(traces) if traces is None or isinstance(traces, str | Path) else traces
-    # a trace set promises len and [i], other collections may only be iterated over
-    return [opened[i] for i in range(len(opened))] if hasattr(opened, "__getitem__") else list(opened)

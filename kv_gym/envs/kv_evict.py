@@ -1,19 +1,21 @@
-"""The environment KVEvict-v0: rank what a language model has cached."""
+"""The environment KVEvict-v0: rank the tokens that a language model has cached, and keep the best."""
 
 from __future__ import annotations
 
+import sys
+import warnings
 from collections.abc import Sequence as Seq
 from typing import Any
 
 import gymnasium as gym
 import numpy as np
+from gymnasium.vector import AutoresetMode
 
 from kv_gym.budgets.budget import Budget
-from kv_gym.envs.episodes import Dealer, Replay, State, Traces
-from kv_gym.envs.render import FRAMES_PER_SECOND, MODES, Frame, check_mode, draw, tokenizer_for
-from kv_gym.envs.rewards import BudgetWeights
-from kv_gym.envs.slot_table import Heads, Observation
-from kv_gym.envs.window import Window
+from kv_gym.envs.episodes import Replay, Traces
+from kv_gym.envs.observations import Heads, Observation
+from kv_gym.envs.rendering import FRAMES_PER_SECOND, MODES, Renderer
+from kv_gym.envs.rewards import BudgetWeights, EpisodeState
 from kv_gym.errors import UserError
 from kv_gym.policies import Policy
 
@@ -23,15 +25,15 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
     ## Description
 
     A language model keeps the keys and values of every past token, one slot for each token in each KV head. When
-    memory is short, slots must go. This environment replays recorded contexts: it shows what one KV head has cached
-    at the end of a context, asks for a score per slot, and pays by how much of the attention of later queries went to
-    the slots that such a ranking would have kept.
+    memory is short, slots are evicted. This environment replays recorded contexts: an observation is what one KV head
+    has cached at the end of a context, an action is a score per slot, and the reward is the share of the later
+    queries' attention that went to the slots which the scores would have kept.
 
     There are two modes:
 
     - **ranking** (`budget=None`): an episode is one step. The ranking is judged at many budgets at once.
     - **eviction** (`budget=B`): an episode is a continuation of the context, in blocks of new tokens. Before every
-      block the cache is cut to B slots per head by the agent's scores; what went never returns.
+      block the cache is cut to B slots per head by the agent's scores; evicted slots never return.
 
     Replay is teacher-forced: keys, values and attention are those of the full cache. In ranking mode that is exact.
     In eviction mode it is an approximation after the first eviction: in a live model the later tokens' own keys and
@@ -46,7 +48,7 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
     ## Observation Space
 
     A `Dict`; N = tokens of the longest context (or `max_tokens`), d = head dimension of the model. Slot i holds the
-    i-th token of the context. Slots that are padding or were evicted have mask 0, position -1 and zeros elsewhere.
+    i-th token of the context. Slots of padding and evicted slots have mask 0, position -1 and zeros elsewhere.
 
     | Key        | Space                                 | Meaning                                                     |
     |------------|---------------------------------------|-------------------------------------------------------------|
@@ -54,15 +56,16 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
     | `value`    | `Box(-65504, 65504, (N, d), float32)` | cached values                                               |
     | `position` | `Box(-1, 2**24, (N,), float32)`       | position of the slot's token in the context                 |
     | `mask`     | `Box(0, 1, (N,), int8)`               | 1 = a cached token                                          |
-    | `head`     | `Discrete(L * H)`                     | number of the head; `env.heads[number]` is (layer, KV head) |
+    | `head`     | `Discrete(L * H)`                     | id of the head; `env.heads[id]` is its (layer, KV head)     |
     | `features` | `Box(-65504, 65504, (N, F), float32)` | only with `features`: scores of F policies                  |
-    | `decision` | `Box(0, 2**31 - 1, (1,), int32)`      | only with `index=True`: from which `slots` makes this again |
+    | `decision` | `Box(0, 2**31 - 1, (1,), int32)`      | only with `index=True`: id from which the vector            |
+    |            |                                       | environment's `slots` makes the observation again           |
 
-    With `heads="joint"` the N' = L x H x N slots of the whole model are ranked in one: head after head, each with its
-    N tokens, and `head` is `Box(0, L * H - 1, (N',), int32)`, the number of each slot's head.
+    With `heads="joint"` the N' = L x H x N slots of the whole model are one decision: head after head, each with its
+    N tokens, and `head` is `Box(0, L * H - 1, (N',), int32)`, the id of each slot's head.
 
     Bounds do not depend on the traces, so that a saved agent runs on other traces of the same model with the same
-    `max_tokens`. Numbers out of bounds are clipped, once, and counted in `info["clipped"]`.
+    `max_tokens`. Numbers out of bounds are clipped when the traces are loaded, and counted in `info["clipped"]`.
 
     ## Rewards
 
@@ -71,10 +74,11 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
     the continuations.
 
     **Ranking**: `sum_b w_b kept_b / sum_b w_b best_b`, where `kept_b` is the utility of the unprotected slots that stay
-    at a budget of b slots per head, `best_b` what the best ranking would have, and `w_b = 1 / b` (log-uniform budgets)
-    for every b above the number of protected tokens up to n / 2, n = tokens of the context. 1 = perfect. Heads that
-    have nothing to gain are never shown. For the reward the protected tokens are the same at every budget; they shrink
-    to half of the largest budget, recent tokens first. With `heads="joint"` a budget of b per head is b x L x H slots.
+    at a budget of b slots per head, `best_b` that of the best ranking, and `w_b = 1 / b` (log-uniform budgets) for
+    every b above the number of protected tokens up to n / 2, n = tokens of the context. The best ranking earns 1.
+    Heads in which no ranking gains anything are never shown. For the reward the protected tokens are the same at every
+    budget; they shrink to half of the largest budget, recent tokens first. With `heads="joint"` a budget of b per head
+    is b x L x H slots.
 
     **Eviction**: for each block, the full-cache attention of the block's queries to the unprotected context slots that
     are still cached, divided by that to all unprotected context slots; 1 where there is none. New tokens are cached
@@ -82,11 +86,11 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
     take their slots from the context, which therefore shrinks from B to no less than B / 2 slots per head as the
     continuation goes on. A share is taken of the context's tokens.
 
-    `info` after a step holds `utility_kept`, the share of all utility that stays, protected slots included (averaged
-    over the budgets with their weights in ranking mode), and `utility_total`, to weigh it with when heads and contexts
-    are averaged. In ranking mode also `curve`, the share kept at 1/2, 1/4, 1/8, 1/16 and 1/32 of the context, and
-    `curve_slots`, these budgets in slots per head (never fewer than are protected). In eviction mode also `slots`,
-    how many slots of this context are cached, and `block`. `reward` is for training; report `utility_kept`.
+    `info` after a step holds `utility_kept`, the share of all utility that stays, protected slots included (in ranking
+    mode the weighted mean over budgets), and `utility_total`, its weight in averages over heads and contexts. In
+    ranking mode also `curve`, the share kept at 1/2, 1/4, 1/8, 1/16 and 1/32 of the context, and `curve_slots`, these
+    budgets in slots per head (at least the protected ones). In eviction mode also `slots`, how many slots of this
+    context are cached, and `block`. `reward` is for training; report `utility_kept`.
 
     ## Starting State
 
@@ -101,22 +105,28 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
 
     ## Arguments
 
-    - `traces`: a path, a trace set, a list of `Sequence`, or None for the bundled sample. All of it is read into
-      memory.
+    - `traces`: a path, a trace set, a list of `Sequence`, or None for the bundled sample.
     - `heads`: `"all"` (one head at a time), a list of (layer, head) pairs, or `"joint"`.
     - `budget`: None for ranking mode; an int (slots per head) or a float in (0, 1] (share) for eviction mode.
     - `budget_weights`: `"log"`, `"uniform"`, or a mapping such as `{0.25: 1.0, 0.125: 1.0}` (ranking mode).
     - `utility`: `"attention"` or `"attention_mean"`.
     - `order`: `"random"` or `"sequential"`.
     - `max_tokens`: N per head; None for the longest context.
-    - `sinks`, `recent`: how many first and last tokens always stay. In eviction mode they shrink to half the budget.
+    - `sinks`, `recent`: first and last tokens to keep always. In eviction mode they shrink to half the budget.
     - `features`: policies whose scores are shown, names or objects, such as `("knorm", "h2o")`.
-    - `index`: show `decision`.
-    - `render_mode`: `"ansi"` (text), `"rgb_array"` (a picture) or `"human"` (the picture in a window, which reset and
-      step bring up to date; where there is no display a warning says so): which tokens stay at each budget, or after
-      each block. Pictures of an environment all have one size.
+    - `index`: add `decision` to the observation.
+    - `render_mode`: which tokens stay at each budget, or after each block, as `"ansi"` (text), `"rgb_array"` (a
+      picture) or `"human"` (the picture in a window that reset and step update; a warning where there is no display).
+      Pictures of an environment all have one size.
     - `tokenizer`: for rendering, anything with `convert_ids_to_tokens`; None takes that of stored traces where it is
       on this machine, else token ids are shown.
+
+    ## Memory
+
+    All traces are held in memory, padded to N tokens. For each context, head and slot: 8 d bytes for key and value,
+    4 F for features, and 4 for the utility in ranking mode, or 4 for each block of each continuation in eviction mode.
+    64 contexts of 1,024 tokens of a model with 90 heads of 64 dimensions take 3.0 GB. To hold less, give fewer `heads`
+    or contexts. Several environments in one process share nothing: use one vector environment.
 
     ## Version History
 
@@ -141,13 +151,13 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
         render_mode: str | None = None,
         tokenizer: Any = None,
     ) -> None:
-        """Load the traces; the class docstring says what the arguments mean.
+        """Load the traces; the arguments are described in the class docstring.
 
         Raises:
             UserError: traces or an argument that cannot be used.
         """
-        self.render_mode = check_mode(render_mode)
-        self._tokenizer = tokenizer_for(traces, tokenizer, render_mode)
+        self.render_mode = render_mode
+        self.renderer = Renderer(render_mode, traces, tokenizer)
         self.replay = Replay(
             traces,
             heads=heads,
@@ -163,15 +173,13 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
         )
         self.observation_space: gym.Space[Any] = self.replay.observation_space
         self.action_space = self.replay.action_space
-        self._dealer = Dealer(self.replay)
-        self._state: State | None = None
-        self._frames: list[Frame] = []
-        self._window: Window | None = None
+        self._state: EpisodeState | None = None
+        self._check_autoreset = budget is None
 
     @property
     def heads(self) -> list[tuple[int, int]]:
-        """(layer, head) of every number that an observation's `head` may show."""
-        return self.replay.table.pairs
+        """(layer, KV head) of every head id that an observation's `head` may show."""
+        return self.replay.table.head_pairs
 
     @property
     def episodes(self) -> int:
@@ -183,50 +191,60 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
     ) -> tuple[Observation, dict[str, Any]]:
         """Begin an episode."""
         super().reset(seed=seed)
+        if self._check_autoreset:
+            self._check_autoreset = False
+            _warn_if_reset_takes_a_step()
         if seed is not None:
-            self._dealer.rewind()
-        self._state = self.replay.start(self._dealer.deal(1, self.np_random, options))
+            self.replay.restart_order()
+        self._state = self.replay.mode.start(self.replay.sample(1, self.np_random, options))
         if self.render_mode:
-            self._frames = [self.replay.frame(self._state, 0, None)]
-            self._show()
-        return _first(self.replay.observe(self._state)), _plain(self.replay.describe(self._state))
+            self.renderer.reset([self.replay.frame(self._state, 0, None)])
+        return _only_row(self.replay.observe(self._state)), _plain_info(self.replay.reset_info(self._state))
 
     def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
-        """Rank the slots by `action`, `[N]`."""
+        """Rank the slots by the scores `action`, `[N]`."""
         if self._state is None:
             raise UserError("the episode is over or has not begun: call reset first")
         actions = np.asarray(action)[None]
-        state, rewards, over, told = self.replay.act(self._state, actions)
+        state, rewards, ended, info = self.replay.step(self._state, actions)
+        reward, terminated = float(rewards[0]), bool(ended[0])
         if self.render_mode:
-            frame = self.replay.frame(state, 0, actions[0], float(rewards[0]))
-            self._frames = frame.after(self._frames)
-            self._show()
-        terminated = bool(over[0])
+            self.renderer.step([self.replay.frame(state, 0, actions[0], reward)], ended)
         self._state = None if terminated else state
-        observation = self.replay.nothing() if terminated else _first(self.replay.observe(state))
-        return observation, float(rewards[0]), terminated, False, _plain(told)
+        observation = self.replay.final_observation() if terminated else _only_row(self.replay.observe(state))
+        return observation, reward, terminated, False, _plain_info(info)
 
     def render(self) -> Any:
         """What stayed after the last step, in the render mode; None without one, and where a window shows it."""
-        if self.render_mode in (None, "human") or not self._frames:
-            return None
-        return draw(self._frames, self.render_mode, self._tokenizer)
+        rendered = self.renderer.render()
+        return rendered and rendered[0]
 
     def close(self) -> None:
         """Close the window, where there is one."""
-        if self._window is not None:
-            self._window.close()
-
-    def _show(self) -> None:
-        if self.render_mode == "human":
-            self._window = self._window or Window("KVEvict-v0", FRAMES_PER_SECOND)
-            self._window.show(draw(self._frames, "human", self._tokenizer))
+        self.renderer.close()
 
 
-def _first(batch: Observation) -> Observation:
+def _warn_if_reset_takes_a_step() -> None:
+    """Warn below a Gymnasium vector environment that resets with a step of its own."""
+    frame = sys._getframe()
+    while frame := frame.f_back:  # type: ignore[assignment]
+        if frame.f_globals.get("__name__", "").startswith("gymnasium.vector."):
+            owner = frame.f_locals.get("self")
+            if frame.f_locals.get("autoreset_mode", getattr(owner, "autoreset_mode", None)) == AutoresetMode.NEXT_STEP:
+                warnings.warn(
+                    "the vector environment resets with a step of its own (AutoresetMode.NEXT_STEP) and episodes of "
+                    "KVEvict-v0 in ranking mode last one step, so that every second transition is an empty reset: use "
+                    'gym.make_vec("KVEvict-v0", num_envs=...) without vectorization_mode, or pass '
+                    'vector_kwargs={"autoreset_mode": AutoresetMode.SAME_STEP}',
+                    stacklevel=2,
+                )
+            return
+
+
+def _only_row(batch: Observation) -> Observation:
     return {name: array[0] for name, array in batch.items()}
 
 
-def _plain(told: dict[str, np.ndarray]) -> dict[str, Any]:
+def _plain_info(info: dict[str, np.ndarray]) -> dict[str, Any]:
     """The only row of batched infos, as plain numbers where it can be."""
-    return {name: values[0].item() if values.ndim == 1 else values[0] for name, values in told.items()}
+    return {name: values[0].item() if values.ndim == 1 else values[0] for name, values in info.items()}

@@ -9,10 +9,10 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from kv_gym.envs.episodes import Dealer, Replay, State, Traces
-from kv_gym.envs.render import FRAMES_PER_SECOND, MODES, Frame, check_mode, draw, tokenizer_for
-from kv_gym.envs.slot_table import Observation
-from kv_gym.envs.window import Window, tiled
+from kv_gym.envs.episodes import Replay, Traces
+from kv_gym.envs.observations import Observation
+from kv_gym.envs.rendering import FRAMES_PER_SECOND, MODES, Renderer
+from kv_gym.envs.rewards import EpisodeState
 from kv_gym.errors import UserError
 
 
@@ -21,17 +21,18 @@ class KVEvictVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     Rewards, observations and infos are those of the scalar environment. An environment whose episode is over is
     reset within the same step (`AutoresetMode.SAME_STEP`): the step returns the first observation of the next
-    episode, and `infos["final_obs"]` and `infos["final_info"]` what belongs to the one that ended. In ranking mode
-    that is every environment at every step. `infos["final_obs"]` shows no slots, for nothing is left to decide, and
-    cannot be written to.
+    episode, and in `infos["final_obs"]` and `infos["final_info"]` those of the episode that ended. In ranking mode
+    that is every environment at every step. The observations in `infos["final_obs"]` show no slots, because nothing
+    is left to decide, and are read-only.
 
     ## Arguments
 
     `num_envs` environments, and all of the scalar environment's arguments. `group=K` puts K neighbours into the same
     starting state whenever they are reset, which is what group-relative advantages (GRPO) compare; K must divide
     `num_envs`. One random generator serves the whole batch. With `order="sequential"` the episodes are dealt out one
-    after the other, group by group. `reset(options=...)` takes one number for all environments, or one for each
-    group: `{"sequence": [0, 1, 2, 3], "head": 5}`.
+    after the other, group by group. `reset(options=...)` takes one number for all environments, or a list with one
+    for each group, where None means any: `{"sequence": [0, 1, None, 3], "head": 5}`. The traces are held once,
+    whatever `num_envs`; an observation of all environments takes `num_envs` x N x 8 d bytes.
     """
 
     metadata = {
@@ -58,27 +59,23 @@ class KVEvictVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         if group < 1 or num_envs < 1 or num_envs % group:
             raise UserError(f"num_envs is {num_envs} and group is {group}; expected a positive multiple of the group")
         self.num_envs, self.group = num_envs, group
-        self.render_mode = check_mode(render_mode)
-        self._tokenizer = tokenizer_for(traces, tokenizer, render_mode)
+        self.render_mode = render_mode
+        self.renderer = Renderer(render_mode, traces, tokenizer)
         self.replay = Replay(traces, **settings)
         self.single_observation_space = self.replay.observation_space
         self.single_action_space = self.replay.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
-        self._dealer = Dealer(self.replay)
-        self._state: State | None = None
-        self._frames: list[list[Frame]] = []  # of each environment, the episode that it shows
-        self._over = np.zeros(num_envs, bool)
-        self._window: Window | None = None
-        self._final_obs = self.replay.nothing()
+        self._state: EpisodeState | None = None
+        self._final_obs = self.replay.final_observation()
         for array in self._final_obs.values():
             if isinstance(array, np.ndarray):
                 array.setflags(write=False)
 
     @property
     def heads(self) -> list[tuple[int, int]]:
-        """(layer, head) of every number that an observation's `head` may show."""
-        return self.replay.table.pairs
+        """(layer, KV head) of every head id that an observation's `head` may show."""
+        return self.replay.table.head_pairs
 
     @property
     def episodes(self) -> int:
@@ -86,11 +83,11 @@ class KVEvictVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         return len(self.replay)
 
     def slots(self, decisions: NDArray[np.int64], mask: np.ndarray | None = None) -> Observation:
-        """Observations again from their `decision` ids `[B]`, for buffers that store ids instead of arrays.
+        """The observations again from their `decision` ids, for buffers that store ids instead of arrays.
 
         Args:
-            decisions: `[B]`, what `index=True` shows as `decision`.
-            mask: `[B, N]` of the observations, in eviction mode; ranking mode does without.
+            decisions: `[B]`, the `decision` of observations with `index=True`.
+            mask: `[B, N]`, the `mask` of the observations; needed in eviction mode only.
         """
         return self.replay.slots(np.asarray(decisions, np.int64).reshape(-1), mask)
 
@@ -100,87 +97,70 @@ class KVEvictVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """Begin new episodes everywhere; a seed also begins the sequential order again."""
         super().reset(seed=seed)
         if seed is not None:
-            self._dealer.rewind()
-        self._state = self.replay.start(self._deal(self.num_envs // self.group, options))
+            self.replay.restart_order()
+        self._state = self._start(self.num_envs // self.group, options)
         if self.render_mode:
-            self._over = np.zeros(self.num_envs, bool)
-            self._frames = [[self.replay.frame(self._state, row, None)] for row in range(self.num_envs)]
-            self._show()
-        return self.replay.observe(self._state), _masked(
-            self.replay.describe(self._state), np.ones(self.num_envs, bool)
-        )
+            self.renderer.reset([self.replay.frame(self._state, row, None) for row in range(self.num_envs)])
+        everywhere = np.ones(self.num_envs, bool)
+        return self.replay.observe(self._state), _with_masks(self.replay.reset_info(self._state), everywhere)
 
     def step(
         self, actions: np.ndarray
     ) -> tuple[Observation, np.ndarray, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
-        """Rank, reward, and reset what is over; `actions` is `[num_envs, N]`."""
+        """Rank the slots by the scores `actions`, `[num_envs, N]`, and reset the episodes that ended."""
         if self._state is None:
             raise UserError("step was called before reset: call reset first")
-        state, rewards, over, told = self.replay.act(self._state, actions)
+        state, rewards, ended, info = self.replay.step(self._state, actions)
         if self.render_mode:
-            for place, frames in enumerate(self._frames):
-                frame = self.replay.frame(state, place, actions[place], float(rewards[place]))
-                # an episode that ended is shown until the first decision of the next one
-                earlier = [] if self._over[place] else frames
-                self._frames[place] = frame.after(earlier)
-            self._over = over
-            self._show()
-        infos: dict[str, Any] = {}
-        if over.all():
-            state = self.replay.start(self._deal(self.num_envs // self.group, None))
-        else:
-            infos |= _masked(told, ~over)
-            if over.any():
-                self._restart(state, over)
-        self._state = state
-        if over.any():
+            rows = range(self.num_envs)
+            self.renderer.step([self.replay.frame(state, r, actions[r], float(rewards[r])) for r in rows], ended)
+        infos: dict[str, Any] = {} if ended.all() else _with_masks(info, ~ended)
+        if ended.any():
             final_obs = np.full(self.num_envs, None, dtype=object)
-            for row in np.flatnonzero(over):
+            for row in np.flatnonzero(ended):
                 final_obs[row] = self._final_obs
-            infos |= {"final_obs": final_obs, "_final_obs": over.copy()}
-            infos |= {"final_info": _masked(told, over), "_final_info": over.copy()}
-            infos |= _masked(self.replay.describe(state), over)
-        return self.replay.observe(state), rewards, over, np.zeros(self.num_envs, bool), infos
+            infos |= {"final_obs": final_obs, "_final_obs": ended.copy()}
+            infos |= {"final_info": _with_masks(info, ended), "_final_info": ended.copy()}
+            state = self._restart(state, ended)
+            infos |= _with_masks(self.replay.reset_info(state), ended)
+        self._state = state
+        return self.replay.observe(state), rewards, ended, np.zeros(self.num_envs, bool), infos
 
     def render(self) -> tuple[Any, ...] | None:
-        """What every environment shows, in the render mode; None without one, and where a window shows it.
+        """Every environment in the render mode; None without one, and where a window shows them.
 
         After the step that ends an episode this is still that episode, though the observation is of the next one.
         """
-        if self.render_mode in (None, "human"):
-            return None
-        return tuple(draw(frames, self.render_mode, self._tokenizer) for frames in self._frames)
+        return self.renderer.render()
 
     def close_extras(self, **kwargs: Any) -> None:
         """Close the window, where there is one."""
-        if self._window is not None:
-            self._window.close()
+        self.renderer.close()
 
-    def _show(self) -> None:
-        if self.render_mode == "human":
-            self._window = self._window or Window("KVEvict-v0", FRAMES_PER_SECOND)
-            self._window.show(tiled([draw(frames, "human", self._tokenizer) for frames in self._frames]))
-
-    def _restart(self, state: State, over: NDArray[np.bool_]) -> None:
-        # copies of a group replay one episode, so that they end together
-        groups = int(over.sum()) // self.group
-        fresh = self.replay.start(self._deal(groups, None))
+    def _restart(self, state: EpisodeState, ended: NDArray[np.bool_]) -> EpisodeState:
+        # the copies of a group replay one episode, so they end together
+        started = self._start(int(ended.sum()) // self.group)
+        if ended.all():
+            return started
         state.episode = state.episode.copy()
-        state.episode[over], state.block[over] = fresh.episode, fresh.block
+        state.episode[ended], state.block[ended] = started.episode, started.block
         if state.cached is not None:
-            state.cached[over] = fresh.cached
+            state.cached[ended] = started.cached
+        return state
 
-    def _deal(self, groups: int, options: dict[str, Any] | None) -> NDArray[np.int64]:
-        if options and any(np.ndim(number) for number in options.values()):
-            if any(len(number) != groups for number in options.values() if np.ndim(number)):
-                raise UserError(f"a reset option has another length than there are groups; expected {groups} numbers")
-            each = [{k: v[g] if np.ndim(v) else v for k, v in options.items()} for g in range(groups)]
-            episodes = np.concatenate([self._dealer.deal(1, self.np_random, one) for one in each])
+    def _start(self, groups: int, options: dict[str, Any] | None = None) -> EpisodeState:
+        """New episodes for `groups` groups."""
+        listed = [values for values in (options or {}).values() if np.ndim(values)]
+        if any(len(values) != groups for values in listed):
+            raise UserError(f"a reset option has another length than there are groups; expected {groups} numbers")
+        if options and listed:
+            by_group = [{k: v[g] if np.ndim(v) else v for k, v in options.items()} for g in range(groups)]
+            episodes = np.concatenate([self.replay.sample(1, self.np_random, one) for one in by_group])
         else:
-            episodes = self._dealer.deal(groups, self.np_random, options)
-        return episodes.repeat(self.group)
+            episodes = self.replay.sample(groups, self.np_random, options)
+        return self.replay.mode.start(episodes.repeat(self.group))
 
 
-def _masked(told: dict[str, np.ndarray], there: NDArray[np.bool_]) -> dict[str, np.ndarray]:
-    """Gymnasium's form of batched infos: every `key` has a `_key` that says for whom it holds."""
-    return told | {f"_{name}": there.copy() for name in told}
+def _with_masks(info: dict[str, np.ndarray], holds: NDArray[np.bool_]) -> dict[str, np.ndarray]:
+    """Gymnasium's form of batched infos: every `key` has a `_key`, `[num_envs]` bool, for whom it holds."""
+    return info | {f"_{name}": holds.copy() for name in info}

@@ -1,89 +1,455 @@
-"""The arithmetic of the rewards: who is ranked where, and what a ranking is worth over many budgets at once.
+"""The rewards of KVEvict-v0: ranking mode, eviction mode, and the arithmetic that they share.
 
-Slots are in time order here: slot ``t = position * heads + head``. For one head that is the order of the tokens;
-for a joint ranking a slot of a newer token comes after every slot of an older one, so that "the newer token wins a
-tie" is "the larger index wins".
+Inside this module the slots of a decision are in *time order*: slot ``t = position * heads + head``. For one head that
+is the order of the tokens; in a joint decision every slot of a newer token comes after all slots of older ones, so
+that "the newer token wins a tie" is "the larger index wins".
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from collections.abc import Sequence as Seq
+from dataclasses import dataclass
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
-from kv_gym.budgets.budget import Budget, parse_budget
+from kv_gym.budgets.budget import Budget, parse_budget, slots_after
+from kv_gym.budgets.selection import ordered, protection_within
+from kv_gym.envs.observations import ObservationTable
 from kv_gym.errors import UserError
+from kv_gym.traces.sequence import Sequence
 
 BudgetWeights = str | Mapping[Budget, float]
 
+CURVE = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32)  # shares of the context's tokens
 
-def in_time_order(slots: np.ndarray, heads: int) -> np.ndarray:
+
+@dataclass
+class EpisodeState:
+    """Where B environments stand.
+
+    Attributes:
+        episode: `[B]` int64, index of the episode.
+        block: `[B]` int64, blocks of the continuation that were replayed.
+        cached: `[B, N]` bool in time order, the slots still cached; None in ranking mode.
+    """
+
+    episode: NDArray[np.int64]
+    block: NDArray[np.int64]
+    cached: NDArray[np.bool_] | None = None
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a decision did to its N slots, in the observation's order; what rendering shows.
+
+    Attributes:
+        labels: `[rows]`, the budgets of a ranking, or the block.
+        kept: `[rows, N]` bool, the slots that stay.
+        best: `[rows, N]` bool, the slots with utility that an oracle would keep.
+        evictable: `[N]` bool, the slots that are ranked: cached and not protected.
+        utility: `[N]` float32, future attention to the evictable slots.
+        shares: `[rows]`, how good the choice was, at most 1; NaN where there was no choice.
+        measure: what `shares` are.
+    """
+
+    labels: list[str]
+    kept: NDArray[np.bool_]
+    best: NDArray[np.bool_]
+    evictable: NDArray[np.bool_]
+    utility: NDArray[np.float32]
+    shares: list[float]
+    measure: str
+
+
+class RankingMode:
+    """An episode is one step: one ranking of the slots, judged at every budget at once.
+
+    Attributes:
+        decision: `[E]` int64, the decision that each episode shows; those with nothing to gain are left out.
+        keys: for each reset option (`sequence`, `head`) its value in every episode, `[E]` int64.
+        picture_rows: rows that a picture has room for.
+        keeps_history: whether a picture shows the earlier decisions of the episode too.
+    """
+
+    picture_rows = len(CURVE)
+    keeps_history = False
+
+    def __init__(
+        self,
+        sequences: Seq[Sequence],
+        table: ObservationTable,
+        reduction: str,
+        sinks: int,
+        recent: int,
+        weights: BudgetWeights,
+    ) -> None:
+        """Compute the utility of every slot, and all that a reward needs and no action changes.
+
+        Args:
+            sequences: the recorded contexts.
+            table: their decisions.
+            reduction: over the query heads of a KV head, ``max`` or ``mean``.
+            sinks: first tokens to protect.
+            recent: last tokens to protect.
+            weights: see :func:`budget_weights`.
+        """
+        self._table = table
+        self._lengths, self._length_index = np.unique(table.length, return_inverse=True)
+        self._prepare_lengths(sinks, recent, weights)
+        utility = np.zeros((len(table), table.size), np.float32)
+        for i, sequence in enumerate(sequences):
+            n = len(sequence.tokens)
+            of_context = np.zeros((len(table.head_ids), table.tokens), np.float32)
+            of_context[:, :n] = sequence.utility(reduction).reshape(-1, n)[table.head_ids]
+            utility[table.sequence == i] = of_context.reshape(-1, table.size)
+        utility = to_time_order(utility, table.heads)
+        self._total = utility.sum(-1, dtype=np.float64)
+        self._utility = np.where(self._evictable[self._length_index], utility, np.float32(0))
+        self._protected_utility = self._total - self._utility.sum(-1, dtype=np.float64)
+        self._best = (np.sort(self._utility, axis=-1) * self._rank_weights[self._length_index]).sum(-1)
+        self.decision = np.flatnonzero(self._best > 0)
+        self.keys = {"sequence": table.sequence[self.decision], "head": table.head[self.decision]}
+
+    def _prepare_lengths(self, sinks: int, recent: int, weights: BudgetWeights) -> None:
+        """Arrays `[lengths, ...]` of what depends on a context's length alone."""
+        table, count = self._table, len(self._lengths)
+        self._evictable = np.zeros((count, table.size), bool)
+        self._rank_weights = np.zeros((count, table.size))  # of the worst rank first
+        self._weight_sum = np.zeros(count)
+        self._curve_slots = np.zeros((count, len(CURVE)), np.int64)  # per head
+        self._protected = np.zeros(count, np.int64)
+        for row, n in enumerate(self._lengths.tolist()):
+            by_budget, row_sinks, row_recent = budget_weights(weights, n, sinks, recent)
+            protected = protected_positions(n, n, row_sinks, row_recent)
+            self._protected[row] = protected.sum()
+            self._evictable[row, : n * table.heads] = np.repeat(~protected, table.heads)
+            by_rank = rank_weights(by_budget, int(protected.sum()), table.heads)
+            self._rank_weights[row, table.size - len(by_rank) :] = by_rank[::-1]
+            self._weight_sum[row] = by_budget.sum()
+            self._curve_slots[row] = [max(slots_after(share, n), int(protected.sum())) for share in CURVE]
+
+    def start(self, episodes: NDArray[np.int64]) -> EpisodeState:
+        """The beginning of B episodes."""
+        return EpisodeState(episodes, np.zeros(len(episodes), np.int64))
+
+    def mask(self, state: EpisodeState) -> None:
+        """None: the whole context is observed."""
+
+    def step(
+        self, state: EpisodeState, scores: NDArray[np.float32]
+    ) -> tuple[EpisodeState, np.ndarray, NDArray[np.bool_], dict[str, np.ndarray]]:
+        """State, rewards `[B]` float64, which episodes ended `[B]`, and info, for `scores` `[B, N]` as observed."""
+        decisions = self.decision[state.episode]
+        lengths = self._length_index[decisions]
+        order = ascending(to_time_order(scores, self._table.heads), self._evictable.take(lengths, axis=0))
+        order += decisions[:, None] * self._table.size
+        ranked = self._utility.reshape(-1).take(order)
+        kept = (ranked * self._rank_weights.take(lengths, axis=0)).sum(-1)
+        total, protected = self._total[decisions], self._protected_utility[decisions]
+        curve_slots = self._curve_slots[lengths]
+        free_slots = (curve_slots - self._protected[lengths, None]) * self._table.heads
+        kept_by_slots = np.zeros((len(ranked), self._table.size + 1))
+        np.cumsum(ranked[:, ::-1], axis=-1, out=kept_by_slots[:, 1:])
+        rows = np.arange(len(ranked))[:, None]
+        info = {
+            "utility_kept": (kept / self._weight_sum[lengths] + protected) / total,
+            "utility_total": total,
+            "curve": (kept_by_slots[rows, free_slots] + protected[:, None]) / total[:, None],
+            "curve_slots": curve_slots,
+        }
+        return state, kept / self._best[decisions], np.ones(len(scores), bool), info
+
+    def outcome(self, state: EpisodeState, row: int, scores: NDArray[np.float32] | None) -> Outcome:
+        """What to render of one environment after the action `scores` `[N]`; None before the first action."""
+        decision, heads = int(self.decision[state.episode[row]]), self._table.heads
+        length = self._length_index[decision]
+        utility = to_head_order(self._utility[decision][None], heads)[0]
+        evictable = to_head_order(self._evictable[length][None], heads)[0]
+        if scores is None:
+            cached = to_head_order(self._is_token(length)[None], heads)
+            return Outcome(["all"], cached, cached, evictable, utility, [float("nan")], "of best")
+        kept = self._kept_on_curve(decision, np.asarray(scores, np.float32))
+        best = self._kept_on_curve(decision, utility) & (utility > 0)
+        best_utility = (best * utility).sum(-1, dtype=np.float64)
+        kept_utility = (kept * utility).sum(-1, dtype=np.float64)
+        shares = np.divide(kept_utility, best_utility, out=np.full_like(kept_utility, np.nan), where=best_utility > 0)
+        budgets = zip(CURVE, self._curve_slots[length], strict=True)
+        labels = [f"1/{round(1 / share)} = {slots}" for share, slots in budgets]
+        return Outcome(labels, kept, best, evictable, utility, shares.tolist(), "of best")
+
+    def _kept_on_curve(self, decision: int, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """The slots that stay at each budget of the curve, `[budgets, N]`; `scores` and result as observed."""
+        length, heads = self._length_index[decision], self._table.heads
+        evictable = self._evictable[length]
+        order = ascending(to_time_order(scores[None], heads), evictable[None])[0]
+        kept = np.repeat((self._is_token(length) & ~evictable)[None], len(CURVE), axis=0)
+        for row, budget in enumerate(self._curve_slots[length]):
+            kept[row, order[len(order) - (budget - self._protected[length]) * heads :]] = True
+        return to_head_order(kept, heads)
+
+    def _is_token(self, length: int) -> NDArray[np.bool_]:
+        return np.arange(self._table.size) < self._lengths[length] * self._table.heads
+
+
+class EvictionMode:
+    """An episode is a continuation: the cache is cut to a budget before every block; evicted slots never return.
+
+    Attributes:
+        decision: `[E]` int64, the decision that each episode shows; episodes with nothing to lose are left out.
+        continuation: `[E]` int64, index of the continuation that each episode replays.
+        blocks: `[E]` int64, blocks of that continuation, the steps of the episode.
+        keys: for each reset option (`sequence`, `head`, `continuation`) its value in every episode, `[E]` int64.
+        keeps_history: whether a picture shows the earlier decisions of the episode too.
+    """
+
+    keeps_history = True
+
+    def __init__(
+        self,
+        sequences: Seq[Sequence],
+        table: ObservationTable,
+        reduction: str,
+        sinks: int,
+        recent: int,
+        budget: Budget | str,
+    ) -> None:
+        """Read the attention of every block of every continuation; arguments as for :class:`RankingMode`."""
+        self._table = table
+        self._sinks, self._recent, self._budget = sinks, recent, parse_budget(budget)
+        self._cuts: dict[tuple[int, int], int] = {}  # (tokens, new tokens) -> row of the two lists below
+        evictable: list[NDArray[np.bool_]] = []
+        capacity: list[int] = []
+        attention: list[np.ndarray] = []  # one row per (decision, continuation, block)
+        cut: list[int] = []
+        episodes: list[tuple[int, int, int, int]] = []
+        for i, sequence in enumerate(sequences):
+            decisions = np.flatnonzero(table.sequence == i)
+            for c, continuation in enumerate(sequence.continuations):
+                n, blocks = len(sequence.tokens), continuation.future.shape[3]
+                future = continuation.future[..., ("max", "mean").index(reduction)].reshape(-1, n, blocks)
+                rows = np.zeros((blocks, len(table.head_ids), table.tokens), np.float32)
+                rows[..., :n] = np.moveaxis(future[table.head_ids], -1, 0)
+                # [decisions, blocks, N]: the rows of an episode lie one after another
+                rows = rows.reshape(blocks, len(decisions), table.size).swapaxes(0, 1)
+                for decision, of_decision in zip(decisions.tolist(), rows, strict=True):
+                    episodes.append((decision, c, blocks, len(cut)))
+                    attention.append(to_time_order(of_decision, table.heads))
+                    for block in range(blocks):
+                        key = n, block * continuation.block
+                        if key not in self._cuts:
+                            self._cuts[key] = len(capacity)
+                            slots, count = self._cut(*key)
+                            evictable.append(slots)
+                            capacity.append(count)
+                        cut.append(self._cuts[key])
+        self._attention = np.concatenate(attention) if attention else np.zeros((0, table.size), np.float32)
+        self._cut_of = np.array(cut, np.int64)
+        self._evictable = np.array(evictable).reshape(-1, table.size)
+        self._capacity = np.array(capacity, np.int64)
+        self._total, self._losable = np.zeros(len(cut)), np.zeros(len(cut))
+        for row, which in enumerate(cut):  # row by row, because this is the largest array
+            self._total[row] = self._attention[row].astype(np.float64).sum()
+            self._attention[row] *= self._evictable[which]
+            self._losable[row] = self._attention[row].astype(np.float64).sum()
+        columns = np.array(episodes, np.int64).reshape(-1, 4)
+        can_lose = [self._losable[first : first + blocks].any() for _, _, blocks, first in episodes]
+        self.decision, self.continuation, self.blocks, self._first_row = columns[np.array(can_lose, bool)].T
+        self.keys = {
+            "sequence": table.sequence[self.decision],
+            "head": table.head[self.decision],
+            "continuation": self.continuation,
+        }
+
+    def _cut(self, n: int, new: int) -> tuple[NDArray[np.bool_], int]:
+        """The evictable slots `[N]`, and how many of them stay, `new` tokens after a context of `n`."""
+        heads, budget = self._table.heads, slots_after(self._budget, n)
+        sinks, latest = protection(budget, self._sinks, max(self._recent, new))
+        # the new tokens are the most recent ones: they come first, the rest of the window reaches into the context
+        cached_new = min(new, latest)
+        protected = protected_positions(n, n + new, sinks, min(self._recent, latest))
+        evictable = np.zeros(self._table.size, bool)
+        evictable[: n * heads] = np.repeat(~protected, heads)
+        return evictable, (budget - cached_new - int(protected.sum())) * heads
+
+    def full_cache(self, episodes: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """The cache at the start, `[B, N]` bool in time order: every token of the context."""
+        slots = self._table.length[self.decision[episodes]] * self._table.heads
+        return np.arange(self._table.size) < slots[:, None]
+
+    def start(self, episodes: NDArray[np.int64]) -> EpisodeState:
+        """The beginning of B episodes."""
+        return EpisodeState(episodes, np.zeros(len(episodes), np.int64), self.full_cache(episodes))
+
+    def mask(self, state: EpisodeState) -> NDArray[np.bool_]:
+        """The slots that are still cached, `[B, N]` in the observation's order."""
+        assert state.cached is not None
+        return to_head_order(state.cached, self._table.heads)
+
+    def step(
+        self, state: EpisodeState, scores: NDArray[np.float32]
+    ) -> tuple[EpisodeState, np.ndarray, NDArray[np.bool_], dict[str, np.ndarray]]:
+        """State, rewards `[B]` float64, which episodes ended `[B]`, and info, for `scores` `[B, N]` as observed."""
+        assert state.cached is not None
+        cached, rewards, info = self.evict(state.episode, state.block, state.cached, scores)
+        after = EpisodeState(state.episode, state.block + 1, cached)
+        return after, rewards, after.block >= self.blocks[state.episode], info
+
+    def evict(
+        self,
+        episodes: NDArray[np.int64],
+        block: NDArray[np.int64],
+        cached: NDArray[np.bool_],
+        scores: NDArray[np.float32],
+    ) -> tuple[NDArray[np.bool_], np.ndarray, dict[str, np.ndarray]]:
+        """Cut the cache to the budget, then let the next block attend to it.
+
+        Args:
+            episodes: `[B]` int64.
+            block: `[B]` int64, the block that is about to attend.
+            cached: `[B, N]` bool in time order.
+            scores: `[B, N]` in the observation's order.
+
+        Returns:
+            The slots still cached, rewards `[B]` float64, and info.
+        """
+        rows = self._first_row[episodes] + block
+        cut = self._cut_of[rows]
+        evictable = self._evictable[cut]
+        scores = to_time_order(scores, self._table.heads)
+        cached = cached & (top_slots(scores, evictable & cached, self._capacity[cut]) | ~evictable)
+        kept = np.multiply(self._attention[rows], cached, dtype=np.float64).sum(-1)
+        losable, total = self._losable[rows], self._total[rows]
+        protected = total - losable
+        # 1 where there is no attention to lose
+        reward = np.divide(kept, losable, out=np.ones_like(kept), where=losable > 0)
+        return cached, reward, {
+            "utility_kept": np.divide(kept + protected, total, out=np.ones_like(kept), where=total > 0),
+            "utility_total": total,
+            "slots": cached.sum(-1),
+            "block": block.copy(),
+        }  # fmt: skip
+
+    def future_attention(
+        self, episodes: NDArray[np.int64], block: NDArray[np.int64], cached: NDArray[np.bool_], highest: bool = False
+    ) -> tuple[NDArray[np.bool_], NDArray[np.int64], NDArray[np.float32]]:
+        """What the next cut decides about, and the utility of each slot for the rest of the continuation.
+
+        Args:
+            episodes: `[B]` int64.
+            block: `[B]` int64, the block that is about to attend.
+            cached: `[B, N]` bool in time order.
+            highest: the most attention of any block instead of the sum over blocks (Golden Eviction).
+
+        Returns:
+            The evictable slots `[B, N]` bool, how many of them stay `[B]`, and the attention that `block` and all
+            later ones pay to each slot while it is not protected, `[B, N]` float32; all in time order.
+        """
+        rows = self._first_row[episodes] + block
+        cut = self._cut_of[rows]
+        last = self._first_row[episodes] + self.blocks[episodes] - 1
+        utility = self._attention[rows]
+        for later in range(1, int((last - rows).max(initial=0)) + 1):
+            in_episode = (rows + later <= last)[:, None]
+            more = np.where(in_episode, self._attention[np.minimum(rows + later, last)], 0)
+            utility = np.maximum(utility, more) if highest else utility + more
+        return self._evictable[cut] & cached, self._capacity[cut], utility
+
+    @property
+    def picture_rows(self) -> int:
+        """Rows that a picture has room for: the start, and the blocks of the longest continuation."""
+        return 1 + int(self.blocks.max(initial=0))
+
+    def outcome(self, state: EpisodeState, row: int, scores: NDArray[np.float32] | None) -> Outcome:
+        """What to render of one environment, whose `state` is the one after the last action."""
+        assert state.cached is not None
+        heads, first = self._table.heads, self._first_row[state.episode[row]]
+        block, cached = int(state.block[row]), state.cached[row]
+        utility = self._attention[first : first + self.blocks[state.episode[row]]].sum(0)
+        evictable = best = cached
+        label, share = "start", float("nan")
+        if block:
+            attending = first + block - 1
+            cut = self._cut_of[attending]
+            evictable, losable = self._evictable[cut], self._losable[attending]
+            best = top_slots(utility[None], evictable[None], self._capacity[cut][None])[0] & (utility > 0)
+            kept = np.multiply(self._attention[attending], cached, dtype=np.float64).sum()
+            label, share = f"block {block}", float(kept / losable) if losable > 0 else float("nan")
+        kept_slots, best_slots, ranked, shown_utility = (
+            to_head_order(array[None], heads) for array in (cached, best, evictable, utility)
+        )
+        return Outcome([label], kept_slots, best_slots, ranked[0], shown_utility[0], [share], "reward")
+
+
+def to_time_order(slots: np.ndarray, heads: int) -> np.ndarray:
     """`[B, heads * N]` with one head after the other, to `[B, N * heads]` with one token after the other."""
     if heads == 1:
         return slots
     return slots.reshape(len(slots), heads, -1).swapaxes(1, 2).reshape(len(slots), -1)
 
 
-def by_head(slots: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of :func:`in_time_order`."""
+def to_head_order(slots: np.ndarray, heads: int) -> np.ndarray:
+    """The inverse of :func:`to_time_order`."""
     if heads == 1:
         return slots
     return slots.reshape(len(slots), -1, heads).swapaxes(1, 2).reshape(len(slots), -1)
 
 
-def _order_keys(scores: NDArray[np.float32], open_slots: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Integers that order like (open, score, index): sorting them is stable and far faster than a stable argsort."""
+def _order_keys(scores: NDArray[np.float32], evictable: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Integers that order like (evictable, score, index): sorting them is much faster than a stable argsort."""
     if not np.isfinite(scores).all():
         raise UserError("the action holds a score that is not finite; expected numbers, best within [-1, 1]")
-    # + 0.0 makes one zero of the two
-    bits = np.where(open_slots, scores + np.float32(0.0), np.float32(-np.inf)).view(np.int32)
-    keys = (bits ^ ((bits >> 31) & np.int32(0x7FFFFFFF))).astype(np.int64)  # floats order like these integers
+    # adding zero makes -0.0 the same as 0.0
+    keys = ordered(torch.from_numpy(np.where(evictable, scores + np.float32(0.0), np.float32(-np.inf)))).numpy()
     keys <<= 32
     keys |= np.arange(scores.shape[-1])
     return keys
 
 
-def worst_first(scores: NDArray[np.float32], open_slots: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Indices `[B, N]` of every row's slots, from the first to be evicted to the last; closed slots come first.
+def ascending(scores: NDArray[np.float32], evictable: NDArray[np.bool_]) -> NDArray[np.int64]:
+    """Indices `[B, N]` of every row's slots by rising score: slots that are not evictable, then the first to go.
 
-    The same order as `kv_gym.budgets.keep_order` gives, reversed: ties go to the newer token.
+    The reverse of the order of `kv_gym.budgets.keep_order`: ties go to the newer token.
 
     Args:
         scores: `[B, N]` float32 in time order, higher = keep.
-        open_slots: `[B, N]` bool, the slots that are ranked: cached and not protected.
+        evictable: `[B, N]` bool, the slots that are ranked: cached and not protected.
 
     Raises:
         UserError: a score is not finite.
     """
-    keys = _order_keys(scores, open_slots)
+    keys = _order_keys(scores, evictable)
     keys.sort(axis=-1)
     keys &= 0xFFFFFFFF
     return keys
 
 
-def best(scores: NDArray[np.float32], open_slots: NDArray[np.bool_], room: NDArray[np.int64]) -> NDArray[np.bool_]:
-    """The `room` `[B]` (from 1) open slots of each row that rank highest, `[B, N]` bool; all where fewer are open.
+def top_slots(
+    scores: NDArray[np.float32], evictable: NDArray[np.bool_], counts: NDArray[np.int64]
+) -> NDArray[np.bool_]:
+    """The `counts` `[B]` (from 1) evictable slots of each row with the highest scores, `[B, N]` bool.
 
-    The last slots of :func:`worst_first`, found without placing every slot.
+    All of them where fewer are evictable. These are the last slots of :func:`ascending`, found without a full sort of
+    the indices.
     """
-    keys = _order_keys(scores, open_slots)
+    keys = _order_keys(scores, evictable)
     size = keys.shape[-1]
-    last = np.sort(keys, axis=-1)[np.arange(len(keys)), np.maximum(size - room, 0)]
-    return open_slots & (keys >= last[:, None])
+    lowest = np.sort(keys, axis=-1)[np.arange(len(keys)), np.maximum(size - counts, 0)]
+    return evictable & (keys >= lowest[:, None])
+
+
+def protection(budget: int, sinks: int, recent: int) -> tuple[int, int]:
+    """First and last tokens that a budget really protects: at most half of it, recent tokens give way first."""
+    kept_sinks, kept_recent = protection_within(torch.tensor(budget), sinks, recent)
+    return int(kept_sinks), int(kept_recent)
 
 
 def protected_positions(n: int, seen: int, sinks: int, recent: int) -> NDArray[np.bool_]:
     """Which of the first `n` tokens are protected when `seen` tokens were seen, `[n]` bool."""
     position = np.arange(n)
     return (position < sinks) | (seen - 1 - position < recent)
-
-
-def shrunk_protection(budget: int, sinks: int, recent: int) -> tuple[int, int]:
-    """Sinks and recent tokens that a budget really protects: at most half of it, recent tokens give way first."""
-    room = budget // 2
-    sinks = min(sinks, room)
-    return sinks, min(recent, room - sinks)
 
 
 def budget_weights(weights: BudgetWeights, n: int, sinks: int, recent: int) -> tuple[NDArray[np.float64], int, int]:
@@ -93,11 +459,12 @@ def budget_weights(weights: BudgetWeights, n: int, sinks: int, recent: int) -> t
         weights: ``"log"`` (budgets log-uniform up to n / 2, weight 1 / b), ``"uniform"`` (weight 1 up to n / 2), or
             a mapping from budgets (slots per head, or shares of the tokens) to weights.
         n: tokens of the context.
-        sinks, recent: first and last tokens to protect; they shrink to half the largest budget.
+        sinks: first tokens to protect; they shrink to half of the largest budget, after the recent ones.
+        recent: last tokens to protect.
 
     Returns:
         `[n + 1]` float64, the weight of each budget in slots per head, zero at and below the number of protected
-        tokens, where there is nothing to choose; then sinks and recent as they hold.
+        tokens, where there is nothing to choose; then sinks and recent after shrinking.
 
     Raises:
         UserError: another name, or a mapping with no positive weight above the protected tokens.
@@ -110,26 +477,19 @@ def budget_weights(weights: BudgetWeights, n: int, sinks: int, recent: int) -> t
         by_budget[budgets] = 1.0 / budgets if weights == "log" else 1.0
     else:
         for budget, weight in weights.items():
-            by_budget[min(n, slots(budget, n))] += weight
+            by_budget[min(n, slots_after(parse_budget(budget), n))] += weight
     if by_budget.min() < 0 or not by_budget.any():
         raise UserError(f"budget_weights {weights} are not all positive; expected a mapping budget -> weight above 0")
-    sinks, recent = shrunk_protection(int(np.flatnonzero(by_budget)[-1]), sinks, recent)
+    sinks, recent = protection(int(np.flatnonzero(by_budget)[-1]), sinks, recent)
     by_budget[: int(protected_positions(n, n, sinks, recent).sum()) + 1] = 0.0
     return by_budget, sinks, recent
 
 
-def slots(budget: Budget, n: int) -> int:
-    """A budget in slots per head for a context of `n` tokens; a share is rounded down, to at least 1."""
-    parsed = parse_budget(budget)
-    # the tiny term keeps 0.29 * 100 at 29, as kv_gym.budgets.slots_per_head does
-    return parsed if isinstance(parsed, int) else max(1, int(parsed * n + 1e-6))
-
-
 def rank_weights(by_budget: NDArray[np.float64], protected: int, heads: int = 1) -> NDArray[np.float64]:
-    """Λ: what it is worth to be ranked r-th among the open slots, `[heads * n]` float64, falling with r.
+    """The weight of rank r among the evictable slots, `[heads * n]` float64, falling with r.
 
     A slot of rank r (from 0) stays at every total budget above ``protected + r``, so that the sum over budgets of
-    weight times kept utility is the sum over slots of utility times Λ(rank): one pass, no loop over budgets.
+    weight times kept utility is the sum over slots of utility times weight of its rank: one pass, no loop over budgets.
 
     Args:
         by_budget: `[n + 1]` weights of budgets per head, zero up to `protected`.

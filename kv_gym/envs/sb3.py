@@ -9,7 +9,8 @@ import numpy as np
 from stable_baselines3.common.vec_env import VecEnv
 
 from kv_gym.envs.kv_evict_vector import KVEvictVectorEnv
-from kv_gym.envs.slot_table import Observation
+from kv_gym.envs.observations import Observation
+from kv_gym.errors import UserError
 
 
 class KVEvictVecEnv(VecEnv):
@@ -30,9 +31,11 @@ class KVEvictVecEnv(VecEnv):
 
     def reset(self) -> Observation:  # type: ignore[override]
         """Begin new episodes, with the seed and the options that were set before."""
-        names = {name for options in self._options for name in options}
-        leaders = self._options[:: self.env.group]
-        options = {name: [one[name] for one in leaders] for name in names}
+        by_group = self._options[:: self.env.group]
+        if any(options != by_group[i // self.env.group] for i, options in enumerate(self._options)):
+            raise UserError("environments of one group start in one state; set the same options for all of a group")
+        names = dict.fromkeys(name for options in by_group for name in options)
+        options = {name: [of_group.get(name) for of_group in by_group] for name in names}
         observation, infos = self.env.reset(seed=self._seeds[0], options=options)
         self.reset_infos = _rows(infos, self.num_envs)
         self._reset_seeds()
@@ -40,26 +43,24 @@ class KVEvictVecEnv(VecEnv):
         return observation
 
     def step_async(self, actions: np.ndarray) -> None:
-        """Remember the scores `[num_envs, N]`."""
+        """Store the scores `[num_envs, N]` until :meth:`step_wait`."""
         self._actions = actions
 
     def step_wait(self) -> tuple[Observation, np.ndarray, np.ndarray, list[dict]]:  # type: ignore[override]
         """Observations, rewards `[num_envs]` float32, dones, and one dict of infos per environment."""
-        observation, rewards, over, _, told = self.env.step(self._actions)
-        infos = [{} for _ in over] if over.all() else _rows(told, self.num_envs)
-        if over.any():
-            final = _rows(told["final_info"], self.num_envs)
-            begun = _rows(told, self.num_envs)
-            for row in np.flatnonzero(over):
-                self.reset_infos[row] = begun[row]
-                infos[row] = final[row] | {
-                    "terminal_observation": dict(told["final_obs"][row]),
-                    "TimeLimit.truncated": False,
-                }
-        return observation, rewards.astype(np.float32), over, infos
+        observation, rewards, ended, _, info = self.env.step(self._actions)
+        rows = _rows(info, self.num_envs)
+        final = _rows(info.get("final_info", {}), self.num_envs)
+        for row in np.flatnonzero(ended):
+            self.reset_infos[row] = rows[row]
+            rows[row] = final[row] | {
+                "terminal_observation": dict(info["final_obs"][row]),
+                "TimeLimit.truncated": False,
+            }
+        return observation, rewards.astype(np.float32), ended, rows
 
     def close(self) -> None:
-        """Release nothing: all is in memory."""
+        """Close the window, where there is one."""
         self.env.close()
 
     def get_images(self) -> list[np.ndarray | None]:
@@ -85,12 +86,10 @@ class KVEvictVecEnv(VecEnv):
 
 
 def _rows(infos: dict[str, Any], count: int) -> list[dict[str, Any]]:
-    """Gymnasium's dict of arrays as SB3's list of dicts."""
+    """Gymnasium's dict of arrays as the list of dicts that SB3 expects."""
     rows: list[dict[str, Any]] = [{} for _ in range(count)]
     for name, values in infos.items():
-        there = infos.get(f"_{name}")
-        if name.startswith(("_", "final_")) or there is None:
-            continue
-        for row in np.flatnonzero(there):
-            rows[row][name] = values[row]
+        if not name.startswith(("_", "final_")):
+            for row in np.flatnonzero(infos[f"_{name}"]):
+                rows[row][name] = values[row]
     return rows

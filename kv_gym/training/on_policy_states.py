@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kv_gym.budgets import parse_budget
-from kv_gym.envs.eviction import Eviction
-from kv_gym.envs.slot_table import SlotTable
+from kv_gym.envs.observations import ObservationTable
+from kv_gym.envs.rewards import EvictionMode
 from kv_gym.errors import UserError
 from kv_gym.policies.scoring.inputs import slot_inputs
 from kv_gym.traces.sequence import Sequence
@@ -56,8 +56,8 @@ class Reached:
         Raises:
             UserError: no continuation attends to anything that could go.
         """
-        self._table = SlotTable(sequences)
-        self._rules = Eviction(sequences, self._table, "max", sinks, recent, parse_budget(budget))
+        self._table = ObservationTable(sequences)
+        self._rules = EvictionMode(sequences, self._table, "max", sinks, recent, parse_budget(budget))
         rules = self._rules
         self._block = [[c.block for c in sequence.continuations] for sequence in sequences]
         names = np.stack((self._table.sequence[rules.decision], rules.continuation), 1)
@@ -82,7 +82,7 @@ class Reached:
         target = [int(torch.randint(int(self._rules.blocks[group[0]]), ())) for group in chosen]
         episodes = np.concatenate(chosen)
         stop = np.repeat(target, [len(group) for group in chosen])
-        cached = self._rules.whole(episodes)
+        cached = self._rules.full_cache(episodes)
         for block in range(stop.max(initial=0)):
             going = np.flatnonzero(stop > block)
             at = np.full(len(going), block)
@@ -98,7 +98,7 @@ class Reached:
         """
         rewards = []
         for episodes in self._groups:
-            cached = self._rules.whole(episodes)
+            cached = self._rules.full_cache(episodes)
             for block in range(int(self._rules.blocks[episodes[0]])):
                 at = np.full(len(episodes), block)
                 cached, reward, _ = self._rules.evict(episodes, at, cached, self._scores(episodes, at, cached, score))
@@ -110,13 +110,13 @@ class Reached:
     ) -> NDArray[np.float32]:
         """`[B, N]`, by a policy, or by what the future attends to most."""
         if score is None:
-            return self._rules.ahead(episodes, block, cached, highest=True)[2]
+            return self._rules.future_attention(episodes, block, cached, highest=True)[2]
         return score(*self._inputs(episodes, block)).numpy()
 
     def _states(
         self, episodes: NDArray[np.int64], block: NDArray[np.int64], cached: NDArray[np.bool_], highest: bool
     ) -> States:
-        may_go, room, worth = self._rules.ahead(episodes, block, cached, highest)
+        may_go, room, worth = self._rules.future_attention(episodes, block, cached, highest)
         there = torch.from_numpy(may_go)
         # the same slots in front, in their order
         first = there.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : int(there.sum(-1).max())]

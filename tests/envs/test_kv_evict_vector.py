@@ -1,5 +1,7 @@
 """The native batch equals the scalar environment, resets within the step, and puts groups into one state."""
 
+import warnings
+
 import gymnasium as gym
 import numpy as np
 import pytest
@@ -139,3 +141,25 @@ def test_every_environment_is_rendered():
     env.step(env.action_space.sample())
     first, second = env.render()
     assert first.startswith("context 0") and second.startswith("context 1")
+
+
+def sync(mode=AutoresetMode.NEXT_STEP, **settings):
+    return gym.make_vec(
+        "KVEvict-v0", num_envs=2, vectorization_mode="sync", vector_kwargs={"autoreset_mode": mode},
+        traces=random_contexts(), **settings,
+    )  # fmt: skip
+
+
+def test_a_vector_environment_whose_resets_take_steps_is_warned_about():
+    with pytest.warns(UserWarning, match="every second transition is an empty reset.*SAME_STEP"):
+        sync().reset(seed=0)
+
+
+@pytest.mark.parametrize("settings", [{"mode": AutoresetMode.SAME_STEP}, {"budget": 4}])
+def test_other_vector_environments_are_not(settings):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        env = sync(**settings)
+        env.reset(seed=0)
+        env.step(env.action_space.sample())
+        env.reset()

@@ -1,4 +1,4 @@
-"""What an agent sees: the slots of every decision, stacked once so that a batch is one gather."""
+"""What an agent observes: the slots of every decision, stacked once so that a batch of observations is one gather."""
 
 from __future__ import annotations
 
@@ -20,18 +20,19 @@ Observation = dict[str, np.ndarray]
 Heads = str | Seq[tuple[int, int]]
 
 
-class SlotTable:
+class ObservationTable:
     """The slots of M decisions of N slots each; N = `tokens` for one head, heads x `tokens` for a joint ranking.
 
     Attributes:
-        pairs: every recorded head as (model layer, head), in the order of its number.
-        chosen: numbers of the heads that are replayed.
-        joint: all heads are one decision.
+        head_pairs: every recorded head as (model layer, head); the index in this list is the head's id.
+        head_ids: `[H]` int64, ids of the heads that are replayed.
+        joint: all heads are ranked in one decision.
         tokens: tokens per head, padding included.
         heads: heads within one decision (1 unless joint).
-        sequence, head: `[M]` int64, which context and which head (-1 if joint) a decision shows.
+        sequence: `[M]` int64, index of the context that a decision shows.
+        head: `[M]` int64, id of the head that a decision shows, -1 if joint.
         length: `[M]` int64, tokens of its context.
-        clipped: `[M]` int64, numbers of its observation that lay out of bounds.
+        clipped: `[M]` int64, numbers of its observation that were out of bounds.
     """
 
     def __init__(
@@ -44,18 +45,18 @@ class SlotTable:
         """Copy keys and values of all contexts into two arrays.
 
         Raises:
-            UserError: no context, contexts of different models, an unknown head, or a context above `max_tokens`.
+            UserError: no context, contexts of different models, an unboxes head, or a context above `max_tokens`.
         """
-        self.pairs = _pairs(sequences)
+        self.head_pairs = _head_pairs(sequences)
         self.joint = heads == "joint"
-        self.chosen = _chosen(heads, self.pairs)
+        self.head_ids = _head_ids(heads, self.head_pairs)
         self.tokens = _tokens(sequences, max_tokens)
-        self.heads = len(self.chosen) if self.joint else 1
-        per_context = 1 if self.joint else len(self.chosen)
+        self.heads = len(self.head_ids) if self.joint else 1
+        per_context = 1 if self.joint else len(self.head_ids)
         lengths = np.array([len(sequence.tokens) for sequence in sequences])
         self.sequence = np.repeat(np.arange(len(sequences)), per_context)
         self.length = np.repeat(lengths, per_context)
-        self.head = np.full(len(sequences), -1) if self.joint else np.tile(self.chosen, len(sequences))
+        self.head = np.full(len(sequences), -1) if self.joint else np.tile(self.head_ids, len(sequences))
         self._stack(sequences, tuple(make_policy(policy) for policy in features))
 
     def __len__(self) -> int:
@@ -66,22 +67,22 @@ class SlotTable:
         """Slots of one decision, padding included."""
         return self.heads * self.tokens
 
-    def _stack(self, sequences: Seq[Sequence], scorers: tuple[Policy, ...]) -> None:
+    def _stack(self, sequences: Seq[Sequence], policies: tuple[Policy, ...]) -> None:
         width = sequences[0].keys.shape[-1]
-        widths = {"key": width, "value": width} | ({"features": len(scorers)} if scorers else {})
-        # one more slot than there are, of zeros: what is not cached is taken from there
+        widths = {"key": width, "value": width} | ({"features": len(policies)} if policies else {})
+        # one extra slot of zeros at the end: gather takes slots that are not cached from there
         self._rows = {name: np.zeros((len(self) * self.size + 1, w), np.float32) for name, w in widths.items()}
         self._arrays = {name: rows[:-1].reshape(len(self), self.size, -1) for name, rows in self._rows.items()}
         by_context = {
-            name: array.reshape(len(sequences), len(self.chosen), self.tokens, -1)
+            name: array.reshape(len(sequences), len(self.head_ids), self.tokens, -1)
             for name, array in self._arrays.items()
         }
         for i, sequence in enumerate(sequences):
             n = len(sequence.tokens)
-            by_context["key"][i, :, :n] = sequence.keys.reshape(-1, n, width)[self.chosen]
-            by_context["value"][i, :, :n] = sequence.values.reshape(-1, n, width)[self.chosen]
-            if scorers:
-                by_context["features"][i, :, :n] = _scores(sequence, scorers)[self.chosen]
+            by_context["key"][i, :, :n] = sequence.keys.reshape(-1, n, width)[self.head_ids]
+            by_context["value"][i, :, :n] = sequence.values.reshape(-1, n, width)[self.head_ids]
+            if policies:
+                by_context["features"][i, :, :n] = _policy_scores(sequence, policies)[self.head_ids]
         self.clipped = np.zeros(len(self), np.int64)
         for array in self._arrays.values():
             for decision, slots in enumerate(array):
@@ -90,38 +91,38 @@ class SlotTable:
                 if out_of_bounds:
                     self.clipped[decision] += out_of_bounds
                     np.nan_to_num(np.clip(slots, -BOUND, BOUND, out=slots), copy=False)
-        different, self._layout = np.unique(self.length, return_inverse=True)
-        there = np.tile(np.arange(self.tokens), self.heads) < different[:, None]
-        self._mask = there.astype(np.int8)
-        self._position = np.where(there, np.tile(np.arange(self.tokens), self.heads), -1).astype(np.float32)
-        self._slot_head = np.repeat(self.chosen, self.tokens).astype(np.int32)
+        lengths, self._length_index = np.unique(self.length, return_inverse=True)
+        is_token = np.tile(np.arange(self.tokens), self.heads) < lengths[:, None]
+        self._mask = is_token.astype(np.int8)
+        self._position = np.where(is_token, np.tile(np.arange(self.tokens), self.heads), -1).astype(np.float32)
+        self._slot_head = np.repeat(self.head_ids, self.tokens).astype(np.int32)
 
     def gather(self, decisions: NDArray[np.int64], cached: NDArray[np.bool_] | None = None) -> Observation:
         """New arrays with the observations of B decisions.
 
         Args:
             decisions: `[B]` int64.
-            cached: `[B, N]` bool, the slots that are still there; None means all. The others are zeros.
+            cached: `[B, N]` bool, the slots that are still cached, the others show zeros; None means all.
         """
-        layout = self._layout[decisions]
+        length_index = self._length_index[decisions]
         observation: Observation
         if cached is None:
             observation = {name: array.take(decisions, axis=0) for name, array in self._arrays.items()}
-            observation["position"] = self._position.take(layout, axis=0)
-            observation["mask"] = self._mask.take(layout, axis=0)
+            observation["position"] = self._position.take(length_index, axis=0)
+            observation["mask"] = self._mask.take(length_index, axis=0)
         else:
             slots = np.where(cached, decisions[:, None] * self.size + np.arange(self.size), len(self) * self.size)
             observation = {name: rows.take(slots, axis=0) for name, rows in self._rows.items()}
-            observation["position"] = np.where(cached, self._position.take(layout, axis=0), np.float32(-1))
-            observation["mask"] = self._mask.take(layout, axis=0) & cached
+            observation["position"] = np.where(cached, self._position.take(length_index, axis=0), np.float32(-1))
+            observation["mask"] = self._mask.take(length_index, axis=0) & cached
         if self.joint:
             observation["head"] = np.repeat(self._slot_head[None], len(decisions), axis=0)
         else:
             observation["head"] = self.head[decisions]
         return observation
 
-    def nothing(self) -> Observation:
-        """What is seen when an episode is over: no slots."""
+    def empty(self) -> Observation:
+        """The observation of one environment whose episode is over: no slots."""
         observation: Observation = {name: np.zeros(array.shape[1:], np.float32) for name, array in self._arrays.items()}
         observation["position"] = np.full(self.size, -1, np.float32)
         observation["mask"] = np.zeros(self.size, np.int8)
@@ -129,22 +130,22 @@ class SlotTable:
         return observation
 
     def space(self, index: bool) -> spaces.Dict:
-        """The observation space of one decision; its bounds do not depend on the numbers in the traces."""
-        known: dict[str, spaces.Space] = {
+        """The observation space of one environment; its bounds do not depend on the numbers in the traces."""
+        boxes: dict[str, spaces.Space] = {
             name: spaces.Box(-BOUND, BOUND, array.shape[1:], np.float32) for name, array in self._arrays.items()
         }
-        known["position"] = spaces.Box(-1.0, LAST_POSITION, (self.size,), np.float32)
-        known["mask"] = spaces.Box(0, 1, (self.size,), np.int8)
+        boxes["position"] = spaces.Box(-1.0, LAST_POSITION, (self.size,), np.float32)
+        boxes["mask"] = spaces.Box(0, 1, (self.size,), np.int8)
         if self.joint:
-            known["head"] = spaces.Box(0, len(self.pairs) - 1, (self.size,), np.int32)
+            boxes["head"] = spaces.Box(0, len(self.head_pairs) - 1, (self.size,), np.int32)
         else:
-            known["head"] = spaces.Discrete(len(self.pairs))
+            boxes["head"] = spaces.Discrete(len(self.head_pairs))
         if index:
-            known["decision"] = spaces.Box(0, LAST_DECISION, (1,), np.int32)
-        return spaces.Dict(known)
+            boxes["decision"] = spaces.Box(0, LAST_DECISION, (1,), np.int32)
+        return spaces.Dict(boxes)
 
 
-def _pairs(sequences: Seq[Sequence]) -> list[tuple[int, int]]:
+def _head_pairs(sequences: Seq[Sequence]) -> list[tuple[int, int]]:
     if not sequences:
         raise UserError("the trace set holds no context; expected at least one (is the split or task right?)")
     first = sequences[0]
@@ -162,15 +163,15 @@ def _sizes(sequence: Sequence) -> tuple[int, int, int]:
     return layers, heads, width
 
 
-def _chosen(heads: Heads, pairs: list[tuple[int, int]]) -> NDArray[np.int64]:
+def _head_ids(heads: Heads, pairs: list[tuple[int, int]]) -> NDArray[np.int64]:
     if isinstance(heads, str):
         if heads not in ("all", "joint"):
             raise UserError(f"heads is {heads!r}; expected 'all', 'joint' or a list of (layer, head) pairs")
         return np.arange(len(pairs))
     wanted = [(int(layer), int(head)) for layer, head in heads]
-    unknown = [pair for pair in wanted if pair not in pairs]
-    if unknown or not wanted:
-        what = f"head {unknown[0]} is not in the traces" if unknown else "heads is empty"
+    unboxes = [pair for pair in wanted if pair not in pairs]
+    if unboxes or not wanted:
+        what = f"head {unboxes[0]} is not in the traces" if unboxes else "heads is empty"
         raise UserError(f"{what}; expected (layer, head) pairs from {pairs[0]} to {pairs[-1]}")
     return np.array([pairs.index(pair) for pair in wanted])
 
@@ -185,10 +186,10 @@ def _tokens(sequences: Seq[Sequence], max_tokens: int | None) -> int:
     return len(longest.tokens) if max_tokens is None else max_tokens
 
 
-def _scores(sequence: Sequence, scorers: tuple[Policy, ...]) -> np.ndarray:
+def _policy_scores(sequence: Sequence, policies: tuple[Policy, ...]) -> np.ndarray:
     """Scores of policies as features, `[L * H, n, F]`."""
     columns = []
-    for policy in scorers:
+    for policy in policies:
         sequence.refuse_unrecorded(policy)
         layers = range(len(sequence.layers))
         views = (sequence.view(i, policy=policy.statistics, hidden=policy.needs_hidden) for i in layers)

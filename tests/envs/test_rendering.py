@@ -9,49 +9,60 @@ import pytest
 from env_traces import context, one_head, random_contexts
 
 import kv_gym  # noqa: F401
-from kv_gym.envs import picture as drawing
-from kv_gym.envs.lettering import letters, shortened, write
-from kv_gym.envs.picture import LEFT, LEGEND, MISSED, NEEDLESSLY_KEPT, PLOT, PROTECTED, RIGHTLY_GONE, RIGHTLY_KEPT
-from kv_gym.envs.window import NO_WINDOW, Window, tiled
-
-LANE = drawing.TOP + drawing.WORDS + drawing.BARS + drawing.GAP
+from kv_gym.envs import rendering
+from kv_gym.envs.rendering import (
+    EVICTED,
+    EVICTED_WRONGLY,
+    KEPT,
+    KEPT_NEEDLESSLY,
+    LEFT,
+    LEGEND,
+    NO_WINDOW,
+    PLOT_WIDTH,
+    PROTECTED,
+    Window,
+    draw_text,
+    paste,
+    shorten,
+    tile,
+)
 
 
 def made(traces, mode="rgb_array", **settings):
     return gym.make("KVEvict-v0", traces=traces, render_mode=mode, **settings)
 
 
-def lane(image, row, tokens, height=24):
+def row_colours(image, row, tokens, height=24):
     """The colour of each token in a row of the picture."""
-    y = LANE + row * height + 5
-    return [tuple(image[y, LEFT + int((token + 0.5) * PLOT / tokens)].tolist()) for token in range(tokens)]
+    y = rendering.ROWS_TOP + row * height + 5
+    return [tuple(image[y, LEFT + int((token + 0.5) * PLOT_WIDTH / tokens)].tolist()) for token in range(tokens)]
 
 
 def test_lanes_show_who_stays_and_who_should():
     env = made([one_head([0.4, 0.1, 0.3, 0.2, 0.0, 0.6, 0.1, 0.9])], sinks=1, recent=1)
     env.reset()
     before = env.render()
-    assert lane(before, 0, 8) == [PROTECTED, *[RIGHTLY_KEPT] * 6, PROTECTED]
+    assert row_colours(before, 0, 8) == [PROTECTED, *[KEPT] * 6, PROTECTED]
     # open are tokens 1 to 6 of worth .1 .3 .2 0 .6 .1; ranked 1, 5, 4, 2, 3, 6
     env.step(np.array([0, 0.9, 0.4, 0.3, 0.5, 0.8, 0.1, 0], np.float32))
     image = env.render()
     # 4 slots: the ends, 1 and 5; the best two are 5 and 2
-    assert lane(image, 0, 8) == [
-        PROTECTED, NEEDLESSLY_KEPT, MISSED, RIGHTLY_GONE, RIGHTLY_GONE, RIGHTLY_KEPT, RIGHTLY_GONE, PROTECTED,
+    assert row_colours(image, 0, 8) == [
+        PROTECTED, KEPT_NEEDLESSLY, EVICTED_WRONGLY, EVICTED, EVICTED, KEPT, EVICTED, PROTECTED,
     ]  # fmt: skip
     # a quarter is 2 slots: the ends alone
-    assert lane(image, 1, 8) == [PROTECTED, *[RIGHTLY_GONE] * 6, PROTECTED]
+    assert row_colours(image, 1, 8) == [PROTECTED, *[EVICTED] * 6, PROTECTED]
 
 
 def test_bars_are_as_high_as_tokens_are_worth():
     env = made([one_head([0.5, 0.125, 0.375, 0.25, 0.0, 0.625, 0.125, 1.0])], sinks=0, recent=0)
     env.reset()
     image = env.render()
-    base = drawing.TOP + drawing.WORDS + drawing.BARS
-    zone = image[base - drawing.BARS : base, LEFT : LEFT + PLOT]
+    base = rendering.TITLE_HEIGHT + rendering.WORD_HEIGHT + rendering.BAR_HEIGHT
+    zone = image[base - rendering.BAR_HEIGHT : base, LEFT : LEFT + PLOT_WIDTH]
     # left of the middle, where a word's stem is
-    heights = [(zone[:, int((token + 0.3) * PLOT / 8)] == drawing.WORTH).all(-1).sum() for token in range(8)]
-    assert drawing.BARS == 72 and heights == [36, 9, 27, 18, 0, 45, 9, 72]
+    heights = [(zone[:, int((token + 0.3) * PLOT_WIDTH / 8)] == rendering.BAR).all(-1).sum() for token in range(8)]
+    assert rendering.BAR_HEIGHT == 72 and heights == [36, 9, 27, 18, 0, 45, 9, 72]
 
 
 def test_an_episode_of_blocks_grows_downwards():
@@ -61,10 +72,10 @@ def test_an_episode_of_blocks_grows_downwards():
     for block in range(3):
         env.step(np.linspace(-1, 1, 8, dtype=np.float32))
         image = env.render()
-        kept.append([token for token, colour in enumerate(lane(image, block + 1, 8))
-                     if colour in (RIGHTLY_KEPT, NEEDLESSLY_KEPT)])  # fmt: skip
-        assert lane(image, 0, 8) == [RIGHTLY_KEPT] * 8
-        assert [lane(image, row, 8) == [drawing.NOTHING] * 8 for row in range(4)] == [
+        kept.append([token for token, colour in enumerate(row_colours(image, block + 1, 8))
+                     if colour in (KEPT, KEPT_NEEDLESSLY)])  # fmt: skip
+        assert row_colours(image, 0, 8) == [KEPT] * 8
+        assert [row_colours(image, row, 8) == [rendering.EMPTY_ROW] * 8 for row in range(4)] == [
             row > block + 1 for row in range(4)
         ]
     # one token is new per block and takes a slot, up to half of them
@@ -97,9 +108,9 @@ def test_a_joint_decision_is_the_mean_colour_of_its_heads():
     env.reset()
     # half of 8 slots: the first head keeps all, the second nothing; the best are tokens 0 and 3 of both
     env.step(np.array([1, 0.9, 0.8, 0.7, -1, -1, -1, -1], np.float32))
-    colours = lane(env.render(), 0, 4)
+    colours = row_colours(env.render(), 0, 4)
     for token, best in enumerate((True, False, False, True)):
-        pair = (RIGHTLY_KEPT, MISSED) if best else (NEEDLESSLY_KEPT, RIGHTLY_GONE)
+        pair = (KEPT, EVICTED_WRONGLY) if best else (KEPT_NEEDLESSLY, EVICTED)
         np.testing.assert_allclose(colours[token], np.mean(pair, 0), atol=1)
 
 
@@ -109,10 +120,10 @@ def test_words_of_the_bundled_traces_are_known():
     assert "<bos>" in env.render()
     image = gym.make("KVEvict-v0", render_mode="rgb_array")
     image.reset(seed=0, options={"sequence": 1})
-    top = image.render()[drawing.TOP : drawing.TOP + drawing.WORDS - 4]
+    top = image.render()[rendering.TITLE_HEIGHT : rendering.TITLE_HEIGHT + rendering.WORD_HEIGHT - 4]
     # the first word, read from below, over the first of 65 tokens
-    ink = letters("<bos>", drawing.SMALL, upright=True)
-    left = LEFT + int(0.5 * PLOT / 65) - ink.shape[1] // 2
+    ink = draw_text("<bos>", rendering.SMALL_FONT_SIZE, vertical=True)
+    left = LEFT + int(0.5 * PLOT_WIDTH / 65) - ink.shape[1] // 2
     shown = top[-ink.shape[0] :, left : left + ink.shape[1], 0]
     assert np.corrcoef(shown.ravel().astype(float), ink.ravel())[0, 1] < -0.99
 
@@ -132,15 +143,15 @@ def test_batches_render_every_environment_and_finish_an_episode_first():
             one.step(action)
             np.testing.assert_array_equal(one.render(), image)
     env.step(env.action_space.sample())  # of the next episode
-    assert all(lane(image, 1, 9, 24) == [drawing.NOTHING] * 9 for image in env.render())
-    assert tiled(env.render()).shape[2] == 3
+    assert all(row_colours(image, 1, 9, 24) == [rendering.EMPTY_ROW] * 9 for image in env.render())
+    assert tile(env.render()).shape[2] == 3
 
 
 def test_tiles_keep_their_pixels():
     pictures = [np.full((2, 4, 3), number, np.uint8) for number in range(3)]
-    whole = tiled(pictures)
+    whole = tile(pictures)
     assert whole.shape == (6, 4, 3) and whole[:, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
-    whole = tiled([np.full((4, 2, 3), number, np.uint8) for number in range(3)])
+    whole = tile([np.full((4, 2, 3), number, np.uint8) for number in range(3)])
     assert whole.shape == (8, 4, 3) and whole[::4, ::2, 0].tolist() == [[0, 1], [2, 255]]
 
 
@@ -179,9 +190,9 @@ def test_a_window_shows_every_frame_until_it_is_closed(monkeypatch):
         env.reset(seed=0)
         env.step(env.action_space.sample())
         image = pyplot.figure("KVEvict-v0").axes[0].images[0].get_array()
-        env.unwrapped.render_mode = "rgb_array"
-        np.testing.assert_array_equal(image, env.render())
-        env.unwrapped.render_mode = "human"
+        env.unwrapped.renderer.mode = "rgb_array"
+        np.testing.assert_array_equal(image, env.unwrapped.render())
+        env.unwrapped.renderer.mode = "human"
         pyplot.close("KVEvict-v0")  # by hand
         env.reset()
         assert shown == [0.5, 0.5] and not pyplot.fignum_exists("KVEvict-v0")
@@ -213,13 +224,13 @@ def test_videos_can_be_recorded(tmp_path):
 
 
 def test_letters_are_set_cut_and_shortened():
-    ink = letters("code", 13)
-    assert ink.shape == letters("code", 13, upright=True).T.shape and ink.min() >= 0 and ink.max() <= 1 and ink.any()
-    np.testing.assert_array_equal(np.rot90(ink), letters("code", 13, upright=True))
-    assert letters("\n", 13).any(), "a control character is a box, not a line break"
+    ink = draw_text("code", 13)
+    assert ink.shape == draw_text("code", 13, vertical=True).T.shape and ink.min() >= 0 and ink.max() <= 1 and ink.any()
+    np.testing.assert_array_equal(np.rot90(ink), draw_text("code", 13, vertical=True))
+    assert draw_text("\n", 13).any(), "a control character is a box, not a line break"
     canvas = np.full((10, 10, 3), 255, np.uint8)
-    write(canvas, np.ones((4, 4), np.float32), -2, 8, (1, 2, 3))
+    paste(canvas, np.ones((4, 4), np.float32), -2, 8, (1, 2, 3))
     assert (canvas == [1, 2, 3]).all(-1).sum() == 4 and (canvas[:2, 8:] == [1, 2, 3]).all()
-    short = shortened("a very long word indeed", 13, 60)
-    assert short.endswith("…") and letters(short, 13).shape[1] <= 60 and shortened("a", 13, 60) == "a"
+    short = shorten("a very long word indeed", 13, 60)
+    assert short.endswith("…") and draw_text(short, 13).shape[1] <= 60 and shorten("a", 13, 60) == "a"
     assert len({colour for colour, _ in LEGEND}) == len(LEGEND)

@@ -11,7 +11,7 @@ from gymnasium.utils.env_checker import check_env
 from stable_baselines3.common.env_checker import check_env as check_env_sb3
 
 import kv_gym  # noqa: F401
-from kv_gym.envs.slot_table import BOUND
+from kv_gym.envs.observations import BOUND
 from kv_gym.errors import UserError
 
 SETTINGS = [

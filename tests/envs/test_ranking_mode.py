@@ -9,7 +9,7 @@ from env_traces import context, one_head, random_contexts
 import kv_gym  # noqa: F401
 from kv_gym.budgets import keep_order
 from kv_gym.cache_view import CacheView
-from kv_gym.envs.rewards import worst_first
+from kv_gym.envs.rewards import ascending
 from kv_gym.errors import UserError
 
 
@@ -152,7 +152,7 @@ def test_order_is_that_of_the_budgets_package():
     shield = rng.random((5, 12)) < 0.2
     view = CacheView.of(torch.zeros(5, 1, 12, 1), torch.zeros(5, 1, 12, 1))
     expected = keep_order(torch.from_numpy(scores)[:, None], view, torch.from_numpy(shield)[:, None])[:, 0].numpy()
-    ours = worst_first(scores, ~shield)[:, ::-1]
+    ours = ascending(scores, ~shield)[:, ::-1]
     for row in range(5):
         count = int((~shield[row]).sum())
         assert ours[row, :count].tolist() == expected[row, 12 - count :].tolist()

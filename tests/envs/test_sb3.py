@@ -11,6 +11,7 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.vec_env import VecMonitor, VecNormalize
 
 from kv_gym.envs import KVEvictVecEnv
+from kv_gym.errors import UserError
 
 
 def test_steps_are_those_of_sb3():
@@ -47,7 +48,23 @@ def test_ppo_trains_saves_and_loads(tmp_path, settings):
     np.testing.assert_array_equal(*actions)
 
 
-def worth_follows_value(contexts, n, seed):
+def test_each_environment_has_options_of_its_own():
+    env = KVEvictVecEnv(3, traces=random_contexts())
+    env.seed(0)
+    env.set_options([{"head": 3}, {}, {"sequence": 1, "head": 0}])
+    env.reset()
+    assert env.reset_infos[0]["head"] == 3
+    assert (env.reset_infos[2]["sequence"], env.reset_infos[2]["head"]) == (1, 0)
+    grouped = KVEvictVecEnv(4, traces=random_contexts(), group=2)
+    grouped.set_options([{}, {}, {"head": 1}, {"head": 1}])
+    grouped.reset()
+    assert [info["head"] for info in grouped.reset_infos[2:]] == [1, 1]
+    grouped.set_options([{"head": 1}, {"head": 2}, {}, {}])
+    with pytest.raises(UserError, match="set the same options for all of a group"):
+        grouped.reset()
+
+
+def contexts_with_known_utility(contexts, n, seed):
     """Contexts whose best answer is known: a slot is attended to if the first coordinate of its value is positive."""
     rng = np.random.default_rng(seed)
     made = []
@@ -58,11 +75,15 @@ def worth_follows_value(contexts, n, seed):
     return made
 
 
-def test_ppo_learns_what_one_coordinate_tells():
+def test_ppo_learns_a_utility_that_one_coordinate_of_the_value_decides():
     torch.manual_seed(0)
-    env = KVEvictVecEnv(64, traces=worth_follows_value(512, 6, seed=0), sinks=0, recent=0, budget_weights={3: 1.0})
+    env = KVEvictVecEnv(
+        64, traces=contexts_with_known_utility(512, 6, seed=0), sinks=0, recent=0, budget_weights={3: 1.0}
+    )
     held_out = VecMonitor(
-        KVEvictVecEnv(64, traces=worth_follows_value(256, 6, seed=1), sinks=0, recent=0, budget_weights={3: 1.0})
+        KVEvictVecEnv(
+            64, traces=contexts_with_known_utility(256, 6, seed=1), sinks=0, recent=0, budget_weights={3: 1.0}
+        )
     )
     agent = PPO(
         "MultiInputPolicy",
