@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from typing import Any
 
 from kv_gym.policies.scoring.inputs import DEFAULT as INPUTS
-from kv_gym.training.registry import settings_of
+from kv_gym.training.registry import load_settings
 
 RULES = ("uniform", "ada", "pyramid", "global")
 FIRST = "softmax, utility"
@@ -39,7 +38,7 @@ class Variant:
     def chosen(self, steps: int | None) -> dict[str, Any]:
         """All settings that it is trained with, or those of a trial run of so many steps."""
         trial = {} if steps is None else {"steps": steps, "every": steps}
-        return json.loads(json.dumps(asdict(settings_of(self.agent, **self.settings | trial))))
+        return load_settings(self.agent, **self.settings | trial).model_dump(mode="json")
 
 
 def joint(what: str, name: str, extra: bool = False, **settings: Any) -> Variant:

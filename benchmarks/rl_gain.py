@@ -30,7 +30,7 @@ from kv_gym.reference.tokenizer import encode, word_ids
 from kv_gym.traces import TraceSet, load_model, record
 from kv_gym.traces.prompts import Prompt
 from kv_gym.training import train
-from kv_gym.training.on_policy_states import Reached
+from kv_gym.training.on_policy_states import OnPolicyStates
 
 CONTEXT, AHEAD = 384, 64  # words; a head keeps 96 slots, of which new tokens take more and more
 BUDGET = 1 / 4
@@ -62,7 +62,7 @@ def main() -> None:
     arguments = parser.parse_args()
     model, tokenizer = load_model(MODEL)
     unseen = dialogues(model, tokenizer, arguments.out / "unseen", UNSEEN, 32, "test").load()
-    judge = Reached(unseen, BUDGET, 1, 1)
+    judge = OnPolicyStates(unseen, BUDGET, 1, 1)
     paid: dict[str, list[float]] = {name: [] for name in ARMS}
     rankings: dict[str, int] = {}
     for seed in range(arguments.seeds):

@@ -21,14 +21,13 @@ from torch import Tensor
 
 from kv_gym.policies.scorer import GroupedScorer
 from kv_gym.policies.scoring.inputs import POSITION_FEATURES
-from kv_gym.training.contexts import Context
-from kv_gym.training.learner import ContextLearner
-from kv_gym.training.registry import learner_class, settings_of
+from kv_gym.training.learner import Context, ContextLearner
+from kv_gym.training.registry import learner_class, load_settings
 
 
 def learner(agent: str, heads: int, dim: int, tokens: int, contexts: int) -> ContextLearner:
     """The agent with its own settings, on random contexts."""
-    settings = settings_of(agent)
+    settings = load_settings(agent)
     made = learner_class(agent)(settings, 0, GroupedScorer(heads, dim, settings.hidden))
     assert isinstance(made, ContextLearner)
     shape = (heads, tokens, 2 * dim + POSITION_FEATURES)
@@ -77,8 +76,8 @@ def main() -> None:
     for agent in args.agents:
         for heads in args.heads:
             ours = learner(agent, heads, args.dim, args.tokens, args.contexts)
-            slots = ours.chosen.contexts * min(ours.chosen.slots, args.tokens)
-            least = yardstick(heads, slots, 2 * args.dim + POSITION_FEATURES, ours.chosen.hidden)
+            slots = ours.settings.contexts * min(ours.settings.slots, args.tokens)
+            least = yardstick(heads, slots, 2 * args.dim + POSITION_FEATURES, ours.settings.hidden)
             step, bound = [], []
             for i in range(-2, args.rounds):
                 pair = seconds(lambda i=i, ours=ours: ours.step(i + 2)), seconds(least)

@@ -16,9 +16,8 @@ from stable_baselines3.common.vec_env import VecMonitor
 import kv_gym
 from kv_gym.envs import KVEvictVecEnv
 from kv_gym.policies.scorer import Scorer
-from kv_gym.training.contexts import read_context
-from kv_gym.training.decision_buffer import DecisionBuffer
-from kv_gym.training.sb3_policy import RankingPolicy
+from kv_gym.training.learner import sequence_inputs
+from kv_gym.training.sb3_policy import DecisionBuffer, RankingPolicy
 
 
 def main() -> None:
@@ -40,7 +39,7 @@ def main() -> None:
         rollout_buffer_class=DecisionBuffer, tensorboard_log=str(args.out), seed=0, verbose=1,
     )  # fmt: skip
     agent.rollout_buffer.slots = env.get_attr("slots")[0]
-    agent.policy.standardise(torch.cat([read_context(context).inputs for context in traces], 1))
+    agent.policy.standardise(torch.cat([sequence_inputs(context) for context in traces], 1))
     other = VecMonitor(KVEvictVecEnv(args.num_envs, held_out, order="sequential", **shown))
     episodes = other.get_attr("episodes")[0]
     untrained, _ = evaluate_policy(agent, other, episodes)

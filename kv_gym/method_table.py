@@ -19,7 +19,7 @@ from kv_gym.live.tiers import TIERS, Tier, parse_tier
 from kv_gym.markdown import pipe_table
 from kv_gym.policies import Policy, list_policies, make_policy, policy_class
 from kv_gym.policies.wrapper import Over
-from kv_gym.training.registry import AGENTS
+from kv_gym.training.registry import list_agents
 
 _PACKAGE = Path(__file__).parent
 
@@ -47,7 +47,7 @@ def method_tables() -> str:
         "## Tiers: what becomes of evicted pairs",
         pipe_table(("evicted", "paper", "what"), [_tier(parse_tier(name)) for name in TIERS], None),
         "## Agents: how a policy is learned",
-        pipe_table(("agent", "paper", "what"), [_agent(name) for name in AGENTS], None),
+        pipe_table(("agent", "paper", "what"), [_agent(name) for name in list_agents()], None),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"
 

@@ -10,7 +10,7 @@ from users_files import write_users_files
 from kv_gym.budgets.registry import KINDS
 from kv_gym.files import MODEL
 from kv_gym.live.guard import REACTIONS, SIGNALS
-from kv_gym.training.registry import AGENTS
+from kv_gym.training.registry import list_agents
 
 README = ROOT / "README.md"
 EXAMPLES = [block.text for block in blocks(README) if block.language == "python"]
@@ -65,4 +65,4 @@ def test_the_tables_of_choices_and_parts_are_complete():
     assert [name for name in KINDS if f"`{name}" not in choices] == []
     guard = next(row for name, row in rows.items() if name.startswith("`guard`"))
     assert [name for name in (*SIGNALS, *REACTIONS) if f"`{name}`" not in guard] == []
-    assert [name for name in AGENTS if f"`{name}`" not in rows["agents"]] == []
+    assert [name for name in list_agents() if f"`{name}`" not in rows["agents"]] == []

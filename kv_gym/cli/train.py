@@ -36,10 +36,10 @@ def train(
 ) -> None:
     """Train an eviction policy and export its best checkpoint."""
     from kv_gym.training import train as train_agent
-    from kv_gym.training.registry import settings_of
+    from kv_gym.training.registry import load_settings
 
     settings = settings_from(setting, steps=steps, hidden=hidden, rate=rate)
-    settings_of(agent, **settings)  # refuses names that are no settings, such as seed
+    load_settings(agent, **settings)  # refuses names that are no settings, such as seed
     policy = train_agent(
         agent, traces, out, seed=seed, init=init, resume=resume, progress=progress,
         model=None if model is None else named_model(model, device, dtype)[0],

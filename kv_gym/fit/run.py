@@ -25,8 +25,8 @@ from kv_gym.policies import Policy, make_policy
 from kv_gym.policies.scoring.inputs import HIDDEN
 from kv_gym.traces import open_traces, record
 from kv_gym.training import train
-from kv_gym.training.masked_context import frozen
-from kv_gym.training.registry import learner_class
+from kv_gym.training.masked_context import frozen_model
+from kv_gym.training.registry import learner_class, load_settings
 
 BUDGETS = tuple(1 / n for n in (2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90))  # about the powers of 2^(1/2)
 HEURISTICS = {  # each with the allocations that it is tried with; the best on validation contexts goes on
@@ -92,7 +92,7 @@ def fit(
     shares = _shares(budgets)
     rule = _rule(agent, allocation, settings)
     if learner_class(agent).needs_model:
-        with frozen(model):  # refuses models that this agent cannot train through, before anything is recorded
+        with frozen_model(model):  # refuses models that this agent cannot train through, before anything is recorded
             pass
     read = read_data(data, tokenizer, count=count, tokens=tokens, continuation_tokens=continuation_tokens, seed=seed)
     _refuse_too_few(read, tolerance, count)
@@ -139,7 +139,7 @@ class _Fit:
             prompts = self.data.prompts()
             record(
                 self.model, prompts, path / "traces", tokenizer=self.tokenizer, recipe=recipe, progress=self.progress,
-                hidden=HIDDEN in learner_class(agent).settings.load(agent, **settings).inputs,
+                hidden=HIDDEN in load_settings(agent, **settings).inputs,
             )  # fmt: skip
         with self._shown("train", f"Train {agent}"):
             policy = train(
@@ -258,7 +258,7 @@ def _of_whole_tokens(budgets: list[float], data: FitData) -> list[float]:
 def _rule(agent: str, allocation: str | None, settings: Mapping[str, Any]) -> str:
     """The allocation's name; refused here if the agent's scores will not allow it."""
     kind = learner_class(agent)
-    chosen = kind.settings.load(agent, **settings)
+    chosen = load_settings(agent, **settings)
     comparable = kind.calibrated or getattr(chosen, "ranking", "head") == "joint"
     if allocation is None:
         return "global" if comparable else "uniform"

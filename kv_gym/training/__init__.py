@@ -1,6 +1,6 @@
-"""Agents and how they learn."""
+"""Agents and their training."""
 
-from kv_gym.training.export import export
-from kv_gym.training.trainer import train
+from kv_gym.training.registry import list_agents
+from kv_gym.training.trainer import export, train
 
-__all__ = ["export", "train"]
+__all__ = ["export", "list_agents", "train"]

@@ -1,9 +1,9 @@
-"""The agent `end_to_end`: slots are worth what the model would say without them.
+"""The agent `end_to_end`: trains the scores through the frozen model.
 
-The model reads recorded continuations over a context that was cut to a random total, once, by one threshold over all
-slots; the loss is how far its next-token distributions move from those over the full context (Kullback-Leibler
-divergence, in nats per token). Gradients reach the scores through the gates of the cut, straight through it. No answer
-is known and no attention is copied: attention is a proxy, and several heads may attend to what one of them needs.
+The model reads recorded continuations over a context that was cut once to a random total, by one threshold over all
+slots. The loss is how far its next-token distributions move from those over the full context (Kullback-Leibler
+divergence, in nats per token). Gradients reach the scores through the gates of the cut, straight through it. It needs
+no answers, and it copies no attention: attention is a proxy, and several heads may attend to what one of them needs.
 
 Not a published method. Nearest: learned sparsity with a straight-through or relaxed gate, such as DMS (arXiv
 2506.05345), which retrains the model; here it is frozen, contexts come from traces, and only scores are learned.
@@ -12,28 +12,30 @@ Not a published method. Nearest: learned sparsity with a straight-through or rel
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
 
 import numpy as np
 import torch
+from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import pad
 
 from kv_gym.errors import UserError
 from kv_gym.policies.scorer import Scorer
 from kv_gym.traces.sequence import Sequence
-from kv_gym.training.contexts import inputs_of
-from kv_gym.training.cuts import hard_top
-from kv_gym.training.learner import Learner, Told
-from kv_gym.training.masked_context import Recorded, continuation_logits, frozen
-from kv_gym.training.settings import Settings
+from kv_gym.training.learner import Learner, Metrics, Protection, Settings, sequence_inputs
+from kv_gym.training.losses import hard_top
+from kv_gym.training.masked_context import (
+    RecordedContexts,
+    continuation_logits,
+    frozen_model,
+    padded_continuations,
+)
 
-MOST_KEPT = 1 << 30  # bytes: what the full cache says, of all contexts, is kept up to here
+CACHED_BYTES = 1 << 30  # log-probabilities of the full cache are kept in memory up to here
 
 
-@dataclass(frozen=True)
 class EndToEndSettings(Settings):
-    """Settings of `end_to_end`; `slots` is not used, since a cut is made over all of them.
+    """Settings of `end_to_end`, with those of every agent; `slots` has no effect, since a cut is over all slots.
 
     Attributes:
         continuations: continuations per context and step, at most.
@@ -41,22 +43,25 @@ class EndToEndSettings(Settings):
         temperature: distance from the threshold, in units of the scores, over which gradients reach slots.
     """
 
-    steps: int = 1200
-    contexts: int = 4
-    protect: tuple[int, int] = (0, 0)
-    continuations: int = 8
-    smallest: float = 1 / 128
-    largest: float = 1 / 16
-    temperature: float = 0.5
+    steps: PositiveInt = 1200
+    contexts: PositiveInt = 4
+    protect: Protection = (0, 0)
+    continuations: PositiveInt = 8
+    smallest: PositiveFloat = 1 / 128
+    largest: PositiveFloat = 1 / 16
+    temperature: PositiveFloat = 0.5
 
 
 class EndToEnd(Learner):
-    """Descends the divergence of the cut cache's answers from the full cache's."""
+    """Descends the divergence of the cut cache's predictions from the full cache's.
 
-    settings = EndToEndSettings
+    The scoring networks stay on the CPU; contexts, gates and continuations move to the model's device.
+    """
+
+    settings_class = EndToEndSettings
     calibrated = True
     needs_model = True
-    chosen: EndToEndSettings
+    settings: EndToEndSettings
 
     def prepare(self, sequences: list[Sequence]) -> None:
         """Take the contexts as they are, and standardise inputs over the first of them.
@@ -66,111 +71,87 @@ class EndToEnd(Learner):
         """
         for sequence in sequences:
             if not sequence.continuations:
-                raise UserError(f"context {sequence.id} has no continuations, so nothing tells what its cut would cost")
+                raise UserError(
+                    f"context {sequence.id} has no continuations, so the cost of a cut is unknown: record some"
+                )
         self.sequences = sequences
-        self._answers: dict[str, Tensor] = {}
-        self.standardise_fresh(inputs_of(sequence, self.chosen.inputs) for sequence in sequences)
+        self._full_log_probs: dict[str, Tensor] = {}
+        self.fit_standardisation(sequence_inputs(sequence, self.settings.inputs) for sequence in sequences)
 
-    @property
-    def samples(self) -> int:
-        """One per context and head."""
-        return self.chosen.contexts * self.network.heads
-
-    def step(self, step: int) -> Told:
-        """Cut some contexts, each to a total of its own, and make the cut model say what the full one says."""
-        self.begin(step)
-        chosen = self.chosen
-        picked = self._alike(chosen.contexts)
-        low, high = math.log(chosen.smallest), math.log(chosen.largest)
-        shares = torch.empty(len(picked)).uniform_(low, high).exp().tolist()
-        several = min(chosen.continuations, *(len(sequence.continuations) for sequence in picked))
-        drawn = [torch.randperm(len(sequence.continuations))[:several].tolist() for sequence in picked]
-        with frozen(self.model):
-            loss = self.divergence(picked, shares, drawn).mean()
-            norm = self.descend(loss)
+    def step(self, step: int) -> Metrics:
+        """Cut some contexts, each to a total of its own, and descend the divergence from the full cache."""
+        self.start_step(step)
+        settings = self.settings
+        batch = self._sample_contexts(settings.contexts)
+        low, high = math.log(settings.smallest), math.log(settings.largest)
+        shares = torch.empty(len(batch)).uniform_(low, high).exp().tolist()
+        count = min(settings.continuations, *(len(sequence.continuations) for sequence in batch))
+        indices = [torch.randperm(len(sequence.continuations))[:count].tolist() for sequence in batch]
+        with frozen_model(self.model):
+            loss = self.divergence(batch, shares, indices).mean()
+            norm = self.optimizer_step(loss)
         return {"loss": loss.detach(), "divergence": loss.detach(), "gradient_norm": norm}
 
-    def _alike(self, count: int) -> list[Sequence]:
-        """Random contexts of nearly one length: all of a batch are padded to the longest."""
+    def _sample_contexts(self, count: int) -> list[Sequence]:
+        """Random contexts of similar length, since a batch is padded to its longest."""
         first = len(self.sequences[int(torch.randint(len(self.sequences), ()))].tokens)
-        near = [sequence for sequence in self.sequences if 0.8 * first <= len(sequence.tokens) <= 1.25 * first]
-        return [near[i] for i in torch.randint(len(near), (count,)).tolist()]
+        similar = [sequence for sequence in self.sequences if 0.8 * first <= len(sequence.tokens) <= 1.25 * first]
+        return [similar[i] for i in torch.randint(len(similar), (count,)).tolist()]
 
-    def divergence(self, picked: list[Sequence], shares: list[float], drawn: list[list[int]]) -> Tensor:
+    def divergence(self, sequences: list[Sequence], shares: list[float], indices: list[list[int]]) -> Tensor:
         """Kullback-Leibler divergence of the cut caches from the full ones, nats per token: `[contexts]`.
 
         Args:
-            picked: contexts of nearly one length.
+            sequences: contexts of similar length.
             shares: the total that each is cut to.
-            drawn: which of its continuations each context reads, as many for all.
+            indices: which of its continuations each context reads, as many for all.
         """
-        contexts = _recorded(picked)
-        layers, heads, n = contexts.keys.shape[1:4]
-        gates = torch.stack(
-            [self._cut(sequence, share, n) for sequence, share in zip(picked, shares, strict=True)]
-        ).view(len(picked), layers, heads, n)
-        tokens, real = _continuations(picked, drawn)
+        contexts = RecordedContexts.of(sequences, self.model.device)
+        n = contexts.keys.shape[3]
+        gates = torch.stack([self._cut(sequence, share, n) for sequence, share in zip(sequences, shares, strict=True)])
+        gates = gates.view(contexts.keys.shape[:4]).to(self.model.device)
+        tokens, mask = padded_continuations(sequences, indices, self.model.device)
         cut = continuation_logits(self.model, contexts, gates, tokens).float().log_softmax(-1)
-        known = [self._full(sequence, which) for sequence, which in zip(picked, drawn, strict=True)]
-        full = torch.stack([pad(each, (0, 0, 0, tokens.shape[2] - each.shape[1])) for each in known])
-        moved = (full.exp() * (full - cut)).sum(-1) * real
-        return moved.sum((1, 2)) / real.sum((1, 2))
+        known = [self._full(sequence, chosen) for sequence, chosen in zip(sequences, indices, strict=True)]
+        full = torch.stack([pad(log_probs, (0, 0, 0, tokens.shape[2] - log_probs.shape[1])) for log_probs in known])
+        divergence = (full.exp() * (full - cut)).sum(-1) * mask
+        return divergence.sum((1, 2)) / mask.sum((1, 2))
 
     def reward(self, policy: Scorer, validation: list[Sequence]) -> float:
         """Minus the mean divergence at four totals, on contexts that the optimiser never saw; 0 is perfect."""
-        low, high = math.log(self.chosen.smallest), math.log(self.chosen.largest)
-        moved = []
-        with frozen(self.model), torch.no_grad():
+        low, high = math.log(self.settings.smallest), math.log(self.settings.largest)
+        divergences = []
+        with frozen_model(self.model), torch.no_grad():
             for sequence in validation:
-                everyone = [list(range(len(sequence.continuations)))]
+                indices = [list(range(len(sequence.continuations)))]
                 for share in np.exp(np.linspace(low, high, 4)).tolist():
-                    moved.append(float(self.divergence([sequence], [share], everyone)))
-        return -sum(moved) / len(moved)
+                    divergences.append(float(self.divergence([sequence], [share], indices)))
+        return -sum(divergences) / len(divergences)
 
     @torch.no_grad()
-    def _full(self, sequence: Sequence, drawn: list[int]) -> Tensor:
+    def _full(self, sequence: Sequence, indices: list[int]) -> Tensor:
         """Log-probabilities of some continuations over the full cache, `[Q, m, vocabulary]`; kept if all of them fit.
 
         Always of one context alone, so that a resumed run meets the same numbers as an uninterrupted one.
         """
-        if sequence.id in self._answers:
-            return self._answers[sequence.id][drawn]
-        there = sum(len(continuation.tokens) for continuation in sequence.continuations)
-        kept = 4 * there * self.model.config.get_text_config().vocab_size * len(self.sequences) <= MOST_KEPT
-        contexts = _recorded([sequence])
-        everything = torch.ones(contexts.keys.shape[:4])
-        asked = list(range(len(sequence.continuations))) if kept else drawn
-        tokens, _ = _continuations([sequence], [asked])
-        full = continuation_logits(self.model, contexts, everything, tokens)[0].float().log_softmax(-1)
-        if kept:
-            self._answers[sequence.id] = full
-        return full[drawn] if kept else full
+        if sequence.id in self._full_log_probs:
+            return self._full_log_probs[sequence.id][indices]
+        tokens_total = sum(len(continuation.tokens) for continuation in sequence.continuations)
+        vocabulary = self.model.config.get_text_config().vocab_size
+        cached = 4 * tokens_total * vocabulary * len(self.sequences) <= CACHED_BYTES
+        contexts = RecordedContexts.of([sequence], self.model.device)
+        gates = torch.ones(contexts.keys.shape[:4], device=self.model.device)
+        read = list(range(len(sequence.continuations))) if cached else indices
+        tokens, _ = padded_continuations([sequence], [read], self.model.device)
+        log_probs = continuation_logits(self.model, contexts, gates, tokens)[0].float().log_softmax(-1)
+        if not cached:
+            return log_probs
+        self._full_log_probs[sequence.id] = log_probs
+        return log_probs[indices]
 
     def _cut(self, sequence: Sequence, share: float, n: int) -> Tensor:
-        scores = self.network(inputs_of(sequence, self.chosen.inputs))  # [heads, length]
+        """Gates `[heads, n]` of a context cut to a share of its slots; 0 behind its end."""
+        scores = self.network(sequence_inputs(sequence, self.settings.inputs))  # [heads, length]
         count = max(1, int(share * scores.numel()))
-        gates = hard_top(scores.flatten(), count, self.chosen.temperature).view_as(scores)
+        gates = hard_top(scores.flatten(), count, self.settings.temperature).view_as(scores)
         return pad(gates, (0, n - scores.shape[1]))
-
-
-def _recorded(sequences: list[Sequence]) -> Recorded:
-    lengths = torch.tensor([len(sequence.tokens) for sequence in sequences])
-    n = int(lengths.max())
-
-    def padded(array: np.ndarray) -> Tensor:
-        return pad(torch.from_numpy(array), (0, 0, 0, n - array.shape[2]))
-
-    keys = torch.stack([padded(sequence.keys) for sequence in sequences])
-    return Recorded(keys, torch.stack([padded(sequence.values) for sequence in sequences]), lengths)
-
-
-def _continuations(sequences: list[Sequence], drawn: list[list[int]]) -> tuple[Tensor, Tensor]:
-    """Tokens `[C, Q, m]` of the drawn continuations of each context, padded at the end, and which are real."""
-    picked = [
-        [torch.from_numpy(sequence.continuations[i].tokens) for i in which]
-        for sequence, which in zip(sequences, drawn, strict=True)
-    ]
-    m = max(len(tokens) for row in picked for tokens in row)
-    padded = torch.stack([torch.stack([pad(tokens, (0, m - len(tokens))) for tokens in row]) for row in picked])
-    lengths = torch.tensor([[len(tokens) for tokens in row] for row in picked])
-    return padded, (torch.arange(m) < lengths[..., None]).float()

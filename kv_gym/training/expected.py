@@ -8,26 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kv_gym.training.learner import LossLearner, Told
+from kv_gym.training.learner import LossLearner, Metrics
+from kv_gym.training.losses import COMPARED_SLOTS
 from kv_gym.training.plackett_luce import expected_rank_cost
 
 
-def expected_loss(scores: Tensor, utility: Tensor, compared: int = 128) -> Tensor:
-    """Mean expected rank cost over contexts and heads.
-
-    Args:
-        scores: `[contexts, heads, n]`.
-        utility: same shape, non-negative.
-        compared: slots that each slot is compared with, drawn anew at every step (an unbiased estimate).
-    """
-    n = scores.shape[-1]
-    against = torch.randperm(n)[:compared] if n > compared else None
-    return expected_rank_cost(scores, utility, against).mean()
-
-
 class Expected(LossLearner):
-    """Descends :func:`expected_loss`."""
+    """Descends :func:`~kv_gym.training.plackett_luce.expected_rank_cost`, the mean over contexts and heads.
 
-    def loss(self, scores: Tensor, worth: Tensor) -> tuple[Tensor, Told]:
+    Every slot is compared with at most 128 others, drawn anew at every step (an unbiased estimate).
+    """
+
+    def loss(self, scores: Tensor, utility: Tensor) -> tuple[Tensor, Metrics]:
         """Every head's rank cost."""
-        return expected_loss(scores, worth), {}
+        n = scores.shape[-1]
+        compared = torch.randperm(n)[:COMPARED_SLOTS] if n > COMPARED_SLOTS else None
+        return expected_rank_cost(scores, utility, compared).mean(), {}

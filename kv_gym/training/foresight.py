@@ -11,25 +11,24 @@ the maximum over the query heads of a KV head.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from typing import Annotated, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from kv_gym.errors import UserError
-from kv_gym.policies.scorer import Scorer
+from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.traces.sequence import Sequence
-from kv_gym.training.contexts import inputs_of
-from kv_gym.training.distill import pairwise_hinge
-from kv_gym.training.grpo import Group, GroupLearner, GRPOSettings
-from kv_gym.training.learner import Told
-from kv_gym.training.on_policy_states import Reached, States
-from kv_gym.training.plackett_luce import ABSENT
+from kv_gym.training.grpo import GroupLearner, GRPOSettings, RankingGroup
+from kv_gym.training.learner import Metrics, sequence_inputs
+from kv_gym.training.losses import pairwise_hinge
+from kv_gym.training.on_policy_states import DecisionStates, OnPolicyStates
+from kv_gym.training.plackett_luce import PADDING_SCORE
 
 
-@dataclass(frozen=True)
 class ForesightSettings(GRPOSettings):
-    """Settings of `foresight`, beside those of `grpo`; `slots` does not matter to it.
+    """Settings of `foresight`, with those of `grpo`; `slots` has no effect.
 
     Attributes:
         distill: share of the steps that learn Golden Eviction; 0 leaves that stage out.
@@ -37,48 +36,24 @@ class ForesightSettings(GRPOSettings):
         budget: share of the context's slots that stay.
     """
 
-    distill: float = 0.5
-    margin: float = 0.01
-    budget: float = 0.25
-
-
-def shorter_side(states: States) -> tuple[Tensor, Tensor, Tensor]:
-    """The action of a cut: to draw what stays, or what goes, whichever are fewer slots.
-
-    Returns:
-        sign: `[B, 1]`, 1 where the slots that stay are drawn with odds e^f, -1 where those that go are, with e^-f.
-        worth: `[B, n]`, so that the worth of all drawn slots is that of all slots that stay.
-        weights: `[B, n]`, 1 for every draw and 0 behind; all 0 where everything may stay.
-    """
-    count, room = states.there.sum(-1), states.room
-    goes = (count - room).clamp(min=0)
-    keeping = room <= goes
-    draws = torch.where(goes == 0, 0, torch.where(keeping, room, goes))
-    share = states.worth.sum(-1) / draws.clamp(min=1)  # drawn slots share what all are worth, less what goes with them
-    worth = torch.where(keeping[:, None], states.worth, share[:, None] - states.worth)
-    weights = (torch.arange(states.worth.shape[-1]) < draws[:, None]).float()
-    return torch.where(keeping, 1.0, -1.0)[:, None], worth, weights
+    ranking: Literal["head"] = "head"
+    distill: NonNegativeFloat = 0.5
+    margin: NonNegativeFloat = 0.01
+    budget: Annotated[float, Field(gt=0, le=1)] = 0.25
 
 
 class Foresight(GroupLearner):
     """Two stages on one network."""
 
-    settings = ForesightSettings
-    chosen: ForesightSettings
+    settings_class = ForesightSettings
+    settings: ForesightSettings
     samples = 0
     any_inputs = False  # states after cuts hold keys, values and positions
 
-    def __init__(self, *arguments, **keywords):
-        """Refuse a joint ranking: every head is cut to the same budget here."""
-        super().__init__(*arguments, **keywords)
-        if self.chosen.ranking != "head":
-            raise UserError(f"ranking is {self.chosen.ranking!r}; foresight evicts head by head, so expected 'head'")
-        self._first = round(min(1.0, self.chosen.distill) * self.chosen.steps)
-
     def prepare(self, sequences: list[Sequence]) -> None:
         """Read every block of every continuation."""
-        self.standardise_fresh(map(inputs_of, sequences))
-        self._reached = Reached(sequences, self.chosen.budget, *self.chosen.protect)
+        self.fit_standardisation(map(sequence_inputs, sequences))
+        self._states = OnPolicyStates(sequences, self.settings.budget, *self.settings.protect)
 
     def reward(self, policy: Scorer, validation: list[Sequence]) -> float | None:
         """What the environment pays in eviction mode, on contexts that the optimiser never saw; 1 is perfect.
@@ -86,32 +61,53 @@ class Foresight(GroupLearner):
         None where nothing can be lost there at this budget: the utility kept at the end of contexts decides then.
         """
         try:
-            unseen = Reached(validation, self.chosen.budget, *self.chosen.protect)
+            unseen = OnPolicyStates(validation, self.settings.budget, *self.settings.protect)
         except UserError:
             return None
         with torch.no_grad():
             return unseen.reward(policy.network)
 
-    def step(self, step: int) -> Told:
+    def step(self, step: int) -> Metrics:
         """One hinge on golden states, or one batch of sampled cuts of the policy's own states."""
-        self.begin(step)
-        if step < self._first:
-            states = self._reached.draw(self.chosen.contexts, None, highest=True)
+        self.start_step(step)
+        settings = self.settings
+        distill_steps = round(min(1.0, settings.distill) * settings.steps)
+        if step < distill_steps:
+            states = self._states.draw(settings.contexts, None, highest=True)
             self.samples = len(states.heads)
             scores = self.network(states.inputs, states.heads)
-            loss = pairwise_hinge(scores, states.worth, self.chosen.margin, states.there)
-            return {"loss": loss.detach(), "gradient_norm": self.descend(loss)}
-        self.refer(step - self._first)
+            loss = pairwise_hinge(scores, states.utility, settings.margin, states.mask)
+            return {"loss": loss.detach(), "gradient_norm": self.optimizer_step(loss)}
+        self.update_reference(step - distill_steps)
         with torch.no_grad():
-            states = self._reached.draw(self.chosen.contexts, self.network)
-        self.samples = len(states.heads) * self.chosen.group
-        sign, worth, weights = shorter_side(states)
+            states = self._states.draw(settings.contexts, self.network)
+        self.samples = len(states.heads) * settings.group
+        sign, utility, weights = cut_action(states)
 
-        def scores_of(network) -> Tensor:
-            return (network(states.inputs, states.heads) * sign).masked_fill(~states.there, ABSENT)
+        def score(network: GroupedScorer) -> Tensor:
+            return (network(states.inputs, states.heads) * sign).masked_fill(~states.mask, PADDING_SCORE)
 
         with torch.no_grad():
-            scores, reference = scores_of(self.network), scores_of(self.reference)
-        worth = worth.masked_fill(~states.there, float(worth.min()) - 1)  # behind all others in the best order too
-        group = Group.sample(scores, reference, worth, weights, self.chosen.group)
-        return self.optimise(group, lambda: scores_of(self.network))
+            scores, reference = score(self.network), score(self.reference)
+        utility = utility.masked_fill(~states.mask, float(utility.min()) - 1)  # last in the best order too
+        group = RankingGroup.sample(scores, reference, utility, weights, settings.group)
+        return self.optimise(group, lambda: score(self.network))
+
+
+def cut_action(states: DecisionStates) -> tuple[Tensor, Tensor, Tensor]:
+    """The action of a cut: to draw the slots that stay or the slots that go, whichever are fewer.
+
+    Returns:
+        sign: `[B, 1]`, 1 where the slots that stay are drawn with odds e^f, -1 where those that go are, with e^-f.
+        utility: `[B, n]`, so that the utility of all drawn slots is that of all slots that stay.
+        weights: `[B, n]`, 1 for every draw and 0 behind; all 0 where everything may stay.
+    """
+    slots, room = states.mask.sum(-1), states.room
+    evicted = (slots - room).clamp(min=0)
+    draws_kept = room <= evicted
+    draws = torch.where(evicted == 0, 0, torch.where(draws_kept, room, evicted))
+    # where evicted slots are drawn, each earns an equal part of all utility, less its own
+    share = states.utility.sum(-1) / draws.clamp(min=1)
+    utility = torch.where(draws_kept[:, None], states.utility, share[:, None] - states.utility)
+    weights = (torch.arange(states.utility.shape[-1]) < draws[:, None]).float()
+    return torch.where(draws_kept, 1.0, -1.0)[:, None], utility, weights

@@ -21,25 +21,23 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, ClassVar, Literal
 
 import torch
+from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from kv_gym.envs.rewards import budget_weights, rank_weights
-from kv_gym.errors import UserError
 from kv_gym.traces.sequence import Sequence
-from kv_gym.training.learner import ContextLearner, Learner, Told
-from kv_gym.training.plackett_luce import Stages, sample_rankings
-from kv_gym.training.settings import Settings
+from kv_gym.training.learner import ContextLearner, Learner, Metrics, Settings
+from kv_gym.training.plackett_luce import RankingStages, sample_rankings
 
 
-@dataclass(frozen=True)
 class GRPOSettings(Settings):
-    """Settings of `grpo`, beside those of every agent.
+    """Settings of `grpo`, with those of every agent.
 
     Attributes:
-        group: rankings sampled of each state.
+        group: rankings sampled of each state; they are compared with one another, so at least 2.
         epochs: optimiser steps on each batch of samples.
         clip: how far a stage's ratio counts from 1.
         kl: weight of the divergence from the reference policy.
@@ -48,31 +46,153 @@ class GRPOSettings(Settings):
         ranking: ``head`` (each KV head ranks its own slots) or ``joint`` (one ranking over all slots of the model).
     """
 
-    group: int = 8
-    epochs: int = 2
-    clip: float = 0.2
-    kl: float = 0.01
-    refresh: int = 200
-    entropy: float = 0.0
-    ranking: str = "head"
+    group: Annotated[int, Field(ge=2)] = 8
+    epochs: PositiveInt = 2
+    clip: NonNegativeFloat = 0.2
+    kl: NonNegativeFloat = 0.01
+    refresh: PositiveInt = 200
+    entropy: NonNegativeFloat = 0.0
+    ranking: Literal["head", "joint"] = "head"
 
 
-def returns_to_go(order: Tensor, worth: Tensor, weights: Tensor) -> Tensor:
-    """What the budgets above each stage keep, as a share of what the best ranking would have at all budgets.
+@dataclass(frozen=True)
+class RankingGroup:
+    """Sampled rankings of a batch of states, and what the loss needs of the policy that drew them.
+
+    Attributes:
+        order: slot indices `[group, ..., n]`, best first.
+        advantage: `[group, ..., m]`.
+        action_mask: `[..., m]` bool, the stages that are part of the action.
+        log_prob: `[group, ..., m]` of the sampling policy.
+        reference: stages of the same rankings under the reference policy.
+        reward: mean over group and states.
+    """
+
+    order: Tensor
+    advantage: Tensor
+    action_mask: Tensor
+    log_prob: Tensor
+    reference: RankingStages
+    reward: Tensor
+
+    @classmethod
+    @torch.no_grad()
+    def sample(cls, scores: Tensor, reference: Tensor, utility: Tensor, weights: Tensor, size: int) -> RankingGroup:
+        """Draw `size` rankings of every state.
+
+        Args:
+            scores, reference: `[..., n]` of the sampling and the reference policy.
+            utility, weights: as in :func:`returns_to_go`; the action is the stages with positive weights.
+            size: of the group.
+        """
+        order = sample_rankings(scores, size)
+        length = max(1, int((weights > 0).sum(-1).max()))  # 1 where no state has an action: such a step learns nothing
+        returns = returns_to_go(order, utility, weights)
+        old = RankingStages.of(scores.expand(order.shape), order, length)
+        action_mask = (weights > 0)[..., :length].expand(*order.shape[1:-1], length)
+        return cls(
+            order, group_advantage(returns[..., :length]), action_mask, old.log_prob,
+            RankingStages.of(reference.expand(order.shape), order, length), returns[..., 0].mean(),
+        )  # fmt: skip
+
+    def loss(self, scores: Tensor, settings: GRPOSettings) -> tuple[Tensor, Metrics]:
+        """The clipped surrogate under new scores `[..., n]`, and the metrics to log."""
+        stages = RankingStages.of(scores.expand(self.order.shape), self.order, self.advantage.shape[-1])
+        ratio, clip = (stages.log_prob - self.log_prob).exp(), settings.clip
+        gain = torch.minimum(ratio * self.advantage, ratio.clamp(1 - clip, 1 + clip) * self.advantage)
+        divergence, entropy = stages.divergence(self.reference), stages.entropy
+        count = (self.action_mask.sum() * len(self.order)).clamp(min=1)
+
+        def mean(values: Tensor) -> Tensor:
+            return torch.where(self.action_mask, values, torch.zeros_like(values)).sum() / count
+
+        loss = -mean(gain - settings.kl * divergence + settings.entropy * entropy)
+        with torch.no_grad():
+            clipped = mean(((ratio - 1).abs() > clip).float())
+        return loss, {
+            "reward": self.reward, "kl": mean(divergence).detach(), "entropy": mean(entropy).detach(),
+            "clip_share": clipped,
+        }  # fmt: skip
+
+
+class GroupLearner(Learner):
+    """What `grpo` and `foresight` share: the reference policy, and the optimiser steps on a group of rankings."""
+
+    settings_class: ClassVar[type[Settings]] = GRPOSettings
+    settings: GRPOSettings
+
+    def update_reference(self, step: int) -> None:
+        """Copy the policy as the reference at step 0 and every `refresh` steps."""
+        if step % self.settings.refresh == 0:
+            self.reference = copy.deepcopy(self.network).requires_grad_(False)
+
+    def optimise(self, group: RankingGroup, score: Callable[[], Tensor]) -> Metrics:
+        """The optimiser steps on one group; `score` computes the states' scores by the network as it is."""
+        for _ in range(self.settings.epochs):
+            loss, metrics = group.loss(score(), self.settings)
+            norm = self.optimizer_step(loss)
+        return {"loss": loss.detach(), **metrics, "gradient_norm": norm}
+
+    def state_dict(self) -> dict[str, Any]:
+        """With the reference policy."""
+        reference = self.reference.state_dict() if hasattr(self, "reference") else None
+        return super().state_dict() | {"reference": reference}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """With the reference policy."""
+        super().load_state_dict(state)
+        if state["reference"] is not None:
+            self.update_reference(0)
+            self.reference.load_state_dict(state["reference"])
+
+
+class GRPO(GroupLearner, ContextLearner):
+    """GRPO on decisions at the end of contexts."""
+
+    def prepare(self, sequences: list[Sequence]) -> None:
+        """Leave protected slots out: there is nothing to decide about them."""
+        self.calibrated = self.settings.ranking == "joint"
+        super().prepare(sequences)
+        self.contexts = [context.without_protected(*self.settings.protect) for context in self.contexts]
+
+    @property
+    def samples(self) -> int:
+        """Rankings sampled in a step; a joint ranking counts once for each of its heads."""
+        return super().samples * self.settings.group
+
+    def step(self, step: int) -> Metrics:
+        """Sample a group of rankings of each drawn state and learn from it."""
+        self.start_step(step)
+        self.update_reference(step)
+        inputs, utility = self.sample_batch()
+        heads = self.network.heads if self.calibrated else 1
+        by_budget, _, _ = budget_weights("log", utility.shape[-1], 0, 0)
+        weights = torch.from_numpy(rank_weights(by_budget, 0, heads)).float()
+
+        def states(of_heads: Tensor) -> Tensor:
+            return of_heads.flatten(1) if self.calibrated else of_heads
+
+        with torch.no_grad():
+            scores, reference = states(self.score(inputs)), states(self.score(inputs, self.reference))
+        group = RankingGroup.sample(scores, reference, states(utility), weights, self.settings.group)
+        return self.optimise(group, lambda: states(self.score(inputs)))
+
+
+def returns_to_go(order: Tensor, utility: Tensor, weights: Tensor) -> Tensor:
+    """What the budgets above each stage keep, as a share of what the best ranking keeps at all budgets.
 
     Args:
         order: slot indices `[group, ..., n]`, best first.
-        worth: `[..., n]`; a slot may have negative worth.
-        weights: `[..., n]`, what it is worth to be ranked t-th: the summed weight of the budgets above t.
+        utility: `[..., n]`; it may be negative.
+        weights: `[..., n]`, what rank t earns per utility: the summed weight of the budgets above t.
 
     Returns:
         `[group, ..., n]`; the first stage's is the reward. Zeros where nothing can be gained.
     """
-    ranked = worth.expand(order.shape).gather(-1, order)
-    # the weight of the budget t + 1 alone: what is lost by going one rank down
-    alone = weights - torch.cat((weights[..., 1:], torch.zeros_like(weights[..., :1])), -1)
-    earned = (alone * ranked.cumsum(-1)).flip(-1).cumsum(-1).flip(-1)
-    best = (worth.sort(-1, descending=True).values * weights).sum(-1, keepdim=True).abs()
+    ranked = utility.expand(order.shape).gather(-1, order)
+    budget_weight = weights - torch.cat((weights[..., 1:], torch.zeros_like(weights[..., :1])), -1)  # of budget t + 1
+    earned = (budget_weight * ranked.cumsum(-1)).flip(-1).cumsum(-1).flip(-1)
+    best = (utility.sort(-1, descending=True).values * weights).sum(-1, keepdim=True).abs()
     return torch.where(best > 0, earned / best.clamp(min=1e-30), torch.zeros_like(earned))
 
 
@@ -83,134 +203,3 @@ def group_advantage(returns: Tensor) -> Tensor:
     """
     spread = returns.std(0, correction=0).amax(-1, keepdim=True)
     return (returns - returns.mean(0)) / (spread + 1e-6)
-
-
-@dataclass(frozen=True)
-class Group:
-    """Sampled rankings of a batch of states, and what the loss needs of the policy that drew them.
-
-    Attributes:
-        order: slot indices `[group, ..., n]`, best first.
-        advantage: `[group, ..., m]`.
-        acted: `[..., m]` bool, the stages that are part of the action.
-        log_prob: `[group, ..., m]` of the sampling policy.
-        reference: stages of the same rankings under the reference policy.
-        reward: mean over group and states.
-    """
-
-    order: Tensor
-    advantage: Tensor
-    acted: Tensor
-    log_prob: Tensor
-    reference: Stages
-    reward: Tensor
-
-    @classmethod
-    @torch.no_grad()
-    def sample(cls, scores: Tensor, reference: Tensor, worth: Tensor, weights: Tensor, size: int) -> Group:
-        """Draw `size` rankings of every state.
-
-        Args:
-            scores, reference: `[..., n]` of the sampling and the reference policy.
-            worth, weights: as in :func:`returns_to_go`; weights are positive exactly where a stage is acted.
-            size: of the group.
-        """
-        order = sample_rankings(scores, size)
-        length = max(1, int((weights > 0).sum(-1).max()))  # nothing may be acted anywhere: a step that learns nothing
-        returns = returns_to_go(order, worth, weights)
-        old = Stages.of(scores.expand(order.shape), order, length)
-        acted = (weights > 0)[..., :length].expand(*order.shape[1:-1], length)
-        return cls(
-            order, group_advantage(returns[..., :length]), acted, old.log_prob,
-            Stages.of(reference.expand(order.shape), order, length), returns[..., 0].mean(),
-        )  # fmt: skip
-
-    def loss(self, scores: Tensor, chosen: GRPOSettings) -> tuple[Tensor, Told]:
-        """The clipped surrogate under new scores `[..., n]`, and what there is to tell."""
-        stages = Stages.of(scores.expand(self.order.shape), self.order, self.advantage.shape[-1])
-        ratio = (stages.log_prob - self.log_prob).exp()
-        gain = torch.minimum(ratio * self.advantage, ratio.clamp(1 - chosen.clip, 1 + chosen.clip) * self.advantage)
-        divergence, entropy = stages.divergence(self.reference), stages.entropy
-        count = (self.acted.sum() * len(self.order)).clamp(min=1)
-
-        def mean(values: Tensor) -> Tensor:
-            return torch.where(self.acted, values, torch.zeros_like(values)).sum() / count
-
-        loss = -mean(gain - chosen.kl * divergence + chosen.entropy * entropy)
-        with torch.no_grad():
-            clipped = mean(((ratio - 1).abs() > chosen.clip).float())
-        told: Told = {
-            "reward": self.reward, "kl": mean(divergence).detach(), "entropy": mean(entropy).detach(),
-            "clip_share": clipped,
-        }  # fmt: skip
-        return loss, told
-
-
-class GroupLearner(Learner):
-    """What `grpo` and the agents built on it share: settings that make sense, and the reference policy."""
-
-    settings = GRPOSettings
-    chosen: GRPOSettings
-
-    def __init__(self, *arguments, **keywords):
-        """Refuse a group of one."""
-        super().__init__(*arguments, **keywords)
-        if self.chosen.group < 2:
-            raise UserError(f"group is {self.chosen.group}: rankings are compared with one another, so give at least 2")
-        if self.chosen.ranking not in ("head", "joint"):
-            raise UserError(f"ranking is {self.chosen.ranking!r}; expected 'head' or 'joint'")
-        self.calibrated = self.chosen.ranking == "joint"
-
-    def refer(self, step: int) -> None:
-        """Take the policy as the reference at the first step, and again when it is time to."""
-        if step % self.chosen.refresh == 0:
-            self.reference = copy.deepcopy(self.network).requires_grad_(False)
-
-    def optimise(self, group: Group, score: Callable[[], Tensor]) -> Told:
-        """The optimiser steps on one batch of samples; `score` gives the states' scores anew."""
-        for _ in range(self.chosen.epochs):
-            loss, told = group.loss(score(), self.chosen)
-            norm = self.descend(loss)
-        return {"loss": loss.detach(), **told, "gradient_norm": norm}
-
-    def state(self) -> dict[str, Any]:
-        """The reference policy too."""
-        return super().state() | {"reference": self.reference.state_dict() if hasattr(self, "reference") else None}
-
-    def load(self, state: dict[str, Any]) -> None:
-        """The reference policy too."""
-        super().load(state)
-        if state["reference"] is not None:
-            self.reference = copy.deepcopy(self.network).requires_grad_(False)
-            self.reference.load_state_dict(state["reference"])
-
-
-class GRPO(GroupLearner, ContextLearner):
-    """GRPO on decisions at the end of contexts."""
-
-    def prepare(self, sequences: list[Sequence]) -> None:
-        """Leave protected slots out: there is nothing to decide about them."""
-        super().prepare(sequences)
-        self.contexts = [context.open(*self.chosen.protect) for context in self.contexts]
-
-    @property
-    def samples(self) -> int:
-        """Rankings sampled in a step; a joint ranking counts once for each of its heads."""
-        return super().samples * self.chosen.group
-
-    def step(self, step: int) -> Told:
-        """Sample a group of rankings of each drawn state and learn from it."""
-        self.begin(step)
-        self.refer(step)
-        inputs, worth = self.draw()
-        heads = self.network.heads if self.calibrated else 1
-        by_budget, _, _ = budget_weights("log", worth.shape[-1], 0, 0)
-        weights = torch.from_numpy(rank_weights(by_budget, 0, heads)).float()
-
-        def states(of_heads: Tensor) -> Tensor:
-            return of_heads.flatten(1) if self.calibrated else of_heads
-
-        with torch.no_grad():
-            scores, reference = self.score(inputs, worth), self.score(inputs, worth, self.reference)
-        group = Group.sample(states(scores), states(reference), states(worth), weights, self.chosen.group)
-        return self.optimise(group, lambda: states(self.score(inputs, worth)))

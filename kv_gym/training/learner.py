@@ -1,113 +1,262 @@
-"""What every agent's algorithm is made of: draw decisions, measure a loss, take a step."""
+"""The base of every agent: validated settings, training contexts in memory, and the learner classes.
+
+An agent is a :class:`Learner`. Most are a :class:`LossLearner`, which is one loss of the scores of a random batch.
+"""
 
 from __future__ import annotations
 
 import math
+import warnings
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFloat, NonNegativeInt, PositiveInt
 from torch import Tensor
 
+from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.policies.scorer import GroupedScorer, Scorer
+from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN, INPUTS, check_inputs, read_inputs, slot_inputs
 from kv_gym.traces.sequence import Sequence
-from kv_gym.training.contexts import Context, expected_utility, read_context, standardise
-from kv_gym.training.settings import Settings
 
-FIRST_CONTEXTS = 32  # that inputs are standardised by
-Told = dict[str, Tensor | float]
-"""What a step has to say, by the name that TensorBoard shows."""
+STANDARDISATION_CONTEXTS = 32  # the first contexts, which give mean and scale of the inputs
+Metrics = dict[str, Tensor | float]
+"""What a training step reports, by the name that TensorBoard shows."""
+
+Protection = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False, description="two integers from 0")]
+InputNames = Annotated[
+    tuple[str, ...],
+    Field(strict=False, description=f"a list such as [{', '.join(DEFAULT)}]"),
+    AfterValidator(lambda names: check_inputs(names, "the agent")),
+]
+
+
+class Settings(BaseModel):
+    """Settings that all agents have; an agent with more of them has a subclass.
+
+    Attributes:
+        steps: training steps: optimiser steps, or rollouts with the optimiser steps that follow them.
+        contexts: contexts per step.
+        slots: random slots per head of a context and step (all slots of a shorter context).
+        hidden: width of the hidden layers.
+        rate: peak learning rate of AdamW; a warm-up, then a cosine to zero.
+        weight_decay: of AdamW.
+        protect: first and last tokens that the exported policy protects.
+        validation: share of the documents held out to choose the best checkpoint.
+        every: steps between validations (and checkpoints).
+        inputs: what the networks read of a slot: names of :data:`~kv_gym.policies.scoring.inputs.INPUTS`.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
+
+    steps: PositiveInt = 600
+    contexts: PositiveInt = 8
+    slots: PositiveInt = 256
+    hidden: PositiveInt = 64
+    rate: NonNegativeFloat = 1e-2
+    weight_decay: NonNegativeFloat = 0.01
+    protect: Protection = (1, 1)
+    validation: NonNegativeFloat = 0.1
+    every: PositiveInt = 50
+    inputs: InputNames = DEFAULT
+
+    @property
+    def depth(self) -> int:
+        """Hidden layers of the networks."""
+        return 2
+
+
+@dataclass
+class Context:
+    """What training reads of one recorded context; A heads (layers x KV heads), L layers, n slots.
+
+    Attributes:
+        inputs: `[A, n, f]` float32, all inputs but the hidden states.
+        utility: `[A, n]` float32, what a slot is worth to the agent; non-negative.
+        hidden_states: `[L, n, D]` float32, held once for all heads of a layer; None where they are no input.
+    """
+
+    inputs: Tensor
+    utility: Tensor
+    hidden_states: Tensor | None = None
+
+    def network_inputs(self, slots: Tensor | None = None) -> Tensor:
+        """Inputs `[A, m, f + D]` of the slots `[m]` (None: all of them); hidden states come last."""
+        inputs = self.inputs if slots is None else self.inputs.index_select(1, slots)
+        if self.hidden_states is None:
+            return inputs
+        states = self.hidden_states if slots is None else self.hidden_states.index_select(1, slots)
+        return torch.cat((inputs, states.repeat_interleave(len(inputs) // len(states), 0)), -1)
+
+    def without_protected(self, sinks: int, recent: int) -> Context:
+        """The context without its first `sinks` and last `recent` slots (views, no copies); one slot always stays."""
+        end = max(sinks + 1, self.utility.shape[1] - recent)
+        states = None if self.hidden_states is None else self.hidden_states[:, sinks:end]
+        return Context(self.inputs[:, sinks:end], self.utility[:, sinks:end], states)
+
+    def standardise(self, network: GroupedScorer) -> None:
+        """Standardise the inputs in place, once, as `network` would at every step."""
+        width = self.inputs.shape[-1]
+        self.inputs.sub_(network.mean[..., :width]).mul_(network.scale[..., :width])
+        if self.hidden_states is not None:
+            # the heads of a layer have the same mean and scale of its hidden states: take those of the first
+            first = slice(None, None, network.heads // len(self.hidden_states))
+            self.hidden_states.sub_(network.mean[first, :, width:]).mul_(network.scale[first, :, width:])
+
+
+def read_context(
+    sequence: Sequence,
+    utility: Callable[[Sequence], np.ndarray] | None = None,
+    names: tuple[str, ...] = DEFAULT,
+) -> Context:
+    """Inputs and utility of a recorded context as it was at its end.
+
+    Args:
+        sequence: the context.
+        utility: gives `[L, H, n]` of a context; None takes the mean attention per query over its continuations.
+        names: of the inputs.
+
+    Raises:
+        UserError: the context was recorded without what the inputs need.
+    """
+    states = None
+    if names[-1] == HIDDEN:
+        states = torch.from_numpy(np.stack([sequence.hidden_of(i) for i in range(len(sequence.layers))]))
+    inputs = _inputs_from_slots(sequence, tuple(name for name in names if name != HIDDEN))
+    slot_utility = sequence.utility() if utility is None else utility(sequence)
+    return Context(inputs, torch.from_numpy(slot_utility).flatten(0, 1), states)
+
+
+def sequence_inputs(sequence: Sequence, names: tuple[str, ...] = DEFAULT) -> Tensor:
+    """What the networks read of every slot of a recorded context, `[heads, n, f]` float32; see :func:`read_context`."""
+    return read_context(sequence, lambda _: np.empty((*sequence.keys.shape[:2], 0), np.float32), names).network_inputs()
+
+
+def _inputs_from_slots(sequence: Sequence, names: tuple[str, ...]) -> Tensor:
+    """All inputs but the hidden states, `[heads, n, f]`; f may be 0."""
+    window = max((INPUTS[name].queries for name in names), default=0)
+    if window > sequence.queries.shape[2]:
+        raise UserError(
+            f"inputs {list(names)} need the last {window} queries and context {sequence.id} has "
+            f"{sequence.queries.shape[2]}: record with --window {window}"
+        )
+    if window:
+        layers = range(len(sequence.layers))
+        return torch.cat([read_inputs(sequence.view(layer), names)[0] for layer in layers])
+    # no input depends on the layer: all heads of the model at once
+    keys, values = (torch.from_numpy(array).flatten(0, 1) for array in (sequence.keys, sequence.values))
+    if names == DEFAULT:
+        n = keys.shape[1]
+        return slot_inputs(keys, values, torch.arange(n).expand(keys.shape[:2]), torch.tensor(n))
+    if not names:
+        return keys[..., :0].clone()
+    return read_inputs(CacheView.of(keys[None], values[None]), names)[0]
 
 
 class Learner(ABC):
-    """An algorithm at work on one network.
+    """A learning algorithm that trains one network in place.
 
-    A step draws anew with a seed of its own, so that what a step does depends on the state before it and on its
-    number alone: a resumed run repeats an uninterrupted one exactly.
+    A step seeds its random draws by its own number, so it depends only on the state before it: a resumed run repeats
+    an uninterrupted one exactly.
 
-    Class attributes:
-        settings: the class of its settings.
-        calibrated: scores of different heads are trained against one another, one threshold may cut them all.
-        absolute: a score means the same in every context, so that this threshold may be fixed ahead.
-        any_inputs: it learns from whatever inputs its settings name, not from the usual ones alone.
-        needs_model: the model itself takes part, as :attr:`model`, whatever the settings.
+    Args:
+        settings: of :attr:`settings_class`.
+        seed: of all random draws.
+        network: one MLP per head, trained in place.
+        from_scratch: the network has not taken mean and scale of its inputs yet.
+        model: the transformers decoder of the traces, for agents and utilities that need it.
 
     Attributes:
-        model: a transformers decoder, or None.
+        settings_class: class of the agent's settings.
+        calibrated: scores are trained against one another across heads, so that one threshold may cut all heads.
+        absolute: a score means the same in every context, so that a threshold may be fixed ahead.
+        any_inputs: it learns from whatever inputs its settings name, not from key, value and position alone.
+        needs_model: it trains through the model itself, whatever the settings.
     """
 
-    settings: ClassVar[type[Settings]] = Settings
+    settings_class: ClassVar[type[Settings]] = Settings
     calibrated: bool = False
     absolute: bool = False
     any_inputs: ClassVar[bool] = True
     needs_model: ClassVar[bool] = False
-    model: Any = None
 
-    def __init__(self, settings: Settings, seed: int, network: GroupedScorer, fresh: bool = True):
-        """Prepare to train `network` in place; a `fresh` one has not seen yet how its inputs are distributed."""
-        self.chosen, self.seed, self.network, self.fresh = settings, seed, network, fresh
+    def __init_subclass__(cls, **keywords: Any) -> None:
+        """Accept `worth`, the former name of :meth:`utility`."""
+        super().__init_subclass__(**keywords)
+        if "worth" in vars(cls):
+            warnings.warn(f"{cls.__name__}.worth is now named utility", DeprecationWarning, stacklevel=2)
+            cls.utility = vars(cls)["worth"]  # type: ignore[method-assign]
+
+    def __init__(
+        self, settings: Settings, seed: int, network: GroupedScorer, from_scratch: bool = True, model: Any = None
+    ):
+        self.settings, self.seed, self.network = settings, seed, network
+        self.from_scratch, self.model = from_scratch, model
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             network.parameters(), lr=settings.rate, weight_decay=settings.weight_decay
         )
 
     @classmethod
-    def settled(cls, settings: Settings, with_model: bool) -> Settings:
-        """The settings with what hangs on whether the model is given decided."""
+    def resolve_settings(cls, settings: Settings, has_model: bool) -> Settings:
+        """Settings with every choice made that depends on whether the model is given."""
         return settings
 
     @classmethod
-    def model_use(cls, settings: Settings) -> str:
-        """What the agent needs the model itself for, after "agent 'x' ...", or "" where it needs none."""
+    def model_requirement(cls, settings: Settings) -> str:
+        """What it needs the model for, as the end of "agent 'x' ...", or "" where it needs none."""
         return "trains through the model" if cls.needs_model else ""
 
-    def worth(self, sequence: Sequence) -> np.ndarray:
-        """`[L, H, n]` float32, what the agent learns to rank a context's slots by."""
-        return expected_utility(sequence)
+    def utility(self, sequence: Sequence) -> np.ndarray:
+        """What the agent learns to rank the slots of a context by, `[L, H, n]` float32, non-negative.
+
+        Mean attention per query over the continuations, unless a subclass says otherwise.
+        """
+        return sequence.utility()
 
     @abstractmethod
     def prepare(self, sequences: list[Sequence]) -> None:
-        """Take the training contexts, and let a fresh network standardise its inputs."""
+        """Take the training contexts, and let a network from scratch standardise its inputs."""
 
-    def standardise_fresh(self, inputs: Iterable[Tensor]) -> None:
-        """Let a fresh network take mean and scale of its inputs from the first contexts, each `[heads, n, f]`."""
-        if self.fresh:
-            self.network.standardise(torch.cat(list(islice(inputs, FIRST_CONTEXTS)), 1))
+    def fit_standardisation(self, inputs: Iterable[Tensor]) -> None:
+        """Give a network from scratch mean and scale of its inputs, by the first contexts, each `[heads, n, f]`."""
+        if self.from_scratch:
+            self.network.standardise(torch.cat(list(islice(inputs, STANDARDISATION_CONTEXTS)), 1))
 
     @abstractmethod
-    def step(self, step: int) -> Told:
-        """Train once; `step` counts from 0. What it tells holds at least ``loss``."""
+    def step(self, step: int) -> Metrics:
+        """Train once; `step` counts from 0. The metrics hold at least ``loss``."""
 
     @property
-    @abstractmethod
     def samples(self) -> int:
-        """Rankings that one step learns from: decisions (one head of one context), each with all of its samples."""
+        """Rankings that one step learns from: one per context and head, unless a subclass draws more."""
+        return self.settings.contexts * self.network.heads
 
     def reward(self, policy: Scorer, validation: list[Sequence]) -> float | None:
         """What checkpoints are chosen by, higher is better; None: the utility that `policy` keeps."""
         return None
 
-    def state(self) -> dict[str, Any]:
-        """Tensors and plain data from which :meth:`load` goes on."""
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain data from which :meth:`load_state_dict` continues."""
         return {"network": self.network.state_dict(), "optimizer": self.optimizer.state_dict()}
 
-    def load(self, state: dict[str, Any]) -> None:
-        """Go on from an earlier :meth:`state`."""
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from an earlier :meth:`state_dict`."""
         self.network.load_state_dict(state["network"])
         self.optimizer.load_state_dict(state["optimizer"])
 
-    def begin(self, step: int) -> None:
-        """Seed the draws of a step and set its learning rate: a short warm-up, then a cosine to zero."""
+    def start_step(self, step: int) -> None:
+        """Seed the random draws of a step and set its learning rate: 20 steps of warm-up, a cosine to zero."""
         torch.manual_seed(self.seed * 1_000_003 + step)
-        done = step / self.chosen.steps
-        factor = min(1.0, (step + 1) / 20) * (1 + math.cos(math.pi * done)) / 2
+        factor = min(1.0, (step + 1) / 20) * (1 + math.cos(math.pi * step / self.settings.steps)) / 2
         for group in self.optimizer.param_groups:
-            group["lr"] = self.chosen.rate * factor
+            group["lr"] = self.settings.rate * factor
 
-    def descend(self, loss: Tensor) -> Tensor:
+    def optimizer_step(self, loss: Tensor) -> Tensor:
         """One optimiser step; returns the norm of the gradient before it was clipped to 1.
 
         Raises:
@@ -117,51 +266,52 @@ class Learner(ABC):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-        if not math.isfinite(loss.item()):
-            raise UserError(f"the loss is {loss.item()}: train with a lower rate than {self.chosen.rate}")
+        self.refuse_non_finite(loss.item())
         return norm
+
+    def refuse_non_finite(self, loss: float) -> None:
+        """Raise a UserError where training diverged."""
+        if not math.isfinite(loss):
+            raise UserError(f"the loss is {loss}: train with a lower rate than {self.settings.rate}")
 
 
 class ContextLearner(Learner):
-    """An algorithm that learns from decisions at the end of contexts, all heads in one batched product."""
+    """A learner on decisions at the end of contexts; all heads train in one batched product."""
 
     contexts: list[Context]
 
     def prepare(self, sequences: list[Sequence]) -> None:
-        """Read inputs and worth of every context into memory."""
-        self.contexts = [read_context(sequence, self.worth, self.chosen.inputs) for sequence in sequences]
-        self.standardise_fresh(context.at() for context in self.contexts)
-        standardise(self.contexts, self.network)
+        """Read inputs and utility of every context into memory."""
+        self.contexts = [read_context(sequence, self.utility, self.settings.inputs) for sequence in sequences]
+        self.fit_standardisation(context.network_inputs() for context in self.contexts)
+        for context in self.contexts:
+            context.standardise(self.network)
 
-    @property
-    def samples(self) -> int:
-        """One per context and head."""
-        return self.chosen.contexts * self.network.heads
+    def sample_batch(self) -> tuple[Tensor, Tensor]:
+        """Inputs `[heads, contexts * n, f]` and utility `[contexts, heads, n]` of random slots of random contexts."""
+        picked = [self.contexts[i] for i in torch.randint(len(self.contexts), (self.settings.contexts,))]
+        n = min(self.settings.slots, min(context.utility.shape[1] for context in picked))
+        slots = [torch.randperm(context.utility.shape[1])[:n] for context in picked]
+        pairs = list(zip(picked, slots, strict=True))
+        inputs = torch.cat([context.network_inputs(chosen) for context, chosen in pairs], 1)
+        return inputs, torch.stack([context.utility.index_select(1, chosen) for context, chosen in pairs])
 
-    def draw(self) -> tuple[Tensor, Tensor]:
-        """Inputs `[heads, contexts * n, f]` and worth `[contexts, heads, n]` of random slots of random contexts."""
-        picked = [self.contexts[i] for i in torch.randint(len(self.contexts), (self.chosen.contexts,))]
-        n = min(self.chosen.slots, min(c.worth.shape[1] for c in picked))
-        slots = [torch.randperm(c.worth.shape[1])[:n] for c in picked]
-        inputs = torch.cat([c.at(s) for c, s in zip(picked, slots, strict=True)], 1)
-        return inputs, torch.stack([c.worth.index_select(1, s) for c, s in zip(picked, slots, strict=True)])
-
-    def score(self, inputs: Tensor, worth: Tensor, network: GroupedScorer | None = None) -> Tensor:
-        """Scores `[contexts, heads, n]` of drawn inputs, by the network in training or another."""
+    def score(self, inputs: Tensor, network: GroupedScorer | None = None) -> Tensor:
+        """Scores `[contexts, heads, n]` of a batch's inputs, by the network in training or another."""
         scores = (network or self.network).scores(inputs)
-        return scores.view(inputs.shape[0], len(worth), -1).transpose(0, 1)
+        return scores.view(len(scores), self.settings.contexts, -1).transpose(0, 1)
 
 
 class LossLearner(ContextLearner):
-    """An algorithm that is one loss of the scores of one draw."""
+    """A learner that is one loss of the scores of a random batch."""
 
-    def step(self, step: int) -> Told:
+    def step(self, step: int) -> Metrics:
         """Draw contexts and slots, and descend the loss of their scores."""
-        self.begin(step)
-        inputs, worth = self.draw()
-        loss, told = self.loss(self.score(inputs, worth), worth)
-        return {"loss": loss.detach(), **told, "gradient_norm": self.descend(loss)}
+        self.start_step(step)
+        inputs, utility = self.sample_batch()
+        loss, metrics = self.loss(self.score(inputs), utility)
+        return {"loss": loss.detach(), **metrics, "gradient_norm": self.optimizer_step(loss)}
 
     @abstractmethod
-    def loss(self, scores: Tensor, worth: Tensor) -> tuple[Tensor, Told]:
-        """The loss of scores `[contexts, heads, n]` whose slots are worth `worth`, and what there is to tell."""
+    def loss(self, scores: Tensor, utility: Tensor) -> tuple[Tensor, Metrics]:
+        """The loss of scores `[contexts, heads, n]` under utility of the same shape, and other metrics to log."""

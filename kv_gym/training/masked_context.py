@@ -1,4 +1,7 @@
-"""Running a model over continuations of recorded contexts whose slots can be switched off, with gradients."""
+"""Runs a model over continuations of recorded contexts whose slots can be switched off, with gradients.
+
+Every slot has a gate: 1 keeps it, 0 evicts it, and the gradient of the gate says what the slot contributes.
+"""
 
 from __future__ import annotations
 
@@ -6,16 +9,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kv_gym.errors import UserError
 from kv_gym.models.attention import AttentionCall, attach, detach, full_layers, hand_over
+from kv_gym.traces.sequence import Sequence
 
 
 @dataclass(frozen=True)
-class Recorded:
+class RecordedContexts:
     """Contexts of one model, padded to the longest; C contexts, L layers, H KV heads, n slots, d head dim.
 
     Attributes:
@@ -27,8 +33,41 @@ class Recorded:
     values: Tensor
     lengths: Tensor
 
+    @classmethod
+    def of(cls, sequences: list[Sequence], device: torch.device | str = "cpu") -> RecordedContexts:
+        """Stack the contexts on a device."""
+        lengths = torch.tensor([len(sequence.tokens) for sequence in sequences], device=device)
+        n = max(len(sequence.tokens) for sequence in sequences)
 
-class GatedLayer(CacheLayerMixin):
+        def stacked(arrays: list[np.ndarray]) -> Tensor:
+            return torch.stack([pad(torch.from_numpy(x), (0, 0, 0, n - x.shape[2])) for x in arrays]).to(device)
+
+        return cls(stacked([s.keys for s in sequences]), stacked([s.values for s in sequences]), lengths)
+
+
+def padded_continuations(
+    sequences: list[Sequence], indices: list[list[int]], device: torch.device | str = "cpu"
+) -> tuple[Tensor, Tensor]:
+    """Tokens of continuations, padded at the end, and a float mask of the real ones: both `[C, Q, m]`.
+
+    Args:
+        sequences: C contexts.
+        indices: which of its continuations each context reads, Q for each.
+        device: of the results.
+    """
+    rows = [
+        torch.from_numpy(sequence.continuations[i].tokens)
+        for sequence, chosen in zip(sequences, indices, strict=True)
+        for i in chosen
+    ]
+    lengths = torch.tensor([len(row) for row in rows])
+    tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).float()
+    shape = len(sequences), len(indices[0]), -1
+    return tokens.view(shape).to(device), mask.view(shape).to(device)
+
+
+class MaskedContextLayer(CacheLayerMixin):
     """One layer: the contexts' slots, each times its gate, and the continuations' own tokens."""
 
     is_compileable = False
@@ -53,31 +92,30 @@ class GatedLayer(CacheLayerMixin):
     def attend(self, call: AttentionCall) -> tuple[Tensor, None]:
         """Attention over gated slots and all earlier tokens of the continuation.
 
-        Every weight counts as often as its slot's gate says before the weights are divided by their sum: a gate of 0
-        is an evicted slot, and its gradient says what the slot would add.
+        The exponential of every slot is multiplied by its gate before the weights are divided by their sum.
         """
-        exact = torch.promote_types(call.query.dtype, torch.float32)
-        keys, values, gates = (tensor.to(exact) for tensor in (*self.context, self.gates))
+        dtype = torch.promote_types(call.query.dtype, torch.float32)
+        keys, values, gates = (tensor.to(dtype) for tensor in (*self.context, self.gates))
         contexts, heads = keys.shape[:2]
         rows, query_heads, m, d = call.query.shape
         group = query_heads // heads
-        asked = call.query.to(exact) * call.scaling
-        # all continuations of a context ask its slots at once: [C, H, rows of C * group * m, d]
-        together = asked.reshape(contexts, -1, heads, group, m, d).transpose(1, 2).flatten(2, 4)
-        past = together @ keys.transpose(-1, -2)
-        own = torch.einsum("rhgid,rhjd->rhgij", asked.view(rows, heads, group, m, d), call.key.to(exact))
+        query = call.query.to(dtype) * call.scaling
+        # the queries of all continuations of a context together: [C, H, rows of C * group * m, d]
+        by_context = query.reshape(contexts, -1, heads, group, m, d).transpose(1, 2).flatten(2, 4)
+        past = by_context @ keys.transpose(-1, -2)
+        own = torch.einsum("rhgid,rhjd->rhgij", query.view(rows, heads, group, m, d), call.key.to(dtype))
         later = torch.ones(m, m, dtype=torch.bool, device=own.device).triu(1)
         own = own.masked_fill(later, float("-inf"))
         highest = torch.maximum(
             _by_row(past.detach().amax(-1), contexts, rows, group, m), own.detach().amax(-1)
         )  # [R, H, G, m]
         past = past.sub_(_by_context(highest, contexts)[..., None]).exp_()
-        # gates go with the values, not with the weights: those are by far the largest arrays here
+        # gates multiply the values, not the weights, which are by far the largest arrays here
         gated = past @ torch.cat((values * gates[..., None], gates[..., None]), -1)
         gated = _by_row(gated, contexts, rows, group, m)
         own = (own - highest[..., None]).exp()
-        mine = torch.einsum("rhgij,rhjd->rhgid", own, call.value.to(exact))
-        attended = (gated[..., :-1] + mine) / (gated[..., -1:] + own.sum(-1, keepdim=True))
+        own_output = torch.einsum("rhgij,rhjd->rhgid", own, call.value.to(dtype))
+        attended = (gated[..., :-1] + own_output) / (gated[..., -1:] + own.sum(-1, keepdim=True))
         return attended.flatten(1, 2).transpose(1, 2).to(call.query.dtype), None
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
@@ -98,32 +136,32 @@ class GatedLayer(CacheLayerMixin):
 def _by_row(tensor: Tensor, contexts: int, rows: int, group: int, m: int) -> Tensor:
     """`[C, H, rows of C * G * m, ...]`, the queries of a context together, to `[R, H, G, m, ...]`."""
     heads = tensor.shape[1]
-    apart = tensor.view(contexts, heads, rows // contexts, group, m, *tensor.shape[3:])
-    return apart.transpose(1, 2).flatten(0, 1)
+    split = tensor.view(contexts, heads, rows // contexts, group, m, *tensor.shape[3:])
+    return split.transpose(1, 2).flatten(0, 1)
 
 
 def _by_context(tensor: Tensor, contexts: int) -> Tensor:
-    """The way back of :func:`_by_row`, for `[R, H, G, m]`."""
+    """The inverse of :func:`_by_row`, for `[R, H, G, m]`."""
     return tensor.unflatten(0, (contexts, -1)).transpose(1, 2).flatten(2, 4)
 
 
-class GatedCache(Cache):
+class MaskedContextCache(Cache):
     """Contexts whose slots have gates; every forward of it runs one batch of continuations."""
 
-    def __init__(self, contexts: Recorded, gates: Tensor):
+    def __init__(self, contexts: RecordedContexts, gates: Tensor):
         """`gates` is `[C, L, H, n]`, 0 where a slot is evicted, padding included."""
-        longest = int(contexts.lengths.max())
+        keys, values, longest = contexts.keys, contexts.values, contexts.keys.shape[3]
         super().__init__(
             layers=[
-                GatedLayer(contexts.keys[:, layer], contexts.values[:, layer], gates[:, layer], longest)
+                MaskedContextLayer(keys[:, layer], values[:, layer], gates[:, layer], longest)
                 for layer in range(gates.shape[1])
             ]
         )
 
 
 @contextmanager
-def frozen(model) -> Iterator[None]:
-    """The model watched by gated caches, its weights held still; all is undone at the end.
+def frozen_model(model) -> Iterator[None]:
+    """Prepare a model for masked contexts, its weights fixed; everything is restored at the end.
 
     Raises:
         UserError: some layers of the model do not cache all tokens, so a recorded context does not hold what a
@@ -150,21 +188,21 @@ def frozen(model) -> Iterator[None]:
         detach(model)
 
 
-def continuation_logits(model, contexts: Recorded, gates: Tensor, tokens: Tensor) -> Tensor:
-    """Logits `[C, Q, m, vocabulary]` of Q continuations of each context, under :func:`frozen`.
+def continuation_logits(model, contexts: RecordedContexts, gates: Tensor, tokens: Tensor) -> Tensor:
+    """Logits `[C, Q, m, vocabulary]` of Q continuations of each context, under :func:`frozen_model`.
 
     Args:
-        model: whose contexts they are.
+        model: the transformers decoder that was recorded.
         contexts: C recorded contexts.
         gates: `[C, L, H, n]`.
-        tokens: `[C, Q, m]` int64 continuations; padding at the end sees everything and is seen by nothing before it.
+        tokens: `[C, Q, m]` int64 continuations, padded at the end.
     """
-    count, several, m = tokens.shape
-    starts = contexts.lengths.to(tokens.device).repeat_interleave(several)[:, None]
+    count, per_context, m = tokens.shape
+    starts = contexts.lengths.to(tokens.device).repeat_interleave(per_context)[:, None]
     out = model(
         input_ids=tokens.flatten(0, 1),
         position_ids=starts + torch.arange(m, device=tokens.device),
-        past_key_values=GatedCache(contexts, gates),
+        past_key_values=MaskedContextCache(contexts, gates),
         use_cache=True,
     )
-    return out.logits.unflatten(0, (count, several))
+    return out.logits.unflatten(0, (count, per_context))

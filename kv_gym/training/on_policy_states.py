@@ -1,7 +1,7 @@
-"""The states that evictions produce: before a block of new tokens, with what earlier cuts have left.
+"""Decision points on the path of a policy's own evictions: before a block of new tokens, after earlier cuts.
 
-The rules are those of KVEvict-v0 in eviction mode. A state is relabelled: what its slots are worth is what the rest of
-the continuation attends to, whatever way led to it (as DAgger does, arXiv 1011.0686).
+The rules are those of KVEvict-v0 in eviction mode. A state is relabelled: the utility of its slots is what the rest of
+the continuation attends to, however the state was reached (as in DAgger, arXiv 1011.0686).
 """
 
 from __future__ import annotations
@@ -26,110 +26,115 @@ Score = Callable[[Tensor, Tensor], Tensor]
 
 
 @dataclass(frozen=True)
-class States:
-    """B decision points, one KV head each; only the slots that may go, first in every row.
+class DecisionStates:
+    """B decision points, one KV head each; slots that may go come first in every row, others are left out.
 
     Attributes:
         inputs: `[B, n, f]`, as the network sees them, not standardised.
         heads: `[B]` int64, number of the head.
-        there: `[B, n]` bool; false where a row has fewer slots than the longest.
+        mask: `[B, n]` bool; false where a row has fewer slots than the longest.
         room: `[B]` int64, how many of them may stay.
-        worth: `[B, n]` float32, attention that the rest of the continuation pays; zero where nothing is.
+        utility: `[B, n]` float32, attention that the rest of the continuation pays; zero at padding.
     """
 
     inputs: Tensor
     heads: Tensor
-    there: Tensor
+    mask: Tensor
     room: Tensor
-    worth: Tensor
+    utility: Tensor
 
 
-class Reached:
+class OnPolicyStates:
     """Draws continuations of recorded contexts, and the states in them that a policy's own cuts lead to.
 
     Holds 4 bytes per context, head, continuation, block and token.
+
+    Args:
+        sequences: recorded contexts.
+        budget: share of a context's slots that stay.
+        sinks, recent: first and last tokens that are protected.
+
+    Raises:
+        UserError: no continuation attends to anything that could be evicted.
     """
 
     def __init__(self, sequences: list[Sequence], budget: float, sinks: int, recent: int):
-        """Read the contexts; `budget` is the share of a context that stays.
-
-        Raises:
-            UserError: no continuation attends to anything that could go.
-        """
         self._table = ObservationTable(sequences)
-        self._rules = EvictionMode(sequences, self._table, "max", sinks, recent, parse_budget(budget))
-        rules = self._rules
-        self._block = [[c.block for c in sequence.continuations] for sequence in sequences]
-        names = np.stack((self._table.sequence[rules.decision], rules.continuation), 1)
-        _, which = np.unique(names, axis=0, return_inverse=True)
-        # all heads of one continuation together
-        self._groups = [np.flatnonzero(which == group) for group in range(which.max(initial=-1) + 1)]
+        self._eviction = EvictionMode(sequences, self._table, "max", sinks, recent, parse_budget(budget))
+        self._block_tokens = [[c.block for c in sequence.continuations] for sequence in sequences]
+        context = self._table.sequence[self._eviction.decision]
+        _, group = np.unique(np.stack((context, self._eviction.continuation), 1), axis=0, return_inverse=True)
+        # episodes of all heads of one continuation together
+        self._groups = [np.flatnonzero(group == number) for number in range(group.max(initial=-1) + 1)]
         if not self._groups:
             raise UserError(
                 f"at a budget of {budget} no continuation of the {len(sequences)} contexts loses attention: record "
                 "longer contexts, or lower the budget"
             )
 
-    def draw(self, count: int, score: Score | None, highest: bool = False) -> States:
+    def draw(self, count: int, score: Score | None, highest: bool = False) -> DecisionStates:
         """States of all heads of `count` random continuations, each before a random block of it.
 
         Args:
             count: continuations.
-            score: the policy whose cuts lead there; None lets what the future attends to decide (Golden Eviction).
-            highest: worth is the most attention of any block to come instead of the sum over them.
+            score: the policy whose cuts lead there; None evicts what the future attends to least (Golden Eviction).
+            highest: utility is the most attention of any block to come instead of the sum over them.
         """
-        chosen = [self._groups[i] for i in torch.randint(len(self._groups), (count,)).tolist()]
-        target = [int(torch.randint(int(self._rules.blocks[group[0]]), ())) for group in chosen]
-        episodes = np.concatenate(chosen)
-        stop = np.repeat(target, [len(group) for group in chosen])
-        cached = self._rules.full_cache(episodes)
+        groups = [self._groups[i] for i in torch.randint(len(self._groups), (count,)).tolist()]
+        stops = [int(torch.randint(int(self._eviction.blocks[group[0]]), ())) for group in groups]
+        episodes = np.concatenate(groups)
+        stop = np.repeat(stops, [len(group) for group in groups])
+        cached = self._eviction.full_cache(episodes)
         for block in range(stop.max(initial=0)):
-            going = np.flatnonzero(stop > block)
-            at = np.full(len(going), block)
-            scores = self._scores(episodes[going], at, cached[going], score)
-            cached[going] = self._rules.evict(episodes[going], at, cached[going], scores)[0]
+            active = np.flatnonzero(stop > block)
+            blocks = np.full(len(active), block)
+            scores = self._scores(episodes[active], blocks, cached[active], score)
+            cached[active] = self._eviction.evict(episodes[active], blocks, cached[active], scores)[0]
         return self._states(episodes, stop, cached, highest)
 
     def reward(self, score: Score | None) -> float:
         """What KVEvict-v0 pays a policy in eviction mode: mean over all blocks of all heads, contexts, continuations.
 
         Args:
-            score: the policy, whose every cut bears on those after it; None: Golden Eviction, which sees the future.
+            score: the policy; its cuts are made one after another. None: Golden Eviction, which sees the future.
         """
         rewards = []
         for episodes in self._groups:
-            cached = self._rules.full_cache(episodes)
-            for block in range(int(self._rules.blocks[episodes[0]])):
-                at = np.full(len(episodes), block)
-                cached, reward, _ = self._rules.evict(episodes, at, cached, self._scores(episodes, at, cached, score))
+            cached = self._eviction.full_cache(episodes)
+            for block in range(int(self._eviction.blocks[episodes[0]])):
+                blocks = np.full(len(episodes), block)
+                scores = self._scores(episodes, blocks, cached, score)
+                cached, reward, _ = self._eviction.evict(episodes, blocks, cached, scores)
                 rewards.append(reward)
         return float(np.concatenate(rewards).mean())
 
     def _scores(
         self, episodes: NDArray[np.int64], block: NDArray[np.int64], cached: NDArray[np.bool_], score: Score | None
     ) -> NDArray[np.float32]:
-        """`[B, N]`, by a policy, or by what the future attends to most."""
+        """`[B, N]`, by a policy, or the most attention of any block to come."""
         if score is None:
-            return self._rules.future_attention(episodes, block, cached, highest=True)[2]
+            return self._eviction.future_attention(episodes, block, cached, highest=True)[2]
         return score(*self._inputs(episodes, block)).numpy()
 
     def _states(
         self, episodes: NDArray[np.int64], block: NDArray[np.int64], cached: NDArray[np.bool_], highest: bool
-    ) -> States:
-        may_go, room, worth = self._rules.future_attention(episodes, block, cached, highest)
-        there = torch.from_numpy(may_go)
-        # the same slots in front, in their order
-        first = there.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : int(there.sum(-1).max())]
+    ) -> DecisionStates:
+        evictable, room, utility = self._eviction.future_attention(episodes, block, cached, highest)
+        mask = torch.from_numpy(evictable)
+        # evictable slots first, in their order
+        order = mask.to(torch.int8).argsort(dim=-1, descending=True, stable=True)[:, : int(mask.sum(-1).max())]
         inputs, heads = self._inputs(episodes, block)
-        inputs = inputs.gather(1, first[..., None].expand(-1, -1, inputs.shape[-1]))
-        there = there.gather(1, first)
-        return States(inputs, heads, there, torch.from_numpy(room), torch.from_numpy(worth).gather(1, first) * there)
+        inputs = inputs.gather(1, order[..., None].expand(-1, -1, inputs.shape[-1]))
+        mask = mask.gather(1, order)
+        utility_tensor = torch.from_numpy(utility).gather(1, order) * mask
+        return DecisionStates(inputs, heads, mask, torch.from_numpy(room), utility_tensor)
 
     def _inputs(self, episodes: NDArray[np.int64], block: NDArray[np.int64]) -> tuple[Tensor, Tensor]:
-        decisions = self._rules.decision[episodes]
-        shown = self._table.gather(decisions)
-        sizes = zip(self._table.sequence[decisions], self._rules.continuation[episodes], strict=True)
-        new = block * np.array([self._block[i][c] for i, c in sizes])
+        """Inputs `[B, N, f]` of all slots, and the head `[B]`."""
+        decisions = self._eviction.decision[episodes]
+        observation = self._table.gather(decisions)
+        pairs = zip(self._table.sequence[decisions], self._eviction.continuation[episodes], strict=True)
+        new = block * np.array([self._block_tokens[i][c] for i, c in pairs])
         seen = torch.from_numpy(self._table.length[decisions] + new)[:, None]
-        key, value, position = (torch.from_numpy(shown[name]) for name in ("key", "value", "position"))
-        return slot_inputs(key, value, position.long(), seen), torch.from_numpy(shown["head"])
+        key, value, position = (torch.from_numpy(observation[name]) for name in ("key", "value", "position"))
+        return slot_inputs(key, value, position.long(), seen), torch.from_numpy(observation["head"])

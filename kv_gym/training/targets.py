@@ -1,15 +1,15 @@
-"""What `joint` may learn to rank slots by: the worth of every slot of a recorded context, by name.
+"""Utilities that `joint` may learn to rank slots by, by name.
 
-From what was attended to what would be lost, L layers, H KV heads, n slots:
+From the attention a slot receives to what the model loses without it; L layers, H KV heads, n slots:
 
-| name | worth of a slot, mean over the continuations |
+| name | utility of a slot, mean over the continuations |
 |---|---|
 | ``utility`` | attention received per query, the most of the KV head's query heads (as KVP) |
 | ``mean`` | the same, the mean of the query heads |
 | ``value`` | ``utility`` times the norm of what the value adds to the layer's output (KVzap divides by another) |
 | ``output`` | how far the layer's output moves when this slot alone goes (CAOTE's error, arXiv 2504.14051, projected) |
-| ``layers`` | ``mean`` times what a unit of it in that layer is to the loss, measured once |
-| ``output_layers`` | ``output`` times what a unit of it in that layer is to the loss, measured once |
+| ``layers`` | ``mean`` times the loss per unit of it in that layer, measured once |
+| ``output_layers`` | ``output`` times the loss per unit of it in that layer, measured once |
 | ``gradient`` | change of the continuation's loss, to first order, when this slot alone goes |
 | ``odds`` | change of the log-odds of what the model would say, to first order, root mean square |
 
@@ -22,6 +22,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -30,26 +31,31 @@ from torch import Tensor
 from kv_gym.errors import UserError
 from kv_gym.models.attention import attention_of, output_projection
 from kv_gym.traces.sequence import Sequence
-from kv_gym.training.masked_context import Recorded, continuation_logits, frozen
+from kv_gym.training.masked_context import (
+    RecordedContexts,
+    continuation_logits,
+    frozen_model,
+    padded_continuations,
+)
 
-Target = Callable[[Sequence], np.ndarray]
-"""Worth of a context's slots, `[L, H, n]` float32, non-negative."""
+Target = Literal["utility", "mean", "value", "output", "layers", "output_layers", "gradient", "odds"]
+TARGETS = get_args(Target)
+FROM_TRACES, FROM_MODEL = TARGETS[:2], TARGETS[2:]
+UtilityFunction = Callable[[Sequence], np.ndarray]
+"""Utility of a context's slots, `[L, H, n]` float32, non-negative."""
 
-FROM_TRACES = ("utility", "mean")
-FROM_MODEL = ("value", "output", "layers", "output_layers", "gradient", "odds")
-TARGETS = (*FROM_TRACES, *FROM_MODEL)
-LEAST_REST = 1e-6  # attention of all other slots, which a single attended slot leaves nothing
-MEASURED = 8  # contexts by which layers are weighed
-TOGETHER = 16384  # context tokens that continuations read at once
+MIN_REMAINDER = 1e-6  # attention of all other slots, where one slot receives everything
+WEIGHTING_CONTEXTS = 8  # contexts on which layers are weighted
+MAX_BATCH_TOKENS = 16384  # context tokens that a batch of continuations reads
 
 
-def target_of(name: str, model=None, some: list[Sequence] | None = None) -> Target:
-    """The target of that name.
+def utility_function(name: str, model=None, sequences: list[Sequence] | None = None) -> UtilityFunction:
+    """The utility of that name.
 
     Args:
         name: one of ``TARGETS``.
         model: the transformers decoder that was recorded; those of ``FROM_MODEL`` need it.
-        some: contexts on which layers are weighed, where they are; the first few are used.
+        sequences: contexts, of which the first few weight the layers for ``layers`` and ``output_layers``.
 
     Raises:
         UserError: unknown name, or no model where one is needed.
@@ -65,30 +71,30 @@ def target_of(name: str, model=None, some: list[Sequence] | None = None) -> Targ
         return lambda sequence: change(model, sequence)
     roots = output_roots(model)
     if name == "value":
-        return lambda sequence: value_worth(sequence, roots)
+        return lambda sequence: value_utility(sequence, roots)
 
-    def plain(sequence: Sequence) -> np.ndarray:
+    def unweighted(sequence: Sequence) -> np.ndarray:
         return sequence.utility("mean") if name == "layers" else output_error(sequence, roots)
 
     if name == "output":
-        return plain
-    weights = layer_weights(model, (some or [])[:MEASURED], plain)
-    return lambda sequence: plain(sequence) * weights[:, None, None]
+        return unweighted
+    weights = layer_weights(model, (sequences or [])[:WEIGHTING_CONTEXTS], unweighted)
+    return lambda sequence: unweighted(sequence) * weights[:, None, None]
 
 
-def continued(sequence: Sequence, most: int | None) -> Sequence:
-    """The context with its first `most` continuations (None: all).
+def limit_continuations(sequence: Sequence, count: int | None) -> Sequence:
+    """The context with its first `count` continuations (None: all).
 
     Raises:
         UserError: it has fewer, or none.
     """
-    there = len(sequence.continuations)
-    if there < (most or 1):
+    recorded = len(sequence.continuations)
+    if recorded < (count or 1):
         raise UserError(
-            f"context {sequence.id} has {there} continuations and {most or 1} are asked for: record more of them, or "
-            "set continuations lower"
+            f"context {sequence.id} has {recorded} continuations and {count or 1} are asked for: record more of them, "
+            "or set continuations lower"
         )
-    return sequence if most in (None, there) else replace(sequence, continuations=sequence.continuations[:most])
+    return sequence if count in (None, recorded) else replace(sequence, continuations=sequence.continuations[:count])
 
 
 def output_roots(model) -> dict[int, Tensor]:
@@ -109,62 +115,62 @@ def output_roots(model) -> dict[int, Tensor]:
     return roots
 
 
-def value_worth(sequence: Sequence, roots: dict[int, Tensor]) -> np.ndarray:
+def value_utility(sequence: Sequence, roots: dict[int, Tensor]) -> np.ndarray:
     """Utility times ``|v W_O|``, `[L, H, n]`; `roots` as :func:`output_roots` gives them."""
-    return sequence.utility() * torch.linalg.vector_norm(_projected(sequence, roots), dim=-1).numpy()
+    return sequence.utility() * torch.linalg.vector_norm(_output_values(sequence, roots), dim=-1).numpy()
 
 
 def output_error(sequence: Sequence, roots: dict[int, Tensor]) -> np.ndarray:
     """``a / (1 - a) |(v - o) W_O|``, `[L, H, n]`: a is the mean attention of a block, o its mean output.
 
-    Blocks weigh as their queries, continuations all alike.
+    Blocks are weighted by their number of queries, continuations equally.
     """
-    values = _projected(sequence, roots)
+    values = _output_values(sequence, roots)
     error = torch.zeros(values.shape[:3])
     for continuation in sequence.continuations:
         shares = continuation.block_queries / len(continuation.tokens) / len(sequence.continuations)
         for block, share in enumerate(shares.tolist()):
             queries = int(continuation.block_queries[block])
             attention = torch.from_numpy(continuation.future[..., block, 1]) / queries  # [L, H, n]
-            reach = attention.sum(-1, keepdim=True).clamp(min=LEAST_REST)
-            output = (attention / reach)[..., None, :] @ values  # [L, H, 1, d]
+            total = attention.sum(-1, keepdim=True).clamp(min=MIN_REMAINDER)
+            output = (attention / total)[..., None, :] @ values  # [L, H, 1, d]
             moved = torch.linalg.vector_norm(values - output, dim=-1)
-            error += share * attention / (1 - attention).clamp(min=LEAST_REST) * moved
+            error += share * attention / (1 - attention).clamp(min=MIN_REMAINDER) * moved
     return error.numpy()
 
 
-def _projected(sequence: Sequence, roots: dict[int, Tensor]) -> Tensor:
+def _output_values(sequence: Sequence, roots: dict[int, Tensor]) -> Tensor:
     """Values `[L, H, n, d]` whose distances are those of what they add to their layer's output."""
     return torch.from_numpy(sequence.values) @ torch.stack([roots[layer] for layer in sequence.layers])
 
 
-def layer_weights(model, sequences: list[Sequence], plain: Target) -> np.ndarray:
-    """What a unit of a worth is to the loss, `[L]` float32, mean 1: summed ``gradient`` over summed worth.
+def layer_weights(model, sequences: list[Sequence], unweighted: UtilityFunction) -> np.ndarray:
+    """Loss per unit of a utility in each layer, `[L]` float32, mean 1: summed ``gradient`` over summed utility.
 
-    Single slots' gradients tell little (see :func:`loss_change`), their sums over layers much.
+    The gradients of single slots are noisy (see :func:`loss_change`), their sums over layers are not.
 
     Args:
-        model: whose contexts they are.
+        model: the transformers decoder that was recorded.
         sequences: contexts to measure on.
-        plain: the worth whose layers are weighed.
+        unweighted: the utility whose layers are weighted.
 
     Raises:
         UserError: no context.
     """
     if not sequences:
-        raise UserError("layers are weighed by recorded contexts, and there are none; expected at least one")
-    lost = sum(loss_change(model, sequence).sum((1, 2), dtype=np.float64) for sequence in sequences)
-    held = sum(plain(sequence).sum((1, 2), dtype=np.float64) for sequence in sequences)
-    weights = lost / np.maximum(held, 1e-12)
+        raise UserError("layers are weighted by recorded contexts, and there are none; expected at least one")
+    loss = sum(loss_change(model, sequence).sum((1, 2), dtype=np.float64) for sequence in sequences)
+    utility = sum(unweighted(sequence).sum((1, 2), dtype=np.float64) for sequence in sequences)
+    weights = loss / np.maximum(utility, 1e-12)
     return (weights / weights.mean()).astype(np.float32)
 
 
 def loss_change(model, sequence: Sequence) -> np.ndarray:
-    """``|d NLL / d gate|`` of every slot, `[L, H, n]`, nats per predicted token of the continuation.
+    """``|d NLL / d gate|`` of every slot, `[L, H, n]`, nats per predicted token, mean over the continuations.
 
-    A gate multiplies a slot's attention before it is divided by its sum: the derivative at 1 is what the loss changes
-    by when the slot goes, as far as a straight line tells. Its size counts and not its sign: what a slot does to the
-    loss of this continuation, for better or worse, it may do to that of another the other way round.
+    A gate multiplies a slot's attention before it is divided by its sum: the derivative at 1 is the change of the loss
+    when the slot goes, to first order. The absolute value counts, since what a slot does to the loss of one
+    continuation, for better or worse, it may do to that of another with the opposite sign.
 
     It saturates: where the full cache makes the model certain, the loss is flat around it, however much there is to
     lose further off.
@@ -175,10 +181,10 @@ def loss_change(model, sequence: Sequence) -> np.ndarray:
     if max(len(continuation.tokens) for continuation in sequence.continuations) < 2:
         raise UserError(f"context {sequence.id} has continuations of one token; expected two, to predict the second")
 
-    def loss(logits: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-        told = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
-        predicted = real[:, 1:]
-        return -(told * predicted).sum(-1) / predicted.sum(-1).clamp(min=1)
+    def loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        log_probs = logits[:, :-1].log_softmax(-1).gather(-1, tokens[:, 1:, None])[..., 0]
+        predicted = mask[:, 1:]
+        return -(log_probs * predicted).sum(-1) / predicted.sum(-1).clamp(min=1)
 
     return np.mean([gradient.abs().numpy() for gradient in _gate_gradients(model, sequence, loss)], 0)
 
@@ -186,17 +192,17 @@ def loss_change(model, sequence: Sequence) -> np.ndarray:
 def odds_change(model, sequence: Sequence) -> np.ndarray:
     """Root mean square over the continuations of ``d odds / d gate``, `[L, H, n]`, nats per token.
 
-    The odds are the logarithm of p / (1 - p), where p is the probability of what the full cache makes the model say;
-    each token's are weighed by the square of p, since little is lost where the model only guesses. Log-odds go on
-    growing where a loss is flat, so that this does not saturate as :func:`loss_change` does.
+    The odds are the logarithm of p / (1 - p), where p is the probability of the token that the model predicts with
+    the full cache; each token's are weighted by the square of p, since little is lost where the model only guesses.
+    Log-odds do not saturate where a loss is flat, as :func:`loss_change` does.
     """
 
-    def loss(logits: Tensor, tokens: Tensor, real: Tensor) -> Tensor:
-        said = logits.argmax(-1, keepdim=True)
-        others = logits.scatter(-1, said, float("-inf")).logsumexp(-1)
-        odds = logits.gather(-1, said)[..., 0] - others
-        weight = real * odds.detach().sigmoid().square()
-        return (odds * weight).sum(-1) / real.sum(-1)
+    def loss(logits: Tensor, tokens: Tensor, mask: Tensor) -> Tensor:
+        predicted = logits.argmax(-1, keepdim=True)
+        others = logits.scatter(-1, predicted, float("-inf")).logsumexp(-1)
+        odds = logits.gather(-1, predicted)[..., 0] - others
+        weight = mask * odds.detach().sigmoid().square()
+        return (odds * weight).sum(-1) / mask.sum(-1)
 
     squares = [gradient.square().numpy() for gradient in _gate_gradients(model, sequence, loss)]
     return np.sqrt(np.mean(squares, 0))
@@ -206,28 +212,25 @@ def _gate_gradients(model, sequence: Sequence, loss: Callable[[Tensor, Tensor, T
     """Derivatives of each continuation's loss with respect to the context's gates, each `[L, H, n]`.
 
     Args:
-        model: whose context it is.
-        sequence: the context, all of its slots there.
-        loss: of the continuations, `[Q]`, from logits `[Q, m, V]`, tokens `[Q, m]` and which of them are real, as 0 or
-            1, `[Q, m]`.
+        model: the transformers decoder that was recorded.
+        sequence: the context, with all of its slots.
+        loss: of the continuations, `[Q]`, from logits `[Q, m, V]`, tokens `[Q, m]` and a mask of real tokens, 0 or 1,
+            `[Q, m]`.
     """
-    at_once = max(1, TOGETHER // len(sequence.tokens))
-    keys, values = (torch.from_numpy(array).to(model.device)[None] for array in (sequence.keys, sequence.values))
-    found: list[Tensor] = []
-    with frozen(model):
-        for start in range(0, len(sequence.continuations), at_once):
-            rows = [torch.from_numpy(c.tokens) for c in sequence.continuations[start : start + at_once]]
-            tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True).to(model.device)
-            real = torch.nn.utils.rnn.pad_sequence([torch.ones(len(row)) for row in rows], batch_first=True)
-            count = len(rows)
-            # every continuation reads a context of its own, so that its gates' derivatives are its own
-            contexts = Recorded(
-                keys.expand(count, -1, -1, -1, -1),
-                values.expand(count, -1, -1, -1, -1),
-                torch.full((count,), len(sequence.tokens)),
+    batch = max(1, MAX_BATCH_TOKENS // len(sequence.tokens))
+    context = RecordedContexts.of([sequence], model.device)
+    gradients: list[Tensor] = []
+    with frozen_model(model):
+        for start in range(0, len(sequence.continuations), batch):
+            indices = list(range(start, min(start + batch, len(sequence.continuations))))
+            tokens, mask = (x[0] for x in padded_continuations([sequence], [indices], model.device))
+            # every continuation reads a context of its own, so that its gates have their own derivatives
+            shape = (len(indices), -1, -1, -1, -1)
+            contexts = RecordedContexts(
+                context.keys.expand(shape), context.values.expand(shape), context.lengths.expand(len(indices))
             )
             gates = torch.ones(contexts.keys.shape[:4], device=model.device, requires_grad=True)
             logits = continuation_logits(model, contexts, gates, tokens[:, None])[:, 0].float()
-            told = loss(logits, tokens, real.to(model.device)).sum()
-            found += torch.autograd.grad(told, gates)[0].cpu().unbind()
-    return found
+            (gradient,) = torch.autograd.grad(loss(logits, tokens, mask).sum(), gates)
+            gradients += gradient.cpu().unbind()
+    return gradients

@@ -1,4 +1,4 @@
-"""The training run that all agents share: start, step, validate, keep the best, resume, export."""
+"""The training run of every agent: split, train, validate, keep the best checkpoint, resume, export."""
 
 from __future__ import annotations
 
@@ -6,29 +6,33 @@ import copy
 import json
 import math
 import time
-from dataclasses import asdict
+from collections import defaultdict
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from kv_gym.budgets import format_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.replay import replay
 from kv_gym.files import whole_file
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
+from kv_gym.policies import StatefulPolicy, make_policy
 from kv_gym.policies.scorer import CHECKPOINT, GroupedScorer, Scorer, refuse_foreign
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN
 from kv_gym.traces import TraceSet, open_traces
-from kv_gym.training.baselines import VALIDATION_BUDGETS, by_budget, yardsticks
-from kv_gym.training.contexts import held_out
-from kv_gym.training.monitor import Monitor
-from kv_gym.training.registry import learner_class
-from kv_gym.training.retention import Retention
-from kv_gym.training.settings import Settings
+from kv_gym.traces.sequence import Sequence
+from kv_gym.training.learner import Metrics, Settings
+from kv_gym.training.monitor import Monitor, RetentionPicture
+from kv_gym.training.registry import learner_class, load_settings
 
 SCRATCH = "scratch"
 LOG_EVERY = 10
+VALIDATION_BUDGETS = (1 / 4, 1 / 8, 1 / 16)
+BASELINES = ("oracle", "recency", "keydiff", "random", "h2o")
+PICTURED_CONTEXTS = 4
 
 
 def train(
@@ -45,27 +49,28 @@ def train(
 ) -> Scorer:
     """Train an agent on recorded traces and export its best checkpoint into `out`.
 
-    Interrupted runs continue from ``out/checkpoint.pt`` when agent, seed, settings, traces and start are the same,
-    and end as if they had not been interrupted; a run that ended is not repeated, and its policy is returned.
+    An interrupted run continues from ``out/checkpoint.pt`` when agent, seed, settings, traces and start are the same,
+    and ends as if it had not been interrupted; a finished run is not repeated, and its policy is returned.
 
     Args:
-        agent: one of ``end_to_end``, ``joint``, ``expected``, ``rloo``, ``grpo``, ``ppo``, ``distill``,
-            ``foresight``, ``kvzap``; settings in ``agents/<agent>.yml``.
-        traces: a trace set, of which the split ``train`` is used.
+        agent: name of an agent: distill, end_to_end, expected, foresight, grpo, joint, kvzap, ppo or rloo; its
+            settings are in ``agents/<agent>.yml``.
+        traces: trace set, of which the split ``train`` is used.
         out: folder of the exported policy, the TensorBoard log and the checkpoint.
-        seed: of weights and draws.
-        init: an exported policy (or its folder) to start from instead of random weights: its networks, their hidden
+        seed: of weights and random draws.
+        init: exported policy (or its folder) to start from instead of random weights: its networks, their hidden
             layers included, and the way they standardise their inputs.
-        model: the transformers decoder of the traces, which ``end_to_end`` and some targets of ``joint`` need.
+        model: transformers decoder of the traces, which ``end_to_end`` and some targets of ``joint`` need.
         resume: True refuses to start anew, False never continues an earlier run; None continues where it can.
         progress: show a bar.
-        **settings: replace those of the agent's file, see :class:`Settings` and the agent's own class.
+        **settings: replace those of the agent's file; see :class:`~kv_gym.training.learner.Settings` and the agent's
+            own settings class.
 
     Returns:
         The exported policy: the checkpoint with the highest held-out reward on documents that the optimiser never
-        saw: the mean utility kept at equal budgets of 1/4, 1/8 and 1/16, or what the agent puts in its place. Its
-        ``training`` says agent, seed, settings, traces, ``start`` (``scratch`` or the hash of the policy it started
-        from), samples (rankings learned from) and seconds.
+        saw: the mean utility kept at equal budgets of 1/4, 1/8 and 1/16, or the agent's own reward. Its ``training``
+        holds agent, seed, settings, traces, ``start`` (``scratch`` or the hash of the policy it started from),
+        samples (rankings learned from) and seconds.
 
     Raises:
         UserError: unknown agent or setting, too few contexts in the split, a folder with another policy, or a policy
@@ -73,49 +78,67 @@ def train(
     """
     kind = learner_class(agent)
     start = Scorer.from_pretrained(init) if isinstance(init, str | Path) else init
-    if start is not None and settings.get("hidden") is None:
-        settings["hidden"] = start.network.hidden
-    if start is not None and settings.get("inputs") is None:
-        settings["inputs"] = start.inputs
-    chosen = kind.settled(kind.settings.load(agent, **settings), model is not None)
-    if chosen.inputs != DEFAULT and not kind.any_inputs:
+    if start is not None:
+        for name, value in (("hidden", start.network.hidden), ("inputs", start.inputs)):
+            if settings.get(name) is None:
+                settings[name] = value
+    resolved = kind.resolve_settings(load_settings(agent, **settings), model is not None)
+    if resolved.inputs != DEFAULT and not kind.any_inputs:
         raise UserError(
-            f"agent {agent!r} learns from {', '.join(DEFAULT)} alone and was given inputs {list(chosen.inputs)}: leave "
-            "them out, or train another agent"
+            f"agent {agent!r} learns from {', '.join(DEFAULT)} alone and was given inputs {list(resolved.inputs)}: "
+            "leave them out, or train another agent"
         )
     refuse_foreign(Path(out))
     trace_set = traces if isinstance(traces, TraceSet) else open_traces(traces)
     if start is not None:
-        start.fingerprint.refuse_other(trace_set.fingerprint, "the policy to start from", "the model of the traces")
-        if start.inputs != chosen.inputs or bool(start.network.depth) != bool(chosen.depth):
-            raise UserError(
-                f"the policy to start from has inputs {list(start.inputs)} and {start.network.depth} hidden layers, "
-                f"the settings say {list(chosen.inputs)} and {chosen.depth}: give the same, or train from scratch"
-            )
-        if start.network.hidden != chosen.hidden:
-            raise UserError(
-                f"the policy to start from has width {start.network.hidden} and hidden is {chosen.hidden}: leave "
-                "hidden out, or train from scratch"
-            )
-    if use := kind.model_use(chosen):
+        _refuse_unfit_start(start, resolved, trace_set.fingerprint)
+    if requirement := kind.model_requirement(resolved):
         if model is None:
-            raise UserError(f"agent {agent!r} {use}: name the one that the traces were recorded of (--model)")
+            raise UserError(f"agent {agent!r} {requirement}: name the one that the traces were recorded of (--model)")
         trace_set.fingerprint.refuse_other(Fingerprint.of(model), "the trace set", type(model).__name__)
-    run = _Run(agent, chosen, seed, trace_set, start, model)
-    finished = run.finished(Path(out))
+    trainer = Trainer(agent, resolved, seed, trace_set, start, model)
+    finished = trainer.finished_policy(Path(out))
     if finished is not None and resume is not False:
         return finished
-    return run.to_the_end(Path(out), resume, progress)
+    return trainer.run(Path(out), resume, progress)
 
 
-def start_of(policy: Scorer | None) -> str:
-    """How a policy that starts from another names it: SHA-256 of its weights, or ``scratch``."""
-    if policy is None:
-        return SCRATCH
-    return state_dict_hash(policy.network.state_dict())
+def export(policy: str | Path | Scorer, out: str | Path) -> Path:
+    """Check a trained policy and write its weights, description and card into a folder of its own.
+
+    Args:
+        policy: a trained policy, its folder, or its id on the Hugging Face Hub.
+        out: folder to write.
+
+    Returns:
+        The folder.
+
+    Raises:
+        UserError: the policy is damaged, or `out` holds other files.
+    """
+    loaded = policy if isinstance(policy, Scorer) else Scorer.from_pretrained(policy)
+    return loaded.save_pretrained(out)
 
 
-class _Run:
+class Trainer:
+    """One training run; :func:`train` is its front door.
+
+    Args:
+        agent: name of the agent.
+        settings: of the agent.
+        seed: of weights and random draws.
+        traces: whose split ``train`` is used.
+        start: policy to start from.
+        model: transformers decoder of the traces.
+
+    Attributes:
+        identity: agent, seed, settings, traces and start, as plain JSON data: what makes two runs the same.
+        learner: the agent's algorithm, after :meth:`setup`.
+        validation: contexts that choose the checkpoint, after :meth:`setup`.
+        step: training steps done.
+        best: weights of the checkpoint with the highest held-out reward, ``best_reward``.
+    """
+
     def __init__(
         self,
         agent: str,
@@ -125,91 +148,100 @@ class _Run:
         start: Scorer | None = None,
         model: Any = None,
     ):
-        self.model = model
-        self.agent, self.settings, self.seed, self.traces, self.start = agent, settings, seed, traces, start
-        told = {"agent": agent, "seed": seed, "settings": asdict(settings), "traces": traces.hash}
-        self.identity: dict[str, Any] = json.loads(json.dumps(told | {"start": start_of(start)}))
+        self.agent, self.settings, self.seed, self.traces = agent, settings, seed, traces
+        self.start, self.model = start, model
+        self.identity: dict[str, Any] = {
+            "agent": agent, "seed": seed, "settings": settings.model_dump(mode="json"), "traces": traces.hash,
+            "start": weights_hash(start),
+        }  # fmt: skip
         self.step, self.samples, self.seconds = 0, 0, 0.0
         self.best_reward = -math.inf
         self.best: dict[str, Tensor] = {}
 
-    def finished(self, out: Path) -> Scorer | None:
-        """The policy of an earlier run like this one, if there is one."""
+    def finished_policy(self, out: Path) -> Scorer | None:
+        """The policy of an earlier run like this one, if there is one.
+
+        Raises:
+            UserError: the folder holds another run's policy.
+        """
         if not (out / "policy.json").is_file():
             return None
-        there = Scorer.from_pretrained(out)
-        if not self._same(there.training):
+        policy = Scorer.from_pretrained(out)
+        if not self._matches(policy.training):
             raise UserError(f"{out} holds a policy that was trained otherwise: name a new folder, or remove that one")
-        return there
+        return policy
 
-    def _same(self, identity: dict[str, Any]) -> bool:
-        """Whether a run with `identity` was this one; what older versions did not name was as the defaults are."""
-        usual = json.loads(json.dumps(asdict(type(self.settings)())))
+    def _matches(self, identity: dict[str, Any]) -> bool:
+        """Whether `identity` is this run's; what older versions did not write had the default values."""
         known = {"start": SCRATCH} | identity
-        known["settings"] = usual | known.get("settings", {})
+        known["settings"] = type(self.settings)().model_dump(mode="json") | known.get("settings", {})
         return {name: known.get(name) for name in self.identity} == self.identity
 
-    def to_the_end(self, out: Path, resume: bool | None, progress: bool) -> Scorer:
+    def run(self, out: Path, resume: bool | None, progress: bool) -> Scorer:
+        """Train to the end, or from the last checkpoint to the end, and export."""
         began = time.perf_counter()
-        self.load()
+        self.setup()
         out.mkdir(parents=True, exist_ok=True)
         checkpoint = out / CHECKPOINT
         self._resume(checkpoint, resume)
         began -= self.seconds
         self._save(checkpoint)
-        lines = yardsticks(self.validation)
+        baselines = baseline_utility(self.validation)
         with Monitor(out, f"train {self.agent}", self.settings.steps, self.step, progress) as monitor:
-            monitor.describe(self.identity, lines)
+            monitor.log_run(self.identity, baselines)
             while self.step < self.settings.steps:
-                told = self._one_step()
+                metrics = self.train_step()
                 monitor.advance(self.step)
-                if self.step % LOG_EVERY == 0 or self.step == self.settings.steps:
-                    monitor.log(self.step, "train", told)
-                if self.step % self.settings.every == 0 or self.step == self.settings.steps:
-                    self._validate(monitor, lines)
+                finished = self.step == self.settings.steps
+                if finished or self.step % LOG_EVERY == 0:
+                    monitor.log(self.step, "train", metrics)
+                if finished or self.step % self.settings.every == 0:
+                    self._validate(monitor, baselines["oracle"])
                     self.seconds = time.perf_counter() - began
                     self._save(checkpoint)
-            monitor.result(self.identity, self.best_reward)
+            monitor.log_result(self.identity, self.best_reward)
         self.learner.network.load_state_dict(self.best)
         policy = self._policy()
         policy.save_pretrained(out)
         checkpoint.unlink(missing_ok=True)
         return policy
 
-    def load(self) -> None:
+    def setup(self) -> None:
         """Read the contexts and make the network."""
         fingerprint, settings = self.traces.fingerprint, self.settings
         sequences = self.traces.select(split="train").load()
-        training, self.validation = held_out(sequences, settings.validation)
+        training, self.validation = split_validation(sequences, settings.validation)
         self.lengths = (min(len(s.tokens) for s in sequences), max(len(s.tokens) for s in sequences))
         torch.manual_seed(self.seed)
         if self.start is None:
             heads = len(fingerprint.layers) * fingerprint.kv_heads
-            width = training[0].hidden_of(0).shape[-1] if HIDDEN in settings.inputs else 0
-            shape = fingerprint.head_dim, settings.hidden, settings.inputs, width, settings.depth
-            network = GroupedScorer(heads, *shape)
+            hidden_size = training[0].hidden_of(0).shape[-1] if HIDDEN in settings.inputs else 0
+            network = GroupedScorer(
+                heads, fingerprint.head_dim, settings.hidden, settings.inputs, hidden_size, settings.depth
+            )
         else:
             network = copy.deepcopy(self.start.network).train()
-        self.learner = learner_class(self.agent)(settings, self.seed, network, fresh=self.start is None)
-        self.learner.model = self.model
+        self.learner = learner_class(self.agent)(settings, self.seed, network, self.start is None, self.model)
         self.learner.prepare(training)
-        self.retention = Retention(self.validation[:4], self.learner.calibrated, settings.inputs)
+        pictured = self.validation[:PICTURED_CONTEXTS]
+        self._picture = RetentionPicture(pictured, self.learner.calibrated, settings.inputs)
 
-    def _one_step(self) -> dict:
-        told = self.learner.step(self.step)
+    def train_step(self) -> Metrics:
+        """One step of the learner."""
+        metrics = self.learner.step(self.step)
         self.step += 1
         self.samples += self.learner.samples
-        return told | {"rate": self.learner.optimizer.param_groups[0]["lr"]}
+        return metrics | {"rate": self.learner.optimizer.param_groups[0]["lr"]}
 
     def _policy(self) -> Scorer:
-        made = {"held_out_reward": self.best_reward, "samples": self.samples, "seconds": round(self.seconds, 1)}
+        result = {"held_out_reward": self.best_reward, "samples": self.samples, "seconds": round(self.seconds, 1)}
         network = self.learner.network.eval()
         return Scorer(
             network, self.traces.fingerprint, self.lengths, self.settings.protect, self.learner.calibrated,
-            self.identity | made, self.learner.absolute,
+            self.identity | result, self.learner.absolute,
         )  # fmt: skip
 
-    def _validate(self, monitor: Monitor, lines: dict[str, dict[str, float]]) -> None:
+    def _validate(self, monitor: Monitor, oracle: dict[str, float]) -> None:
         policy = self._policy()
         rows = replay({"": policy}, self.validation, VALIDATION_BUDGETS)
         reward = self.learner.reward(policy, self.validation)
@@ -218,34 +250,107 @@ class _Run:
         if reward > self.best_reward:
             self.best_reward = reward
             self.best = {name: tensor.clone() for name, tensor in self.learner.network.state_dict().items()}
-        monitor.validated(self.step, reward, by_budget(rows)[""], lines["oracle"])
-        monitor.picture(self.step, self.retention.picture(self.learner.network))
+        monitor.log_validation(self.step, reward, _utility_by_budget(rows)[""], oracle)
+        monitor.log_image(self.step, self._picture.image(self.learner.network))
         self.learner.network.train()
 
     def _save(self, file: Path) -> None:
         state = {
             "identity": json.dumps(self.identity), "step": self.step, "samples": self.samples,
             "seconds": self.seconds, "best_reward": self.best_reward, "best": self.best,
-            "learner": self.learner.state(),
+            "learner": self.learner.state_dict(),
         }  # fmt: skip
         with whole_file(file) as part:
             torch.save(state, part)
 
-    def _resume(self, file: Path, wanted: bool | None) -> None:
-        state = _read(file) if file.is_file() and wanted is not False else {}
-        if not state or not self._same(json.loads(state["identity"])):
-            if wanted:
+    def _resume(self, file: Path, resume: bool | None) -> None:
+        state = _read_checkpoint(file) if file.is_file() and resume is not False else {}
+        if not state or not self._matches(json.loads(state["identity"])):
+            if resume:
                 raise UserError(
                     f"{file.parent} holds no checkpoint of this agent with the same seed, settings, traces and start: "
                     "leave --resume out to start anew"
                 )
-            return  # another run's leftovers: start anew
-        self.learner.load(state["learner"])
+            return  # a checkpoint of another run is replaced
+        self.learner.load_state_dict(state["learner"])
         self.step, self.samples, self.seconds = state["step"], state["samples"], state["seconds"]
         self.best_reward, self.best = state["best_reward"], state["best"]
 
 
-def _read(file: Path) -> dict[str, Any]:
+def weights_hash(policy: Scorer | None) -> str:
+    """What ``training["start"]`` holds: the hash of a policy's weights, or ``scratch``."""
+    return SCRATCH if policy is None else state_dict_hash(policy.network.state_dict())
+
+
+def split_validation(sequences: list[Sequence], share: float) -> tuple[list[Sequence], list[Sequence]]:
+    """Contexts to train on and to choose the best checkpoint with.
+
+    Split by document, or, where there are too few documents for that, the last contexts are for validation.
+
+    Args:
+        sequences: all contexts.
+        share: of the documents (or contexts) for validation.
+
+    Raises:
+        UserError: fewer than 4 contexts.
+    """
+    if len(sequences) < 4:
+        raise UserError(
+            f"training needs at least 4 contexts in the split 'train', and the traces hold {len(sequences)}"
+        )
+    documents = sorted({s.text_hash for s in sequences})
+    if len(documents) < 4:
+        count = max(1, round(share * len(sequences)))
+        return sequences[:-count], sequences[-count:]
+    chosen = set(documents[:: max(2, round(1 / max(share, 1e-6)))])
+    return [s for s in sequences if s.text_hash not in chosen], [s for s in sequences if s.text_hash in chosen]
+
+
+def baseline_utility(sequences: list[Sequence]) -> dict[str, dict[str, float]]:
+    """Utility kept at the validation budgets by the oracle and by heuristics, each with its own protection.
+
+    A heuristic whose statistics were not recorded is left out.
+
+    Returns:
+        Policy -> budget (as text) -> utility kept.
+    """
+    policies = {name: make_policy(name) for name in BASELINES}
+    usable = {
+        name: policy
+        for name, policy in policies.items()
+        if not isinstance(policy, StatefulPolicy) or all(policy.name in s.stats for s in sequences)
+    }
+    return _utility_by_budget(replay(usable, sequences, VALIDATION_BUDGETS))
+
+
+def _utility_by_budget(rows: Iterable[dict]) -> dict[str, dict[str, float]]:
+    """Rows of :func:`replay` as policy -> budget -> utility kept, tasks weighted by their contexts."""
+    sums: dict[tuple[str, str], list[float]] = defaultdict(lambda: [0.0, 0.0])
+    for row in rows:
+        entry = sums[row["policy"], format_budget(row["budget"])]
+        entry[0] += row["utility_kept"] * row["n"]
+        entry[1] += row["n"]
+    kept: dict[str, dict[str, float]] = defaultdict(dict)
+    for (policy, budget), (total, contexts) in sums.items():
+        kept[policy][budget] = total / contexts
+    return dict(kept)
+
+
+def _refuse_unfit_start(start: Scorer, settings: Settings, fingerprint: Fingerprint) -> None:
+    start.fingerprint.refuse_other(fingerprint, "the policy to start from", "the model of the traces")
+    if start.inputs != settings.inputs or bool(start.network.depth) != bool(settings.depth):
+        raise UserError(
+            f"the policy to start from has inputs {list(start.inputs)} and {start.network.depth} hidden layers, "
+            f"the settings say {list(settings.inputs)} and {settings.depth}: give the same, or train from scratch"
+        )
+    if start.network.hidden != settings.hidden:
+        raise UserError(
+            f"the policy to start from has width {start.network.hidden} and hidden is {settings.hidden}: leave "
+            "hidden out, or train from scratch"
+        )
+
+
+def _read_checkpoint(file: Path) -> dict[str, Any]:
     try:
         return torch.load(file, weights_only=True)
     except Exception:  # torch raises many kinds, some of them private to it

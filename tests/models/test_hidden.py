@@ -33,8 +33,8 @@ from kv_gym.testing import check_policy
 from kv_gym.traces import Prompt, open_traces, record
 from kv_gym.traces.recorder import record_sequence
 from kv_gym.training import train
-from kv_gym.training.contexts import inputs_of
 from kv_gym.training.kvzap import KVzap, KVzapSettings
+from kv_gym.training.learner import sequence_inputs
 
 WIDTH, HEADS = 32, 2
 
@@ -382,7 +382,7 @@ FAST = {"hidden": 8, "progress": False}
 
 def test_the_loss_is_the_squared_error_of_the_logarithm_of_worth():
     learner = KVzap(KVzapSettings(), 0, GroupedScorer(2, 4, 2, ("hidden",), 3, depth=0))
-    learner._spread = torch.tensor([2.0, 0.5])
+    learner.variance = torch.tensor([2.0, 0.5])
     worth = torch.tensor([[[math.e, 1.0], [0.0, 1e-9]]])  # one context, two heads, two slots; zero counts as 1e-6
     scores = torch.tensor([[[0.0, 2.0], [math.log(1e-6), math.log(1e-6) + 1]]])
     loss, told = learner.loss(scores, worth)
@@ -395,7 +395,7 @@ def test_a_linear_kvzap_comes_near_the_least_squares_of_each_head(tmp_path):
     policy = train("kvzap", traces, tmp_path / "out", steps=150, rate=0.1, network="linear", every=150, **FAST)
     assert policy.network.depth == 0 and [tuple(w.shape) for w in policy.network.weights] == [(4, 16, 1)]
     train_set = list(traces.select(split="train"))
-    scores = torch.cat([policy.network(inputs_of(s, ("hidden",))) for s in train_set], 1).detach().numpy()
+    scores = torch.cat([policy.network(sequence_inputs(s, ("hidden",))) for s in train_set], 1).detach().numpy()
     for head in range(4):
         x = np.concatenate([s.hidden[head // 2] for s in train_set]).astype(float)
         y = np.log(np.concatenate([s.utility()[head // 2, head % 2] for s in train_set]))
@@ -409,8 +409,8 @@ def test_the_target_is_the_mean_or_the_most_of_the_recorded_attention(tmp_path):
     sequence = open_traces(write_known_traces(tmp_path / "traces"))[0]
     network = GroupedScorer(4, 4, 2, ("hidden",), 16, depth=0)
     blocks = sequence.continuations[0].future[..., 0] / 2  # two queries in each of three blocks
-    expected = KVzap(KVzapSettings(), 0, network).worth(sequence)
-    most = KVzap(KVzapSettings(target="max"), 0, network).worth(sequence)
+    expected = KVzap(KVzapSettings(), 0, network).utility(sequence)
+    most = KVzap(KVzapSettings(target="max"), 0, network).utility(sequence)
     np.testing.assert_allclose(expected, blocks.mean(-1), rtol=1e-5)
     np.testing.assert_allclose(most, blocks.max(-1), rtol=1e-5)
     assert not np.allclose(expected, most)
@@ -421,9 +421,9 @@ def test_kvzap_refuses_traces_without_hidden_states(tmp_path):
     with pytest.raises(UserError, match="recorded without hidden states: record with `kv-gym record --hidden`") as said:
         train("kvzap", traces, tmp_path / "out", steps=1, **FAST)
     assert "\n" not in str(said.value)
-    with pytest.raises(UserError, match="unknown network 'deep'; known: linear, mlp"):
+    with pytest.raises(UserError, match="setting network is 'deep'; expected 'linear' or 'mlp'"):
         train("kvzap", traces, tmp_path / "out", network="deep")
-    with pytest.raises(UserError, match="unknown target 'sum'"):
+    with pytest.raises(UserError, match="setting target is 'sum'"):
         train("kvzap", traces, tmp_path / "out", target="sum")
 
 

@@ -23,9 +23,8 @@ from kv_gym.policies.scoring.inputs import DEFAULT, INPUTS, check_inputs, input_
 from kv_gym.testing import check_policy
 from kv_gym.traces import Prompt, open_traces, record
 from kv_gym.training import train
-from kv_gym.training.contexts import inputs_of, read_context
-from kv_gym.training.contexts import standardise as standardise_contexts
-from kv_gym.training.registry import settings_of
+from kv_gym.training.learner import read_context, sequence_inputs
+from kv_gym.training.registry import load_settings
 
 FROM_SLOTS = tuple(name for name in INPUTS if name != "hidden")
 FINGERPRINT = Fingerprint("llama", "a" * 64, "{}", layers=(0, 2), query_heads=4, kv_heads=2, head_dim=8)
@@ -209,12 +208,12 @@ def test_tensors_for_ports_hold_the_usual_inputs_alone(tmp_path):
 )
 def test_inputs_that_there_are_not_are_refused(given, sentence):
     with pytest.raises(UserError, match=sentence):
-        settings_of("joint", inputs=given)
+        load_settings("joint", inputs=given)
 
 
 def test_hidden_states_come_last():
     assert check_inputs(["hidden", "value", "key"], "x") == ("value", "key", "hidden")
-    assert settings_of("joint").inputs == DEFAULT and settings_of("kvzap").inputs == ("hidden",)
+    assert load_settings("joint").inputs == DEFAULT and load_settings("kvzap").inputs == ("hidden",)
 
 
 @pytest.fixture(scope="module")
@@ -228,21 +227,23 @@ def test_training_sees_what_the_policy_sees(traces, names):
     sequence = open_traces(traces)[0]
     torch.manual_seed(0)
     network = GroupedScorer(4, 4, 8, names, 16)
-    seen = inputs_of(sequence, names)
+    seen = sequence_inputs(sequence, names)
     network.standardise(seen)
     policy = Scorer(network, open_traces(traces).fingerprint, (40, 40))
     views = [sequence.view_for(policy, layer) for layer in range(2)]
     scores = torch.cat([policy.score(view)[0] for view in views]).detach()
     torch.testing.assert_close(network(seen).detach(), scores, rtol=1e-4, atol=1e-5)
     context = read_context(sequence, names=names)
-    standardise_contexts([context], network)
+    context.standardise(network)
     some = torch.tensor([7, 0, 33])
-    torch.testing.assert_close(network.scores(context.at(some)).detach(), scores[:, some], rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(
+        network.scores(context.network_inputs(some)).detach(), scores[:, some], rtol=1e-4, atol=1e-5
+    )
 
 
 def test_training_needs_the_queries_that_its_inputs_read(traces):
     with pytest.raises(UserError, match="need the last 16 queries and context s0 has 1: record with --window 16"):
-        inputs_of(open_traces(traces)[0], ("key", "attention"))
+        sequence_inputs(open_traces(traces)[0], ("key", "attention"))
 
 
 FAST = {"steps": 2, "hidden": 4, "every": 2, "progress": False}

@@ -9,11 +9,15 @@ from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.reference import MODEL
 from kv_gym.reference.prompts import reference_prompts
 from kv_gym.traces import Prompt, load_model, open_traces, record
-from kv_gym.training import end_to_end, train
-from kv_gym.training import trainer as fit
-from kv_gym.training.contexts import inputs_of
-from kv_gym.training.end_to_end import EndToEnd, EndToEndSettings, _continuations, _recorded
-from kv_gym.training.masked_context import continuation_logits, frozen
+from kv_gym.training import end_to_end, train, trainer
+from kv_gym.training.end_to_end import EndToEnd, EndToEndSettings
+from kv_gym.training.learner import sequence_inputs
+from kv_gym.training.masked_context import (
+    RecordedContexts,
+    continuation_logits,
+    frozen_model,
+    padded_continuations,
+)
 
 FAST = {"steps": 60, "every": 30, "hidden": 16, "rate": 0.02, "smallest": 0.1, "largest": 0.3, "progress": False}
 
@@ -40,12 +44,12 @@ def random_cut(model, sequences, share):
     """Divergence of random cuts of the same total, written out here."""
     generator, moved = torch.Generator().manual_seed(0), []
     for sequence in sequences:
-        contexts = _recorded([sequence])
-        tokens, real = _continuations([sequence], [list(range(len(sequence.continuations)))])
+        contexts = RecordedContexts.of([sequence])
+        tokens, real = padded_continuations([sequence], [list(range(len(sequence.continuations)))])
         scores = torch.rand(contexts.keys.shape[:4], generator=generator)
         count = int(share * scores.numel())
         gates = torch.zeros(scores.numel()).scatter_(0, scores.flatten().topk(count).indices, 1.0).view_as(scores)
-        with frozen(model), torch.no_grad():
+        with frozen_model(model), torch.no_grad():
             full = continuation_logits(model, contexts, torch.ones_like(gates), tokens).log_softmax(-1)
             cut = continuation_logits(model, contexts, gates, tokens).log_softmax(-1)
         moved.append(float(((full.exp() * (full - cut)).sum(-1) * real).sum() / real.sum()))
@@ -72,14 +76,14 @@ def test_it_learns_what_the_bundled_model_needs(tmp_path):
 def test_an_interrupted_run_ends_as_if_it_had_not_been(recorded, tmp_path, monkeypatch):
     model, traces = recorded
     whole = train("end_to_end", traces, tmp_path / "whole", model=model, **FAST)
-    one_step = fit._Run._one_step
+    one_step = trainer.Trainer.train_step
 
     def stops(run):
         if run.step == 45:
             raise KeyboardInterrupt
         return one_step(run)
 
-    monkeypatch.setattr(fit._Run, "_one_step", stops)
+    monkeypatch.setattr(trainer.Trainer, "train_step", stops)
     with pytest.raises(KeyboardInterrupt):
         train("end_to_end", traces, tmp_path / "parts", model=model, **FAST)
     monkeypatch.undo()
@@ -108,13 +112,12 @@ def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for
     settings = EndToEndSettings(hidden=8, smallest=0.1, largest=0.4)
     torch.manual_seed(0)
     network = GroupedScorer(sequences[0].keys.shape[0] * sequences[0].keys.shape[1], sequences[0].keys.shape[3], 8)
-    learner = EndToEnd(settings, 0, network)
-    learner.model = model
+    learner = EndToEnd(settings, 0, network, model=model)
     learner.prepare(sequences)
     moved = []
     for sequence in sequences:
-        contexts = _recorded([sequence])
-        scores = network(inputs_of(sequence)).detach()
+        contexts = RecordedContexts.of([sequence])
+        scores = network(sequence_inputs(sequence)).detach()
         for share in (0.1, 0.1 * 4 ** (1 / 3), 0.1 * 4 ** (2 / 3), 0.4):
             gates = torch.zeros(scores.numel())
             gates[scores.flatten().argsort(descending=True)[: int(share * scores.numel())]] = 1.0
@@ -122,7 +125,7 @@ def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for
             far, tokens_there = 0.0, 0
             for continuation in sequence.continuations:
                 tokens = torch.from_numpy(continuation.tokens)[None, None]
-                with frozen(model), torch.no_grad():
+                with frozen_model(model), torch.no_grad():
                     full = continuation_logits(model, contexts, torch.ones_like(gates), tokens).log_softmax(-1)
                     cut = continuation_logits(model, contexts, gates, tokens).log_softmax(-1)
                 far += float((full.exp() * (full - cut)).sum())
@@ -140,7 +143,7 @@ def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for
     calls.clear()
     learner.reward(None, sequences)  # what the full cache says is kept
     assert not any(calls)
-    monkeypatch.setattr(end_to_end, "MOST_KEPT", 0)
+    monkeypatch.setattr(end_to_end, "CACHED_BYTES", 0)
     learner.prepare(sequences)
     assert learner.reward(None, sequences) == pytest.approx(-sum(moved) / len(moved), rel=1e-4)
     assert calls.count(True) == 12  # and asked for again where it would not fit

@@ -12,12 +12,10 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.replay import replay
 from kv_gym.policies import make_policy
 from kv_gym.traces import Prompt, open_traces, record
-from kv_gym.training import train
-from kv_gym.training import trainer as fit
-from kv_gym.training.cuts import soft_top
+from kv_gym.training import train, trainer
 from kv_gym.training.joint import LOSSES, JointSettings, kept_by_one_threshold
-from kv_gym.training.losses import listwise_loss, poisson_loss, softmax_loss
-from kv_gym.training.registry import settings_of
+from kv_gym.training.losses import listwise_loss, poisson_loss, soft_top, softmax_loss
+from kv_gym.training.registry import load_settings
 from kv_gym.training.targets import FROM_MODEL
 
 FAST = {"steps": 60, "every": 30, "hidden": 16, "rate": 0.02, "progress": False}
@@ -125,10 +123,11 @@ def test_poisson_scores_are_logarithms_of_the_expected_worth(traces, tmp_path):
     for sequence in open_traces(traces).select(split="test"):
         scored.append(torch.cat([policy.score(sequence.view(layer)) for layer in range(2)]).exp().numpy())
         worth.append(known_worth(sequence.keys) / 3)  # of 6 queries, who pay twice the known worth in all
-    rates, told = np.concatenate(scored).ravel(), np.concatenate(worth).ravel()
+    rates, known = np.concatenate(scored).ravel(), np.concatenate(worth).ravel()
     best = np.argsort(-rates)[: len(rates) // 4]
-    assert rates.mean() == pytest.approx(told.mean(), rel=0.1)
-    assert rates[best].mean() == pytest.approx(told[best].mean(), rel=0.1) and told[best].mean() > 3 * told.mean()
+    assert rates.mean() == pytest.approx(known.mean(), rel=0.1)
+    assert rates[best].mean() == pytest.approx(known[best].mean(), rel=0.1)
+    assert known[best].mean() > 3 * known.mean()
 
 
 def test_the_reward_is_the_share_of_the_best_kept_worth(traces, tmp_path):
@@ -152,10 +151,10 @@ def test_checkpoints_are_chosen_by_the_target(recorded, tmp_path):
             {name: value for name, value in FAST.items() if name != "progress"} | {"steps": 3, "every": 3} | settings
         )
         policy = train("joint", traces, tmp_path / "-".join(settings), model=model, progress=False, **chosen)
-        run = fit._Run("joint", settings_of("joint", **chosen), 0, traces, model=model)
-        run.load()
+        run = trainer.Trainer("joint", load_settings("joint", **chosen), 0, traces, model=model)
+        run.setup()
         (sequence,) = run.validation
-        worth = torch.from_numpy(run.learner.worth(sequence))
+        worth = torch.from_numpy(run.learner.utility(sequence))
         shares = kept_by_one_threshold(policy, sequence, worth, (1 / 8, 1 / 16, 1 / 32, 1 / 64))
         assert policy.training["held_out_reward"] == pytest.approx(sum(shares) / 4, rel=1e-6)
         other = kept_by_one_threshold(
@@ -190,16 +189,16 @@ def test_the_target_is_the_best_that_there_is_to_learn_from(recorded, tmp_path):
 
 
 def test_settings_that_there_are_not():
-    assert settings_of("joint") == JointSettings()  # the file and the class say the same
-    assert settings_of("joint", continuations=3).continuations == 3
-    with pytest.raises(UserError, match="unknown loss 'hinge'; known: softmax, poisson, listwise"):
-        settings_of("joint", loss="hinge")
-    with pytest.raises(UserError, match="unknown target 'future'; known: auto, utility, "):
-        settings_of("joint", target="future")
+    assert load_settings("joint") == JointSettings()  # the file and the class say the same
+    assert load_settings("joint", continuations=3).continuations == 3
+    with pytest.raises(UserError, match="setting loss is 'hinge'; expected 'softmax', 'poisson' or 'listwise'"):
+        load_settings("joint", loss="hinge")
+    with pytest.raises(UserError, match="setting target is 'future'; expected 'auto', 'utility', "):
+        load_settings("joint", target="future")
     with pytest.raises(UserError, match="expected 0 < smallest <= largest < 1"):
-        settings_of("joint", smallest=0.5, largest=0.25)
+        load_settings("joint", smallest=0.5, largest=0.25)
     with pytest.raises(UserError, match="setting continuations is 'all'"):
-        settings_of("joint", continuations="all")
+        load_settings("joint", continuations="all")
 
 
 def test_more_continuations_than_were_recorded(traces, tmp_path):

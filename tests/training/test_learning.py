@@ -10,11 +10,11 @@ from kv_gym.evaluation.replay import replay
 from kv_gym.policies import make_policy
 from kv_gym.traces import open_traces
 from kv_gym.training import train
-from kv_gym.training.registry import AGENTS, learner_class
+from kv_gym.training.registry import learner_class, list_agents
 
 SETTINGS = {"hidden": 16, "rate": 0.02, "every": 20, "progress": False}
 STEPS = {"distill": 80, "expected": 60, "foresight": 160, "grpo": 40, "joint": 60, "kvzap": 60, "ppo": 25, "rloo": 120}
-FROM_TRACES = [agent for agent in AGENTS if not getattr(learner_class(agent), "needs_model", False)]
+FROM_TRACES = [agent for agent in list_agents() if not getattr(learner_class(agent), "needs_model", False)]
 
 
 @pytest.fixture(scope="module")

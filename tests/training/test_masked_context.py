@@ -7,8 +7,8 @@ from masked_reference import MaskedReference
 from transformers import DynamicCache
 
 from kv_gym.errors import UserError
-from kv_gym.training.cuts import hard_top, soft_top
-from kv_gym.training.masked_context import Recorded, continuation_logits, frozen
+from kv_gym.training.losses import hard_top, soft_top
+from kv_gym.training.masked_context import RecordedContexts, continuation_logits, frozen_model
 
 LENGTHS = (14, 20)
 
@@ -24,7 +24,7 @@ def contexts_of(model, family="llama"):
         pairs.append([torch.stack([getattr(layer, name)[0] for layer in cache.layers]) for name in ("keys", "values")])
     pad = lambda x: torch.nn.functional.pad(x, (0, 0, 0, max(LENGTHS) - x.shape[2]), value=7.0)  # noqa: E731
     keys, values = (torch.stack([pad(pair[i]) for pair in pairs]) for i in (0, 1))
-    return Recorded(keys, values, torch.tensor(LENGTHS)), ids
+    return RecordedContexts(keys, values, torch.tensor(LENGTHS)), ids
 
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
@@ -37,7 +37,7 @@ def test_closed_gates_are_evicted_slots(family, attention):
     gates = (torch.rand(contexts.keys.shape[:4]) < 0.5).double()
     for row, n in enumerate(LENGTHS):
         gates[row, ..., n:] = 0.0
-    with frozen(model), torch.no_grad():
+    with frozen_model(model), torch.no_grad():
         gated = continuation_logits(model, contexts, gates, asked)
     assert model.config._attn_implementation == attention
     for row, n in enumerate(LENGTHS):
@@ -56,7 +56,7 @@ def test_a_gates_gradient_is_what_its_slot_adds():
     gates = torch.full(contexts.keys.shape[:4], 0.5, dtype=torch.float64)
     gates[0, ..., LENGTHS[0] :] = 0.0
     gates.requires_grad_(True)
-    with frozen(model):
+    with frozen_model(model):
         continuation_logits(model, contexts, gates, asked).logsumexp(-1).sum().backward()
         for place in ((0, 0, 1, 3), (1, 2, 0, 11)):
             sides = []
@@ -73,7 +73,7 @@ def test_a_gates_gradient_is_what_its_slot_adds():
 
 def test_sliding_layers_are_refused():
     model = tiny("gemma3")
-    with pytest.raises(UserError, match="layers without full attention"), frozen(model):
+    with pytest.raises(UserError, match="layers without full attention"), frozen_model(model):
         pass
 
 

@@ -6,7 +6,7 @@ import math
 import pytest
 import torch
 
-from kv_gym.training.plackett_luce import ABSENT, Stages, expected_rank_cost, sample_rankings
+from kv_gym.training.plackett_luce import PADDING_SCORE, RankingStages, expected_rank_cost, sample_rankings
 
 
 def enumerated_cost(scores, worth):
@@ -70,7 +70,7 @@ def test_stages_tell_what_the_definition_tells():
     total = 0.0
     for ranking in itertools.permutations(range(4)):
         order = torch.tensor(ranking)
-        mine, theirs = Stages.of(scores, order), Stages.of(other, order)
+        mine, theirs = RankingStages.of(scores, order), RankingStages.of(other, order)
         total += mine.log_prob.sum().exp().item()
         for t, (p, q) in enumerate(zip(draws(scores.tolist(), ranking), draws(other.tolist(), ranking), strict=True)):
             assert mine.log_prob[t].item() == pytest.approx(math.log(p[ranking[t]]))
@@ -81,9 +81,9 @@ def test_stages_tell_what_the_definition_tells():
 
 
 def test_absent_slots_change_nothing_and_have_no_gradient():
-    scores = torch.tensor([0.5, -1.0, 2.0, ABSENT, ABSENT], requires_grad=True)
-    with_absent = Stages.of(scores, torch.tensor([2, 0, 1, 4, 3]), 3)
-    without = Stages.of(scores[:3], torch.tensor([2, 0, 1]))
+    scores = torch.tensor([0.5, -1.0, 2.0, PADDING_SCORE, PADDING_SCORE], requires_grad=True)
+    with_absent = RankingStages.of(scores, torch.tensor([2, 0, 1, 4, 3]), 3)
+    without = RankingStages.of(scores[:3], torch.tensor([2, 0, 1]))
     for name in ("log_prob", "entropy"):
         assert torch.allclose(getattr(with_absent, name), getattr(without, name), atol=1e-6)
     (with_absent.log_prob.sum() + with_absent.entropy.sum()).backward()
@@ -93,7 +93,9 @@ def test_absent_slots_change_nothing_and_have_no_gradient():
 
 def test_only_the_prefix_is_the_action():
     scores = torch.randn(6)
-    one, other = (Stages.of(scores, torch.tensor(order), 2) for order in ([3, 1, 0, 2, 4, 5], [3, 1, 5, 4, 0, 2]))
+    one, other = (
+        RankingStages.of(scores, torch.tensor(order), 2) for order in ([3, 1, 0, 2, 4, 5], [3, 1, 5, 4, 0, 2])
+    )
     assert torch.allclose(one.log_prob, other.log_prob, atol=1e-6) and one.log_prob.shape == (2,)
     assert torch.allclose(one.entropy, other.entropy, atol=1e-6)
 

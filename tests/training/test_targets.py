@@ -11,8 +11,15 @@ from kv_gym.errors import UserError
 from kv_gym.traces import Prompt
 from kv_gym.traces.recorder import record_sequence
 from kv_gym.training import targets
-from kv_gym.training.masked_context import Recorded, continuation_logits, frozen
-from kv_gym.training.targets import FROM_MODEL, TARGETS, continued, loss_change, output_roots, target_of
+from kv_gym.training.masked_context import RecordedContexts, continuation_logits, frozen_model
+from kv_gym.training.targets import (
+    FROM_MODEL,
+    TARGETS,
+    limit_continuations,
+    loss_change,
+    output_roots,
+    utility_function,
+)
 
 LENGTHS = (5, 7, 5)
 
@@ -33,8 +40,8 @@ def sequence(model):
 def logits(model, sequence, gates, tokens):
     """Of one continuation, alone in its batch, `[m, vocabulary]` float64."""
     keys, values = (torch.from_numpy(array)[None] for array in (sequence.keys, sequence.values))
-    contexts = Recorded(keys, values, torch.tensor([keys.shape[3]]))
-    with frozen(model), torch.no_grad():
+    contexts = RecordedContexts(keys, values, torch.tensor([keys.shape[3]]))
+    with frozen_model(model), torch.no_grad():
         return continuation_logits(model, contexts, gates[None], torch.from_numpy(tokens)[None, None])[0, 0].double()
 
 
@@ -61,7 +68,7 @@ def slots_of(sequence):
 
 
 def test_attention_alone(sequence):
-    worth = target_of("utility")(sequence), target_of("mean")(sequence)
+    worth = utility_function("utility")(sequence), utility_function("mean")(sequence)
     for place in slots_of(sequence)[::7]:
         for i, reduced in enumerate(worth):
             each = [c.future[place][:, i].sum() / len(c.tokens) for c in sequence.continuations]
@@ -69,14 +76,14 @@ def test_attention_alone(sequence):
 
 
 def test_value_norms_through_the_output_projection(model, sequence):
-    worth = target_of("value", model)(sequence)
+    worth = utility_function("value", model)(sequence)
     for place in slots_of(sequence)[::5]:
         expected = sequence.utility()[place] * norm(model, *place[:2], sequence.values[place])
         assert worth[place] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_outputs_error_when_one_slot_goes(model, sequence):
-    worth = target_of("output", model)(sequence)
+    worth = utility_function("output", model)(sequence)
     for layer, head, slot in slots_of(sequence)[::5]:
         values, error = sequence.values[layer, head].astype(float), 0.0
         for continuation in sequence.continuations:  # of one block each
@@ -105,7 +112,7 @@ def test_blocks_weigh_as_their_queries(model, sequence):
 
 
 def test_the_gradient_is_the_slope_of_the_loss(model, sequence):
-    worth = target_of("gradient", model)(sequence)
+    worth = utility_function("gradient", model)(sequence)
     assert worth.shape == (3, 2, 24) and worth.dtype == np.float32
     order = np.argsort(-worth.ravel())
     for place in (np.unravel_index(order[i], worth.shape) for i in (0, 3, 40)):
@@ -121,7 +128,7 @@ def test_the_gradient_is_the_slope_of_the_loss(model, sequence):
 
 
 def test_the_change_of_the_odds_of_what_the_model_would_say(model, sequence):
-    worth = target_of("odds", model)(sequence)
+    worth = utility_function("odds", model)(sequence)
     order = np.argsort(-worth.ravel())
     for place in (np.unravel_index(order[i], worth.shape) for i in (0, 3, 40)):
         slopes = []
@@ -140,47 +147,47 @@ def test_the_change_of_the_odds_of_what_the_model_would_say(model, sequence):
 
 
 def test_the_models_weights_are_left_alone(model, sequence):
-    target_of("gradient", model)(sequence)
+    utility_function("gradient", model)(sequence)
     assert all(weight.requires_grad and weight.grad is None for weight in model.parameters())
 
 
 def test_continuations_that_do_not_fit_in_one_batch_are_the_same(model, sequence, monkeypatch):
     together = loss_change(model, sequence)
-    monkeypatch.setattr(targets, "TOGETHER", 1)
+    monkeypatch.setattr(targets, "MAX_BATCH_TOKENS", 1)
     np.testing.assert_allclose(loss_change(model, sequence), together, rtol=1e-3, atol=1e-7)
 
 
 @pytest.mark.parametrize(("name", "plain"), [("layers", "mean"), ("output_layers", "output")])
 def test_layers_weigh_what_a_unit_of_worth_is_to_the_loss(model, sequence, name, plain):
-    unweighed = target_of(plain, model)(sequence)
+    unweighed = utility_function(plain, model)(sequence)
     ratio = [loss_change(model, sequence)[i].sum() / unweighed[i].sum() for i in range(3)]
     assert max(ratio) > 1.1 * min(ratio)
     expected = unweighed * (np.array(ratio) / np.mean(ratio))[:, None, None]
-    np.testing.assert_allclose(target_of(name, model, [sequence])(sequence), expected, rtol=1e-4)
+    np.testing.assert_allclose(utility_function(name, model, [sequence])(sequence), expected, rtol=1e-4)
 
 
 def test_fewer_continuations(sequence):
-    assert continued(sequence, None) is sequence and continued(sequence, 3) is sequence
-    first = continued(sequence, 1)
+    assert limit_continuations(sequence, None) is sequence and limit_continuations(sequence, 3) is sequence
+    first = limit_continuations(sequence, 1)
     assert len(first.continuations) == 1
     np.testing.assert_allclose(first.utility(), sequence.continuations[0].future.sum(3)[..., 0] / 5, rtol=1e-6)
     with pytest.raises(UserError, match="context c has 3 continuations and 4 are asked for"):
-        continued(sequence, 4)
+        limit_continuations(sequence, 4)
 
 
 @pytest.mark.parametrize("name", FROM_MODEL)
 def test_without_a_model(sequence, name):
     with pytest.raises(UserError, match=f"target '{name}' reads the model"):
-        target_of(name)
+        utility_function(name)
 
 
 def test_refusals(model, sequence):
     from dataclasses import replace
 
     with pytest.raises(UserError, match=f"unknown target 'attention'; known: {', '.join(TARGETS)}"):
-        target_of("attention")
+        utility_function("attention")
     short = replace(sequence, continuations=tuple(replace(c, tokens=c.tokens[:1]) for c in sequence.continuations))
     with pytest.raises(UserError, match="continuations of one token"):
-        target_of("gradient", model)(short)
+        utility_function("gradient", model)(short)
     with pytest.raises(UserError, match="there are none; expected at least one"):
-        target_of("layers", model, [])
+        utility_function("layers", model, [])

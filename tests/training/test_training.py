@@ -17,15 +17,13 @@ from kv_gym.evaluation.replay import replay
 from kv_gym.policies import make_policy
 from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.traces import open_traces
-from kv_gym.training import train
-from kv_gym.training import trainer as fit
-from kv_gym.training.contexts import held_out
-from kv_gym.training.registry import AGENTS, learner_class, settings_of
-from kv_gym.training.retention import Retention
-from kv_gym.training.trainer import start_of
+from kv_gym.training import train, trainer
+from kv_gym.training.monitor import RetentionPicture
+from kv_gym.training.registry import learner_class, list_agents, load_settings
+from kv_gym.training.trainer import split_validation, weights_hash
 
 FAST = {"steps": 20, "every": 5, "hidden": 8, "rate": 0.02, "progress": False}
-FROM_TRACES = [agent for agent in AGENTS if not getattr(learner_class(agent), "needs_model", False)]
+FROM_TRACES = [agent for agent in list_agents() if not getattr(learner_class(agent), "needs_model", False)]
 SMALL = {
     "ppo": {"envs": 4, "rollout": 4, "batch": 8},
     "grpo": {"refresh": 7},
@@ -50,9 +48,9 @@ def weights(policy):
 
 
 def test_the_registry_finds_every_agent_and_its_settings():
-    for agent in AGENTS:
-        settings = settings_of(agent)
-        assert type(settings) is learner_class(agent).settings
+    for agent in list_agents():
+        settings = load_settings(agent)
+        assert type(settings) is learner_class(agent).settings_class
         assert inspect.getmodule(learner_class(agent)).__doc__
     with pytest.raises(UserError, match="unknown agent 'ppo2'; known: distill, "):
         learner_class("ppo2")
@@ -62,7 +60,7 @@ def test_the_registry_finds_every_agent_and_its_settings():
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(traces, tmp_path, monkeypatch, agent):
     settings = FAST | SMALL.get(agent, {})
     whole = train(agent, traces, tmp_path / "whole", **settings)
-    step, taken = fit._Run._one_step, 0
+    step, taken = trainer.Trainer.train_step, 0
 
     def interrupted(run):
         nonlocal taken
@@ -71,7 +69,7 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(traces, tmp_path, monke
             raise KeyboardInterrupt
         return step(run)
 
-    monkeypatch.setattr(fit._Run, "_one_step", interrupted)
+    monkeypatch.setattr(trainer.Trainer, "train_step", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train(agent, traces, tmp_path / "cut", **settings)
     assert not (tmp_path / "cut" / "policy.json").exists()
@@ -98,7 +96,7 @@ def test_any_agent_starts_from_any_policy(traces, first, tmp_path, agent):
     still = train(agent, traces, tmp_path / "still", init=first.folder,
                   **(FAST | SMALL.get(agent, {}) | {"hidden": None, "steps": 1, "rate": 0.0}))  # fmt: skip
     assert torch.equal(weights(still), weights(first.policy))  # a rate of 0 moves nothing: it did start there
-    assert still.training["start"] == start_of(first.policy) and first.policy.training["start"] == "scratch"
+    assert still.training["start"] == weights_hash(first.policy) and first.policy.training["start"] == "scratch"
     assert still.training["settings"]["hidden"] == 8  # the first policy's
     moved = train(agent, traces, tmp_path / "moved", init=first.policy, **(FAST | SMALL.get(agent, {}) | {"steps": 3}))
     assert not torch.equal(weights(moved), weights(first.policy)) and moved.training["start"] == still.training["start"]
@@ -123,17 +121,17 @@ def test_resume_goes_on_or_refuses_and_can_be_switched_off(traces, tmp_path, mon
     with pytest.raises(UserError, match="no checkpoint of this agent"):
         train("joint", traces, tmp_path / "new", resume=True, **FAST)
     first = train("joint", traces, tmp_path / "policy", **FAST)
-    monkeypatch.setattr(fit._Run, "to_the_end", lambda *_: pytest.fail("a finished run was repeated"))
+    monkeypatch.setattr(trainer.Trainer, "run", lambda *_: pytest.fail("a finished run was repeated"))
     assert torch.equal(weights(train("joint", traces, tmp_path / "policy", resume=True, **FAST)), weights(first))
     monkeypatch.undo()
-    steps, step = 0, fit._Run._one_step
+    steps, step = 0, trainer.Trainer.train_step
 
     def counted(run):
         nonlocal steps
         steps += 1
         return step(run)
 
-    monkeypatch.setattr(fit._Run, "_one_step", counted)
+    monkeypatch.setattr(trainer.Trainer, "train_step", counted)
     again = train("joint", traces, tmp_path / "policy", resume=False, **FAST)
     assert steps == 20 and torch.equal(weights(again), weights(first))
 
@@ -168,7 +166,7 @@ def test_the_log_holds_what_there_is_to_watch(traces, tmp_path):
     recency = EventAccumulator(str(tmp_path / "policy" / "tensorboard" / "recency")).Reload()
     flat = recency.Scalars("utility_kept/at_1_4")
     assert [event.step for event in flat] == [0, 20] and flat[0].value == flat[1].value
-    validation = held_out(open_traces(traces).select(split="train").load(), 0.1)[1]
+    validation = split_validation(open_traces(traces).select(split="train").load(), 0.1)[1]
     (row,) = replay({"recency": make_policy("recency")}, validation, [0.25])
     assert flat[0].value == pytest.approx(row["utility_kept"])
 
@@ -183,30 +181,30 @@ def test_the_picture_shows_what_stays(traces):
         network.weights[1][:, 0, 0] = 1.0
         network.weights[2][:, 0, 0] = torch.tensor([-1.0, -1.0, -1.0, 1.0])
     sequences = open_traces(traces).load()[:2]
-    kept = Retention(sequences, calibrated=False).kept(network)
+    kept = RetentionPicture(sequences, calibrated=False).kept_shares(network)
     there = kept[:, [i * 64 // 40 for i in range(40)]]
     assert there[:3, 35:].all() and not there[:3, :35].any()  # 5 of 40 stay
     assert there[3, :5].all() and not there[3, 5:].any()
-    kept = Retention(sequences, calibrated=True).kept(network)[:, [i * 64 // 40 for i in range(40)]]
+    kept = RetentionPicture(sequences, calibrated=True).kept_shares(network)[:, [i * 64 // 40 for i in range(40)]]
     assert kept[3].sum() == 20 and not kept[:3].any()  # one threshold: the fourth head has all the highest scores
-    picture = Retention(sequences, calibrated=True).picture(network)
+    picture = RetentionPicture(sequences, calibrated=True).image(network)
     assert picture.shape == (1, 4 * 6, 64 * 6) and picture[0, -1, 0] == 255 and picture[0, 0, 0] == 0
 
 
 def test_settings_come_from_the_zoo_and_unknown_ones_are_refused(traces, tmp_path):
-    assert settings_of("joint", steps=None) == settings_of("joint")
-    assert settings_of("joint", steps=7).steps == 7
+    assert load_settings("joint", steps=None) == load_settings("joint")
+    assert load_settings("joint", steps=7).steps == 7
     with pytest.raises(UserError, match="unknown setting 'stesp'"):
         train("joint", traces, tmp_path / "out", stesp=5)
     with pytest.raises(UserError, match="unknown setting 'group'"):
         train("joint", traces, tmp_path / "out", group=5)
     with pytest.raises(UserError, match="setting steps is 'many'"):
-        settings_of("joint", steps="many")
-    with pytest.raises(UserError, match="setting ranking is 3; expected a word"):
-        settings_of("grpo", ranking=3)
+        load_settings("joint", steps="many")
+    with pytest.raises(UserError, match="setting ranking is 3; expected 'head' or 'joint'"):
+        load_settings("grpo", ranking=3)
     with pytest.raises(UserError, match="unknown agent 'ppo2'"):
         train("ppo2", traces, tmp_path / "out")
-    with pytest.raises(UserError, match=r"budget 0\.0 is not above zero"):
+    with pytest.raises(UserError, match=r"setting budget is 0\.0; expected greater than 0"):
         train("foresight", traces, tmp_path / "out", budget=0.0)
     assert not (tmp_path / "out").exists()
 
@@ -240,13 +238,13 @@ def test_a_damaged_checkpoint_and_a_rate_that_explodes(traces, tmp_path):
 
 def test_one_long_document_is_enough_and_its_last_contexts_choose_the_checkpoint(traces):
     one = [replace(sequence, text_hash="one book") for sequence in open_traces(traces).select(split="train").load()]
-    training, validation = held_out(one, 0.1)
+    training, validation = split_validation(one, 0.1)
     assert [s.id for s in validation] == [s.id for s in one[-2:]] and len(training) == 14
     several = open_traces(traces).select(split="train").load()
-    training, validation = held_out(several, 0.25)
+    training, validation = split_validation(several, 0.25)
     assert not {s.text_hash for s in training} & {s.text_hash for s in validation} and len(validation) == 4
     with pytest.raises(UserError, match="at least 4 contexts"):
-        held_out(one[:3], 0.1)
+        split_validation(one[:3], 0.1)
 
 
 def test_the_supervised_agents_learn_as_they_did_when_the_shipped_policies_were_made(traces):
@@ -265,11 +263,11 @@ def test_the_supervised_agents_learn_as_they_did_when_the_shipped_policies_were_
         ("expected",): [0.484689, 0.479233, 0.480594, 0.48026, 0.472142, 0.472582, 0.467346, 0.453874],
     }
     for (agent, *settings), expected in losses.items():
-        run = fit._Run(
-            agent, settings_of(agent, steps=20, hidden=8, rate=0.02, **dict(settings)), 0, open_traces(traces)
+        run = trainer.Trainer(
+            agent, load_settings(agent, steps=20, hidden=8, rate=0.02, **dict(settings)), 0, open_traces(traces)
         )
-        run.load()
-        assert [float(run._one_step()["loss"]) for _ in expected] == pytest.approx(expected, rel=1e-4)
+        run.setup()
+        assert [float(run.train_step()["loss"]) for _ in expected] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_command_line_starts_from_a_policy_and_resumes(traces, first, tmp_path):
@@ -278,7 +276,7 @@ def test_the_command_line_starts_from_a_policy_and_resumes(traces, first, tmp_pa
     run = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out"), "--init", str(first.folder)])
     assert run.exit_code == 0 and "held-out reward" in run.stdout
     made = make_policy(tmp_path / "out")
-    assert made.training["start"] == start_of(first.policy)
+    assert made.training["start"] == weights_hash(first.policy)
     assert made.protection == (0, 3) and made.training["settings"]["contexts"] == 2
     with pytest.raises(UserError, match="no checkpoint"):
         CliRunner().invoke(app, [*command, "--out", str(tmp_path / "new"), "--resume"], catch_exceptions=False)

@@ -12,11 +12,13 @@ from kv_gym.envs import KVEvictEnv, KVEvictVectorEnv
 from kv_gym.envs.rewards import budget_weights, rank_weights
 from kv_gym.errors import UserError
 from kv_gym.policies.scorer import GroupedScorer
-from kv_gym.training.distill import Distill, pairwise_hinge
-from kv_gym.training.foresight import Foresight, ForesightSettings, shorter_side
-from kv_gym.training.grpo import GRPO, Group, GRPOSettings, group_advantage, returns_to_go
-from kv_gym.training.on_policy_states import Reached, States
+from kv_gym.training.distill import golden_utility
+from kv_gym.training.foresight import Foresight, ForesightSettings, cut_action
+from kv_gym.training.grpo import GRPOSettings, RankingGroup, group_advantage, returns_to_go
+from kv_gym.training.losses import pairwise_hinge
+from kv_gym.training.on_policy_states import DecisionStates, OnPolicyStates
 from kv_gym.training.plackett_luce import sample_rankings
+from kv_gym.training.registry import load_settings
 from kv_gym.training.rloo import RLOO, RLOOSettings, leave_one_out, rank_cost_ratio
 
 
@@ -98,29 +100,29 @@ def test_equal_returns_have_no_advantage_and_a_group_of_one_is_refused():
     advantage = group_advantage(returns)
     assert advantage[:, 0].tolist() == pytest.approx([-1.2247, 0, 1.2247], abs=1e-3)
     assert advantage[:, 1].tolist() == pytest.approx([0.12247, 0, -0.12247], abs=1e-3)  # a tenth is at stake there
-    for kind, settings in ((GRPO, GRPOSettings), (RLOO, RLOOSettings), (Foresight, ForesightSettings)):
-        with pytest.raises(UserError, match="at least 2"):
-            kind(settings(group=1), 0, GroupedScorer(1, 2, 4))
-    with pytest.raises(UserError, match="'head' or 'joint'"):
-        GRPO(GRPOSettings(ranking="heads"), 0, GroupedScorer(1, 2, 4))
+    for agent in ("grpo", "rloo", "foresight"):
+        with pytest.raises(UserError, match=f"'{agent}': setting group is 1; expected greater than or equal to 2"):
+            load_settings(agent, group=1)
+    with pytest.raises(UserError, match="setting ranking is 'joint'; expected 'head'"):  # heads are cut one by one
+        load_settings("foresight", ranking="joint")
 
 
 def test_states_with_nothing_to_decide_teach_nothing():
     scores = torch.randn(2, 6, requires_grad=True)
-    group = Group.sample(scores.detach(), scores.detach(), torch.rand(2, 6), torch.zeros(2, 6), 4)
-    loss, told = group.loss(scores, GRPOSettings(kl=0.5, entropy=0.1))
+    group = RankingGroup.sample(scores.detach(), scores.detach(), torch.rand(2, 6), torch.zeros(2, 6), 4)
+    loss, metrics = group.loss(scores, GRPOSettings(kl=0.5, entropy=0.1))
     loss.backward()
-    assert loss.item() == 0 and not scores.grad.any() and all(float(value) == 0 for value in told.values())
+    assert loss.item() == 0 and not scores.grad.any() and all(float(value) == 0 for value in metrics.values())
 
 
 def test_the_first_update_follows_the_score_function_and_far_ratios_do_not_count():
     torch.manual_seed(0)
     scores, worth = torch.randn(1, 6), torch.rand(1, 6)
     weights = torch.tensor([3.0, 2.0, 1.0, 0, 0, 0])
-    group = Group.sample(scores, scores, worth, weights, 4)
+    group = RankingGroup.sample(scores, scores, worth, weights, 4)
     assert group.advantage.shape == (4, 1, 3)
     free = scores.clone().requires_grad_()
-    loss, told = group.loss(free, GRPOSettings(kl=0.5, clip=0.2))
+    loss, metrics = group.loss(free, GRPOSettings(kl=0.5, clip=0.2))
     loss.backward()
     slow = scores.clone().requires_grad_()
     total = 0.0
@@ -132,11 +134,11 @@ def test_the_first_update_follows_the_score_function_and_far_ratios_do_not_count
             left.remove(pick)
     total.backward()
     assert torch.allclose(free.grad, slow.grad, atol=1e-6)  # the divergence from itself is flat there
-    assert told["kl"].item() == pytest.approx(0, abs=1e-6) and told["clip_share"] == 0
+    assert metrics["kl"].item() == pytest.approx(0, abs=1e-6) and metrics["clip_share"] == 0
 
     moved = (scores + torch.tensor([5.0, 0, 0, 0, 0, 0])).requires_grad_()
-    loss, told = group.loss(moved, GRPOSettings(kl=0.0))
-    assert told["clip_share"] > 0 and told["kl"] > 0
+    loss, metrics = group.loss(moved, GRPOSettings(kl=0.0))
+    assert metrics["clip_share"] > 0 and metrics["kl"] > 0
 
 
 def test_a_thousand_slots_with_noise_on_their_scores_are_not_clipped_draw_by_draw():
@@ -144,12 +146,12 @@ def test_a_thousand_slots_with_noise_on_their_scores_are_not_clipped_draw_by_dra
     torch.manual_seed(0)
     scores = torch.randn(8, 1024)
     weights = torch.from_numpy(rank_weights(budget_weights("log", 1024, 0, 0)[0], 0)).float()
-    group = Group.sample(scores, scores, torch.rand(8, 1024), weights, 8)
-    _, told = group.loss(scores + 0.01 * torch.randn_like(scores), GRPOSettings())
-    assert told["clip_share"] == 0
-    from kv_gym.training.plackett_luce import Stages
+    group = RankingGroup.sample(scores, scores, torch.rand(8, 1024), weights, 8)
+    _, metrics = group.loss(scores + 0.01 * torch.randn_like(scores), GRPOSettings())
+    assert metrics["clip_share"] == 0
+    from kv_gym.training.plackett_luce import RankingStages
 
-    whole = [Stages.of(s.expand(group.order.shape), group.order).log_prob.sum(-1)
+    whole = [RankingStages.of(s.expand(group.order.shape), group.order).log_prob.sum(-1)
              for s in (scores, scores + 0.01 * torch.randn_like(scores))]  # fmt: skip
     assert (((whole[1] - whole[0]).exp() - 1).abs() > 0.2).float().mean() > 0.4
 
@@ -166,7 +168,7 @@ def test_the_hinge_is_the_mean_over_pairs_that_differ():
 
 def test_the_golden_target_is_the_highest_block():
     (sequence,) = random_contexts((6,), layers=2, heads=2, continuations=2, queries=5, block=2)
-    worth = Distill.worth(sequence)
+    worth = golden_utility(sequence)
     for layer in range(2):
         for head in range(2):
             for slot in range(6):
@@ -179,13 +181,13 @@ def test_the_golden_target_is_the_highest_block():
 def states_of(worth, room, there=None):
     worth = torch.tensor(worth)
     there = torch.ones_like(worth, dtype=torch.bool) if there is None else torch.tensor(there)
-    return States(torch.zeros(*worth.shape, 1), torch.zeros(len(worth)), there, torch.tensor(room), worth)
+    return DecisionStates(torch.zeros(*worth.shape, 1), torch.zeros(len(worth)), there, torch.tensor(room), worth)
 
 
-def test_a_cut_is_drawn_from_its_shorter_side_and_paid_for_what_stays():
+def test_a_cut_is_drawn_from_its_cut_action_and_paid_for_what_stays():
     worth = [[4.0, 1.0, 2.0, 3.0, 9.0], [4.0, 1.0, 2.0, 3.0, 9.0], [4.0, 1.0, 2.0, 0.0, 0.0]]
     there = [[True] * 5, [True] * 5, [True, True, True, False, False]]
-    sign, paid, weights = shorter_side(states_of(worth, [2, 4, 3], there))
+    sign, paid, weights = cut_action(states_of(worth, [2, 4, 3], there))
     assert sign.flatten().tolist() == [1, -1, -1]
     assert weights.sum(-1).tolist() == [2, 1, 0]  # two stay, one goes, nothing to do
     order = torch.tensor([[[4, 0, 1, 2, 3], [2, 0, 1, 3, 4], [0, 1, 2, 3, 4]]])
@@ -198,7 +200,7 @@ def test_a_cut_is_drawn_from_its_shorter_side_and_paid_for_what_stays():
 @pytest.mark.parametrize("highest", [False, True])
 def test_reached_states_are_those_of_the_environment(highest):
     contexts = random_contexts((16, 12), layers=2, heads=1, continuations=1, queries=7, block=3)
-    reached = Reached(contexts, 0.5, sinks=1, recent=1)
+    reached = OnPolicyStates(contexts, 0.5, sinks=1, recent=1)
     network = GroupedScorer(2, 4, 8)
 
     torch.manual_seed(3)
@@ -218,13 +220,13 @@ def test_reached_states_are_those_of_the_environment(highest):
     for row in range(2):
         left = np.flatnonzero(seen["mask"][row])
         may_go = [i for i in left if i >= 1]  # the newest context token is no longer the most recent one
-        assert states.there[row].sum() == len(may_go)
+        assert states.mask[row].sum() == len(may_go)
         keys = states.inputs[row, : len(may_go), :4].numpy()
         np.testing.assert_array_equal(keys, seen["key"][row][may_go])
         future = context.continuations[0].future[row, 0, :, block:, 0]
         worth = future.max(-1) if highest else future.sum(-1)
-        np.testing.assert_allclose(states.worth[row, : len(may_go)], worth[may_go], rtol=1e-6)
-        assert not states.worth[row, len(may_go) :].any()
+        np.testing.assert_allclose(states.utility[row, : len(may_go)], worth[may_go], rtol=1e-6)
+        assert not states.utility[row, len(may_go) :].any()
 
 
 def silent(context):
@@ -259,11 +261,11 @@ def test_a_checkpoint_of_foresight_is_worth_what_the_environment_pays_it():
 
 def test_golden_evictions_lead_where_the_future_says():
     (context,) = random_contexts((12,), layers=1, heads=1, continuations=1, queries=4, block=2)
-    reached = Reached([context], 6 / 12, sinks=0, recent=0)
+    reached = OnPolicyStates([context], 6 / 12, sinks=0, recent=0)
     for seed in range(8):  # until a state before the second block is drawn
         torch.manual_seed(seed)
         states = reached.draw(1, None)
-        if states.there.sum() < 12:
+        if states.mask.sum() < 12:
             break
     future = context.continuations[0].future[0, 0, :, :, 0]
     best = np.sort(future.max(-1).argsort()[-6:])
@@ -272,4 +274,4 @@ def test_golden_evictions_lead_where_the_future_says():
 
 def test_contexts_that_lose_nothing_are_refused():
     with pytest.raises(UserError, match="no continuation of the 1 contexts loses attention"):
-        Reached([silent(random_contexts((8,))[0])], 0.5, 1, 1)
+        OnPolicyStates([silent(random_contexts((8,))[0])], 0.5, 1, 1)

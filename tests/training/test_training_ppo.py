@@ -12,9 +12,8 @@ from stable_baselines3.common.utils import obs_as_tensor
 
 from kv_gym.envs import KVEvictVecEnv
 from kv_gym.errors import UserError
-from kv_gym.training.decision_buffer import DecisionBuffer
-from kv_gym.training.plackett_luce import ABSENT
-from kv_gym.training.sb3_policy import PrefixDistribution, RankingPolicy, stages_of
+from kv_gym.training.plackett_luce import PADDING_SCORE
+from kv_gym.training.sb3_policy import DecisionBuffer, PrefixDistribution, RankingPolicy, stages_of
 
 MODES = [{}, {"heads": "joint"}, {"budget": 4}]
 
@@ -27,7 +26,7 @@ def action(*ranking):
 
 
 def test_the_probabilities_of_all_rankings_sum_to_one_beside_a_padded_slot():
-    scores = torch.tensor([[0.5, -1.0, 2.0, ABSENT, 0.1]])
+    scores = torch.tensor([[0.5, -1.0, 2.0, PADDING_SCORE, 0.1]])
     whole = PrefixDistribution(5, False).proba_distribution(scores, torch.tensor([4]))
     total = sum(whole.log_prob(action(*ranking, 3)).exp().item() for ranking in itertools.permutations((0, 1, 2, 4)))
     assert total == pytest.approx(1, abs=1e-5)
@@ -59,7 +58,7 @@ def test_the_policy_scores_each_slot_with_the_network_of_its_head(settings):
     for row, slot in itertools.product(range(3), range(0, seen["mask"].shape[1], 5)):
         position, n = seen["position"][row, slot], seen["position"][row].max() + 1
         if not 1 <= position < n - 1:  # absent, or protected
-            assert distribution.scores[row, slot] == ABSENT
+            assert distribution.scores[row, slot] == PADDING_SCORE
             continue
         place = torch.tensor([position, n - 1 - position]).log1p() / 4
         x = torch.cat([torch.from_numpy(seen[name][row, slot]) for name in ("key", "value")] + [place])
