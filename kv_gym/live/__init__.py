@@ -1,8 +1,21 @@
 """Live decoding: a transformers cache that evicts while the model reads and writes."""
 
+import warnings
+
 from kv_gym.live.cache import EvictingCache
+from kv_gym.live.config import CacheConfig, PolicyGroup
 from kv_gym.live.generate import Generated, generate
 from kv_gym.live.guard import Guard
-from kv_gym.live.panel import Panel
 
-__all__ = ["EvictingCache", "Generated", "Guard", "Panel", "generate"]
+__all__ = ["CacheConfig", "EvictingCache", "Generated", "Guard", "PolicyGroup", "generate"]
+
+
+def __getattr__(name: str):
+    if name != "Panel":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    warnings.warn(
+        "kv_gym.live.Panel is now called PolicyGroup; the old name goes with the next version",
+        DeprecationWarning,
+        stacklevel=2,
+    )
+    return PolicyGroup

@@ -1,11 +1,16 @@
-"""EvictingCache: a transformers cache that keeps the tokens a policy chooses and frees the rest."""
+"""EvictingCache: a transformers cache that keeps the tokens a policy chooses and frees the rest.
+
+The way of one forward: :meth:`EvictingCache.before_forward` checks the inputs; every layer's
+:meth:`~kv_gym.live.layer.EvictingLayer.update` and ``attend`` store keys and values, attend, observe the queries and
+evict; :meth:`EvictingCache.after_forward` evicts where that needs all layers.
+"""
 
 from __future__ import annotations
 
 import copy
+import warnings
 import weakref
-from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,19 +19,24 @@ from torch import Tensor
 from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
-from kv_gym.budgets import Allocation, parse_budget
+from kv_gym.budgets import Allocation
 from kv_gym.errors import UserError
-from kv_gym.live import rollback, saving
-from kv_gym.live.guard import Guard
-from kv_gym.live.layer import EvictingLayer, copied
-from kv_gym.live.padding import fresh_tokens, refuse_shifted
-from kv_gym.live.safety import SafetyNet, guarded, put_back, under_watch
-from kv_gym.live.settings import changed, settings_of
-from kv_gym.live.tiers import Tier
-from kv_gym.live.whole_model import cut_all, repeat
+from kv_gym.live.config import CacheConfig
+from kv_gym.live.guard import Guard, GuardMonitor
+from kv_gym.live.layer import EvictingLayer, copy_layer
+from kv_gym.live.layer_state import MAX_PENDING, LayerState
+from kv_gym.live.saving import SavedCache, write_cache
+from kv_gym.live.tiers import RecordingLayer, Tier
 from kv_gym.models.attention import attach, detach, full_layers
 from kv_gym.models.hidden_states import listen, unlisten
-from kv_gym.policies import Policy
+from kv_gym.models.second_reading import read_again
+from kv_gym.policies import Policy, StatefulPolicy
+
+_NO_DRAFTS = (
+    "with assisted or prompt-lookup decoding generate() reads drafts before it is known whether they stay, and a cache "
+    "would evict by them: generate without drafts, or into an empty cache of budget 1.0, and fork() that one with "
+    "another budget"
+)
 
 
 class EvictingCache(Cache):
@@ -34,8 +44,8 @@ class EvictingCache(Cache):
 
     Every KV head of every full-attention layer keeps its own tokens; sliding-window layers are left alone. Keys keep
     their original rotary positions, and later tokens take the positions they would have without eviction. The cache
-    switches the model to a watched attention function and back: after the last `detach` of a model, garbage
-    collection of its last cache, or a forward that raised.
+    switches the model to an attention function that shows it the queries, and back: after the last `detach` of a
+    model, garbage collection of its last cache, or a forward that raised.
 
         cache = EvictingCache(model, policy="h2o", budget=0.25)
         model.generate(**inputs, past_key_values=cache)
@@ -59,11 +69,16 @@ class EvictingCache(Cache):
         evicted: what becomes of evicted pairs: ``drop``; ``merge`` (keys and values join the most similar survivor)
             or ``merge:values``; ``bits:2``, ``bits:4`` or ``bits:8``: they stay visible in so many bits per number
             (``bits:2:balanced``: with a channel balancer), beside the budget, which counts full-precision slots.
-        guard: a safety net: what is measured at every forward, and what follows when it is too much. What it saw is
-            in ``cache.net``, a :class:`~kv_gym.live.safety.SafetyNet`.
+        guard: what is measured at every forward, and what follows when it is too much. What it measured is in
+            ``cache.monitor``, a :class:`~kv_gym.live.guard.GuardMonitor`.
         offload: keep a copy of every evicted pair in the host's memory, for :meth:`restore`.
         positions: rotary positions of kept keys: ``original``; ``cache``: their places among those that are left, so
             that no query is farther from a key than the cache is long; None: the policy's own.
+
+    Attributes:
+        model: the transformers decoder.
+        config: the settings, resolved and validated.
+        monitor: what the guard measured; None without a guard.
 
     Batches may be padded: padding is never stored, and every row keeps what it would keep alone.
 
@@ -86,13 +101,15 @@ class EvictingCache(Cache):
         offload: bool = False,
         positions: str | None = None,
     ):
-        tier = under_watch(evicted, guard, offload)
-        self.eviction = settings_of(model, policy, budget, allocation, trigger, sinks, recent, tier, positions)
-        self.net = None if guard is None else SafetyNet(guard, self.eviction.layers)
-        config = model.config.get_text_config()
-        layers = list(DynamicCache(config=config).layers)
-        for place, index in enumerate(full_layers(config)):
-            layers[index] = EvictingLayer(index, place, self.eviction)
+        self.config = CacheConfig.parse(
+            model, policy, budget, allocation, trigger, sinks, recent, evicted, guard, offload, positions
+        )
+        self._initial_budget = self.config.budget
+        self.monitor = None if guard is None else GuardMonitor(guard)
+        text_config = model.config.get_text_config()
+        layers = list(DynamicCache(config=text_config).layers)
+        for ordinal, index in enumerate(full_layers(text_config)):
+            layers[index] = EvictingLayer(index, ordinal, self.config)
         super().__init__(layers=layers)
         self.model = model
         self._attach()
@@ -107,7 +124,7 @@ class EvictingCache(Cache):
     @property
     def evicting_layers(self) -> list[int]:
         """Indices of the layers that evict, those with full attention."""
-        return [layer.contents.index for layer in self._evicting]
+        return [state.index for state in self._states]
 
     def kept_positions(self, layer: int) -> Tensor:
         """Original positions of the tokens that each head of a layer holds, `[batch, kv_heads, kept]` int64.
@@ -121,7 +138,7 @@ class EvictingCache(Cache):
             known = ", ".join(map(str, self.evicting_layers))
             raise UserError(f"layer {layer} does not evict; the layers with full attention are {known}")
         self._refuse_empty()
-        filled, valid = self._evicting[self.evicting_layers.index(layer)].contents.slots.padded(("positions",))
+        filled, valid = self._states[self.evicting_layers.index(layer)].slots.padded(("positions",))
         last = torch.iinfo(torch.int64).max
         positions = filled["positions"].masked_fill(~valid, last).sort(-1).values
         return positions.masked_fill(positions == last, -1)
@@ -133,17 +150,20 @@ class EvictingCache(Cache):
             UserError: nothing was seen yet.
         """
         self._refuse_empty()
-        return torch.stack([layer.contents.slots.counts() for layer in self._evicting])
+        return torch.stack([state.slots.counts() for state in self._states])
 
     def nbytes(self) -> int:
         """Bytes of all that the cache holds: keys, values, positions, state, queries, tiers, with buffers' slack."""
-        storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage() for tensor in self._tensors()}
-        return sum(storage.nbytes() for storage in storages.values())
+        return _storage_bytes(self._tensors())
 
     def host_nbytes(self) -> int:
         """Bytes of the copies of evicted pairs in the host's memory, which :meth:`nbytes` leaves out."""
-        held = (tensor for layer in self._evicting for tensor in layer.contents.tier.host_tensors())
-        return sum({storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in held)}.values())
+        return _storage_bytes(tensor for state in self._states for tensor in state.tier.host_tensors())
+
+    def layer_signals(self) -> list[Tensor]:
+        """What the guard measured at the last forward, `[batch]` for each layer that it averages."""
+        tiers = [state.tier for state in self._states if isinstance(state.tier, RecordingLayer)]
+        return [tier.signal for tier in tiers if tier.signal is not None]
 
     # what it does
 
@@ -155,23 +175,30 @@ class EvictingCache(Cache):
             UserError: nothing was seen yet.
         """
         self._refuse_empty()
-        if self.eviction.at_the_end:
-            cut_all(self.model, self.layers, [layer.contents for layer in self._evicting], None, exact=True)
+        if self.config.evicts_after_forward:
+            self._evict_together(None, trim=True)
         else:
-            for layer in self._evicting:
-                layer.contents.evict(exact=True)
+            for state in self._states:
+                state.evict(trim=True)
 
-    def read_again(self) -> None:
-        """Do the policy's second reading now, where it has one; cuts do it themselves, forks of this cache need not.
+    def run_second_reading(self) -> None:
+        """Do the policy's second reading now, where it has one.
+
+        Evictions do it themselves; a fork of this cache then need not.
 
         Raises:
             UserError: nothing was seen yet.
         """
         self._refuse_empty()
-        repeat(self.model, self.layers, [layer.contents for layer in self._evicting])
+        states, policy = self._states, self.config.policy
+        unread = states[0].unread
+        if isinstance(policy, StatefulPolicy) and policy.repetition and unread is not None and unread.shape[1]:
+            by_index = {state.index: state for state in states}
+            read_again(self.model, policy, unread, by_index, self.layers, self.seen)
+            states[0].unread = None
 
     def restore(self) -> None:
-        """Put back every evicted pair in full precision, in all rows, and evict nothing from here on.
+        """Put back every evicted pair in full precision, in all rows, and evict nothing until :meth:`reset`.
 
         Tokens that came since they were evicted stay as they were computed: to have those anew too, fork the cache
         before they come, and restore the fork.
@@ -179,14 +206,21 @@ class EvictingCache(Cache):
         Raises:
             UserError: the cache was made without ``offload=True``.
         """
-        put_back(layer.contents for layer in self._evicting)
-        self.adopt_budget(1.0)
+        for state in self._states:
+            state.restore_evicted()
+        self._use_budget(1.0)
 
-    def adopt_budget(self, budget: str | int | float) -> None:
+    def set_budget(self, budget: str | int | float) -> None:
         """Have another budget whenever the trigger fires from here on."""
-        self.eviction = replace(self.eviction, budget=parse_budget(budget))
-        for layer in self._evicting:
-            layer.contents.eviction = self.eviction
+        self._use_budget(budget)
+        self._initial_budget = self.config.budget
+
+    def reset(self) -> None:
+        """Forget everything: tokens, alarms, and the budget that :meth:`restore` or a guard's alarm changed."""
+        self._use_budget(self._initial_budget)
+        if self.monitor is not None:
+            self.monitor = GuardMonitor(self.monitor.guard)
+        super().reset()
 
     def fork(
         self,
@@ -202,7 +236,7 @@ class EvictingCache(Cache):
         """An independent copy of the same context, which may evict differently from here on.
 
         One prefill serves many questions, budgets and policies: prefill at budget 1.0 with a
-        :class:`~kv_gym.live.Panel` of the policies, fork with one of them, `compress`, fork again for every question.
+        :class:`~kv_gym.live.PolicyGroup`, fork with one of its policies, `compress`, fork again for every question.
 
         Args:
             policy: another policy for the copy, or None for the same.
@@ -210,22 +244,23 @@ class EvictingCache(Cache):
             sinks, recent: another protection; None means the other policy's own, or as before for the same policy.
             allocation: another allocation, or None for the same.
             evicted: another fate of what is evicted from here on, or None for the same.
-            guard: another safety net, or None for the same.
+            guard: another guard, or None for the same.
             positions: other positions of keys; None means the other policy's own, or as before for the same policy.
 
         Raises:
-            UserError: the policy needs state or queries that the cache did not keep, or the allocation cannot use
-                its scores.
+            UserError: settings that the constructor refuses, or that need state, queries or keys that the cache did
+                not keep.
         """
-        eviction = changed(self.eviction, self.model, policy, budget, sinks, recent, allocation, evicted, positions)
+        config = self.config.fork(
+            policy=policy, budget=budget, allocation=allocation, sinks=sinks, recent=recent, evicted=evicted,
+            guard=guard, positions=positions,
+        )  # fmt: skip
         twin = copy.copy(self)
-        twin.net = None if self.net is None else self.net.copy()
-        if guard is not None:
-            eviction = guarded(eviction, guard, [layer.contents for layer in self._evicting])
-            twin.net = SafetyNet(guard, eviction.layers)
-        twin.eviction = eviction
+        twin.config = config
+        twin._initial_budget = self._initial_budget if budget is None else config.budget
+        twin.monitor = copy.copy(self.monitor) if guard is None else GuardMonitor(guard)
         twin.layers = [
-            layer.fork(eviction) if isinstance(layer, EvictingLayer) else copied(layer) for layer in self.layers
+            layer.fork(config) if isinstance(layer, EvictingLayer) else copy_layer(layer) for layer in self.layers
         ]
         twin._attach()
         return twin
@@ -244,7 +279,7 @@ class EvictingCache(Cache):
             UserError: nothing was seen yet, or settings that have no name.
         """
         self._refuse_empty()
-        return saving.save(self, Path(file))
+        return write_cache(Path(file), self.config, self.layers, self.seen)
 
     @classmethod
     def load(
@@ -265,7 +300,14 @@ class EvictingCache(Cache):
         Raises:
             UserError: another model or policy, or a damaged or newer file.
         """
-        return saving.load(cls, Path(file), model, policy, allocation)
+        with SavedCache.open(Path(file)) as saved:
+            cache = cls(model, **saved.settings(model, policy, allocation))
+            try:
+                saved.restore_layers(model, cache.layers)
+            except BaseException:
+                cache.detach()
+                raise
+        return cache
 
     def detach(self) -> None:
         """Give the model's attention back; the cache can be read, and used again after ``with cache:``."""
@@ -281,7 +323,7 @@ class EvictingCache(Cache):
     def __exit__(self, *exception) -> None:
         self.detach()
 
-    # what transformers calls
+    # what transformers and the attention function call
 
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args, **kwargs
@@ -310,32 +352,46 @@ class EvictingCache(Cache):
         """
         if arguments.get("pixel_values") is not None:
             raise UserError("an evicting cache serves text only and was given images: leave pixel_values out")
-        fresh = fresh_tokens(arguments.get("attention_mask"), self.seen, self._evicting[0].contents.rows)
+        first = self._states[0]
+        token_mask = new_token_mask(arguments.get("attention_mask"), self.seen, first.tokens_seen)
         for layer in self._evicting:
-            layer.fresh = fresh
+            layer.token_mask = token_mask
         positions = arguments.get("position_ids")
         # a single token's position is not checked: that would make every decoding step wait for the device
-        if positions is not None and positions.shape[-1] > 1 and fresh is None:
-            refuse_shifted(positions, self.seen, self._evicting[0].contents.rows)
-        if self.eviction.rereads:
-            self._evicting[0].contents.remember(arguments.get("input_ids"), positions, fresh, self.seen)
+        if positions is not None and positions.shape[-1] > 1 and token_mask is None:
+            _refuse_shifted(positions, self.seen, first.tokens_seen)
+        if self.config.needs_second_reading:
+            first.store_unread(arguments.get("input_ids"), positions, token_mask, self.seen)
 
     def after_forward(self) -> None:
-        """A forward ended: heed the guard; cut now if that needs all layers to have read it."""
-        if self.net is not None:
-            self.net.after_attention(self)
-        if self.eviction.at_the_end:
-            due = self._evicting[0].contents.due()
-            if any(due):
-                cut_all(self.model, self.layers, [layer.contents for layer in self._evicting], due)
+        """A forward ended: check the guard's signal, and evict now if that needs all layers to have read it."""
+        if self.monitor is not None and not self.monitor.guard.reads_output:
+            layers = self.monitor.guard.layers
+            tiers = [state.tier for state in self._states if layers is None or state.ordinal in layers]
+            signals = [tier.signal for tier in tiers if isinstance(tier, RecordingLayer) and tier.signal is not None]
+            if signals:
+                self._check_guard(torch.stack([signal.to(signals[0].device) for signal in signals]).mean(0))
+        if self.config.evicts_after_forward:
+            rows_to_evict = self._states[0].rows_to_evict()
+            if any(rows_to_evict):
+                with torch.no_grad():
+                    self._evict_together(rows_to_evict)
+
+    def forward_failed(self) -> None:
+        """A forward with this cache raised: some layers may hold its tokens and some not."""
+        self.detach()
 
     def activate_past_recording(self) -> None:
-        """Assisted decoding begins: newer transformers say so, older ones crop all of a sudden.
+        """Assisted decoding begins; transformers up to 5.12 does not announce it and calls :meth:`crop` at once.
+
+        transformers reads the prompt and its first drafts in one forward; of a cache that has read a part already, it
+        reads that part again.
 
         Raises:
             UserError: what follows could not equal decoding token by token.
         """
-        rollback.refuse_drafts(self._evicting[0].contents)
+        if self._states[0].tokens_seen or not self.config.keeps_everything:
+            raise UserError(_NO_DRAFTS)
         for layer in self.layers:
             if hasattr(layer, "activate_past_recording"):
                 layer.activate_past_recording()
@@ -344,28 +400,39 @@ class EvictingCache(Cache):
         """Take back the newest tokens, as if they had never come: rejected drafts of assisted decoding, for one.
 
         Args:
-            tokens_to_remove: minus how many; above zero, as older transformers have it: how many shall be left.
+            tokens_to_remove: minus how many; above zero, as transformers has it up to 5.12: how many shall be left.
+                That call comes right after every forward with drafts, and nothing announces drafts before.
 
         Raises:
             UserError: the cache evicted since they came, or remembers their queries.
         """
-        count = rollback.newest(tokens_to_remove, self.seen, [layer.contents for layer in self._evicting])
+        removable = min(state.removable for state in self._states)
+        config, absolute = self.config, tokens_to_remove > 0
+        if absolute and not config.keeps_everything and (config.trigger.every is not None or not removable):
+            raise UserError(_NO_DRAFTS)
+        count = max(0, self.seen - tokens_to_remove) if absolute else -tokens_to_remove
+        if count > removable:
+            raise UserError(
+                f"the cache cannot be cropped by the newest {count} tokens but by {removable}: what was evicted does "
+                "not return and policies with memory can forget the last forward alone, of at most "
+                f"{MAX_PENDING} tokens; fork() the cache before tokens that you may want to take back"
+            )
         layer: Any  # a sliding one is transformers' own
         for layer in self.layers:
             if isinstance(layer, EvictingLayer):
-                layer.take_back(count)
+                layer.remove_newest(count)
             elif count or getattr(layer, "record_past", False):
                 layer.crop(-count)
-
-    def forward_failed(self) -> None:
-        """A forward with this cache raised: some layers may hold its tokens and some not."""
-        self.detach()
 
     # the rest
 
     @property
     def _evicting(self) -> list[EvictingLayer]:
         return [layer for layer in self.layers if isinstance(layer, EvictingLayer)]
+
+    @property
+    def _states(self) -> list[LayerState]:
+        return [layer.state for layer in self._evicting]
 
     def _tensors(self) -> Iterator[Tensor]:
         for layer in self.layers:
@@ -374,23 +441,156 @@ class EvictingCache(Cache):
             elif isinstance(layer, CacheLayerMixin) and layer.keys is not None and layer.values is not None:
                 yield from (layer.keys, layer.values)
 
+    def _evict_together(self, rows_to_evict: Sequence[bool] | None, trim: bool = False) -> None:
+        """Cut all evicting layers when every one has read the forward, after the policy's second reading.
+
+        Args:
+            rows_to_evict: which rows to cut; None means all.
+            trim: keep no room for tokens to come.
+        """
+        states, allocation = self._states, self.config.allocation
+        if all(state.fits_budget(rows_to_evict) for state in states):
+            for state in states:
+                state.mark_evicted(rows_to_evict)
+            return
+        self.run_second_reading()
+        if not allocation.whole_model:
+            for state in states:
+                state.evict(rows_to_evict, trim)
+            return
+        layers = [state.score_slots(rows_to_evict) for state in states]
+        for state, kept in zip(states, allocation.kept(layers), strict=True):
+            state.keep_slots(kept, trim)
+
+    def _use_budget(self, budget: str | int | float) -> None:
+        self.config = self.config.fork(budget=budget)
+        for state in self._states:
+            state.config = self.config
+
+    def _check_guard(self, signal: Tensor) -> None:
+        """React to a signal `[batch]` of the guard."""
+        assert self.monitor is not None
+        guard = self.monitor.guard
+        if self.monitor.raises_alarm(signal):
+            if guard.then == "restore":
+                self.restore()
+            elif guard.then == "enlarge":
+                self._use_budget(guard.enlarged(self.config.budget))
+
     def _attach(self) -> None:
         attach(self.model)
-        hears = self.eviction.needs_hidden
-        if hears:
+        if self.config.needs_hidden:
             listen(self.model)
-        hook = None if self.net is None else self.net.listen(self)
         # alive until called: by detach, or when the cache is collected
-        self._attachment = weakref.finalize(self, _let_go, self.model, hook, hears)
+        self._attachment = weakref.finalize(
+            self, _detach, self.model, self._output_hook(), self.config.needs_hidden
+        )  # fmt: skip
+
+    def _output_hook(self) -> RemovableHandle | None:
+        """Read the output of every forward with this cache, where the guard's signal is of that."""
+        if self.monitor is None or not self.monitor.guard.reads_output:
+            return None
+        this = weakref.ref(self)
+
+        def read_output(module, args, kwargs, output) -> None:
+            cache, logits = this(), getattr(output, "logits", None)
+            if cache is not None and cache is kwargs.get("past_key_values") and logits is not None:
+                tier = cache._states[0].tier  # follows the rows of the batch
+                assert isinstance(tier, RecordingLayer)
+                cache._check_guard(tier.measure_output(logits[:, -1].detach()))
+
+        return self.model.register_forward_hook(read_output, with_kwargs=True)
 
     def _refuse_empty(self) -> None:
         if not self.seen:
             raise UserError("the cache is empty: run the model with past_key_values=cache first")
 
+    # names of 0.1, for one version
 
-def _let_go(model, hook: RemovableHandle | None, hears: bool) -> None:
+    @property
+    def net(self) -> GuardMonitor | None:
+        """Deprecated name of `monitor`."""
+        _warn_renamed("EvictingCache.net", "monitor")
+        return self.monitor
+
+    @property
+    def eviction(self) -> CacheConfig:
+        """Deprecated name of `config`."""
+        _warn_renamed("EvictingCache.eviction", "config")
+        return self.config
+
+    def read_again(self) -> None:
+        """Deprecated name of :meth:`run_second_reading`."""
+        _warn_renamed("EvictingCache.read_again", "run_second_reading")
+        self.run_second_reading()
+
+    def adopt_budget(self, budget: str | int | float) -> None:
+        """Deprecated name of :meth:`set_budget`."""
+        _warn_renamed("EvictingCache.adopt_budget", "set_budget")
+        self.set_budget(budget)
+
+
+def new_token_mask(mask: Tensor | None, seen: int, tokens_seen: Sequence[int]) -> Tensor | None:
+    """Which tokens of a coming forward are no padding: bool `[batch, m]` on the CPU, or None where none is padding.
+
+    Args:
+        mask: `[batch, seen + m]`, one for every token so far and to come, or None.
+        seen: tokens that came before, padding included.
+        tokens_seen: how many of them were real, per row.
+
+    Raises:
+        UserError: a mask of other than two dimensions, or of other tokens than came; or one that hides other tokens
+            than it hid when they came.
+    """
+    if mask is None:
+        return None
+    if not isinstance(mask, Tensor) or mask.dim() != 2:
+        raise UserError(
+            "an evicting cache makes its own causal mask and was given an explicit one of other than two "
+            "dimensions: leave attention_mask out"
+        )
+    real = mask.bool().cpu()
+    before, new = real[:, :seen].sum(1).tolist(), real[:, seen:]
+    if not new.shape[1]:
+        raise UserError(
+            f"the attention mask covers {mask.shape[1]} tokens and {seen} were seen before this forward: give one "
+            "that covers the tokens seen and the new ones"
+        )
+    if tokens_seen and before != list(tokens_seen):
+        raise UserError(
+            f"the attention mask shows {before} of the tokens seen and the cache read {list(tokens_seen)}: "
+            "what is padding is decided when a token comes, so give the same mask with the new tokens appended"
+        )
+    return None if bool(new.all()) else new
+
+
+def _refuse_shifted(positions: Tensor, seen: int, tokens_seen: Sequence[int]) -> None:
+    """Raise a UserError for position ids `[batch, m]` of packed or shifted sequences.
+
+    They count on from the tokens seen, or, in rows that hold padding, from the real ones.
+    """
+    ahead = torch.arange(positions.shape[-1], device=positions.device)
+    starts = torch.tensor([[seen], *([count] for count in tokens_seen)], device=positions.device)
+    allowed = (positions[:, None] == (starts + ahead)[None]).all(-1).any(1)
+    if not bool(allowed.all()):
+        raise UserError(
+            f"the position ids do not count on from the {seen} tokens seen, and packed or shifted "
+            "sequences are not served: leave position_ids out"
+        )
+
+
+def _storage_bytes(tensors: Iterable[Tensor]) -> int:
+    storages = {storage.data_ptr(): storage.nbytes() for storage in (t.untyped_storage() for t in tensors)}
+    return sum(storages.values())
+
+
+def _detach(model, hook: RemovableHandle | None, needs_hidden: bool) -> None:
     detach(model)
-    if hears:
+    if needs_hidden:
         unlisten(model)
     if hook is not None:
         hook.remove()
+
+
+def _warn_renamed(old: str, new: str) -> None:
+    warnings.warn(f"{old} is now called {new}; the old name goes with the next version", DeprecationWarning, 3)

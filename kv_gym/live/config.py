@@ -1,144 +1,390 @@
-"""What one cache does with all its layers: policy, budget, allocation, protection and trigger."""
+"""The settings of an evicting cache: parsed and validated once, shared by all of its layers."""
 
 from __future__ import annotations
 
+import re
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
-from kv_gym.budgets import UNSEEN, Allocation, Layer, judged
+from kv_gym.budgets import UNSEEN, Allocation, Layer, judged, parse_allocation, parse_budget, protection_for
 from kv_gym.budgets.budget import Budget, slots_after
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.live.rope_shift import Turn
-from kv_gym.live.tiers import Drop, Tier
-from kv_gym.live.trigger import Trigger
-from kv_gym.policies import Policy, StatefulPolicy
+from kv_gym.live.guard import Guard
+from kv_gym.live.rope_shift import RopeShift
+from kv_gym.live.tiers import Drop, LowPrecision, Merge, MergeValues, RecordingTier, Tier, parse_tier
+from kv_gym.models.attention import full_layers, refuse_unserved
+from kv_gym.models.fingerprint import Fingerprint
+from kv_gym.models.hidden_states import refuse_unheard
+from kv_gym.policies import Policy, StatefulPolicy, make_policy
 
-DROP = Drop()
-UNLIMITED = 2**40  # the budget of a row that is not to be cut now
+POSITIONS = ("original", "cache")
+_TRIGGER = re.compile(r"(every|block|lagged):([1-9]\d*)")
 
 
 @dataclass(frozen=True)
-class Eviction:
-    """The settings that all layers of one cache share.
+class Trigger:
+    """When a cache evicts: at the end of the first forward, then whenever `every` new tokens came since.
 
     Attributes:
-        policy: scores the slots.
-        budget: slots per KV head, or share of the tokens seen when the trigger fires.
-        sinks, recent: first and last tokens that always stay.
-        trigger: when.
-        allocation: who gets the slots.
-        watched: the policies whose queries and state are kept up to date: `policy`, or the members of a panel.
-        layers: how many layers evict.
-        evicted: what becomes of evicted pairs.
-        turn: gives kept keys positions inside the cache when they are read; None: they keep their own.
+        every: new tokens between evictions; None evicts once.
+        within_forward: evicts inside a forward too, after each `every` tokens, and not at the end of the first one: a
+            long prompt is read block by block, and the cache never holds more than the budget and a block.
+        lag: the newest tokens that an eviction leaves alone, until later queries have seen them.
     """
 
+    every: int | None = None
+    within_forward: bool = False
+    lag: int = 0
+
+    @classmethod
+    def parse(cls, text: str) -> Trigger:
+        """Read ``prefill``, ``every:<tokens>``, ``block:<tokens>`` or ``lagged:<tokens>``.
+
+        Raises:
+            UserError: anything else.
+        """
+        if text == "prefill":
+            return cls()
+        match = _TRIGGER.fullmatch(text) if isinstance(text, str) else None
+        if match is None:
+            raise UserError(
+                f"trigger {text!r} is unknown; expected 'prefill', 'every:<tokens>', 'block:<tokens>' or "
+                "'lagged:<tokens>', such as 'every:64'"
+            )
+        kind, tokens = match[1], int(match[2])
+        return cls(tokens, within_forward=kind == "block", lag=tokens if kind == "lagged" else 0)
+
+    @property
+    def name(self) -> str:
+        """What :meth:`parse` reads."""
+        if self.every is None:
+            return "prefill"
+        return f"{'block' if self.within_forward else 'lagged' if self.lag else 'every'}:{self.every}"
+
+    def fires(self, seen: int, evicted_at: int | None) -> bool:
+        """Whether to evict now, after `seen` tokens, when the last eviction was after `evicted_at` (None: never)."""
+        if not seen:  # a row of which only padding came: its first forward is yet to come
+            return False
+        if self.within_forward or evicted_at is not None:
+            return self.every is not None and seen - (evicted_at or 0) >= self.every
+        return True
+
+
+@dataclass(frozen=True)
+class PolicyGroup(Policy):
+    """Several policies for which one prefill keeps all that they need; it scores nothing itself.
+
+        group = PolicyGroup((make_policy("h2o"), make_policy("snapkv")))
+        cache = EvictingCache(model, policy=group, budget=1.0)
+        model(context, past_key_values=cache)
+        fork = cache.fork(policy=make_policy("h2o"), budget=0.25)
+        fork.compress()
+
+    Attributes:
+        members: the policies; their queries and state are kept side by side.
+    """
+
+    members: tuple[Policy, ...]
+
+    @property
+    def name(self) -> str:
+        """``policy_group``."""
+        return "policy_group"
+
+    @property
+    def needs_queries(self) -> int:
+        """As many as the member that wants most."""
+        return max((member.needs_queries for member in self.members), default=0)
+
+    def score(self, view: CacheView) -> Tensor:
+        """Refuse: nobody chose a member yet."""
+        names = ", ".join(member.name for member in self.members)
+        raise UserError(
+            f"a policy group does not score: fork the cache with one of its policies ({names}), then compress"
+        )
+
+
+@dataclass(frozen=True)
+class CacheConfig:
+    """What an :class:`~kv_gym.live.EvictingCache` was asked for, resolved and valid for its model.
+
+    Attributes:
+        model: the transformers decoder.
+        policy: scores the slots.
+        budget: slots per KV head, or share of the tokens seen when the trigger fires.
+        allocation: who gets the slots.
+        trigger: when to evict.
+        sinks, recent: first and last tokens that always stay.
+        evicted: what becomes of evicted pairs.
+        guard: what is measured at every forward, or None.
+        offload: whether evicted pairs are copied to the host.
+        positions: rotary positions of kept keys, one of `POSITIONS`.
+        checked: policies that are known to fit the model, and need not be checked again.
+
+    Raises:
+        UserError: settings that do not fit the model or one another.
+    """
+
+    model: Any = field(repr=False, compare=False)
     policy: Policy
     budget: Budget
+    allocation: Allocation
+    trigger: Trigger
     sinks: int
     recent: int
-    trigger: Trigger
-    allocation: Allocation
-    watched: tuple[Policy, ...]
-    layers: int
-    evicted: Tier = DROP
-    turn: Turn | None = None
+    evicted: Tier
+    guard: Guard | None = None
+    offload: bool = False
+    positions: str = "original"
+    checked: tuple[Policy, ...] = field(default=(), repr=False, compare=False)
+
+    @classmethod
+    def parse(
+        cls,
+        model,
+        policy: str | Path | Policy,
+        budget: str | int | float,
+        allocation: str | Allocation = "uniform",
+        trigger: str = "prefill",
+        sinks: int | None = None,
+        recent: int | None = None,
+        evicted: str | Tier = "drop",
+        guard: Guard | None = None,
+        offload: bool = False,
+        positions: str | None = None,
+    ) -> CacheConfig:
+        """Settings as users give them; arguments and errors are those of :class:`~kv_gym.live.EvictingCache`."""
+        refuse_unserved(model)
+        chosen = make_policy(policy)
+        return cls(
+            model,
+            chosen,
+            parse_budget(budget),
+            parse_allocation(allocation),
+            Trigger.parse(trigger),
+            *protection_for(chosen, sinks, recent),
+            parse_tier(evicted),
+            guard,
+            offload,
+            chosen.positions if positions is None else positions,
+        )
+
+    def fork(
+        self,
+        policy: str | Path | Policy | None = None,
+        budget: str | int | float | None = None,
+        allocation: str | Allocation | None = None,
+        sinks: int | None = None,
+        recent: int | None = None,
+        evicted: str | Tier | None = None,
+        guard: Guard | None = None,
+        positions: str | None = None,
+    ) -> CacheConfig:
+        """These settings with changes, validated as new ones are.
+
+        Arguments are those of :meth:`~kv_gym.live.EvictingCache.fork`; None leaves a setting as it is, but another
+        policy brings its own protection and positions.
+
+        Raises:
+            UserError: settings that do not fit, or that need what a cache with these settings did not keep.
+        """
+        changes: dict[str, Any] = {"budget": parse_budget(budget)} if budget is not None else {}
+        if policy is not None:
+            chosen = changes["policy"] = make_policy(policy)
+            changes["sinks"], changes["recent"] = protection_for(chosen, None, None)
+            changes["positions"] = chosen.positions
+        if allocation is not None:
+            changes["allocation"] = parse_allocation(allocation)
+        if evicted is not None:
+            changes["evicted"] = parse_tier(evicted)
+        given = {"sinks": sinks, "recent": recent, "guard": guard, "positions": positions}
+        changes |= {name: value for name, value in given.items() if value is not None}
+        checked = {id(known): known for known in (*self.checked, *self.tracked_policies)}
+        changed = replace(self, checked=tuple(checked.values()), **changes)
+        self._refuse_what_was_not_kept(changed)
+        return changed
 
     def __post_init__(self) -> None:
-        if self.turn is not None and not isinstance(self.evicted, Drop):
+        for policy in self.tracked_policies:
+            if not any(policy is known for known in self.checked):
+                _refuse_unfit(policy, self.model)
+        if not isinstance(self.policy, PolicyGroup):
+            self.allocation.refuse_unfit(self.policy)
+        protection_for(self.policy, self.sinks, self.recent)  # refuses negative ones
+        self.layer_tier.refuse_unfit(self.model.config.get_text_config())
+        self._refuse_unfit_recording()
+        if self.positions not in POSITIONS:
+            raise UserError(f"positions={self.positions!r} is unknown; expected 'original' or 'cache'")
+        if self.rope_shift is not None and not isinstance(self.layer_tier, Drop):
             raise UserError(
                 f"positions='cache' moves kept tokens together, and with evicted={self.evicted.name!r}, a guard or "
                 "offload=True evicted ones still have a place between them: choose one of the two"
             )
 
-    @property
-    def queries(self) -> int:
+    def _refuse_unfit_recording(self) -> None:
+        guard = self.guard
+        if self.offload and isinstance(self.evicted, Merge | MergeValues):
+            raise UserError(
+                f"evicted={self.evicted.name!r} changes survivors, so a copy of evicted pairs would not bring the "
+                "context back: choose drop or bits with offload=True"
+            )
+        if self.offload and self.needs_hidden:
+            raise UserError(
+                f"policy {self.policy.name!r} scores tokens by hidden states, which pairs that come back from the host "
+                "do not bring along: leave offload out, or choose another policy"
+            )
+        if guard is None:
+            return
+        if guard.then == "restore" and not self.offload:
+            raise UserError("a guard can restore only what was kept: give offload=True to the cache")
+        if guard.signal == "tier" and not isinstance(self.evicted, LowPrecision):
+            raise UserError(
+                f"signal 'tier' is of pairs kept in low precision, and evicted={self.evicted.name!r} keeps none"
+            )
+        for layer in guard.layers or ():
+            if not 0 <= layer < self.num_layers:
+                raise UserError(
+                    f"the guard averages layer {layer}, and {self.num_layers} layers evict: count them from 0"
+                )
+
+    def _refuse_what_was_not_kept(self, changed: CacheConfig) -> None:
+        policy, kept = changed.policy, self.tracked_policies
+        group = "or with a PolicyGroup that has the policy as a member"
+        stateful = isinstance(policy, StatefulPolicy) or policy.needs_hidden
+        if (stateful and policy not in kept) or policy.needs_queries > self.num_queries:
+            raise UserError(
+                f"the cache did not keep what policy {policy.name!r} needs: make it with that policy, {group}"
+            )
+        if changed.num_queries > self.num_queries:
+            raise UserError(
+                f"the cache kept the last {self.num_queries} queries, and policy {policy.name!r} with allocation "
+                f"{changed.allocation.name!r} needs {changed.num_queries}, which it did not keep: make it with that "
+                f"policy and allocation, {group}"
+            )
+
+    # what follows from the settings
+
+    @cached_property
+    def num_layers(self) -> int:
+        """How many layers evict."""
+        return len(full_layers(self.model.config.get_text_config()))
+
+    @cached_property
+    def layer_tier(self) -> Tier:
+        """What layers do with evicted pairs: `evicted`, with a recorder where there is a guard or a host copy."""
+        recorded = self.guard is not None or self.offload
+        return RecordingTier(self.evicted, self.guard, self.offload) if recorded else self.evicted
+
+    @cached_property
+    def rope_shift(self) -> RopeShift | None:
+        """Gives kept keys positions inside the cache when they are read; None: they keep their own."""
+        return RopeShift(self.model) if self.positions == "cache" else None
+
+    @cached_property
+    def tracked_policies(self) -> tuple[Policy, ...]:
+        """The policies whose queries and state are kept up to date: `policy`, or the members of a group."""
+        return self.policy.members if isinstance(self.policy, PolicyGroup) else (self.policy,)
+
+    @cached_property
+    def stateful_policies(self) -> list[tuple[int, StatefulPolicy]]:
+        """Tracked policies with memory, each with its index among the tracked ones."""
+        return [(i, policy) for i, policy in enumerate(self.tracked_policies) if isinstance(policy, StatefulPolicy)]
+
+    @cached_property
+    def num_queries(self) -> int:
         """How many of the last queries must be kept."""
-        return max((self.allocation.needs_queries, *(policy.needs_queries for policy in self.watched)))
+        return max((self.allocation.needs_queries, *(policy.needs_queries for policy in self.tracked_policies)))
+
+    @cached_property
+    def needs_hidden(self) -> bool:
+        """Whether some tracked policy scores tokens by their hidden states, which are there only as they arrive."""
+        return any(policy.needs_hidden for policy in self.tracked_policies)
+
+    @cached_property
+    def needs_output(self) -> bool:
+        """Whether some tracked policy reads the output projection."""
+        return any(policy.needs_output for policy in self.tracked_policies)
+
+    @cached_property
+    def needs_second_reading(self) -> bool:
+        """Whether some tracked policy has the context read again, so that its tokens must be stored."""
+        return any(policy.repetition is not None for policy in self.tracked_policies)
+
+    @cached_property
+    def depends_on_queries(self) -> bool:
+        """Whether anything but the slots changes when queries come."""
+        observing = any(policy.repetition is None for _, policy in self.stateful_policies)
+        return bool(self.num_queries or observing or self.layer_tier.sees_queries)
 
     @property
-    def stateful(self) -> list[tuple[int, StatefulPolicy]]:
-        """Watched policies with memory, each with its place among the watched."""
-        return [(place, each) for place, each in enumerate(self.watched) if isinstance(each, StatefulPolicy)]
-
-    @property
-    def keeps_all(self) -> bool:
+    def keeps_everything(self) -> bool:
         """Whether the budget is all tokens, however many come."""
         return self.budget == 1.0 and isinstance(self.budget, float)
 
-    @property
-    def remembers(self) -> bool:
-        """Whether anything but the slots changes when queries come."""
-        observing = any(policy.repetition is None for _, policy in self.stateful)
-        return bool(self.queries or observing or self.evicted.sees_queries)
-
-    @property
-    def rereads(self) -> bool:
-        """Whether some watched policy has the context read again, so that its tokens must be remembered."""
-        return any(policy.repetition is not None for policy in self.watched)
-
-    @property
-    def at_the_end(self) -> bool:
-        """Whether cuts come at the end of a forward, when all layers have read it."""
+    @cached_property
+    def evicts_after_forward(self) -> bool:
+        """Whether evictions come at the end of a forward, when all layers have read it."""
         return self.allocation.whole_model or self.policy.repetition is not None
 
     @property
-    def piece(self) -> int | None:
+    def block_size(self) -> int | None:
         """Tokens that a layer takes in at a time, before it evicts; None: all of a forward.
 
-        A cut that needs all layers comes at the end of a forward, when they have read it.
+        An eviction that needs all layers comes at the end of a forward, when they have read it.
         """
-        return self.trigger.every if self.trigger.inside and not self.at_the_end else None
+        return self.trigger.every if self.trigger.within_forward and not self.evicts_after_forward else None
 
-    def slack(self, length: int) -> int:
-        """Slots by which a full buffer grows: what comes until the next firing, or an eighth where that is unknown."""
-        waiting = self.trigger.every or 0
-        grows = self.trigger.every is None or isinstance(self.budget, float)
-        return max(waiting, length // 8) if grows else waiting
+    @cached_property
+    def scores_on_arrival(self) -> bool:
+        """Whether a token's score is computed when it comes, and stored.
 
-    def room(self, seen: int) -> int:
-        """Slots that each KV head may keep on average after `seen` tokens."""
-        return slots_after(self.budget, seen)
-
-    @property
-    def needs_hidden(self) -> bool:
-        """Whether some watched policy scores tokens by their hidden states, which are there only as they arrive."""
-        return any(policy.needs_hidden for policy in self.watched)
-
-    @property
-    def scores_once(self) -> bool:
-        """Whether a token's score is computed when it comes and stored.
-
-        Worth its bytes where cuts are repeated; and the only way for a policy that needs hidden states, whose scores
-        stay what they were even where a tier changes keys or values later.
+        Worth its bytes where evictions are repeated; and the only way for a policy that needs hidden states, whose
+        scores stay what they were even where a tier changes keys or values later.
         """
         return self.policy.needs_hidden or (
             self.policy.static
             and self.trigger.every is not None
             and not self.allocation.needs_queries
-            and not self.evicted.changes_keys
-            and self.turn is None
+            and not self.layer_tier.changes_keys
+            and self.rope_shift is None
         )
 
-    @property
-    def scored(self) -> dict[str, Policy]:
+    @cached_property
+    def stored_scores(self) -> dict[str, Policy]:
         """The policies whose scores are stored when a token comes, by the name of the buffer."""
-        members = enumerate(self.watched) if self.policy not in self.watched else ()
-        own = {"scores": self.policy} if self.scores_once else {}
-        return own | {f"{place}/scores": each for place, each in members if each.needs_hidden}
+        members = enumerate(self.tracked_policies) if self.policy not in self.tracked_policies else ()
+        alone = {"scores": self.policy} if self.scores_on_arrival else {}
+        return alone | {f"{i}/scores": policy for i, policy in members if policy.needs_hidden}
 
-    def judge(self, scores: Tensor, view: CacheView, place: int) -> Layer:
-        """A layer ready to be cut; `place` is which of the evicting layers it is."""
-        recent = max(self.recent, self.trigger.spared)
-        return judged(scores, self.allocation, view, self.sinks, recent, place, self.layers)
+    def slots_after(self, seen: int) -> int:
+        """Slots that each KV head may keep on average after `seen` tokens."""
+        return slots_after(self.budget, seen)
 
-    def guarded(self, room: int, seen: int) -> tuple[int, int]:
-        """Positions below the first and from the second number on stay, in a head of `room` slots after `seen`."""
-        sinks = min(self.sinks, room // 2)
-        recent = min(max(self.recent, self.trigger.spared), room // 2 - sinks)
+    def slack(self, length: int) -> int:
+        """Slots by which a full buffer grows: what comes until the next eviction, or an eighth where that is unknown."""
+        waiting = self.trigger.every or 0
+        grows = self.trigger.every is None or isinstance(self.budget, float)
+        return max(waiting, length // 8) if grows else waiting
+
+    @property
+    def protected_recent(self) -> int:
+        """Last tokens that always stay: `recent`, or those that the trigger leaves alone."""
+        return max(self.recent, self.trigger.lag)
+
+    def scored_layer(self, scores: Tensor, view: CacheView, ordinal: int) -> Layer:
+        """A layer ready to be cut; `ordinal` is which of the evicting layers it is."""
+        return judged(scores, self.allocation, view, self.sinks, self.protected_recent, ordinal, self.num_layers)
+
+    def protected_range(self, slots: int, seen: int) -> tuple[int, int]:
+        """Positions below the first and from the second number on stay, in a head of `slots` slots after `seen`."""
+        sinks = min(self.sinks, slots // 2)
+        recent = min(self.protected_recent, slots // 2 - sinks)
         return sinks, seen - recent if recent else UNSEEN
 
     def warn_of_length(self, seen: int) -> None:
@@ -152,3 +398,21 @@ class Eviction:
                 f"now after {seen}: its choice may be poor",
                 stacklevel=2,
             )
+
+
+def _refuse_unfit(policy: Policy, model) -> None:
+    if policy.needs_future:
+        raise UserError(
+            f"policy {policy.name!r} is an oracle: it sees the future, which live decoding does not have; "
+            "evaluate it on traces"
+        )
+    if policy.needs_hidden and not policy.static:
+        raise UserError(
+            f"policy {policy.name!r} needs hidden states and is not static: a live cache shows it those of a token "
+            "once, when it arrives, and keeps none, so expected a policy whose score of a token never changes"
+        )
+    if policy.needs_hidden:
+        refuse_unheard(model)
+    fingerprint = getattr(policy, "fingerprint", None)
+    if fingerprint is not None:
+        fingerprint.refuse_other(Fingerprint.of(model), f"policy {policy.name!r}", type(model).__name__)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -12,25 +12,27 @@ from torch import Tensor
 from transformers.cache_utils import CacheLayerMixin
 
 from kv_gym.errors import UserError
-from kv_gym.live.config import Eviction
-from kv_gym.live.layer_state import Contents
-from kv_gym.live.pieces import Piece, pieces
-from kv_gym.live.ragged import RaggedSlots
-from kv_gym.live.ragged_attention import attend_heads, causal_mask
-from kv_gym.live.slots import EqualSlots
+from kv_gym.live.config import CacheConfig
+from kv_gym.live.layer_state import LayerState
+from kv_gym.live.ragged_attention import attend_ragged, causal_mask
+from kv_gym.live.slots import EqualSlots, RaggedSlots
 from kv_gym.models.attention import AttentionCall, hand_over
 from kv_gym.models.hidden_states import received
+
+PrefillChunk = slice | Tensor
 
 
 class EvictingLayer(CacheLayerMixin):
     """Keys and values of one full-attention layer, of which every KV head keeps its own tokens.
 
-    All stored slots are older than the tokens of the forward under way; their order is free. Padding is never stored.
+    The model calls :meth:`update` with new keys and values, then the attention function calls :meth:`attend`, which
+    ends with an eviction when it is time. All stored slots are older than the tokens of the forward under way; their
+    order is free. Padding is never stored.
 
     Attributes:
-        contents: what is held, and how it is cut.
+        state: what is held, and how it is evicted.
         seen: tokens that came so far in every row, evicted ones and padding included.
-        fresh: `[batch, m]` bool on the CPU, which tokens of the coming forward are no padding; None means all.
+        token_mask: `[batch, m]` bool on the CPU, which tokens of the coming forward are no padding; None means all.
     """
 
     is_compileable = False
@@ -38,36 +40,33 @@ class EvictingLayer(CacheLayerMixin):
     is_sliding = False
     supports_early_init = False
 
-    def __init__(self, index: int, place: int, eviction: Eviction):
+    def __init__(self, index: int, ordinal: int, config: CacheConfig):
         # not CacheLayerMixin's: keys and values are properties here
-        self.contents = Contents(index, place, eviction)
-        self._forget()
+        self._begin(LayerState(index, ordinal, config))
 
     def reset(self) -> None:
         """Forget everything."""
-        held = self.contents
-        self.contents = Contents(held.index, held.place, held.eviction)
-        self._forget()
+        self._begin(LayerState(self.state.index, self.state.ordinal, self.state.config))
 
-    def _forget(self) -> None:
-        self.seen = 0
-        self.fresh: Tensor | None = None
-        self._new: tuple[Tensor, Tensor, Tensor | None] | None = None
+    def _begin(self, state: LayerState) -> None:
+        self.state, self.seen = state, 0
+        self.token_mask: Tensor | None = None
+        self._new: tuple[Tensor, Tensor, Tensor | None] | None = None  # what attend is to take in
         self.is_initialized = False
 
     @property
     def keys(self) -> Tensor | None:  # type: ignore[override]
         """`[batch, kv_heads, longest, d]`, or None before the first forward."""
-        return self.contents.slots.padded(("keys",))[0]["keys"] if self.is_initialized else None
+        return self.state.slots.padded(("keys",))[0]["keys"] if self.is_initialized else None
 
     @property
     def values(self) -> Tensor | None:  # type: ignore[override]
         """`[batch, kv_heads, longest, d]`, or None before the first forward."""
-        return self.contents.slots.padded(("values",))[0]["values"] if self.is_initialized else None
+        return self.state.slots.padded(("values",))[0]["values"] if self.is_initialized else None
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that the layer holds."""
-        return self.contents.tensors()
+        return self.state.tensors()
 
     # what the model calls
 
@@ -83,86 +82,87 @@ class EvictingLayer(CacheLayerMixin):
             UserError: the batch is another than the stored one.
         """
         keys, values = key_states.detach(), value_states.detach()
-        batch, held = len(keys), len(self.contents.rows)
-        if held and batch != held:
+        batch, stored = len(keys), len(self.state.tokens_seen)
+        if stored and batch != stored:
             raise UserError(
-                f"the cache holds a batch of {held} and was given one of {batch}: "
+                f"the cache holds a batch of {stored} and was given one of {batch}: "
                 "call batch_repeat_interleave or batch_select_indices first, or make a new cache"
             )
         self.lazy_initialization(keys)
         self.seen += keys.shape[2]
-        hidden = received(self.contents.index) if self.contents.eviction.needs_hidden else None
-        parts = self._pieces(keys)
-        if len(parts) == 1 and isinstance(parts[0], slice) and isinstance(self.contents.slots, EqualSlots):
-            self.contents.append(keys, values, None, hidden)
-            visible = self.contents.visible()
-            assert isinstance(visible, EqualSlots)
-            seen = visible["keys"], visible["values"]
+        hidden = received(self.state.index) if self.state.config.needs_hidden else None
+        chunks = self._chunks(keys)
+        if len(chunks) == 1 and isinstance(chunks[0], slice) and isinstance(self.state.slots, EqualSlots):
+            self.state.append(keys, values, None, hidden)
+            visible = self.state.visible_slots()
+            keys, values = visible.data("keys"), visible.data("values")
         else:
-            # attention takes them in piece by piece, or head by head: what is returned here is not what it reads
-            seen, self._new = (keys, values), (keys, values, hidden)
+            # attention takes them in chunk by chunk, or head by head: what is returned here is not what it reads
+            self._new = keys, values, hidden
         hand_over(self)
-        return seen
+        return keys, values
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Attend, observe the queries and evict when it is time; for every piece of the forward in turn."""
-        self.contents.scaling = call.scaling
-        self.contents.adopt_output(call.module, call.query.shape[1], call.query.shape[3])
+        """Attend, observe the queries and evict when it is time; for every chunk of the forward in turn."""
+        self.state.scaling = call.scaling
+        self.state.use_output_projection(call.module, call.query.shape[1], call.query.shape[3])
         if self._new is None:
-            result = self._equal(call)
-            self._afterwards(call.query, None)
+            result = self._attend_equal(call)
+            self._observe_and_evict(call.query, None)
         else:
             new, self._new = self._new, None
-            result = self._in_pieces(call, *new), None
+            result = self._attend_in_chunks(call, *new), None
         if call.query.shape[2] == self.seen:
-            self.contents.slots.own()
-        self.fresh = None
+            self.state.slots.own_memory()
+        self.token_mask = None
         return result
 
-    def _equal(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+    def _attend_equal(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         m, n = call.query.shape[2], call.key.shape[2]
         # transformers' mask is not used: it is one for all layers, and it may be skipped where its `is_causal` would
         # align the wrong corner; sdpa is causal by itself where nothing is stored
-        by_itself = m == n and call.implementation == "sdpa"
-        return replace(call, mask=None if by_itself else causal_mask(m, n, call.query)).run()
+        is_causal = m == n and call.implementation == "sdpa"
+        return replace(call, mask=None if is_causal else causal_mask(m, n, call.query)).run()
 
-    def _in_pieces(self, call: AttentionCall, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
-        outputs, padded = [], self.fresh is not None
-        for piece in self._pieces(keys):
-            if isinstance(piece, slice):
-                query, fresh = call.query[:, :, piece], None
-                own = None if hidden is None else hidden[:, piece]
-                self.contents.append(keys[:, :, piece], values[:, :, piece], None, own)
+    def _attend_in_chunks(self, call: AttentionCall, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
+        outputs, padded = [], self.token_mask is not None
+        for chunk in self._chunks(keys):
+            if isinstance(chunk, slice):
+                query, token_mask = call.query[:, :, chunk], None
+                chunk_hidden = None if hidden is None else hidden[:, chunk]
+                self.state.append(keys[:, :, chunk], values[:, :, chunk], None, chunk_hidden)
             else:
-                query, fresh, padded = call.query, piece, True
-                self.contents.append(keys, values, fresh, hidden)
-            slots = self.contents.visible()
+                query, token_mask, padded = call.query, chunk, True
+                self.state.append(keys, values, token_mask, hidden)
+            slots = self.state.visible_slots()
             if isinstance(slots, RaggedSlots):
-                outputs.append(attend_heads(query, slots, call.scaling, fresh, call.rest.get("dropout", 0.0)))
+                dropout = call.rest.get("dropout", 0.0)
+                outputs.append(attend_ragged(query, slots, call.scaling, token_mask, dropout))
             else:
-                outputs.append(self._equal(replace(call, query=query, key=slots["keys"], value=slots["values"]))[0])
-                self.contents.slots.own()
-            self._afterwards(query, fresh)
-        # pieces of padded rows are full-sized, and zero outside of their own queries
+                visible = replace(call, query=query, key=slots.data("keys"), value=slots.data("values"))
+                outputs.append(self._attend_equal(visible)[0])
+                self.state.slots.own_memory()
+            self._observe_and_evict(query, token_mask)
+        # chunks of padded rows are full-sized, and zero outside of their own queries
         return torch.stack(outputs).sum(0) if padded else torch.cat(outputs, 1)
 
     @torch.no_grad()
-    def _afterwards(self, query: Tensor, fresh: Tensor | None) -> None:
-        self.contents.observe(query, fresh)
-        due = self.contents.due()
-        if any(due) and not self.contents.eviction.at_the_end:
-            self.contents.evict(due)
+    def _observe_and_evict(self, query: Tensor, token_mask: Tensor | None) -> None:
+        self.state.observe(query, token_mask)
+        rows_to_evict = self.state.rows_to_evict()
+        if any(rows_to_evict) and not self.state.config.evicts_after_forward:
+            self.state.evict(rows_to_evict)
 
-    def _pieces(self, keys: Tensor) -> list[Piece]:
-        held = self.contents
-        waiting = [seen - (at or 0) for seen, at in zip(held.rows, held.fired, strict=True)] or [0] * len(keys)
-        return pieces(held.eviction.piece, waiting, keys.shape[2], self.fresh)
+    def _chunks(self, keys: Tensor) -> list[PrefillChunk]:
+        tokens = zip(self.state.tokens_seen, self.state.evicted_at, strict=True)
+        waiting = [seen - (at or 0) for seen, at in tokens] or [0] * len(keys)
+        return prefill_chunks(self.state.config.block_size, waiting, keys.shape[2], self.token_mask)
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Keys that the next forward sees, and the offset that puts the newest at their true position."""
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
-        held = self.contents.slots.longest
-        return held + new, self.seen - held
+        stored = self.state.slots.longest
+        return stored + new, self.seen - stored
 
     def get_seq_length(self) -> int:
         """Tokens seen, from which models count the position of the next one."""
@@ -176,37 +176,63 @@ class EvictingLayer(CacheLayerMixin):
 
     # copies and batches
 
-    def fork(self, eviction: Eviction) -> EvictingLayer:
-        """An independent copy that evicts by `eviction`; see :meth:`Contents.fork`."""
-        twin = EvictingLayer(self.contents.index, self.contents.place, eviction)
-        twin.contents, twin.seen = self.contents.fork(eviction), self.seen
+    def fork(self, config: CacheConfig) -> EvictingLayer:
+        """An independent copy with other settings; see :meth:`LayerState.fork`."""
+        twin = EvictingLayer(self.state.index, self.state.ordinal, config)
+        twin.state, twin.seen = self.state.fork(config), self.seen
         if self.is_initialized:
-            twin.lazy_initialization(self.contents.slots.buffers["keys"])
+            twin.lazy_initialization(self.state.slots.buffers["keys"])
         return twin
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch, `beam_idx [batch]`."""
-        self.contents.select_rows(beam_idx)
+        self.state.select_rows(beam_idx)
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices [rows]` of the batch."""
-        self.contents.select_rows(indices)
+        self.state.select_rows(indices)
 
     def batch_repeat_interleave(self, repeats: int) -> None:
         """Repeat every row of the batch."""
-        self.contents.select_rows(torch.arange(len(self.contents.rows)).repeat_interleave(repeats))
+        self.state.select_rows(torch.arange(len(self.state.tokens_seen)).repeat_interleave(repeats))
 
-    def take_back(self, count: int) -> None:
-        """Forget the newest `count` tokens, as many as `contents.retractable` at most."""
-        self.contents.take_back(count)
+    def remove_newest(self, count: int) -> None:
+        """Forget the newest `count` tokens, as many as `state.removable` at most."""
+        self.state.remove_newest(count)
         self.seen -= count
 
     def activate_past_recording(self) -> None:
-        """Drafts come: remember what is needed to take them back."""
-        self.contents.recording = True
+        """Drafts come: keep what is needed to take them back."""
+        self.state.record_past = True
 
 
-def copied(layer: Any) -> Any:
+def prefill_chunks(
+    block_size: int | None, waiting: Sequence[int], m: int, token_mask: Tensor | None
+) -> list[PrefillChunk]:
+    """Which of a forward's m columns are taken in at a time: all, or blocks after each of which the layer evicts.
+
+    Args:
+        block_size: real tokens between two evictions inside a forward, each of which ends a chunk; None: no such ones.
+        waiting: per row, real tokens since the last eviction.
+        m: columns of the forward.
+        token_mask: `[batch, m]` bool on the CPU, which of them are tokens and not padding; None means all.
+
+    Returns:
+        Slices of columns where all rows agree, else bool `[batch, m]` on the CPU: every row's blocks begin at its own
+        tokens, so a padded row is read as it would be alone.
+    """
+    if block_size is None:
+        return [slice(0, m) if token_mask is None else token_mask]
+    if token_mask is None and len(set(waiting)) == 1:
+        ends = [*range(block_size - waiting[0], m, block_size), m]
+        return [slice(start, stop) for start, stop in zip([0, *ends], ends, strict=False)]
+    real = torch.ones(len(waiting), m, dtype=torch.bool) if token_mask is None else token_mask
+    block = (torch.tensor(waiting)[:, None] + real.cumsum(1) - 1) // block_size
+    chunks = [real & (block == k) for k in range(int(block.max()) + 1)]
+    return [chunk for chunk in chunks if bool(chunk.any())]
+
+
+def copy_layer(layer: Any) -> Any:
     """An independent copy of one of transformers' own layers."""
     twin = copy.copy(layer)
     for name, value in vars(layer).items():

@@ -1,139 +1,490 @@
-"""What one layer of an evicting cache keeps and lets go, whatever attention does with it."""
+"""What one layer of an evicting cache holds: how tokens come in, how policies see them, and how they are evicted."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 
 from kv_gym.budgets import Layer, top, weakest
-from kv_gym.live.config import Eviction
-from kv_gym.live.holding import SLOT, Holding
-from kv_gym.live.ragged import RaggedSlots
-from kv_gym.live.slots import EqualSlots
-from kv_gym.live.tiers import Leaving
+from kv_gym.cache_view import CacheView
+from kv_gym.errors import UserError
+from kv_gym.live.config import CacheConfig
+from kv_gym.live.slots import EqualSlots, Slots, concatenate
+from kv_gym.live.tiers import EvictedPairs, RecordingLayer
+from kv_gym.live.tiers.base import copy_optional, select_optional
+from kv_gym.models.attention import output_projection
+from kv_gym.policies import StatefulPolicy
+from kv_gym.policies.scoring.block_schedule import observe_blocks
+
+SLOT_BUFFERS = ("keys", "values", "positions")  # what every slot has; then scores, and `<index>/<name>` for state
+MAX_PENDING = 64  # the queries of so many tokens may wait: see LayerState.observe
+UNLIMITED = 2**40  # the budget of a row that is not to be cut now
 
 
-class Contents(Holding):
-    """What a layer holds, cut to the budget; its attributes are those of :class:`~kv_gym.live.holding.Holding`."""
+class LayerState:
+    """The tokens of one layer and all that belongs to them.
 
-    def due(self) -> list[bool]:
-        """Whether the trigger fires now, per row."""
-        trigger = self.eviction.trigger
-        return [trigger.fires(seen, at) for seen, at in zip(self.rows, self.fired, strict=True)]
+    Attributes:
+        index: the layer's index in the model.
+        ordinal: which of the evicting layers it is, from 0.
+        config: shared with the other layers.
+        slots: keys, values, positions; scores that are computed on arrival; state of tracked policies.
+        tier: what becomes of evicted pairs, and what is stored of them.
+        tokens_seen: real tokens seen, per row.
+        evicted_at: `tokens_seen` at the last eviction, per row, or None.
+        appended: how many of the newest tokens lie at the end of every head, in the order in which they came.
+        record_past: drafts come, which may be taken back.
+        queries: the last `[batch, query_heads, m, d]` queries that a tracked policy needs, or None.
+        scaling: factor on query-key products.
+        unread: `[batch, t, 2]` int64, tokens that a policy's second reading has yet to repeat, and the model's own
+            positions of them; -1 where they are padding. In the first evicting layer alone, None where no policy asks.
+        output: slices of the output projection `[query_heads, d, D]`, where a policy needs them; the model's own
+            memory.
+    """
 
-    def evict(self, due: Sequence[bool] | None = None, exact: bool = False) -> None:
-        """Keep what the policy would within the budget, by this layer's own slots; the rest is freed.
+    def __init__(self, index: int, ordinal: int, config: CacheConfig):
+        self.index, self.ordinal, self.config = index, ordinal, config
+        self.slots: Slots = EqualSlots()
+        self.tier = config.layer_tier.begin()
+        self.tokens_seen: list[int] = []
+        self.evicted_at: list[int | None] = []
+        self.appended, self.record_past = 0, False
+        self._pending_query: Tensor | None = None  # queries of the last forward that no policy was shown yet
+        self.queries: Tensor | None = None
+        self.unread: Tensor | None = None
+        self.scaling: float | None = None
+        self.output: Tensor | None = None
+
+    # taking tokens in
+
+    def append(self, keys: Tensor, values: Tensor, token_mask: Tensor | None, hidden: Tensor | None = None) -> None:
+        """Add tokens.
 
         Args:
-            due: which rows to cut; None means all.
-            exact: keep no room for tokens to come.
+            keys, values: `[batch, kv_heads, m, d]`.
+            token_mask: `[batch, m]` bool on the CPU, which of them are no padding; None means all.
+            hidden: `[batch, m, D]` their hidden states, where a policy needs them; read here and not kept.
         """
-        if self.fits(due):
-            self.mark(due)
-            return
-        rooms = set(self._rooms(due))
-        equal = self.eviction.allocation.equal and isinstance(self.slots, EqualSlots) and len(rooms) == 1
-        if equal and self._one_leaves(min(rooms), exact):
-            return
-        layer = self.judged(due)
-        if equal:
-            assert isinstance(self.slots, EqualSlots)
-            room = rooms.pop()
-            if not self.tier.drops:
-                self._leave(top(layer.merits, layer.view.budget), self.slots.length - room, exact)
-            self.slots.keep_top(layer.merits, room, self._slack(), exact)
+        self.observe_pending()
+        if not self.tokens_seen:
+            self.tokens_seen, self.evicted_at = [0] * len(keys), [None] * len(keys)
+        batch, heads, m, _ = keys.shape
+        if token_mask is None:
+            counts, self.appended = [m] * batch, self.appended + m
         else:
-            self.cut(self.eviction.allocation.kept([layer])[0], exact)
+            counts, self.appended = token_mask.sum(1).tolist(), 0
+        positions = self._next_positions(m, token_mask, keys.device).expand(batch, heads, m)
+        self.tokens_seen = [seen + count for seen, count in zip(self.tokens_seen, counts, strict=True)]
+        self._store(keys, values, positions, token_mask, self._slack(), hidden)
 
-    def _one_leaves(self, room: int, exact: bool) -> bool:
-        """Overwrite one slot of every head where just that is to be done, as at every decoding step; else False."""
-        slots = self.slots
-        assert isinstance(slots, EqualSlots)
-        if exact or slots.length != room + 1 or not self.tier.drops or not slots.may_overwrite(room, self._slack()):
-            return False
-        self._begin()
-        known = "scores" in slots.buffers
-        scores = slots["scores"] if known else self.eviction.policy.score(self.view())
-        first, last = self.eviction.guarded(room, self.rows[0])
-        slots.overwrite(weakest(scores, slots["positions"], first, last, self.index))
-        return True
+    def _store(
+        self,
+        keys: Tensor,
+        values: Tensor,
+        positions: Tensor,
+        token_mask: Tensor | None,
+        slack: int,
+        hidden: Tensor | None = None,
+    ) -> None:
+        """Append slots, with the initial state and the stored scores of their tokens."""
+        new = dict(zip(SLOT_BUFFERS, (keys, values, positions), strict=True))
+        config = self.config
+        if config.stateful_policies or config.stored_scores:
+            valid = torch.ones_like(positions, dtype=torch.bool)
+            if token_mask is not None and token_mask.dim() == 2:
+                valid &= token_mask[:, None].to(valid.device)
+            seen, budget = _per_row(self.tokens_seen, keys.device), self._view_budget(None, valid)
+            view = CacheView(keys, values, positions, valid, seen, budget, self.index, self.scaling, hidden=hidden)
+            for i, policy in config.stateful_policies:
+                new |= {f"{i}/{name}": tensor for name, tensor in policy.initial_state(view).items()}
+            new |= {name: policy.score(view).float() for name, policy in config.stored_scores.items()}
+        self.slots = self.slots.append(new, slack, token_mask)
 
-    def fits(self, due: Sequence[bool] | None = None) -> bool:
-        """Whether no head holds more than an equal share of the budget, so that nothing needs to go.
+    def _next_positions(self, m: int, token_mask: Tensor | None, device: torch.device) -> Tensor:
+        """Positions of new tokens, `[batch or 1, 1, m]`."""
+        if token_mask is None and len(set(self.tokens_seen)) == 1:
+            return torch.arange(self.tokens_seen[0], self.tokens_seen[0] + m, device=device)[None, None]
+        ahead = torch.arange(m) if token_mask is None else token_mask.cumsum(1) - 1
+        return (_per_row(self.tokens_seen, device)[:, None] + ahead.to(device))[:, None]
+
+    def store_unread(self, ids: Tensor | None, positions: Tensor | None, token_mask: Tensor | None, seen: int) -> None:
+        """Keep the ids of new tokens until they are read again.
+
+        Args:
+            ids: `[batch, m]` int64; None where the model was given embeddings.
+            positions: the model's own, `[batch or 1, m]` int64; None where it counts on from `seen`.
+            token_mask: `[batch, m]` bool on the CPU, which of them are no padding; None means all.
+            seen: tokens that came before, padding included.
+
+        Raises:
+            UserError: there are no ids to repeat.
+        """
+        if ids is None:
+            raise UserError(
+                f"policy {self.config.policy.name!r} has the context read again, and embeddings cannot be repeated: "
+                "give input_ids"
+            )
+        if positions is None:
+            positions = torch.arange(seen, seen + ids.shape[1])[None]
+        new = torch.stack((ids, positions.to(ids.device).expand_as(ids)), -1)
+        if token_mask is not None:
+            new.masked_fill_(~token_mask.to(ids.device)[..., None], -1)
+        self.unread = new if self.unread is None else torch.cat((self.unread, new), 1)
+
+    def use_output_projection(self, module: nn.Module, query_heads: int, d: int) -> None:
+        """Look up the output projection of the attention module, where a policy needs it."""
+        if self.config.needs_output:
+            self.output = output_projection(module, query_heads, d)
+
+    def visible_slots(self) -> Slots:
+        """Keys and values that the newest queries see: what the tier shows of evicted pairs, then the slots."""
+        if self.config.rope_shift is not None:
+            return self.config.rope_shift.shifted(self.slots, self.tokens_seen)
+        evicted = self.tier.visible(self.slots.buffers["keys"].dtype)
+        return self.slots if evicted is None else concatenate(evicted, self.slots)
+
+    # showing queries to policies
+
+    def observe(self, query: Tensor, token_mask: Tensor | None) -> None:
+        """Show the queries `[batch, query_heads, m, d]` of the newest tokens to policies and tier.
+
+        Where the tokens may still be taken back that waits until it is clear that they stay: see
+        :meth:`observe_pending`.
+        """
+        self.tier.measure(query, token_mask, self.slots, self.scaling, self.evicted_at)
+        if self.config.depends_on_queries:
+            may_wait = self.record_past or query.shape[2] <= MAX_PENDING
+            if token_mask is None and self.config.trigger.every is None and may_wait:
+                self._pending_query = query.detach()
+            else:
+                self._observe_now(query, token_mask)
+
+    @torch.no_grad()
+    def observe_pending(self) -> None:
+        """Show the queries that wait: before more tokens come, or anybody looks at state or queries."""
+        if self._pending_query is not None:
+            query, self._pending_query = self._pending_query, None
+            self._observe_now(query, None)
+
+    def _observe_now(self, query: Tensor, token_mask: Tensor | None) -> None:
+        self.tier.observe(query, token_mask)
+        if self.config.num_queries:
+            self.queries = last_queries(self.queries, query, self.config.num_queries, token_mask)
+        if not self.config.stateful_policies:
+            return
+        view, filled = self._view(None)
+        view = replace(view, queries=None, state={})
+        for i, policy in self.config.stateful_policies:
+            state = {name: filled[buffer] for name, buffer in self._state_names(i)}
+            for name, tensor in _observed(policy, view, query, state, token_mask).items():
+                self.slots.write(f"{i}/{name}", tensor)
+
+    def write_state(self, state: Mapping[str, Tensor]) -> None:
+        """Replace the policy's state, tensors `[batch, kv_heads, longest, ...]`."""
+        for name, tensor in state.items():
+            self.slots.write(f"0/{name}", tensor)
+
+    def view(self, rows_to_evict: Sequence[bool] | None = None) -> CacheView:
+        """The layer as the policy may see it now.
+
+        Args:
+            rows_to_evict: the other rows have budget for everything; None means all.
+        """
+        return self._view(rows_to_evict)[0]
+
+    def _view(self, rows_to_evict: Sequence[bool] | None) -> tuple[CacheView, dict[str, Tensor]]:
+        """The view, and all buffers padded."""
+        self.observe_pending()
+        filled, valid = self.slots.padded()
+        if self.config.rope_shift is not None:  # policies see what attention sees
+            filled["keys"] = self.config.rope_shift.shifted_keys(self.slots, self.tokens_seen)
+        wanted = max(self.config.policy.needs_queries, self.config.allocation.needs_queries)
+        view = CacheView(
+            filled["keys"],
+            filled["values"],
+            filled["positions"],
+            valid,
+            seen=_per_row(self.tokens_seen, valid.device),
+            budget=self._view_budget(rows_to_evict, valid),
+            layer=self.index,
+            scaling=self.scaling,
+            queries=self.queries[:, :, -wanted:] if wanted and self.queries is not None else None,
+            # the policy's own: it is the only one tracked, unless it is a group, which does not score
+            state={name: filled[buffer] for name, buffer in self._state_names(0)},
+            output=self.output,
+        )
+        return view, filled
+
+    def _view_budget(self, rows_to_evict: Sequence[bool] | None, like: Tensor) -> Tensor:
+        return _per_row(self._row_budgets(rows_to_evict), like.device)[:, None].expand(-1, like.shape[1])
+
+    def _row_budgets(self, rows_to_evict: Sequence[bool] | None) -> list[int]:
+        """Slots per head of every row; no limit for rows that are not to be cut."""
+        rows_to_evict = [True] * len(self.tokens_seen) if rows_to_evict is None else rows_to_evict
+        budgets = {seen: self.config.slots_after(seen) for seen in set(self.tokens_seen)}
+        return [
+            budgets[seen] if evicts else UNLIMITED
+            for seen, evicts in zip(self.tokens_seen, rows_to_evict, strict=True)
+        ]  # fmt: skip
+
+    def _slack(self) -> int:
+        return self.config.slack(self.slots.mean)
+
+    def _state_names(self, policy_index: int) -> list[tuple[str, str]]:
+        """Names of a tracked policy's state: its own, and the buffer's."""
+        prefix, scores = f"{policy_index}/", self.config.stored_scores
+        buffers = (name for name in self.slots.buffers if name.startswith(prefix) and name not in scores)
+        return [(name.removeprefix(prefix), name) for name in buffers]
+
+    # evicting
+
+    def rows_to_evict(self) -> list[bool]:
+        """Whether the trigger fires now, per row."""
+        fires = self.config.trigger.fires
+        return [fires(seen, at) for seen, at in zip(self.tokens_seen, self.evicted_at, strict=True)]
+
+    def fits_budget(self, rows_to_evict: Sequence[bool] | None = None) -> bool:
+        """Whether no head holds more than an equal share of the budget, so that nothing needs to be evicted.
 
         Where shares are not equal a small layer may have to give way to others, unless there is room for all tokens.
         """
-        most = max(self.rows) if self.eviction.allocation.own_totals else self.slots.longest
-        return min(self._rooms(due)) >= most
+        most = max(self.tokens_seen) if self.config.allocation.own_totals else self.slots.longest
+        return min(self._row_budgets(rows_to_evict)) >= most
 
-    def judged(self, due: Sequence[bool] | None = None) -> Layer:
-        """The layer with its slots scored, ready to be cut in the rows `due`; None means all."""
-        self._begin(due)
-        known = "scores" in self.slots.buffers
-        if known and not self.eviction.allocation.needs_queries:
-            view, scores = self._scored(due)
-        else:
-            view, filled = self._view(due)
-            scores = filled["scores"] if known else self.eviction.policy.score(view)
-        return self.eviction.judge(scores, view, self.place)
+    def evict(self, rows_to_evict: Sequence[bool] | None = None, trim: bool = False) -> None:
+        """Keep what the policy would within the budget, by this layer's own slots; the rest is freed.
 
-    def _begin(self, due: Sequence[bool] | None = None) -> None:
-        self.mark(due)
-        self.loose = 0
-        self.eviction.warn_of_length(max(self.rows))
-
-    def cut(self, kept: Tensor, exact: bool = False) -> None:
-        """Keep the slots `kept [batch, kv_heads, longest]` bool."""
+        Args:
+            rows_to_evict: which rows to cut; None means all.
+            trim: keep no room for tokens to come.
+        """
+        if self.fits_budget(rows_to_evict):
+            self.mark_evicted(rows_to_evict)
+            return
+        budgets = set(self._row_budgets(rows_to_evict))
+        if not (self.config.allocation.equal and isinstance(self.slots, EqualSlots) and len(budgets) == 1):
+            self.keep_slots(self.config.allocation.kept([self.score_slots(rows_to_evict)])[0], trim)
+            return
+        (budget,) = budgets
+        if self._can_overwrite_one(self.slots, budget, trim):
+            self._overwrite_weakest(self.slots, budget)
+            return
+        layer = self.score_slots(rows_to_evict)
         if not self.tier.drops:
-            most = int((self.slots.counts() - kept.sum(2).cpu()).max())
-            self._leave(kept, most, exact, equal=False)
-        if isinstance(self.slots, EqualSlots):
-            self.slots = RaggedSlots.of(self.slots, kept)
+            self._hand_to_tier(top(layer.merits, layer.view.budget), self.slots.length - budget, trim, equal=True)
+        self.slots.keep_top(layer.merits, budget, self._slack(), trim)
+
+    def _can_overwrite_one(self, slots: EqualSlots, budget: int, trim: bool) -> bool:
+        """Whether just one slot of every head goes and may be overwritten in place, as at every decoding step."""
+        one = slots.length == budget + 1 and self.tier.drops and not trim
+        return one and slots.can_overwrite(budget, self._slack())
+
+    def _overwrite_weakest(self, slots: EqualSlots, budget: int) -> None:
+        self._begin_eviction(None)
+        scores = slots["scores"] if "scores" in slots.buffers else self.config.policy.score(self.view())
+        first, last = self.config.protected_range(budget, self.tokens_seen[0])
+        slots.overwrite(weakest(scores, slots["positions"], first, last, self.index))
+
+    def score_slots(self, rows_to_evict: Sequence[bool] | None = None) -> Layer:
+        """The layer with its slots scored, ready to be cut in the rows `rows_to_evict`; None means all."""
+        self._begin_eviction(rows_to_evict)
+        stored = "scores" in self.slots.buffers
+        if stored and not self.config.allocation.needs_queries:
+            # nobody reads keys and values where scores are stored
+            filled, valid = self.slots.padded(("positions", "scores"))
+            scores = filled["scores"]
+            nothing = scores[..., None][..., :0]
+            seen, budget = _per_row(self.tokens_seen, valid.device), self._view_budget(rows_to_evict, valid)
+            view = CacheView(nothing, nothing, filled["positions"], valid, seen, budget, self.index)
         else:
-            self.slots.keep(kept, self._slack(), exact)
+            view, filled = self._view(rows_to_evict)
+            scores = filled["scores"] if stored else self.config.policy.score(view)
+        return self.config.scored_layer(scores, view, self.ordinal)
 
-    def mark(self, due: Sequence[bool] | None = None) -> None:
-        """Remember that the trigger fired now, for the rows `due`."""
-        due = [True] * len(self.rows) if due is None else due
-        if self.eviction.trigger.every is not None:
-            self.loose = 0  # the next firing counts from here
-        self.fired = [seen if now else at for seen, at, now in zip(self.rows, self.fired, due, strict=True)]
+    def _begin_eviction(self, rows_to_evict: Sequence[bool] | None) -> None:
+        self.mark_evicted(rows_to_evict)
+        self.appended = 0
+        self.config.warn_of_length(max(self.tokens_seen))
 
-    def _leave(self, kept: Tensor, most: int, exact: bool, equal: bool = True) -> None:
+    def mark_evicted(self, rows_to_evict: Sequence[bool] | None) -> None:
+        """Remember that the trigger fired now, for the rows `rows_to_evict`; None means all."""
+        if self.config.trigger.every is not None:
+            self.appended = 0  # the next eviction counts from here
+        rows = [True] * len(self.tokens_seen) if rows_to_evict is None else rows_to_evict
+        before = zip(self.tokens_seen, self.evicted_at, rows, strict=True)
+        self.evicted_at = [seen if evicts else at for seen, at, evicts in before]
+
+    def keep_slots(self, kept: Tensor, trim: bool = False) -> None:
+        """Keep the slots `kept [batch, kv_heads, longest]` bool and hand the others to the tier."""
+        if not self.tier.drops:
+            self._hand_to_tier(kept, int((self.slots.counts() - kept.sum(2).cpu()).max()), trim, equal=False)
+        self.slots = self.slots.keep(kept, self._slack(), trim)
+
+    def _hand_to_tier(self, kept: Tensor, most: int, trim: bool, equal: bool) -> None:
         """Show the tier which slots are about to go, at most `most` of a head, and take over what it changes."""
         if not most:
             return
-        filled, valid = self.slots.padded(SLOT)
-        keys, values, positions = (filled[name] for name in SLOT)
-        leaving = Leaving(keys, values, positions, valid, kept, most, equal, self._slack(), exact, self.place)
-        changed = self.tier.take(leaving)
-        for name, tensor in (changed or {}).items():
+        filled, valid = self.slots.padded(SLOT_BUFFERS)
+        keys, values, positions = (filled[name] for name in SLOT_BUFFERS)
+        pairs = EvictedPairs(keys, values, positions, valid, kept, most, equal, self._slack(), trim, self.ordinal)
+        for name, tensor in (self.tier.take(pairs) or {}).items():
             self.slots.write(name, tensor)
 
-    def fork(self, eviction: Eviction) -> Contents:
-        """An independent copy that evicts by `eviction`; it takes along only what that one's policies need."""
-        self.settle()
-        twin = Contents(self.index, self.place, eviction)
-        twin.rows, twin.fired, twin.scaling = list(self.rows), list(self.fired), self.scaling
-        twin.loose, twin.output = self.loose, self.output
-        same = eviction.evicted == self.eviction.evicted
-        twin.tier = self.tier.fork() if same else eviction.evicted.after(self.tier, not self.rows)
-        if not self.rows:
+    @torch.no_grad()
+    def restore_evicted(self) -> None:
+        """Return all evicted pairs to full precision, from the host's copies.
+
+        Policies with memory know of them what they know of new tokens.
+
+        Raises:
+            UserError: the cache was made without ``offload=True``.
+        """
+        if not isinstance(self.tier, RecordingLayer) or self.tier.host is None:
+            raise UserError("there is no copy of what was evicted: give offload=True to the cache")
+        self.observe_pending()
+        copies = self.tier.take_back()
+        if copies is None:
+            return
+        filled, real = copies
+        device = self.slots.buffers["keys"].device
+        keys, values, positions = (filled[name].to(device) for name in SLOT_BUFFERS)
+        self.appended = 0  # the newest tokens are no longer the last ones
+        self._store(keys, values, positions, None if bool(real.all()) else real.cpu(), 0)
+
+    # taking tokens back
+
+    @property
+    def removable(self) -> int:
+        """How many of the newest tokens can be removed so that nothing remembers them."""
+        if not self.config.depends_on_queries:
+            return self.appended
+        return 0 if self._pending_query is None else min(self.appended, self._pending_query.shape[2])
+
+    def remove_newest(self, count: int) -> None:
+        """Forget the newest `count` tokens of every row, at most `removable`, as if they had never come."""
+        if self._pending_query is not None:
+            left = self._pending_query.shape[2] - count
+            self._pending_query = self._pending_query[:, :, :left] if left else None
+        self.unread = None if self.unread is None else self.unread[:, : self.unread.shape[1] - count].clone()
+        self.slots.drop_newest(count)
+        self.tokens_seen, self.appended = [seen - count for seen in self.tokens_seen], self.appended - count
+        before = zip(self.evicted_at, self.tokens_seen, strict=True)
+        self.evicted_at = [None if at is None or not seen else min(at, seen) for at, seen in before]
+
+    # copies and batches
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that is held."""
+        yield from self.slots.buffers.values()
+        yield from (tensor for tensor in (self.queries, self._pending_query, self.unread) if tensor is not None)
+        yield from self.tier.tensors()
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep the rows `rows [new batch]` int64 of the batch, in that order."""
+        if not self.tokens_seen:
+            return
+        self.observe_pending()
+        self.slots.select_rows(rows)
+        self.tier.select_rows(rows)
+        chosen = rows.tolist()
+        self.tokens_seen = [self.tokens_seen[row] for row in chosen]
+        self.evicted_at = [self.evicted_at[row] for row in chosen]
+        self.unread, self.queries = select_optional(self.unread, rows), select_optional(self.queries, rows)
+
+    def fork(self, config: CacheConfig) -> LayerState:
+        """An independent copy with other settings; it takes along only what their policies need."""
+        self.observe_pending()
+        twin = LayerState(self.index, self.ordinal, config)
+        twin.tokens_seen, twin.evicted_at = list(self.tokens_seen), list(self.evicted_at)
+        twin.scaling, twin.appended, twin.output = self.scaling, self.appended, self.output
+        if config.layer_tier == self.config.layer_tier:
+            twin.tier = self.tier.fork()
+        else:
+            complete = not self.tokens_seen or bool(
+                (self.slots.counts() == torch.tensor(self.tokens_seen)[:, None]).all()
+            )
+            twin.tier = config.layer_tier.begin_after(self.tier, self.ordinal, not self.tokens_seen, complete)
+        if not self.tokens_seen:
             return twin
-        names = {name: name for name in SLOT}
-        for after, policy in enumerate(eviction.watched):
-            if policy in self.eviction.watched:
-                before = self.eviction.watched.index(policy)
-                names |= {own: f"{after}/{name}" for name, own in self._state_names(before)}
-        # scores of hidden states cannot be computed anew
-        known = {id(policy): name for name, policy in self.eviction.scored.items() if policy.needs_hidden}
-        names |= {known[id(policy)]: name for name, policy in eviction.scored.items() if id(policy) in known}
-        twin.slots = self.slots.clone(names)
-        if self.unread is not None and eviction.rereads:
-            twin.unread = self.unread.clone()
-        if self.queries is not None and eviction.queries:
-            twin.queries = self.queries[:, :, -eviction.queries :].clone()
-        if eviction.scores_once and "scores" not in twin.slots.buffers:
-            twin.slots.add("scores", eviction.policy.score(twin.view()).float())
+        twin.slots = self.slots.clone(self._buffers_for(config))
+        if config.needs_second_reading:
+            twin.unread = copy_optional(self.unread)
+        if self.queries is not None and config.num_queries:
+            twin.queries = self.queries[:, :, -config.num_queries :].clone()
+        if config.scores_on_arrival and "scores" not in twin.slots.buffers:
+            twin.slots.add("scores", config.policy.score(twin.view()).float())
         return twin
+
+    def _buffers_for(self, config: CacheConfig) -> dict[str, str]:
+        """The buffers that other settings need, by the names that they have there."""
+        names = {name: name for name in SLOT_BUFFERS}
+        for i, policy in enumerate(config.tracked_policies):
+            if policy in self.config.tracked_policies:
+                before = self.config.tracked_policies.index(policy)
+                names |= {buffer: f"{i}/{name}" for name, buffer in self._state_names(before)}
+        for name, policy in config.stored_scores.items():
+            # scores of hidden states cannot be computed anew
+            if policy.needs_hidden:
+                names |= {own: name for own, scored in self.config.stored_scores.items() if scored == policy}
+        return names
+
+
+def last_queries(known: Tensor | None, new: Tensor, count: int, token_mask: Tensor | None) -> Tensor:
+    """The last `count` of the queries known and new, `[batch, query_heads, <= count, d]`, in memory of their own.
+
+    Args:
+        known: `[batch, query_heads, k, d]`, or None.
+        new: `[batch, query_heads, m, d]`.
+        count: how many at most.
+        token_mask: `[batch, m]` bool on the CPU, which new ones are no padding; None means all. Where a row has fewer
+            than others, padding stands in front.
+    """
+    if token_mask is None:
+        both = new if known is None else torch.cat((known, new[:, :, -count:]), 2)
+        return both[:, :, -count:].clone()  # a view would hold all of the forward's queries
+    both = new if known is None else torch.cat((known, new), 2)
+    real = torch.ones(both.shape[0], both.shape[2], dtype=torch.bool)
+    real[:, -new.shape[2] :] = token_mask
+    order = real.byte().argsort(dim=1, stable=True)[:, -count:].to(new.device)  # padding first
+    return both.gather(2, order[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3]))
+
+
+def _observed(
+    policy: StatefulPolicy, view: CacheView, query: Tensor, state: dict[str, Tensor], token_mask: Tensor | None
+) -> dict[str, Tensor]:
+    """The state after a forward's queries `[batch, query_heads, m, d]`.
+
+    Each row of a padded forward (`token_mask [batch, m]` bool on the CPU) is observed in the blocks in which it would
+    be read alone.
+    """
+    if token_mask is None:
+        return observe_blocks(policy, view, query, state)
+    after = {name: tensor.clone() for name, tensor in state.items()}
+    for row in range(len(token_mask)):
+        columns = token_mask[row].nonzero()[:, 0].to(query.device)
+        if not len(columns):
+            continue
+        one = slice(row, row + 1)
+        row_view = replace(
+            view,
+            keys=view.keys[one],
+            values=view.values[one],
+            positions=view.positions[one],
+            valid=view.valid[one],
+            seen=view.seen[one],
+            budget=view.budget[one],
+        )
+        row_state = {name: tensor[one] for name, tensor in state.items()}
+        for name, tensor in observe_blocks(policy, row_view, query[one][:, :, columns], row_state).items():
+            after[name][one] = tensor
+    return after
+
+
+def _per_row(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers per row as int64 `[batch]`; alike ones reach a device without a wait."""
+    if len(set(numbers)) == 1:
+        return torch.full((len(numbers),), numbers[0], device=device)
+    return torch.tensor(numbers, device=device)

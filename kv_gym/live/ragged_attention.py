@@ -1,6 +1,6 @@
-"""Attention over heads of different lengths: a loop over slices on a CPU, one call of variable length on a GPU.
+"""Attention over heads of different lengths: one product per head on a CPU, one variable-length kernel on a GPU.
 
-The call of variable length has not been run on a GPU yet: tests check it against a slow stand-in for the kernel.
+The kernel's call has not been run on a GPU yet: tests check it against a slow stand-in for the kernel.
 """
 
 from __future__ import annotations
@@ -11,53 +11,53 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kv_gym.live.ragged import RaggedSlots
+from kv_gym.live.slots import RaggedSlots
 
 
-def attend_heads(
-    query: Tensor, slots: RaggedSlots, scaling: float, fresh: Tensor | None = None, dropout: float = 0.0
+def attend_ragged(
+    query: Tensor, slots: RaggedSlots, scaling: float, token_mask: Tensor | None = None, dropout: float = 0.0
 ) -> Tensor:
-    """Causal attention of the newest tokens over every head's own slots, theirs being the last ones.
+    """Causal attention of the newest tokens over the slots of every head, of which their own are the last ones.
 
     Args:
         query: `[batch, query_heads, m, d]`.
         slots: with the new tokens' keys and values appended.
         scaling: factor on the products.
-        fresh: `[batch, m]` bool on the CPU, which queries are tokens and not padding; None means all.
+        token_mask: `[batch, m]` bool on the CPU, which queries are tokens and not padding; None means all.
         dropout: on the weights, when the model trains.
 
     Returns:
         `[batch, m, query_heads, d]`; zero where a query is padding.
     """
-    if query.device.type == "cuda" and fresh is None and not dropout and query.dtype in (torch.float16, torch.bfloat16):
-        return by_variable_length(query, slots, scaling)
-    if query.device.type != "cpu" and fresh is None:
-        return by_padding(query, slots, scaling, dropout)
-    return by_slices(query, slots, scaling, fresh, dropout)
+    if query.device.type == "cuda" and token_mask is None and not dropout and query.dtype in (torch.float16, torch.bfloat16):
+        return attend_varlen(query, slots, scaling)
+    if query.device.type != "cpu" and token_mask is None:
+        return attend_padded(query, slots, scaling, dropout)
+    return attend_per_head(query, slots, scaling, token_mask, dropout)
 
 
-def by_slices(query: Tensor, slots: RaggedSlots, scaling: float, fresh: Tensor | None, dropout: float) -> Tensor:
-    """One product per head over exactly its slots: no byte of another head or of padding is read."""
+def attend_per_head(query: Tensor, slots: RaggedSlots, scaling: float, token_mask: Tensor | None, dropout: float) -> Tensor:
+    """One product per head over exactly its slots: no byte of another head or of padding is read; any device."""
     batch, query_heads, m, d = query.shape
     heads = slots.lengths.shape[1]
     group = query_heads // heads
-    all_keys, all_values = _by_head(slots, "keys"), _by_head(slots, "values")
-    if m == 1 and fresh is None and not dropout:
-        return _next_token(query, all_keys, all_values, scaling)
+    all_keys, all_values = _per_head(slots, "keys"), _per_head(slots, "values")
+    if m == 1 and token_mask is None and not dropout:
+        return _decode_per_head(query, all_keys, all_values, scaling)
     out = query.new_zeros(batch, m, query_heads, d)
     for row in range(batch):
-        asked: slice | Tensor = slice(None)
+        columns: slice | Tensor = slice(None)
         new = m
-        if fresh is not None:
-            asked, new = fresh[row].nonzero()[:, 0].to(query.device), int(fresh[row].sum())
+        if token_mask is not None:
+            columns, new = token_mask[row].nonzero()[:, 0].to(query.device), int(token_mask[row].sum())
         if new == 0:
             continue
-        asking, answer = query[row], out[row].transpose(0, 1)  # [query_heads, m, d], the second one a view
+        queries, output = query[row], out[row].transpose(0, 1)  # [query_heads, m, d], the second one a view
         for head in range(heads):
             keys, values = all_keys[row * heads + head], all_values[row * heads + head]
-            own = slice(head * group, (head + 1) * group)
-            answer[own, asked] = F.scaled_dot_product_attention(
-                asking[own, asked][None],
+            query_group = slice(head * group, (head + 1) * group)
+            output[query_group, columns] = F.scaled_dot_product_attention(
+                queries[query_group, columns][None],
                 keys.expand(1, group, -1, -1),
                 values.expand(1, group, -1, -1),
                 causal_mask(new, len(keys), query),
@@ -67,24 +67,24 @@ def by_slices(query: Tensor, slots: RaggedSlots, scaling: float, fresh: Tensor |
     return out
 
 
-def _next_token(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scaling: float) -> Tensor:
+def _decode_per_head(query: Tensor, keys: Sequence[Tensor], values: Sequence[Tensor], scaling: float) -> Tensor:
     """A decoding step, `[batch, 1, query_heads, d]`: three operations a head, since each costs as much as its bytes."""
     batch, query_heads, _, d = query.shape
-    asking = (query * scaling).view(len(keys), -1, d).unbind()
+    queries = (query * scaling).view(len(keys), -1, d).unbind()
     exact = torch.promote_types(query.dtype, torch.float32)
-    weights = [(asked @ own.t()).to(exact).softmax(-1) for asked, own in zip(asking, keys, strict=True)]
-    found = [weight.to(query.dtype) @ own for weight, own in zip(weights, values, strict=True)]
-    return torch.cat(found).view(batch, 1, query_heads, d)
+    weights = [(group @ key.t()).to(exact).softmax(-1) for group, key in zip(queries, keys, strict=True)]
+    outputs = [weight.to(query.dtype) @ value for weight, value in zip(weights, values, strict=True)]
+    return torch.cat(outputs).view(batch, 1, query_heads, d)
 
 
-def _by_head(slots: RaggedSlots, name: str) -> Sequence[Tensor]:
+def _per_head(slots: RaggedSlots, name: str) -> Sequence[Tensor]:
     """The slots of every (row, KV head) in turn, `[length, d]` each; views."""
     gaps = slots.capacities - slots.lengths
     sizes = torch.stack((slots.lengths, gaps), -1).flatten().tolist()
     return slots.buffers[name].split(sizes)[::2]
 
 
-def by_variable_length(query: Tensor, slots: RaggedSlots, scaling: float) -> Tensor:
+def attend_varlen(query: Tensor, slots: RaggedSlots, scaling: float) -> Tensor:
     """One kernel for all heads: every (row, KV head) is a sequence of its own with a group of query heads.
 
     Not run on a GPU yet.
@@ -96,11 +96,11 @@ def by_variable_length(query: Tensor, slots: RaggedSlots, scaling: float) -> Ten
     group = query_heads // heads
     device = query.device
     # [batch * kv heads * m, group, d]: the queries of one KV head lie together, in the order of time
-    asking = query.view(batch, heads, group, m, d).transpose(2, 3).reshape(-1, group, d)
+    queries = query.view(batch, heads, group, m, d).transpose(2, 3).reshape(-1, group, d)
     sequences = batch * heads
     ends = torch.cat((slots.starts.flatten(), slots.capacities.sum()[None])).int()
     out = varlen_attn(
-        asking,
+        queries,
         slots.buffers["keys"][:, None],
         slots.buffers["values"][:, None],
         torch.arange(sequences + 1, dtype=torch.int32, device=device) * m,
@@ -116,15 +116,15 @@ def by_variable_length(query: Tensor, slots: RaggedSlots, scaling: float) -> Ten
     return out.view(batch, heads, m, group, -1).transpose(1, 2).reshape(batch, m, query_heads, -1)
 
 
-def by_padding(query: Tensor, slots: RaggedSlots, scaling: float, dropout: float = 0.0) -> Tensor:
+def attend_padded(query: Tensor, slots: RaggedSlots, scaling: float, dropout: float = 0.0) -> Tensor:
     """All heads padded to the longest, under a mask: reads the most memory, and runs anywhere."""
     query_heads, m = query.shape[1:3]
     heads = slots.lengths.shape[1]
     filled, real = slots.padded()
-    places = torch.arange(real.shape[2], device=real.device)
+    offsets = torch.arange(real.shape[2], device=real.device)
     # the last m real slots are the new ones: query i sees all but the m - 1 - i slots at the end
     lengths = real.sum(-1)[..., None] - (m - 1) + torch.arange(m, device=real.device)
-    visible = places < lengths[..., None]  # [batch, heads, m, longest]
+    visible = offsets < lengths[..., None]  # [batch, heads, m, longest]
     group = query_heads // heads
     out = F.scaled_dot_product_attention(
         query,

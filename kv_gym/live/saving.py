@@ -4,13 +4,20 @@ Tensors are named `<layer>.<kind>.<name>`; everything else is JSON in the header
 fingerprint of the model, without which the numbers mean nothing. A file is read as if somebody else had written it.
 Buffers are written with their room for tokens to come, zeroed, because it decides in which order slots are
 overwritten, and with it the last digit of what follows.
+
+Bundled policies are saved by name and settings; a trained one, or one of the user's own class, as a digest, and must
+be given again by whoever loads the cache.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,259 +26,407 @@ from torch import Tensor
 
 from kv_gym.budgets import Allocation, parse_allocation
 from kv_gym.budgets.normalisation import NORMALISATIONS
+from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.files import whole_file
-from kv_gym.live import saved_policy
+from kv_gym.live.config import CacheConfig, PolicyGroup
 from kv_gym.live.layer import EvictingLayer
-from kv_gym.live.layer_state import Contents
-from kv_gym.live.ragged import RaggedSlots
-from kv_gym.live.saved_slots import check_positions, expected_slots, stored_slots
-from kv_gym.live.slots import EqualSlots
+from kv_gym.live.layer_state import LayerState
+from kv_gym.live.slots import EqualSlots, RaggedSlots, Slots
 from kv_gym.live.tiers import Drop
 from kv_gym.models.attention import attention_of
-from kv_gym.models.fingerprint import Fingerprint
-from kv_gym.policies import Policy
-
-if TYPE_CHECKING:
-    from kv_gym.live.cache import EvictingCache
+from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
+from kv_gym.policies import Policy, current_name, list_policies, make_policy
 
 KIND, FORMAT = "kv_gym cache", 2  # 1: keys have their original positions
-MOST_TOKENS = 2**31  # positions beyond are not ranked
+MAX_TOKENS = 2**31  # positions beyond are not ranked
+_MAX_NESTED_POLICIES = 4
+# what a damaged file makes of reading it
+_DAMAGE = (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, AttributeError)
 
 
-def save(cache: EvictingCache, file: Path) -> Path:
-    """Write a cache that has seen something; see :meth:`EvictingCache.save`."""
-    eviction = cache.eviction
-    tensors: dict[str, Tensor] = {}
-    if not isinstance(eviction.evicted, Drop):
+def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: int) -> Path:
+    """Write a cache that has seen something; see :meth:`EvictingCache.save`.
+
+    Args:
+        file: its name.
+        config: the cache's settings.
+        layers: the cache's layers, as transformers knows them.
+        seen: tokens seen.
+    """
+    if not isinstance(config.layer_tier, Drop):
         raise UserError(
-            f"a cache with evicted={eviction.evicted.name!r}, a guard or offload=True holds more than its slots, which "
+            f"a cache with evicted={config.layer_tier.name!r}, a guard or offload=True holds more than its slots, which "
             "no file has a place for: save one that was made without them"
         )
-    layers: dict[str, dict[str, Any]] = {}
-    found: dict[str, Tensor]
-    layer: Any  # a sliding one is transformers' own
-    for index, layer in enumerate(cache.layers):
+    tensors: dict[str, Tensor] = {}
+    about_layers: dict[str, dict[str, Any]] = {}
+    parts: dict[str, Tensor | None]
+    for index, layer in enumerate(layers):
         if isinstance(layer, EvictingLayer):
-            held = layer.contents
-            held.settle()
-            kind, found = stored_slots(held.slots)
-            layers[str(index)] = kind | {"scaling": held.scaling}
-            found |= {
-                name: tensor
-                for name, tensor in (("queries", held.queries), ("unread", held.unread))
-                if tensor is not None
-            }
+            state = layer.state
+            state.observe_pending()
+            about, parts = _slots_to_write(state.slots)
+            about_layers[str(index)] = about | {"scaling": state.scaling}
+            parts |= {"queries": state.queries, "unread": state.unread}
         else:
-            layers[str(index)] = {"seen": layer.get_seq_length()}
-            found = {"window.keys": layer.keys, "window.values": layer.values}
-        tensors |= {f"{index}.{name}": tensor.detach().cpu().contiguous() for name, tensor in found.items()}
-    first = next(layer.contents for layer in cache.layers if isinstance(layer, EvictingLayer))
-    about = {
+            about_layers[str(index)] = {"seen": layer.get_seq_length()}
+            parts = {"window.keys": layer.keys, "window.values": layer.values}
+        for name, tensor in parts.items():
+            if tensor is not None:
+                tensors[f"{index}.{name}"] = tensor.detach().cpu().contiguous()
+    first = next(layer.state for layer in layers if isinstance(layer, EvictingLayer))
+    header = {
         "kind": KIND,
-        "format": 1 if eviction.turn is None else FORMAT,
-        "model": Fingerprint.of(cache.model).to_json(),
-        "dtype": str(cache.model.dtype),
-        "policy": saved_policy.described(eviction.policy),
-        "budget": eviction.budget,
-        "allocation": {"name": eviction.allocation.name, "plain": _plain(eviction.allocation)},
-        "trigger": eviction.trigger.text,
-        "positions": "original" if eviction.turn is None else "cache",
-        "sinks": eviction.sinks,
-        "recent": eviction.recent,
-        "seen": cache.seen,
-        "rows": first.rows,
-        "fired": first.fired,
-        "loose": first.loose,
-        "layers": layers,
+        "format": 1 if config.positions == "original" else FORMAT,
+        "model": Fingerprint.of(config.model).to_json(),
+        "dtype": str(config.model.dtype),
+        "policy": _describe_policy(config.policy),
+        "budget": config.budget,
+        "allocation": {"name": config.allocation.name, "plain": _has_name(config.allocation)},
+        "trigger": config.trigger.name,
+        "positions": config.positions,
+        "sinks": config.sinks,
+        "recent": config.recent,
+        "seen": seen,
+        "rows": first.tokens_seen,
+        "fired": first.evicted_at,
+        "loose": first.appended,
+        "layers": about_layers,
     }
     try:
         with whole_file(file) as part:
-            save_file(tensors, part, {"kv_gym": json.dumps(about)})
+            save_file(tensors, part, {"kv_gym": json.dumps(header)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be written ({error}); name a file in a folder that exists") from None
     return file
 
 
-def load(
-    kind: type[EvictingCache],
-    file: Path,
-    model,
-    policy: str | Path | Policy | None,
-    allocation: str | Allocation | None,
-) -> EvictingCache:
-    """Read a cache; see :meth:`EvictingCache.load`."""
-    try:
-        with safe_open(file, "pt") as stored:
-            try:
-                return _read(kind, file, stored, model, policy, allocation)
-            except UserError:
-                raise
-            except (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, AttributeError) as error:
-                raise _damaged(file, f"{type(error).__name__}: {error}") from None
-    except FileNotFoundError:
-        raise UserError(f"there is no file {file}; expected one that EvictingCache.save wrote") from None
-    except (SafetensorError, OSError) as error:
-        raise _damaged(file, error) from None
+def _slots_to_write(slots: Slots) -> tuple[dict[str, Any], dict[str, Tensor | None]]:
+    """What to write of a layer's slots: numbers for the header, and tensors; room for tokens to come is zero."""
+    parts: dict[str, Tensor | None] = {}
+    if isinstance(slots, RaggedSlots):
+        filled = slots.filled()
+        for name, buffer in slots.buffers.items():
+            parts[f"slots.{name}"] = copy = torch.zeros_like(buffer)
+            copy[filled.to(buffer.device)] = buffer[filled.to(buffer.device)]
+        return {}, parts | {"lengths": slots.lengths, "capacities": slots.capacities}
+    assert isinstance(slots, EqualSlots)
+    for name, buffer in slots.buffers.items():
+        parts[f"slots.{name}"] = copy = buffer.clone()
+        copy[:, :, slots.length :] = 0
+    return {"length": slots.length, "foreign": slots.borrowed}, parts
 
 
-def _read(kind, file: Path, stored, model, policy, allocation) -> EvictingCache:
-    about = json.loads((stored.metadata() or {}).get("kv_gym", "{}"))
-    if not isinstance(about, dict) or about.get("kind") != KIND:
-        raise UserError(f"{file} holds no cache; expected one that EvictingCache.save wrote")
-    if not isinstance(about["format"], int) or about["format"] > FORMAT:
-        raise UserError(f"{file} has cache format {about['format']}, newer than {FORMAT}: upgrade kv-gym")
-    print_ = Fingerprint.from_json(about["model"])
-    print_.refuse_other(Fingerprint.of(model), f"the cache in {file}", type(model).__name__)
-    if about["dtype"] != str(model.dtype):
-        raise UserError(f"the cache in {file} is of {about['dtype']} and the model of {model.dtype}: load the model so")
-    cache = kind(
-        model,
-        saved_policy.chosen(about["policy"], policy, file),
-        about["budget"],
-        _allocation(about["allocation"], allocation, file),
-        about["trigger"],
-        _count(about["sinks"], MOST_TOKENS),
-        _count(about["recent"], MOST_TOKENS),
-        positions=str(about.get("positions", "original")),
-    )
-    try:
-        _fill(cache, about, stored, print_, file)
-    except BaseException:
-        cache.detach()
-        raise
-    return cache
+class SavedCache:
+    """A cache's file that is being read.
 
+    Attributes:
+        file: its path.
+        header: the JSON in it.
+        fingerprint: of the model whose cache it is.
+    """
 
-def _fill(cache: EvictingCache, about: dict, stored, print_: Fingerprint, file: Path) -> None:
-    seen = _count(about["seen"], MOST_TOKENS, least=1)
-    rows = [_count(row, seen) for row in about["rows"]]
-    fired = [None if at is None else _count(at, row) for at, row in zip(about["fired"], rows, strict=True)]
-    loose = _count(about["loose"], seen)
-    names = set(stored.keys())
-    if not rows or set(about["layers"]) != {str(index) for index in range(len(cache.layers))}:
-        raise _damaged(file, "it has other layers than the model")
-    modules = attention_of(cache.model)
-    for index, layer in enumerate(cache.layers):
-        mine, prefix = about["layers"][str(index)], f"{index}."
-        found = {name.removeprefix(prefix): stored.get_slice(name) for name in names if name.startswith(prefix)}
-        names -= {prefix + name for name in found}
-        module = modules[index]
-        device = next(module.parameters()).device
+    def __init__(self, file: Path, stored):
+        header = json.loads((stored.metadata() or {}).get("kv_gym", "{}"))
+        if not isinstance(header, dict) or header.get("kind") != KIND:
+            raise UserError(f"{file} holds no cache; expected one that EvictingCache.save wrote")
+        if not isinstance(header["format"], int) or header["format"] > FORMAT:
+            raise UserError(f"{file} has cache format {header['format']}, newer than {FORMAT}: upgrade kv-gym")
+        self.file, self.header = file, header
+        self.fingerprint = Fingerprint.from_json(header["model"])
+        self._stored = stored
 
-        def read(name: str, prefix=prefix, device=device) -> Tensor:
-            tensor = stored.get_tensor(prefix + name)
-            if tensor.is_floating_point() and bool(tensor.isnan().any()):
-                raise _damaged(file, f"{prefix}{name} holds numbers that are none")
-            return tensor.to(device, copy=True)  # on a CPU it is a view of the file
+    @classmethod
+    @contextmanager
+    def open(cls, file: Path) -> Iterator[SavedCache]:
+        """Open a file; whatever its damage raises inside the block becomes a UserError."""
+        try:
+            with safe_open(file, "pt") as stored:
+                try:
+                    yield cls(file, stored)
+                except _DAMAGE as error:
+                    if isinstance(error, UserError):
+                        raise
+                    raise _damaged(file, f"{type(error).__name__}: {error}") from None
+        except FileNotFoundError:
+            raise UserError(f"there is no file {file}; expected one that EvictingCache.save wrote") from None
+        except (SafetensorError, OSError) as error:
+            raise _damaged(file, error) from None
 
-        shapes = {name: list(part.get_shape()) for name, part in found.items()}
-        if isinstance(layer, EvictingLayer):
-            held = layer.contents
-            held.rows, held.fired, held.loose, held.scaling = list(rows), list(fired), loose, _scaling(mine["scaling"])
-            held.slots, rest = _slots(held, mine, shapes, read, print_, file)
-            _unread(held, rest, shapes, read, seen, file)
-            _queries(held, rest - {"unread"}, shapes, read, print_, file)
-            check_positions(held.slots, rows, lambda why: _damaged(file, why))
-            if min(held.slots.counts().min().item(), loose) < loose:
-                raise _damaged(file, "a head holds fewer tokens than came since the last eviction")
-            held.adopt_output(module, print_.query_heads, print_.head_dim)
+    def settings(
+        self, model, policy: str | Path | Policy | None, allocation: str | Allocation | None
+    ) -> dict[str, Any]:
+        """What to make the cache with; arguments and errors are those of :meth:`EvictingCache.load`."""
+        header, file = self.header, self.file
+        self.fingerprint.refuse_other(Fingerprint.of(model), f"the cache in {file}", type(model).__name__)
+        if header["dtype"] != str(model.dtype):
+            raise UserError(
+                f"the cache in {file} is of {header['dtype']} and the model of {model.dtype}: load the model so"
+            )
+        return {
+            "policy": _choose_policy(header["policy"], policy, file),
+            "budget": header["budget"],
+            "allocation": _choose_allocation(header["allocation"], allocation, file),
+            "trigger": header["trigger"],
+            "sinks": _count(header["sinks"], MAX_TOKENS),
+            "recent": _count(header["recent"], MAX_TOKENS),
+            "positions": str(header.get("positions", "original")),
+        }
+
+    def restore_layers(self, model, layers: Sequence[Any]) -> None:
+        """Fill the layers of a cache that was made with :meth:`settings`."""
+        header = self.header
+        seen = _count(header["seen"], MAX_TOKENS, least=1)
+        rows = [_count(row, seen) for row in header["rows"]]
+        evicted_at = [None if at is None else _count(at, row) for at, row in zip(header["fired"], rows, strict=True)]
+        appended = _count(header["loose"], seen)
+        if not rows or set(header["layers"]) != {str(index) for index in range(len(layers))}:
+            raise self._damaged("it has other layers than the model")
+        modules, names = attention_of(model), set(self._stored.keys())
+        for index, layer in enumerate(layers):
+            part = _SavedLayer(self, index, names, next(modules[index].parameters()).device)
+            names -= {f"{index}.{name}" for name in part.shapes}
+            if not isinstance(layer, EvictingLayer):
+                part.restore_window(layer, len(rows), seen)
+                continue
+            state = layer.state
+            state.tokens_seen, state.evicted_at, state.appended = list(rows), list(evicted_at), appended
+            part.restore_state(state, seen)
+            state.use_output_projection(modules[index], self.fingerprint.query_heads, self.fingerprint.head_dim)
             layer.seen = seen
-            layer.lazy_initialization(held.slots.buffers["keys"])
+            layer.lazy_initialization(state.slots.buffers["keys"])
+        if names:
+            raise self._damaged(f"nobody knows its tensor {min(names)}")
+
+    def _damaged(self, why: object) -> UserError:
+        return _damaged(self.file, why)
+
+
+class _SavedLayer:
+    """One layer of a file: its entry in the header, and the shapes of its tensors."""
+
+    def __init__(self, cache: SavedCache, index: int, names: set[str], device: torch.device):
+        self._cache, self._prefix, self._device = cache, f"{index}.", device
+        self._about = cache.header["layers"][str(index)]
+        self.shapes = {
+            name.removeprefix(self._prefix): list(cache._stored.get_slice(name).get_shape())
+            for name in names
+            if name.startswith(self._prefix)
+        }
+
+    def _read(self, name: str) -> Tensor:
+        tensor = self._cache._stored.get_tensor(self._prefix + name)
+        if tensor.is_floating_point() and bool(tensor.isnan().any()):
+            raise self._damaged(f"{self._prefix}{name} holds numbers that are none")
+        return tensor.to(self._device, copy=True)  # on a CPU it is a view of the file
+
+    def _damaged(self, why: object) -> UserError:
+        return self._cache._damaged(why)
+
+    def restore_state(self, state: LayerState, seen: int) -> None:
+        """Fill the state of an evicting layer, whose counts of tokens are there already."""
+        scaling = self._about["scaling"]
+        if type(scaling) is not float or not 0 < scaling < 1e6:
+            raise ValueError(f"a factor of {scaling!r} on products")
+        state.scaling = scaling
+        state.slots = self._slots(state)
+        others = {name for name in self.shapes if not name.startswith("slots.")} - {"lengths", "capacities"}
+        if "unread" in others:
+            state.unread = self._unread(state, seen)
+        self._restore_queries(state, others - {"unread"})
+        self._check_positions(state.slots, state.tokens_seen)
+        if min(state.slots.counts().min().item(), state.appended) < state.appended:
+            raise self._damaged("a head holds fewer tokens than came since the last eviction")
+
+    def _slots(self, state: LayerState) -> Slots:
+        rows, heads = len(state.tokens_seen), self._cache.fingerprint.kv_heads
+        shapes = {
+            name.removeprefix("slots."): shape for name, shape in self.shapes.items() if name.startswith("slots.")
+        }
+        expected = self._expected_buffers(state)
+        if set(shapes) != set(expected):
+            raise self._damaged(f"a layer holds {sorted(shapes)} and its policy needs {sorted(expected)}")
+        ragged = "lengths" in self.shapes
+        if ragged:
+            if self.shapes["lengths"] != [rows, heads] or self.shapes["capacities"] != [rows, heads]:
+                raise self._damaged("lengths of heads that the model does not have")
+            lengths, capacities = self._read("lengths").cpu(), self._read("capacities").cpu()
+            total = shapes["keys"][0]
+            whole = lengths.dtype == capacities.dtype == torch.int64
+            if not whole or bool(((lengths < 0) | (lengths > capacities) | (capacities > total)).any()):
+                raise self._damaged("lengths of heads that do not fit their room")
+            front, matches = [total], int(capacities.sum()) == total
         else:
-            _window(layer, mine, shapes, read, len(rows), seen, file)
-    if names:
-        raise _damaged(file, f"nobody knows its tensor {min(names)}")
+            length = _count(self._about["length"], MAX_TOKENS)
+            front = [rows, heads, shapes["keys"][2]]
+            matches = length <= front[2]
+        if not matches or any(shape != [*front, *expected[name][0]] for name, shape in shapes.items()):
+            raise self._damaged("its tensors have other sizes than its header says")
+        buffers = {name: self._read(f"slots.{name}") for name in expected}  # in the order in which a cache has them
+        for name, tensor in buffers.items():
+            dtype = expected[name][1] or buffers["keys"].dtype
+            if tensor.dtype != dtype or not buffers["keys"].is_floating_point():
+                raise self._damaged(f"{name} are of {tensor.dtype}")
+        if any(not bool(buffers[name].isfinite().all()) for name in ("keys", "values")):
+            raise self._damaged("keys or values are not finite")
+        if ragged:
+            return RaggedSlots(buffers, lengths, capacities)
+        return EqualSlots(buffers, length, self._about["foreign"] is True)
+
+    def _expected_buffers(self, state: LayerState) -> dict[str, tuple[list[int], torch.dtype | None]]:
+        """Name of every buffer that a layer with these settings has -> its sizes beyond the slots, dtype (None: keys')."""
+        heads, d = self._cache.fingerprint.kv_heads, self._cache.fingerprint.head_dim
+        keys, positions = torch.zeros(1, heads, 1, d), torch.zeros(1, heads, 1, dtype=torch.int64)
+        valid, one = torch.ones_like(positions, dtype=torch.bool), torch.ones(1, dtype=torch.int64)
+        view = CacheView(keys, keys, positions, valid, one, one.expand(1, heads), state.index, state.scaling)
+        expected: dict[str, tuple[list[int], torch.dtype | None]] = {
+            "keys": ([d], None), "values": ([d], None), "positions": ([], torch.int64)
+        }  # fmt: skip
+        for i, policy in state.config.stateful_policies:
+            for name, tensor in policy.initial_state(view).items():
+                expected[f"{i}/{name}"] = list(tensor.shape[3:]), tensor.dtype
+        return expected | {name: ([], torch.float32) for name in state.config.stored_scores}
+
+    def _unread(self, state: LayerState, seen: int) -> Tensor:
+        """The tokens that a second reading has yet to repeat."""
+        rows, shape = state.tokens_seen, self.shapes["unread"]
+        if not state.config.needs_second_reading or state.ordinal or shape != [len(rows), shape[1], 2]:
+            raise self._damaged(f"tokens of shape {shape} that nobody reads again")
+        unread = self._read("unread")
+        counts = (unread[..., 0] >= 0).sum(1).tolist() if unread.dtype == torch.int64 else [seen + 1]
+        too_many = shape[1] > seen or any(count > row for count, row in zip(counts, rows, strict=True))
+        if too_many or bool((unread >= MAX_TOKENS).any()):
+            raise self._damaged("tokens that were never seen")
+        return unread
+
+    def _restore_queries(self, state: LayerState, names: set[str]) -> None:
+        if names - {"queries"}:
+            raise self._damaged(f"nobody knows its tensor {min(names)}")
+        wanted = state.config.num_queries
+        if bool(names) != bool(wanted):
+            raise self._damaged("the last queries are missing, or there and not needed")
+        if wanted:
+            shape, fingerprint = self.shapes["queries"], self._cache.fingerprint
+            outer = [len(state.tokens_seen), fingerprint.query_heads, fingerprint.head_dim]
+            if len(shape) != 4 or [*shape[:2], shape[3]] != outer or not 0 < shape[2] <= wanted:
+                raise self._damaged(f"queries of shape {shape}")
+            state.queries = self._read("queries")
+            if state.queries.dtype != state.slots.buffers["keys"].dtype:
+                raise self._damaged(f"queries are of {state.queries.dtype}")
+
+    def _check_positions(self, slots: Slots, tokens_seen: Sequence[int]) -> None:
+        """Refuse unless every head holds distinct tokens that its row has seen."""
+        counts = slots.counts().flatten()
+        positions = slots.data("positions").flatten().cpu()
+        if isinstance(slots, RaggedSlots):
+            positions = positions[slots.filled()]
+        head = torch.arange(len(counts)).repeat_interleave(counts)
+        seen = torch.tensor(tokens_seen).repeat_interleave(len(counts) // len(tokens_seen))[head]
+        if bool(((positions < 0) | (positions >= seen)).any()):
+            raise self._damaged("a position of a token that was never seen")
+        both = (head * max(tokens_seen) + positions).sort().values
+        if bool((both[1:] == both[:-1]).any()):
+            raise self._damaged("a head holds a token twice")
+
+    def restore_window(self, layer: Any, rows: int, seen: int) -> None:
+        """Fill a layer of transformers' own, with the tokens of its window."""
+        shape = self.shapes["window.keys"]
+        matches = set(self.shapes) == {"window.keys", "window.values"} and shape == self.shapes["window.values"]
+        if not matches or shape[0] != rows:
+            raise self._damaged("the window of a layer has other sizes than its header says")
+        keys, values = self._read("window.keys"), self._read("window.values")
+        layer.lazy_initialization(keys, values)
+        if self._about["seen"] != seen or keys.shape[2] != min(seen, layer.sliding_window - 1):
+            raise self._damaged(f"a window of {keys.shape[2]} tokens after {seen}")
+        layer.keys, layer.values, layer.cumulative_length = keys, values, seen
 
 
-def _slots(held: Contents, mine: dict, shapes: dict, read, print_: Fingerprint, file: Path):
-    """The slots of a layer, and the names of its other tensors."""
-    rows, heads = len(held.rows), print_.kv_heads
-    inner = {name.removeprefix("slots."): shape for name, shape in shapes.items() if name.startswith("slots.")}
-    rest = {name for name in shapes if not name.startswith("slots.")}
-    expected = expected_slots(held, heads, print_.head_dim)
-    if set(inner) != set(expected):
-        raise _damaged(file, f"a layer holds {sorted(inner)} and its policy needs {sorted(expected)}")
-    ragged = "lengths" in rest
-    if ragged:
-        if shapes["lengths"] != [rows, heads] or shapes["capacities"] != [rows, heads]:
-            raise _damaged(file, "lengths of heads that the model does not have")
-        lengths, capacities = read("lengths").cpu(), read("capacities").cpu()
-        total = inner["keys"][0]
-        whole = lengths.dtype == capacities.dtype == torch.int64
-        if not whole or bool(((lengths < 0) | (lengths > capacities) | (capacities > total)).any()):
-            raise _damaged(file, "lengths of heads that do not fit their room")
-        front, matches = [total], int(capacities.sum()) == total
-    else:
-        length = _count(mine["length"], MOST_TOKENS)
-        front = [rows, heads, inner["keys"][2]]
-        matches = length <= front[2]
-    for name, shape in inner.items():
-        matches &= shape == [*front, *expected[name][0]]
-    if not matches:
-        raise _damaged(file, "its tensors have other sizes than its header says")
-    buffers = {name: read(f"slots.{name}") for name in expected}  # in the order in which a cache has them
-    for name, tensor in buffers.items():
-        wanted = expected[name][1] or buffers["keys"].dtype
-        if tensor.dtype != wanted or not buffers["keys"].is_floating_point():
-            raise _damaged(file, f"{name} are of {tensor.dtype}")
-    if any(not bool(buffers[name].isfinite().all()) for name in ("keys", "values")):
-        raise _damaged(file, "keys or values are not finite")
-    if ragged:
-        return RaggedSlots(buffers, lengths, capacities), rest - {"lengths", "capacities"}
-    slots = EqualSlots()
-    slots.restore(buffers, length, mine["foreign"] is True)
-    return slots, rest
+def _describe_policy(policy: Policy) -> dict[str, Any]:
+    """Plain JSON data: `name` and `settings`; or `name` and a digest, of a policy that no file can name."""
+    if isinstance(policy, PolicyGroup):
+        return {"name": "panel", "members": [_describe_policy(member) for member in policy.members]}
+    settings = {f.name: getattr(policy, f.name) for f in fields(policy) if f.init}
+    settings = {
+        name: _describe_policy(value) if isinstance(value, Policy) else value for name, value in settings.items()
+    }
+    plain = {"name": policy.name, "settings": settings}
+    try:
+        if _rebuild_policy(plain) == policy:
+            return plain
+    except (UserError, TypeError, ValueError):
+        pass
+    return {"name": policy.name, "digest": _policy_digest(policy)}
 
 
-def _unread(held: Contents, rest: set[str], shapes: dict, read, seen: int, file: Path) -> None:
-    """The tokens that a second reading has yet to repeat; none after a cut that nothing followed."""
-    if "unread" not in rest:
-        return
-    shape = shapes["unread"]
-    if not held.eviction.rereads or held.place or shape != [len(held.rows), shape[1], 2] or shape[1] > seen:
-        raise _damaged(file, f"tokens of shape {shape} that nobody reads again")
-    unread = held.unread = read("unread")
-    counts = (unread[..., 0] >= 0).sum(1).tolist() if unread.dtype == torch.int64 else [seen + 1]
-    if any(count > row for count, row in zip(counts, held.rows, strict=True)) or bool((unread >= MOST_TOKENS).any()):
-        raise _damaged(file, "tokens that were never seen")
+def _choose_policy(stored: dict[str, Any], given: str | Path | Policy | None, file: Path) -> Policy:
+    """The policy of a saved cache: as the file describes it, or the one given, which must be the same.
 
-
-def _queries(held: Contents, rest: set[str], shapes: dict, read, print_: Fingerprint, file: Path) -> None:
-    if rest - {"queries"}:
-        raise _damaged(file, f"nobody knows its tensor {min(rest)}")
-    wanted = held.eviction.queries
-    if bool(rest) != bool(wanted):
-        raise _damaged(file, "the last queries are missing, or there and not needed")
-    if wanted:
-        shape = shapes["queries"]
-        outer = [len(held.rows), print_.query_heads, print_.head_dim]
-        if len(shape) != 4 or [*shape[:2], shape[3]] != outer or not 0 < shape[2] <= wanted:
-            raise _damaged(file, f"queries of shape {shape}")
-        held.queries = read("queries")
-        if held.queries.dtype != held.slots.buffers["keys"].dtype:
-            raise _damaged(file, f"queries are of {held.queries.dtype}")
-
-
-def _window(layer, mine: dict, shapes: dict, read, rows: int, seen: int, file: Path) -> None:
-    """A layer of transformers' own, with the tokens of its window."""
-    shape = shapes["window.keys"]
-    if set(shapes) != {"window.keys", "window.values"} or shape != shapes["window.values"] or shape[0] != rows:
-        raise _damaged(file, "the window of a layer has other sizes than its header says")
-    keys, values = read("window.keys"), read("window.values")
-    layer.lazy_initialization(keys, values)
-    if mine["seen"] != seen or keys.shape[2] != min(seen, layer.sliding_window - 1):
-        raise _damaged(file, f"a window of {keys.shape[2]} tokens after {seen}")
-    layer.keys, layer.values, layer.cumulative_length = keys, values, seen
-
-
-def _allocation(stored: dict, given: str | Allocation | None, file: Path) -> str | Allocation:
+    Raises:
+        UserError: another one was given, or none and the file cannot name it.
+    """
+    stored = _with_current_names(stored)
     name = str(stored["name"])
     if given is not None:
-        rule = parse_allocation(given)
-        if rule.name != name:
-            raise UserError(f"the cache in {file} was saved with allocation {name!r} and {rule.name!r} was given")
-        return rule
+        policy = make_policy(given)
+        if _describe_policy(policy) != stored:
+            raise UserError(
+                f"the cache in {file} was saved with policy {name!r}, and {policy.name!r} was given or its settings "
+                "are others: load it with that one, then fork(policy=...)"
+            )
+        return policy
+    if "digest" in stored:
+        raise UserError(
+            f"the cache in {file} was saved with policy {name!r}, which no file can name: give its folder, its class "
+            "path or the object as policy="
+        )
+    return _rebuild_policy(stored)
+
+
+def _rebuild_policy(stored: dict[str, Any], depth: int = 0) -> Policy:
+    if depth > _MAX_NESTED_POLICIES:
+        raise ValueError("policies over policies without end")
+    if stored["name"] == "panel":
+        return PolicyGroup(tuple(_rebuild_policy(member, depth + 1) for member in stored["members"]))
+    name = stored["name"]
+    if name not in list_policies() or name == "scorer":
+        raise ValueError(f"{name!r} is no bundled policy")
+    usual, settings = make_policy(name), {}
+    for key, value in stored["settings"].items():
+        default = getattr(usual, key, None)
+        if isinstance(default, Policy):
+            value = _rebuild_policy(value, depth + 1)
+        elif type(value) is not type(default) and not (type(value) is int and type(default) is float):
+            raise ValueError(f"policy {name!r} with {key}={value!r}")
+        settings[key] = value
+    return make_policy(name, **settings)
+
+
+def _with_current_names(stored: Any) -> Any:
+    """What an earlier version described, with today's names of policies."""
+    if not isinstance(stored, dict):
+        return stored
+    parts = {key: _with_current_names(value) for key, value in stored.items()}
+    if isinstance(members := stored.get("members"), list):
+        parts["members"] = [_with_current_names(member) for member in members]
+    return parts | ({"name": current_name(str(stored["name"]))} if "name" in stored else {})
+
+
+def _policy_digest(policy: Policy) -> str:
+    name = f"{type(policy).__module__}:{type(policy).__qualname__}"
+    network = getattr(policy, "network", None)
+    if network is None:
+        return hashlib.sha256(f"{name}{policy!r}".encode()).hexdigest()
+    return state_dict_hash(network.state_dict(), prefix=name)  # a learned policy is its weights
+
+
+def _choose_allocation(stored: dict, given: str | Allocation | None, file: Path) -> str | Allocation:
+    name = str(stored["name"])
+    if given is not None:
+        allocation = parse_allocation(given)
+        if allocation.name != name:
+            raise UserError(f"the cache in {file} was saved with allocation {name!r} and {allocation.name!r} was given")
+        return allocation
     # what follows a colon is the name of a normalisation, never of a file that somebody else wants read
     if stored["plain"] is not True or any(
         part.partition(":")[2] not in ("", *NORMALISATIONS) for part in name.split("+")
@@ -280,7 +435,7 @@ def _allocation(stored: dict, given: str | Allocation | None, file: Path) -> str
     return name
 
 
-def _plain(allocation: Allocation) -> bool:
+def _has_name(allocation: Allocation) -> bool:
     try:
         return parse_allocation(allocation.name) == allocation
     except UserError:
@@ -290,12 +445,6 @@ def _plain(allocation: Allocation) -> bool:
 def _count(value: Any, most: int, least: int = 0) -> int:
     if type(value) is not int or not least <= value <= most:
         raise ValueError(f"{value!r} is no number from {least} to {most}")
-    return value
-
-
-def _scaling(value: Any) -> float:
-    if type(value) is not float or not 0 < value < 1e6:
-        raise ValueError(f"a factor of {value!r} on products")
     return value
 
 

@@ -1,26 +1,146 @@
-"""Slots of one layer when every head holds as many: one block of memory per tensor."""
+"""Where one layer's keys and values lie: slots, of which every (row, KV head) holds some.
+
+Two layouts behind one interface, :class:`Slots`. :class:`EqualSlots` is one block of memory per tensor and serves
+while every head holds the same number of tokens; :class:`RaggedSlots` is a flat buffer with one run per head.
+Operations that can end the equality return the slots to use from then on.
+"""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 
 import torch
 from torch import Tensor
 
-LEAST_SLACK = 16
+MIN_SLACK = 16
 
 
-class EqualSlots:
-    """Keys, values, positions and whatever else belongs to cached tokens: buffers `[batch, kv_heads, capacity, ...]`.
+class Slots(ABC):
+    """Keys, values, positions and whatever else belongs to cached tokens, in named buffers of one layout.
 
-    A new token is written in place. A full buffer grows by `slack` slots; a few evicted slots are overwritten by the
-    last ones, so slots lie in any order. Until the first growth, and after a large eviction, there is no slack.
+    The order of the slots of a head is free; the newest tokens are the last ones until something is evicted. Buffers
+    may have room (slack) for tokens to come.
+
+    Attributes:
+        buffers: the tensors with their slack, in the layout's own shape.
     """
 
-    def __init__(self) -> None:
-        self.buffers: dict[str, Tensor] = {}
-        self.length = 0
-        self._foreign = False  # as they came from the model, which may still want them as they are
+    buffers: dict[str, Tensor]
+
+    @property
+    @abstractmethod
+    def longest(self) -> int:
+        """Slots of the head that holds most."""
+
+    @property
+    @abstractmethod
+    def mean(self) -> int:
+        """Slots of a head on average, rounded down."""
+
+    @abstractmethod
+    def counts(self) -> Tensor:
+        """Slots of every head, `[batch, kv_heads]` int64 on the CPU."""
+
+    @abstractmethod
+    def append(self, new: Mapping[str, Tensor], slack: int, token_mask: Tensor | None = None) -> Slots:
+        """Add tokens behind those of every head.
+
+        Args:
+            new: one tensor `[batch, kv_heads, new, ...]` for each buffer.
+            slack: by how many slots a full buffer grows at least.
+            token_mask: `[batch, new]` or `[batch, kv_heads, new]` bool on the CPU, which of them to store; None means
+                all.
+
+        Returns:
+            The slots to use from here on: these, or ragged ones.
+        """
+
+    @abstractmethod
+    def keep(self, kept: Tensor, slack: int, trim: bool = False) -> Slots:
+        """Keep the slots `kept [batch, kv_heads, longest]` bool and free the rest.
+
+        Args:
+            kept: which slots stay.
+            slack: room beside a head's length that it may keep.
+            trim: free all slack.
+
+        Returns:
+            The slots to use from here on: these, or ragged ones.
+        """
+
+    @abstractmethod
+    def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """Buffers as `[batch, kv_heads, longest, ...]`, and which slots are real, `[batch, kv_heads, longest]` bool.
+
+        Padding has position -1.
+
+        Args:
+            names: which buffers; None means every one.
+        """
+
+    @abstractmethod
+    def add(self, name: str, tensor: Tensor) -> None:
+        """Store another tensor `[batch, kv_heads, longest, ...]`; there must be no slack, as in a new copy."""
+
+    @abstractmethod
+    def write(self, name: str, tensor: Tensor) -> None:
+        """Replace a buffer's filled part by the real slots of `tensor [batch, kv_heads, longest, ...]`."""
+
+    @abstractmethod
+    def data(self, name: str) -> Tensor:
+        """A buffer in the layout's own shape, for operations that treat every slot alike."""
+
+    @abstractmethod
+    def with_data(self, data: Mapping[str, Tensor]) -> Slots:
+        """The same slots with other tensors, shaped as :meth:`data` gives them."""
+
+    @abstractmethod
+    def per_slot(self, heads: Tensor) -> Tensor:
+        """A tensor `[batch, kv_heads, ...]` repeated or broadcast for every slot, to combine with :meth:`data`."""
+
+    @abstractmethod
+    def drop_newest(self, count: int) -> None:
+        """Remove the last `count` slots of every head, the newest tokens since nothing was evicted after them."""
+
+    @abstractmethod
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep the rows `rows [new batch]` int64 of the batch, in that order; a row may come more than once."""
+
+    @abstractmethod
+    def clone(self, names: Mapping[str, str] | None = None) -> Slots:
+        """An independent copy without slack.
+
+        Args:
+            names: which buffers, and what each is called in the copy; None means all, as they are called.
+        """
+
+    @abstractmethod
+    def to_ragged(self, like: Mapping[str, Tensor] | None = None) -> RaggedSlots:
+        """The same slots with heads that may differ in length.
+
+        Args:
+            like: tensors `[batch, kv_heads, ...]` that empty slots are made for.
+        """
+
+    def own_memory(self) -> None:  # noqa: B027
+        """Copy buffers that share their memory with other tensors, such as a slice of a fused projection."""
+
+
+class EqualSlots(Slots):
+    """Slots of heads that hold equally many: buffers `[batch, kv_heads, capacity, ...]`.
+
+    A new token is written in place; a few evicted slots are overwritten by the last ones. Until the first growth, and
+    after a large eviction, there is no slack.
+
+    Attributes:
+        length: slots of every head.
+        borrowed: the buffers are as the model made them; it may still use them, so they must not be written to.
+    """
+
+    def __init__(self, buffers: Mapping[str, Tensor] | None = None, length: int = 0, borrowed: bool = False):
+        self.buffers = dict(buffers or {})
+        self.length, self.borrowed = length, borrowed
 
     def __getitem__(self, name: str) -> Tensor:
         """The filled part of a buffer, `[batch, kv_heads, length, ...]`; a view."""
@@ -28,94 +148,65 @@ class EqualSlots:
 
     @property
     def longest(self) -> int:
-        """Slots of the head that holds most."""
         return self.length
 
     @property
     def mean(self) -> int:
-        """Slots of a head on average."""
         return self.length
 
     def counts(self) -> Tensor:
-        """Slots of every head, `[batch, kv_heads]` int64."""
-        return torch.full(self["positions"].shape[:2], self.length)
+        return torch.full(self._heads(), self.length)
 
-    def append(self, new: Mapping[str, Tensor], slack: int) -> None:
-        """Add slots `[batch, kv_heads, new, ...]`; the first ones are held as they come, without a copy.
-
-        Args:
-            new: one tensor for each buffer.
-            slack: by how many slots a full buffer grows at least.
-        """
+    def append(self, new: Mapping[str, Tensor], slack: int, token_mask: Tensor | None = None) -> Slots:
+        if token_mask is not None:
+            return self.to_ragged(new).append(new, slack, token_mask)
         start = self.length
         self.length += next(iter(new.values())).shape[2]
-        if start == 0:
-            self.buffers, self._foreign = dict(new), True
-            return
-        capacity = max(self.length, start + max(LEAST_SLACK, slack))
+        if start == 0:  # the first ones are held as they come, without a copy
+            self.buffers, self.borrowed = dict(new), True
+            return self
+        capacity = max(self.length, start + max(MIN_SLACK, slack))
         for name, tensor in new.items():
-            if not self._writable(self.buffers[name]):
-                self.buffers[name] = self._grown(self.buffers[name], start, capacity)
+            buffer = self.buffers[name]
+            if buffer.shape[2] < self.length or _is_frozen(buffer):
+                grown = buffer.new_empty(*buffer.shape[:2], capacity, *buffer.shape[3:])
+                grown[:, :, :start] = buffer[:, :, :start]
+                self.buffers[name] = grown
             self.buffers[name][:, :, start : self.length] = tensor
-        self._foreign = False  # they had no room for more, so all of them have grown
+        self.borrowed = False  # borrowed buffers have no room, so all of them have grown
+        return self
 
-    @property
-    def foreign(self) -> bool:
-        """Whether the buffers are still as they came from the model."""
-        return self._foreign
+    def keep(self, kept: Tensor, slack: int, trim: bool = False) -> Slots:
+        lengths, index = kept.sum(2).cpu(), kept.flatten().nonzero()[:, 0]
+        flat = {name: self[name].flatten(0, 2)[index] for name in self.buffers}
+        return RaggedSlots(flat, lengths, lengths.clone())
 
-    def restore(self, buffers: Mapping[str, Tensor], length: int, foreign: bool) -> None:
-        """Take over buffers with room behind their first `length` slots, as another object had them."""
-        self.buffers, self.length, self._foreign = dict(buffers), length, foreign
+    def keep_top(self, priorities: Tensor, count: int, slack: int, trim: bool = False) -> None:
+        """Keep the `count` slots of highest priority in every head.
 
-    def write(self, name: str, tensor: Tensor) -> None:
-        """Replace the filled part of a buffer."""
-        if self._foreign or (self.buffers[name].is_inference() and not torch.is_inference_mode_enabled()):
-            self.buffers[name] = self.buffers[name].clone()
-        self[name].copy_(tensor)
-
-    def add(self, name: str, tensor: Tensor) -> None:
-        """Hold another tensor `[batch, kv_heads, length, ...]`; there must be no slack, as in a fresh copy."""
-        self.buffers[name] = tensor
-
-    def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """Filled buffers `[batch, kv_heads, length, ...]`, and which slots are real: all.
+        A few victims are overwritten in place by the survivors among the last slots, so the bytes moved grow with the
+        victims and not with the cache. Otherwise survivors go to new buffers of just their size.
 
         Args:
-            names: which buffers; None means every one.
-        """
-        filled = {name: self[name] for name in (self.buffers if names is None else names)}
-        return filled, torch.ones_like(self["positions"], dtype=torch.bool)
-
-    def keep_top(self, merits: Tensor, count: int, slack: int, exact: bool = False) -> None:
-        """Keep the `count` slots of highest merit in every head.
-
-        Few victims are overwritten in place, by the survivors among the last slots: bytes moved grow with the
-        victims, not with the cache. Otherwise survivors go to new buffers of just their size.
-
-        Args:
-            merits: `[batch, kv_heads, length]`, no two of a head alike.
+            priorities: `[batch, kv_heads, length]`, no two of a head alike.
             count: below `length`.
             slack: how many slots a buffer may stay too large.
-            exact: free all that is not needed.
+            trim: free all slack.
         """
         victims = self.length - count
-        if exact or victims > count // 2 or not self.may_overwrite(count, slack):
-            self._take(merits.topk(count, sorted=False).indices.sort().values)
+        if trim or victims > count // 2 or not self.can_overwrite(count, slack):
+            index = priorities.topk(count, sorted=False).indices.sort().values
+            self._map(lambda tensor: take(tensor, index))
+            self.length = count
         else:
-            self.overwrite(merits.topk(victims, largest=False, sorted=False).indices)
+            self.overwrite(priorities.topk(victims, largest=False, sorted=False).indices)
 
-    def _take(self, index: Tensor) -> None:
-        self.map(lambda tensor: take(tensor, index))
-        self.length = index.shape[2]
-
-    def may_overwrite(self, count: int, slack: int) -> bool:
-        """Whether `count` slots may stay where they are: the buffers are ours, and not more than `slack` too large."""
-        capacity = next(iter(self.buffers.values())).shape[2]
-        return not self._foreign and capacity <= count + max(LEAST_SLACK, slack)
+    def can_overwrite(self, count: int, slack: int) -> bool:
+        """Whether `count` slots may stay in these buffers: they are ours, and not more than `slack` too large."""
+        return not self.borrowed and self._any().shape[2] <= count + max(MIN_SLACK, slack)
 
     def overwrite(self, victims: Tensor) -> None:
-        """Move what survives among the last slots over the victims `[batch, kv_heads, v]`; v slots fall away."""
+        """Remove the slots `victims [batch, kv_heads, v]`: survivors among the last v slots move into their place."""
         v = victims.shape[2]
         self.length -= v
         if v == 1:
@@ -128,56 +219,250 @@ class EqualSlots:
             source = self.length + dead[:, :, self.length :].byte().argsort(dim=2, stable=True)
             victims = victims.gather(2, (victims >= self.length).byte().argsort(dim=2, stable=True))
         for name, buffer in self.buffers.items():
-            if buffer.is_inference() and not torch.is_inference_mode_enabled():
+            if _is_frozen(buffer):
                 buffer = self.buffers[name] = buffer.clone()
-            put(buffer, victims, take(buffer, source))
+            buffer.scatter_(2, _expand_index(victims, buffer), take(buffer, source))
 
-    def map(self, change: Callable[[Tensor], Tensor]) -> None:
-        """Replace every buffer by `change` of its filled part."""
-        self.buffers, self._foreign = {name: change(self[name]) for name in self.buffers}, False
+    def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        filled = {name: self[name] for name in (self.buffers if names is None else names)}
+        return filled, torch.ones(*self._heads(), self.length, dtype=torch.bool, device=self._any().device)
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.buffers[name] = tensor
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        if self.borrowed or _is_frozen(self.buffers[name]):
+            self.buffers[name] = self.buffers[name].clone()
+        self[name].copy_(tensor)
+
+    def data(self, name: str) -> Tensor:
+        return self[name]
+
+    def with_data(self, data: Mapping[str, Tensor]) -> Slots:
+        return EqualSlots(data, self.length)
+
+    def per_slot(self, heads: Tensor) -> Tensor:
+        return heads[:, :, None]
 
     def drop_newest(self, count: int) -> None:
-        """Forget the last `count` slots of every head, which came in that order since anything was evicted."""
-        if self._foreign:  # from now on there is room, and new tokens would be written into it
-            self.map(torch.clone)
+        if self.borrowed:  # from now on there is room, and new tokens would be written into it
+            self._map(torch.clone)
         self.length -= count
 
     def select_rows(self, rows: Tensor) -> None:
-        """Keep the rows `rows [new batch]` int64 of the batch, in that order; a row may come more than once."""
-        self.map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
 
-    def clone(self, names: Mapping[str, str]) -> EqualSlots:
-        """An independent copy of the buffers `names`, under the names that they map to, without slack."""
-        copy = EqualSlots()
-        copy.buffers, copy.length = {new: self[old].clone() for old, new in names.items()}, self.length
-        return copy
+    def clone(self, names: Mapping[str, str] | None = None) -> Slots:
+        names = {name: name for name in self.buffers} if names is None else names
+        return EqualSlots({new: self[old].clone() for old, new in names.items()}, self.length)
 
-    def own(self) -> None:
-        """Copy what shares its memory with other tensors, such as a slice of a fused projection."""
+    def to_ragged(self, like: Mapping[str, Tensor] | None = None) -> RaggedSlots:
+        if self.length:
+            lengths = self.counts()
+            flat = {name: self[name].flatten(0, 2).clone() for name in self.buffers}
+            return RaggedSlots(flat, lengths, lengths.clone())
+        assert like is not None
+        nothing = torch.zeros(next(iter(like.values())).shape[:2], dtype=torch.int64)
+        empty = {name: tensor.new_empty(0, *tensor.shape[3:]) for name, tensor in like.items()}
+        return RaggedSlots(empty, nothing, nothing.clone())
+
+    def own_memory(self) -> None:
         for name, buffer in self.buffers.items():
             if buffer.untyped_storage().nbytes() != buffer.numel() * buffer.element_size():
                 self.buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
 
-    def _writable(self, buffer: Tensor) -> bool:
-        # a buffer made under torch.inference_mode() may not be written to outside it
-        return buffer.shape[2] >= self.length and (not buffer.is_inference() or torch.is_inference_mode_enabled())
+    def _any(self) -> Tensor:
+        return next(iter(self.buffers.values()))
 
-    def _grown(self, buffer: Tensor, filled: int, capacity: int) -> Tensor:
-        grown = buffer.new_empty(*buffer.shape[:2], capacity, *buffer.shape[3:])
-        grown[:, :, :filled] = buffer[:, :, :filled]
-        return grown
+    def _heads(self) -> torch.Size:
+        return self._any().shape[:2]
+
+    def _map(self, change: Callable[[Tensor], Tensor]) -> None:
+        """Replace every buffer by `change` of its filled part."""
+        self.buffers, self.borrowed = {name: change(self[name]) for name in self.buffers}, False
+
+
+class RaggedSlots(Slots):
+    """Slots of heads of different lengths, from none to all tokens.
+
+    A buffer is `[total, ...]`; the head (row, KV head) fills ``lengths[row, head]`` of the ``capacities[row, head]``
+    entries from ``starts[row, head]`` on. These three are int64 tensors on the CPU, so attention never asks a device
+    how long its heads are.
+    """
+
+    def __init__(self, buffers: Mapping[str, Tensor], lengths: Tensor, capacities: Tensor):
+        self.buffers = dict(buffers)
+        self.lengths, self.capacities = lengths, capacities
+        self.starts = _starts(capacities)
+
+    @property
+    def longest(self) -> int:
+        return int(self.lengths.max())
+
+    @property
+    def mean(self) -> int:
+        return int(self.lengths.sum()) // self.lengths.numel()
+
+    def counts(self) -> Tensor:
+        return self.lengths
+
+    def append(self, new: Mapping[str, Tensor], slack: int, token_mask: Tensor | None = None) -> Slots:
+        m = next(iter(new.values())).shape[2]
+        counts: Tensor | int = m
+        if token_mask is not None:
+            token_mask = (token_mask[:, None] if token_mask.dim() == 2 else token_mask).expand(*self.lengths.shape, m)
+            counts = token_mask.sum(2)
+        if int((self.capacities - self.lengths - counts).min()) < 0 or _is_frozen(self._any()):
+            self._lay_out(self.lengths + torch.as_tensor(counts).clamp(min=_room(slack)))
+        ends = self.starts + self.lengths
+        if token_mask is None:  # a decoding step comes here: few operations
+            index, selected = (ends if m == 1 else ends[..., None] + torch.arange(m)).flatten(), None
+        else:
+            index, selected = runs(ends, token_mask.sum(2)), token_mask.flatten().nonzero()[:, 0]
+        for name, tensor in new.items():
+            flat = tensor.flatten(0, 2)
+            flat = flat if selected is None else flat[selected.to(flat.device)]
+            self.buffers[name].index_copy_(0, index.to(flat.device), flat)
+        self.lengths = self.lengths + counts
+        return self
+
+    def keep(self, kept: Tensor, slack: int, trim: bool = False) -> Slots:
+        kept = kept.cpu()
+        lengths, offsets = kept.sum(2), torch.arange(kept.shape[2])
+        entries = self.starts[..., None] + offsets
+        if trim or self.capacities.sum() > lengths.sum() + lengths.numel() * _room(slack) or _is_frozen(self._any()):
+            self._take(entries[kept], lengths)
+            return self
+        # nothing is to be freed: the survivors among each head's last slots move over its victims
+        front = offsets < lengths[..., None]
+        # as many of one as of the other in every head, both in the order of heads
+        holes = entries[(offsets < self.lengths[..., None]) & front & ~kept]
+        moved = entries[kept & ~front]
+        for buffer in self.buffers.values():
+            buffer.index_copy_(0, holes.to(buffer.device), buffer[moved.to(buffer.device)])
+        self.lengths = lengths
+        return self
+
+    def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
+        """A copy of what is asked for: for evictions, not for every token."""
+        offsets = torch.arange(max(1, self.longest))
+        real = offsets < self.lengths[..., None]
+        index = (self.starts[..., None] + offsets).masked_fill(~real, 0)
+        device = self._any().device
+        index, real = index.to(device), real.to(device)
+        out = {}
+        for name in self.buffers if names is None else names:
+            buffer = self.buffers[name]
+            out[name] = buffer[index] if len(buffer) else buffer.new_zeros(*index.shape, *buffer.shape[1:])
+        if "positions" in out:
+            out["positions"].masked_fill_(~real, -1)
+        return out, real
+
+    def add(self, name: str, tensor: Tensor) -> None:
+        self.buffers[name] = tensor.new_zeros(len(self._any()), *tensor.shape[3:])
+        self.write(name, tensor)
+
+    def write(self, name: str, tensor: Tensor) -> None:
+        offsets = torch.arange(self.lengths.numel()).view_as(self.lengths) * tensor.shape[2]
+        source = runs(offsets, self.lengths).to(tensor.device)
+        flat = tensor.flatten(0, 2)[source].to(self.buffers[name].dtype)
+        if _is_frozen(self._any()):
+            self._lay_out(self.capacities)
+        self.buffers[name].index_copy_(0, self.filled().to(tensor.device), flat)
+
+    def data(self, name: str) -> Tensor:
+        return self.buffers[name]
+
+    def with_data(self, data: Mapping[str, Tensor]) -> Slots:
+        return RaggedSlots(data, self.lengths, self.capacities)
+
+    def per_slot(self, heads: Tensor) -> Tensor:
+        return heads.flatten(0, 1).repeat_interleave(self.capacities.flatten().to(heads.device), 0)
+
+    def drop_newest(self, count: int) -> None:
+        self.lengths = self.lengths - count
+
+    def select_rows(self, rows: Tensor) -> None:
+        rows = rows.cpu()
+        self._take(runs(self.starts[rows], self.lengths[rows]), self.lengths[rows])
+
+    def clone(self, names: Mapping[str, str] | None = None) -> Slots:
+        names = {name: name for name in self.buffers} if names is None else names
+        copy = RaggedSlots({new: self.buffers[old] for old, new in names.items()}, self.lengths, self.capacities)
+        copy._take(self.filled(), self.lengths.clone())
+        return copy
+
+    def to_ragged(self, like: Mapping[str, Tensor] | None = None) -> RaggedSlots:
+        return self
+
+    def filled(self) -> Tensor:
+        """Indices of the real slots in the flat buffers, head after head, int64 on the CPU."""
+        return runs(self.starts, self.lengths)
+
+    def _any(self) -> Tensor:
+        return next(iter(self.buffers.values()))
+
+    def _take(self, index: Tensor, lengths: Tensor) -> None:
+        self.buffers = {name: buffer[index.to(buffer.device)] for name, buffer in self.buffers.items()}
+        self.lengths, self.capacities, self.starts = lengths, lengths.clone(), _starts(lengths)
+
+    def _lay_out(self, capacities: Tensor) -> None:
+        starts, total = _starts(capacities), int(capacities.sum())
+        old, new = self.filled(), runs(starts, self.lengths)
+        for name, buffer in self.buffers.items():
+            roomy = buffer.new_zeros(total, *buffer.shape[1:])  # zeros: what is padded is read, though never used
+            roomy.index_copy_(0, new.to(buffer.device), buffer.index_select(0, old.to(buffer.device)))
+            self.buffers[name] = roomy
+        self.capacities, self.starts = capacities, starts
+
+
+def concatenate(first: Slots, last: Slots) -> Slots:
+    """Keys and values of two sets of slots, those of `last` behind those of `first` in every head: copies."""
+    names = ("keys", "values")
+    if isinstance(first, EqualSlots) and isinstance(last, EqualSlots):
+        both = {name: torch.cat((first[name], last[name]), 2) for name in names}
+        return EqualSlots(both, first.length + last.length)
+    front, back = first.to_ragged(), last.to_ragged()
+    lengths = front.lengths + back.lengths
+    total, starts = int(lengths.sum()), _starts(lengths)
+    buffers = {}
+    for name in names:
+        like = front.buffers[name]
+        buffers[name] = like.new_empty(total, *like.shape[1:])
+        for part, target in ((front, starts), (back, starts + front.lengths)):
+            source = part.buffers[name]
+            index = runs(target, part.lengths).to(source.device)
+            buffers[name][index] = source[part.filled().to(source.device)]
+    return RaggedSlots(buffers, lengths, lengths)
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
     """Slots `index [batch, kv_heads, kept]` of a tensor `[batch, kv_heads, slots, ...]`, as a new tensor."""
-    return tensor.gather(2, _spread(index, tensor))
+    return tensor.gather(2, _expand_index(index, tensor))
 
 
-def put(tensor: Tensor, index: Tensor, moved: Tensor) -> None:
-    """Write `moved [batch, kv_heads, k, ...]` into slots `index [batch, kv_heads, k]` of a tensor, in place."""
-    tensor.scatter_(2, _spread(index, tensor), moved)
+def runs(starts: Tensor, counts: Tensor) -> Tensor:
+    """The indices start, start + 1, ... of every run, one after the other: `[sum of counts]` int64."""
+    flat = counts.flatten()
+    before = flat.cumsum(0) - flat
+    return torch.repeat_interleave(starts.flatten() - before, flat) + torch.arange(int(flat.sum()))
 
 
-def _spread(index: Tensor, tensor: Tensor) -> Tensor:
+def _expand_index(index: Tensor, tensor: Tensor) -> Tensor:
     index = index.reshape(*index.shape, *[1] * (tensor.dim() - 3))
     return index.expand(*index.shape[:3], *tensor.shape[3:])
+
+
+def _room(slack: int) -> int:
+    """Slots that a head is given beside its length: some more than needed, for heads that gain from eviction."""
+    return max(MIN_SLACK, slack) + MIN_SLACK
+
+
+def _starts(capacities: Tensor) -> Tensor:
+    flat = capacities.flatten()
+    return (flat.cumsum(0) - flat).view_as(capacities)
+
+
+def _is_frozen(buffer: Tensor) -> bool:
+    """Whether a buffer may not be written to: it was made under torch.inference_mode(), and this is outside it."""
+    return buffer.is_inference() and not torch.is_inference_mode_enabled()

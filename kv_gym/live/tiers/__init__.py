@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 from kv_gym.errors import UserError
+from kv_gym.live.tiers.base import Drop, EvictedPairs, LayerTier, Tier
 from kv_gym.live.tiers.low_precision import LowPrecision
-from kv_gym.live.tiers.merging import Merge, MergeValues
-from kv_gym.live.tiers.tier import Drop, LayerTier, Leaving, Tier, joined
+from kv_gym.live.tiers.merge import Merge, MergeValues
+from kv_gym.live.tiers.recording import RecordingLayer, RecordingTier
 
 __all__ = [
-    "Drop",
-    "LayerTier",
-    "Leaving",
-    "LowPrecision",
-    "Merge",
-    "MergeValues",
-    "TIERS",
-    "Tier",
-    "joined",
-    "parse_tier",
-]
+    "Drop", "EvictedPairs", "LayerTier", "LowPrecision", "Merge", "MergeValues", "RecordingLayer", "RecordingTier",
+    "TIERS", "Tier", "parse_tier",
+]  # fmt: skip
 
 _BY_NAME: dict[str, Tier] = {
     tier.name: tier
@@ -27,8 +20,6 @@ _BY_NAME: dict[str, Tier] = {
         for balanced in (False, True)),
     )
 }  # fmt: skip
-
-
 TIERS = tuple(_BY_NAME)
 
 

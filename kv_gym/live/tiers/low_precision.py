@@ -14,10 +14,9 @@ import torch
 from torch import Tensor
 
 from kv_gym.errors import UserError
-from kv_gym.live.ragged import RaggedSlots
-from kv_gym.live.slots import EqualSlots
+from kv_gym.live.slots import Slots
+from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier, copy_optional, select_optional
 from kv_gym.live.tiers.quantiser import dequantise, quantise
-from kv_gym.live.tiers.tier import LayerTier, Leaving, Tier, all_of, picked
 
 BITS = (2, 4, 8)
 GROUP = 32
@@ -72,12 +71,12 @@ class LowPrecision(Tier):
     def begin(self) -> LayerTier:
         return QuantisedLayer(self)
 
-    def after(self, before: LayerTier, empty: bool) -> LayerTier:
-        reach = before.reach if isinstance(before, QuantisedLayer) else None
-        begun = super().after(before, empty or reach is not None)
-        if self.balanced and reach is not None and isinstance(begun, QuantisedLayer):
-            begun.reach = reach.clone()
-        return begun
+    def begin_after(self, previous: LayerTier, ordinal: int, empty: bool, complete: bool) -> LayerTier:
+        largest = previous.largest_query if isinstance(previous, QuantisedLayer) else None
+        layer = super().begin_after(previous, ordinal, empty or largest is not None, complete)
+        if self.balanced and isinstance(layer, QuantisedLayer):
+            layer.largest_query = copy_optional(largest)
+        return layer
 
     def nbytes(self, d: int) -> int:
         """Bytes that one evicted pair takes, key and value of `d` channels each."""
@@ -89,101 +88,77 @@ class QuantisedLayer(LayerTier):
 
     Attributes:
         settings: bits and groups.
-        reach: `[batch, kv_heads, d]`, largest size of each query channel so far; only with a balancer.
+        largest_query: `[batch, query_heads, d]`, largest size of each query channel so far; only with a balancer.
         balance: `[batch, kv_heads, d]`, what keys are multiplied by; 0 where a head has evicted nothing yet.
     """
 
     def __init__(self, settings: LowPrecision):
         self.settings = settings
-        self.held: EqualSlots | RaggedSlots | None = None
-        self.reach: Tensor | None = None
+        self.largest_query: Tensor | None = None
         self.balance: Tensor | None = None
-        self._heads = 0
 
-    def observe(self, query: Tensor, fresh: Tensor | None) -> None:
+    def observe(self, query: Tensor, token_mask: Tensor | None) -> None:
         if not self.settings.balanced:
             return
         sizes = query.detach().abs()
-        if fresh is not None:
-            sizes = sizes.masked_fill(~fresh.to(query.device)[:, None, :, None], 0)
+        if token_mask is not None:
+            sizes = sizes.masked_fill(~token_mask.to(query.device)[:, None, :, None], 0)
         # by query head here: how many KV heads there are is known when pairs are evicted
         largest = sizes.amax(2)
-        self.reach = largest if self.reach is None else torch.maximum(self.reach, largest)
+        self.largest_query = largest if self.largest_query is None else torch.maximum(self.largest_query, largest)
 
-    def take(self, leaving: Leaving) -> None:
-        keys, values = picked(leaving, leaving.keys, leaving.values)
+    def take(self, pairs: EvictedPairs) -> None:
+        keys, values = pairs.select(pairs.keys, pairs.values)
         group = min(self.settings.group, keys.shape[-1])
         if self.settings.balanced:
-            self._fix_balance(leaving)
-            assert self.balance is not None
-            keys = keys * self.balance[:, :, None]
+            keys = keys * self._fixed_balance(pairs)[:, :, None]
         new = {}
         for name, numbers in (("keys", keys), ("values", values)):
             new[f"{name}_codes"], new[f"{name}_grid"] = quantise(numbers, self.settings.bits, group)
-        self.held = leaving.add_to(self.held, new)
+        self.stored = pairs.append_to(self.stored, new)
 
-    def _fix_balance(self, leaving: Leaving) -> None:
-        assert self.reach is not None
-        reach = self.reach.unflatten(1, (leaving.keys.shape[1], -1)).amax(2)
-        largest = leaving.keys.abs().masked_fill(~leaving.valid[..., None], 0).amax(2)
+    def _fixed_balance(self, pairs: EvictedPairs) -> Tensor:
+        """The balance, fixed now for the heads that evict for the first time."""
+        assert self.largest_query is not None
+        queries = self.largest_query.unflatten(1, (pairs.keys.shape[1], -1)).amax(2)
+        keys = pairs.keys.abs().masked_fill(~pairs.valid[..., None], 0).amax(2)
         # a channel that is zero in all keys, or in all queries, needs no balance
-        balance = torch.where((reach > 0) & (largest > 0), (reach / largest).sqrt(), torch.ones_like(reach))
-        first = leaving.gone.any(2)[..., None]
-        if self.balance is None:
-            self.balance = torch.zeros_like(balance)
-        self.balance = torch.where(first & (self.balance == 0), balance, self.balance)
+        balance = torch.where((queries > 0) & (keys > 0), (queries / keys).sqrt(), torch.ones_like(queries))
+        before = torch.zeros_like(balance) if self.balance is None else self.balance
+        evicts = pairs.evicted.any(2)[..., None]
+        self.balance = torch.where(evicts & (before == 0), balance, before)
+        return self.balance
 
-    def visible(self, dtype: torch.dtype) -> EqualSlots | RaggedSlots | None:
-        if self.held is None:
+    def visible(self, dtype: torch.dtype) -> Slots | None:
+        if self.stored is None:
             return None
-        bits = self.settings.bits
-        if isinstance(self.held, EqualSlots):
-            out = EqualSlots()
-            out.length = self.held.length
-            out.buffers = {
-                name: dequantise(self.held[f"{name}_codes"], self.held[f"{name}_grid"], bits, dtype)
-                for name in ("keys", "values")
-            }
-            if self.balance is not None:
-                out.buffers["keys"] /= self._divisor()[:, :, None].to(dtype)
-            return out
-        stored = self.held.buffers
-        flat = {
-            name: dequantise(stored[f"{name}_codes"], stored[f"{name}_grid"], bits, dtype)
-            for name in ("keys", "values")
-        }
-        if self.balance is not None:
-            capacities = self.held.capacities.flatten().to(self.balance.device)
-            flat["keys"] /= self._divisor().flatten(0, 1).to(dtype).repeat_interleave(capacities, 0)
-        return RaggedSlots(flat, self.held.lengths, self.held.capacities)
+        return self.stored.with_data({name: self._dequantised(self.stored, name, dtype) for name in ("keys", "values")})
 
     def keys(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Keys alone, `[batch, kv_heads, longest, d]`, and which are real; None: none yet."""
-        if self.held is None:
+        if self.stored is None:
             return None
-        filled, real = all_of(self.held)
-        keys = dequantise(filled["keys_codes"], filled["keys_grid"], self.settings.bits, dtype)
-        return keys if self.balance is None else keys / self._divisor()[:, :, None].to(dtype), real
+        filled, real = self.stored.with_data({"keys": self._dequantised(self.stored, "keys", dtype)}).padded()
+        return filled["keys"], real
 
-    def _divisor(self) -> Tensor:
-        assert self.balance is not None
-        return self.balance.masked_fill(self.balance == 0, 1)
+    def _dequantised(self, stored: Slots, name: str, dtype: torch.dtype) -> Tensor:
+        codes, grid = stored.data(f"{name}_codes"), stored.data(f"{name}_grid")
+        numbers = dequantise(codes, grid, self.settings.bits, dtype)
+        if name == "keys" and self.balance is not None:
+            numbers /= stored.per_slot(self.balance.masked_fill(self.balance == 0, 1)).to(dtype)
+        return numbers
 
     def tensors(self) -> Iterator[Tensor]:
         yield from super().tensors()
-        yield from (tensor for tensor in (self.reach, self.balance) if tensor is not None)
+        yield from (tensor for tensor in (self.largest_query, self.balance) if tensor is not None)
 
     def select_rows(self, rows: Tensor) -> None:
         super().select_rows(rows)
-        if self.reach is not None:
-            self.reach = self.reach.index_select(0, rows.to(self.reach.device))
-        if self.balance is not None:
-            self.balance = self.balance.index_select(0, rows.to(self.balance.device))
+        self.largest_query = select_optional(self.largest_query, rows)
+        self.balance = select_optional(self.balance, rows)
 
     def fork(self) -> QuantisedLayer:
         twin = QuantisedLayer(self.settings)
-        if self.held is not None:
-            twin.held = self.held.clone({name: name for name in self.held.buffers})
-        twin.reach = None if self.reach is None else self.reach.clone()
-        twin.balance = None if self.balance is None else self.balance.clone()
+        twin.stored = None if self.stored is None else self.stored.clone()
+        twin.largest_query, twin.balance = copy_optional(self.largest_query), copy_optional(self.balance)
         return twin

@@ -29,10 +29,10 @@ def quantise(x: Tensor, bits: int, group: int) -> tuple[Tensor, Tensor]:
     grid = torch.stack(((high - low) / (2**bits - 1), low), -1).clamp(-LARGEST, LARGEST).half()
     scale, zero = grid.to(grouped.dtype)[..., None].unbind(-2)
     codes = ((grouped - zero) / scale.masked_fill(scale == 0, 1)).round().clamp(0, 2**bits - 1).to(torch.uint8)
-    apart = codes.flatten(-2).unflatten(-1, (-1, 8 // bits))
-    packed = apart[..., 0].clone()
-    for place in range(1, 8 // bits):
-        packed |= apart[..., place] << (bits * place)
+    unpacked = codes.flatten(-2).unflatten(-1, (-1, 8 // bits))
+    packed = unpacked[..., 0].clone()
+    for index in range(1, 8 // bits):
+        packed |= unpacked[..., index] << (bits * index)
     return packed, grid
 
 
@@ -40,7 +40,7 @@ def dequantise(codes: Tensor, grid: Tensor, bits: int, dtype: torch.dtype) -> Te
     """Numbers `[..., d]` of `dtype` from :func:`quantise`'s codes and grids."""
     exact = torch.promote_types(dtype, torch.float32)
     shifts = torch.arange(0, 8, bits, dtype=torch.uint8, device=codes.device)
-    apart = (codes[..., None] >> shifts) & (2**bits - 1)
-    grouped = apart.flatten(-2).unflatten(-1, (grid.shape[-2], -1)).to(exact)
+    unpacked = (codes[..., None] >> shifts) & (2**bits - 1)
+    grouped = unpacked.flatten(-2).unflatten(-1, (grid.shape[-2], -1)).to(exact)
     scale, zero = grid.to(exact)[..., None].unbind(-2)
     return grouped.mul_(scale).add_(zero).flatten(-2).to(dtype)

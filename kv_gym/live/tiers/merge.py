@@ -16,9 +16,9 @@ from torch.nn import functional as F
 
 from kv_gym.errors import UserError
 from kv_gym.live.slots import take
-from kv_gym.live.tiers.tier import LayerTier, Leaving, Tier
+from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier, copy_optional, select_optional
 
-AT_ONCE = 256  # evicted keys whose similarities to all survivors are held at a time
+CHUNK = 256  # evicted keys whose similarities to all survivors are held at a time
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,7 @@ class Merge(Tier):
             raise UserError(f"the threshold's decay is {self.decay}; expected a number from 0 to 1")
 
     def begin(self) -> LayerTier:
-        return MergedLayer(self)
+        return MergingLayer(self)
 
 
 @dataclass(frozen=True)
@@ -63,10 +63,10 @@ class MergeValues(Tier):
     name = "merge:values"
 
     def begin(self) -> LayerTier:
-        return ValueMergedLayer()
+        return ValueMergingLayer()
 
 
-class MergedLayer(LayerTier):
+class MergingLayer(LayerTier):
     """One layer's thresholds.
 
     Attributes:
@@ -78,19 +78,19 @@ class MergedLayer(LayerTier):
         self.settings = settings
         self.threshold: Tensor | None = None
 
-    def take(self, leaving: Leaving) -> dict[str, Tensor]:
-        order, similar, nearest, real = nearest_survivors(leaving)
+    def take(self, pairs: EvictedPairs) -> dict[str, Tensor]:
+        indices, similarity, nearest, real = nearest_survivors(pairs)
         counts = real.sum(2)
-        mean = similar.masked_fill(~real, 0).sum(2) / counts.clamp(min=1)
+        mean = similarity.masked_fill(~real, 0).sum(2) / counts.clamp(min=1)
         mean = mean.masked_fill(counts == 0, math.nan)
         before = mean if self.threshold is None else self.threshold
         mixed = self.settings.decay * before + (1 - self.settings.decay) * mean
         self.threshold = torch.where(mixed.isnan(), torch.where(mean.isnan(), before, mean), mixed)
-        joins = real & (similar >= self.threshold[..., None])
-        weights = similar.exp().masked_fill(~joins, 0)
+        joins = real & (similarity >= self.threshold[..., None])
+        weights = similarity.exp().masked_fill(~joins, 0)
         return {
-            name: _averaged(tensor, take(tensor, order), nearest, weights, math.e)
-            for name, tensor in (("keys", leaving.keys), ("values", leaving.values))
+            name: _averaged(tensor, take(tensor, indices), nearest, weights, math.e)
+            for name, tensor in (("keys", pairs.keys), ("values", pairs.values))
         }
 
     def tensors(self) -> Iterator[Tensor]:
@@ -98,55 +98,51 @@ class MergedLayer(LayerTier):
             yield self.threshold
 
     def select_rows(self, rows: Tensor) -> None:
-        if self.threshold is not None:
-            self.threshold = self.threshold.index_select(0, rows.to(self.threshold.device))
+        self.threshold = select_optional(self.threshold, rows)
 
-    def fork(self) -> MergedLayer:
-        twin = MergedLayer(self.settings)
-        twin.threshold = None if self.threshold is None else self.threshold.clone()
+    def fork(self) -> MergingLayer:
+        twin = MergingLayer(self.settings)
+        twin.threshold = copy_optional(self.threshold)
         return twin
 
 
-class ValueMergedLayer(LayerTier):
-    """Merges values and holds nothing."""
+class ValueMergingLayer(LayerTier):
+    """Merges values and stores nothing."""
 
-    def take(self, leaving: Leaving) -> dict[str, Tensor]:
-        order, similar, nearest, real = nearest_survivors(leaving)
-        own, theirs = take(leaving.values, order), take(leaving.values, nearest)
-        size, other = (_exact(values).norm(dim=-1) for values in (own, theirs))
-        weights = similar.clamp(min=0) * size / (size + other).clamp(min=1e-30)
-        merged = _averaged(leaving.values, own, nearest, weights.masked_fill(~real, 0), 1.0)
-        return {"values": merged}
+    def take(self, pairs: EvictedPairs) -> dict[str, Tensor]:
+        indices, similarity, nearest, real = nearest_survivors(pairs)
+        evicted, survivors = take(pairs.values, indices), take(pairs.values, nearest)
+        size, other = (_exact(values).norm(dim=-1) for values in (evicted, survivors))
+        weights = similarity.clamp(min=0) * size / (size + other).clamp(min=1e-30)
+        return {"values": _averaged(pairs.values, evicted, nearest, weights.masked_fill(~real, 0), 1.0)}
 
 
-def nearest_survivors(leaving: Leaving) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """For every pair that goes, the survivor of its head whose key is most similar.
+def nearest_survivors(pairs: EvictedPairs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """For every evicted pair, the survivor of its head whose key is most similar.
 
     Returns:
-        Four `[batch, kv_heads, most]`: indices of those that go; their cosine similarities; the survivors' indices;
-        and bool: a pair that really goes, in a head where something stays.
+        Four `[batch, kv_heads, most]`: indices of the evicted pairs; their cosine similarities; the survivors'
+        indices; and bool: a pair that is really evicted, from a head where something stays.
     """
-    order = leaving.order()
-    goes = leaving.gone.gather(2, order)
-    real = goes & leaving.kept.any(2, keepdim=True)
-    unit = F.normalize(_exact(leaving.keys), dim=-1, eps=1e-30)
-    others = ~leaving.kept
-    found = []
-    for part in take(unit, order).split(AT_ONCE, 2):
+    indices = pairs.indices()
+    real = pairs.evicted.gather(2, indices) & pairs.kept.any(2, keepdim=True)
+    unit = F.normalize(_exact(pairs.keys), dim=-1, eps=1e-30)
+    best = []
+    for part in take(unit, indices).split(CHUNK, 2):
         products = part @ unit.transpose(-1, -2)
-        found.append(products.masked_fill_(others[:, :, None], -math.inf).max(-1))
-    similar = torch.cat([each.values for each in found], 2).masked_fill(~real, 0)
-    return order, similar, torch.cat([each.indices for each in found], 2), real
+        best.append(products.masked_fill_(~pairs.kept[:, :, None], -math.inf).max(-1))
+    similarity = torch.cat([part.values for part in best], 2).masked_fill(~real, 0)
+    return indices, similarity, torch.cat([part.indices for part in best], 2), real
 
 
-def _averaged(tensor: Tensor, own: Tensor, nearest: Tensor, weights: Tensor, first: float) -> Tensor:
-    """Every slot with weight `first` and what joins it with `weights`, divided by the sum of weights."""
+def _averaged(tensor: Tensor, evicted: Tensor, nearest: Tensor, weights: Tensor, own_weight: float) -> Tensor:
+    """Every slot with weight `own_weight` and what joins it with `weights`, divided by the sum of weights."""
     exact = _exact(tensor)
-    total = torch.full_like(exact[..., 0], first).scatter_add_(2, nearest, weights)
-    index = nearest[..., None].expand_as(own)
-    joined = (first * exact).scatter_add_(2, index, _exact(own) * weights[..., None])
+    total = torch.full_like(exact[..., 0], own_weight).scatter_add_(2, nearest, weights)
+    index = nearest[..., None].expand_as(evicted)
+    joined = (own_weight * exact).scatter_add_(2, index, _exact(evicted) * weights[..., None])
     # untouched slots keep their bits
-    return torch.where((total > first)[..., None], (joined / total[..., None]).to(tensor.dtype), tensor)
+    return torch.where((total > own_weight)[..., None], (joined / total[..., None]).to(tensor.dtype), tensor)
 
 
 def _exact(tensor: Tensor) -> Tensor:

@@ -1,0 +1,216 @@
+"""What a tier is: it decides what becomes of the pairs that an eviction takes out of the full-precision slots.
+
+The simplest tier drops them. No paper.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from kv_gym.errors import UserError
+from kv_gym.live.slots import EqualSlots, Slots, take
+
+
+@dataclass(frozen=True)
+class EvictedPairs:
+    """One layer right before an eviction: all its slots, and which of them stay.
+
+    Attributes:
+        keys, values: `[batch, kv_heads, n, d]`, a view that the eviction will overwrite.
+        positions: `[batch, kv_heads, n]` int64.
+        valid, kept: `[batch, kv_heads, n]` bool: real slots, and those of them that stay.
+        most: how many slots are evicted from the head that loses most; at least 1.
+        equal: every head loses equally many, and holds equally many.
+        slack: slots by which buffers grow.
+        trim: keep no room for pairs to come.
+        ordinal: which of the evicting layers it is, from 0.
+    """
+
+    keys: Tensor
+    values: Tensor
+    positions: Tensor
+    valid: Tensor
+    kept: Tensor
+    most: int
+    equal: bool
+    slack: int
+    trim: bool = False
+    ordinal: int = 0
+
+    @property
+    def evicted(self) -> Tensor:
+        """`[batch, kv_heads, n]` bool, the slots that are evicted."""
+        return self.valid & ~self.kept
+
+    def indices(self) -> Tensor:
+        """Indices `[batch, kv_heads, most]` of the evicted slots, in order; where a head has fewer, others follow."""
+        return self.evicted.byte().argsort(dim=2, descending=True, stable=True)[:, :, : self.most]
+
+    def select(self, *tensors: Tensor) -> list[Tensor]:
+        """The evicted slots of tensors `[batch, kv_heads, n, ...]`: `[batch, kv_heads, most, ...]` each."""
+        indices = self.indices()
+        return [take(tensor, indices) for tensor in tensors]
+
+    def append_to(self, stored: Slots | None, new: dict[str, Tensor]) -> Slots:
+        """Store what a tier made of the evicted pairs, `[batch, kv_heads, most, ...]` each.
+
+        Args:
+            stored: what was stored before, or None.
+            new: one tensor for each buffer.
+
+        Returns:
+            The slots to use from here on.
+        """
+        slots = EqualSlots() if stored is None else stored
+        slack = max(self.slack, slots.mean // 8)  # what is evicted only ever grows
+        real = None if self.equal else torch.arange(self.most) < self.evicted.sum(2).cpu()[..., None]
+        slots = slots.append(new, slack, real)
+        return slots.clone() if self.trim else slots
+
+
+class LayerTier:
+    """What one layer does with its evicted pairs, and stores of them; a subclass overrides what it needs.
+
+    Class attributes:
+        drops: nothing is done with evicted pairs, so nobody needs to say which are evicted.
+
+    Attributes:
+        stored: pairs that later queries see beside the full-precision slots, in the tier's own form; None: none yet.
+    """
+
+    drops: ClassVar[bool] = False
+    stored: Slots | None = None
+
+    def observe(self, query: Tensor, token_mask: Tensor | None) -> None:
+        """See the queries `[batch, query_heads, m, d]` of new tokens; `token_mask [batch, m]` bool: no padding."""
+
+    def measure(
+        self,
+        query: Tensor,
+        token_mask: Tensor | None,
+        slots: Slots,
+        scaling: float | None,
+        evicted_at: Sequence[int | None],
+    ) -> None:
+        """See the same queries right after their attention to `slots`, even if they may be taken back.
+
+        Args:
+            query: `[batch, query_heads, m, d]`.
+            token_mask: `[batch, m]` bool on the CPU, or None.
+            slots: the full-precision slots.
+            scaling: factor on the products.
+            evicted_at: tokens seen at the last eviction of each row, None: never.
+        """
+
+    def take(self, pairs: EvictedPairs) -> dict[str, Tensor] | None:
+        """Take over pairs before they are evicted.
+
+        Returns:
+            Survivors' new ``keys`` and ``values`` (one of them, or both), shaped as those of `pairs`, or None where
+            they stay as they are.
+        """
+        return None
+
+    def visible(self, dtype: torch.dtype) -> Slots | None:
+        """Keys and values of `stored` as attention reads them, or None."""
+        return None
+
+    def tensors(self) -> Iterator[Tensor]:
+        """Every tensor that is stored, for the count of bytes."""
+        if self.stored is not None:
+            yield from self.stored.buffers.values()
+
+    def host_tensors(self) -> Iterator[Tensor]:
+        """What is stored in the host's memory and counted apart."""
+        return iter(())
+
+    def select_rows(self, rows: Tensor) -> None:
+        """Keep the rows `rows [new batch]` int64 of the batch, in that order."""
+        if self.stored is not None:
+            self.stored.select_rows(rows)
+
+    def fork(self) -> LayerTier:
+        """An independent copy."""
+        twin = type(self)()
+        twin.stored = None if self.stored is None else self.stored.clone()
+        return twin
+
+
+class Tier(ABC):
+    """The settings of one way to treat evicted pairs; every layer of a cache begins with its own :class:`LayerTier`.
+
+    Class attributes:
+        changes_keys: survivors' keys change, so scores that were computed from them are stale.
+        sees_queries: needs the queries of all tokens from the first one on.
+    """
+
+    changes_keys: ClassVar[bool] = False
+    sees_queries: bool = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What tables and the command line call it."""
+
+    @abstractmethod
+    def begin(self) -> LayerTier:
+        """What a layer starts with."""
+
+    def refuse_unfit(self, config) -> None:  # noqa: B027
+        """Raise a UserError for a model (its text configuration) whose heads this tier cannot serve."""
+
+    def begin_after(self, previous: LayerTier, ordinal: int, empty: bool, complete: bool) -> LayerTier:
+        """What a layer of a fork starts with, when the cache before had another tier.
+
+        Args:
+            previous: the layer's tier before.
+            ordinal: which of the evicting layers it is, from 0.
+            empty: no token was seen yet.
+            complete: nothing was evicted yet.
+
+        Raises:
+            UserError: the other one holds evicted pairs, or did not see the queries that this one needs.
+        """
+        if previous.stored is not None:
+            raise UserError(
+                "the cache holds evicted pairs in low precision, and a fork cannot treat them otherwise: fork it "
+                "before the first eviction"
+            )
+        if self.sees_queries and not empty:
+            raise UserError(
+                f"evicted={self.name!r} needs the queries of the whole context, which the cache did not see: make "
+                "it with that setting"
+            )
+        return self.begin()
+
+
+@dataclass(frozen=True)
+class Drop(Tier):
+    """Evicted pairs are gone."""
+
+    name = "drop"
+
+    def begin(self) -> LayerTier:
+        return DroppingLayer()
+
+
+class DroppingLayer(LayerTier):
+    """Does nothing."""
+
+    drops = True
+
+
+def copy_optional(tensor: Tensor | None) -> Tensor | None:
+    """An independent copy of a tensor that may not be there yet."""
+    return None if tensor is None else tensor.clone()
+
+
+def select_optional(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+    """The rows `rows [new batch]` of a tensor `[batch, ...]` that may not be there yet."""
+    return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
