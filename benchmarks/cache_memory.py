@@ -23,7 +23,7 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kv_gym import EvictingCache, make_policy
-from kv_gym.live.layer_state import Contents
+from kv_gym.live.layer_state import LayerState
 from kv_gym.live.tiers.low_precision import LowPrecision
 from kv_gym.policies import Policy
 
@@ -92,19 +92,19 @@ def after_each(
 @torch.no_grad()
 def largest_while_reading(prompt: int, budget: int = 256, block: int = 256) -> dict:
     model, sizes = random_model(), []
-    append = Contents.append
+    append = LayerState.append
 
-    def watched(contents, *arguments):
-        append(contents, *arguments)
-        sizes.append(contents.slots.longest)
+    def recorded(state, *arguments):
+        append(state, *arguments)
+        sizes.append(state.slots.longest)
 
-    Contents.append = watched
+    LayerState.append = recorded
     try:
         with EvictingCache(model, "keydiff", budget, trigger=f"block:{block}") as cache:
             model(torch.randint(0, 256, (1, prompt)), past_key_values=cache, logits_to_keep=1)
             return {"prompt": prompt, "largest_slots_per_head": max(sizes), "bytes_after": held(cache)}
     finally:
-        Contents.append = append
+        LayerState.append = append
 
 
 def main() -> None:

@@ -23,7 +23,7 @@ import torch
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kv_gym import EvictingCache
-from kv_gym.live.ragged import RaggedSlots
+from kv_gym.live.slots import RaggedSlots
 
 SHAPE = {
     "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
@@ -62,16 +62,16 @@ def filled(model, batch: int, slots: int, ragged: bool):
     parts = torch.linspace(1, 15, heads) if ragged else torch.ones(heads)
     lengths = (parts / parts.sum() * slots * heads).long().clamp(min=1).expand(batch, heads)
     for layer in cache.layers:
-        held = layer.contents
+        state = layer.state
         n = int(lengths.sum()) if ragged else batch * heads * slots
         pairs = {name: torch.randn(n, dim, device=device, dtype=dtype) for name in ("keys", "values")}
         positions = torch.arange(n, device=device)
         if ragged:
-            held.slots = RaggedSlots(pairs | {"positions": positions}, lengths.clone(), lengths.clone())
+            state.slots = RaggedSlots(pairs | {"positions": positions}, lengths.clone(), lengths.clone())
         else:
             shaped = {name: tensor.view(batch, heads, slots, dim) for name, tensor in pairs.items()}
-            held.slots.append(shaped | {"positions": positions.view(batch, heads, slots)}, 0)
-        held.rows, held.fired, layer.seen = [slots] * batch, [slots] * batch, slots
+            state.slots.append(shaped | {"positions": positions.view(batch, heads, slots)}, 0)
+        state.tokens_seen, state.evicted_at, layer.seen = [slots] * batch, [slots] * batch, slots
         layer.lazy_initialization(pairs["keys"])
     return cache
 

@@ -25,7 +25,7 @@ from kv_gym.budgets import format_budget
 from kv_gym.evaluation.rows import result, write_json
 from kv_gym.evaluation.safety import auroc, recall_at, threshold_at, watched_answers
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, reference_tasks
-from kv_gym.live import EvictingCache, Guard, Panel
+from kv_gym.live import EvictingCache, Guard, PolicyGroup
 from kv_gym.policies import make_policy
 from kv_gym.reference import MODEL
 from kv_gym.reference.generator import make_context
@@ -109,7 +109,7 @@ def measure(model, tasks: dict[str, list[TaskContext]], restoring: bool = False,
     """Arm -> what all signals of it say; with `restoring`, also what is right when everything is put back."""
     policies = {name: make_policy(name) for name, _, _ in ARMS}
     everything = make_policy("recency")
-    panel = Panel((everything, *policies.values()))
+    panel = PolicyGroup((everything, *policies.values()))
     measured = {arm: Measured() for arm in ARMS}
     first = 0
     for contexts in tasks.values():

@@ -10,7 +10,7 @@ from kv_gym.budgets import Allocation, fitting
 from kv_gym.budgets.budget import Budget
 from kv_gym.budgets.uniform import Uniform
 from kv_gym.evaluation.summary import FULL
-from kv_gym.live import EvictingCache, Panel
+from kv_gym.live import EvictingCache, PolicyGroup
 from kv_gym.live.tiers import Drop, Tier
 from kv_gym.policies import Policy, make_policy
 
@@ -80,7 +80,7 @@ def cache_for(model, configurations: Sequence[Configuration]) -> EvictingCache:
     """
     for configuration in configurations:
         configuration.allocation.refuse_unfit(configuration.policy)
-    panel = Panel(tuple({id(configuration.policy): configuration.policy for configuration in configurations}.values()))
+    panel = PolicyGroup(tuple({id(configuration.policy): configuration.policy for configuration in configurations}.values()))
     rule, tier = _most_curious(configurations)
     return EvictingCache(model, policy=panel, budget=1.0, allocation=rule, evicted=tier)
 

@@ -11,7 +11,6 @@ from torch import Tensor
 from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks import TaskContext
 from kv_gym.live import EvictingCache
-from kv_gym.live.safety import watched_layers
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ def watched_answers(model, cache: EvictingCache, batch: Sequence[TaskContext]) -
     asked = [(row, question) for row, context in enumerate(batch) for question in context.questions]
     if len({(len(question.question_ids), len(question.answer_ids)) for _, question in asked}) > 1:
         raise UserError("questions or answers differ in length, and are asked together here: group them by length")
-    if cache.net is None:
+    if cache.monitor is None:
         raise UserError("the cache has no guard: make it with EvictingCache(..., guard=Guard(...))")
     row = torch.tensor([row for row, _ in asked])
     expected = torch.tensor([question.answer_ids for _, question in asked])
@@ -60,9 +59,9 @@ def watched_answers(model, cache: EvictingCache, batch: Sequence[TaskContext]) -
         for _ in range(expected.shape[1]):
             ids = model(input_ids=ids, past_key_values=fork, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
             said.append(ids[:, 0].cpu())
-            assert fork.net is not None
-            signals.append(_measured(fork.net.signal).double().cpu())
-            values = [layer.value.double().cpu() for layer in watched_layers(fork) if layer.value is not None]
+            assert fork.monitor is not None
+            signals.append(_measured(fork.monitor.signal).double().cpu())
+            values = [signal.double().cpu() for signal in fork.layer_signals()]
             layers += [torch.stack(values)] if values else []
     right = (torch.stack(said, 1) == expected).all(1)
     of_layers = torch.stack(layers).amax(0) if layers else None

@@ -367,7 +367,7 @@ class CacheConfig:
         return slots_after(self.budget, seen)
 
     def slack(self, length: int) -> int:
-        """Slots by which a full buffer grows: what comes until the next eviction, or an eighth where that is unknown."""
+        """Slots by which a full buffer grows: what comes until the next eviction; where that is unknown, an eighth."""
         waiting = self.trigger.every or 0
         grows = self.trigger.every is None or isinstance(self.budget, float)
         return max(waiting, length // 8) if grows else waiting

@@ -29,14 +29,21 @@ def attend_ragged(
     Returns:
         `[batch, m, query_heads, d]`; zero where a query is padding.
     """
-    if query.device.type == "cuda" and token_mask is None and not dropout and query.dtype in (torch.float16, torch.bfloat16):
+    if (
+        query.device.type == "cuda"
+        and token_mask is None
+        and not dropout
+        and query.dtype in (torch.float16, torch.bfloat16)
+    ):
         return attend_varlen(query, slots, scaling)
     if query.device.type != "cpu" and token_mask is None:
         return attend_padded(query, slots, scaling, dropout)
     return attend_per_head(query, slots, scaling, token_mask, dropout)
 
 
-def attend_per_head(query: Tensor, slots: RaggedSlots, scaling: float, token_mask: Tensor | None, dropout: float) -> Tensor:
+def attend_per_head(
+    query: Tensor, slots: RaggedSlots, scaling: float, token_mask: Tensor | None, dropout: float
+) -> Tensor:
     """One product per head over exactly its slots: no byte of another head or of padding is read; any device."""
     batch, query_heads, m, d = query.shape
     heads = slots.lengths.shape[1]

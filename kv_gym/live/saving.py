@@ -56,8 +56,8 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
     """
     if not isinstance(config.layer_tier, Drop):
         raise UserError(
-            f"a cache with evicted={config.layer_tier.name!r}, a guard or offload=True holds more than its slots, which "
-            "no file has a place for: save one that was made without them"
+            f"a cache with evicted={config.layer_tier.name!r}, a guard or offload=True holds more than its slots, "
+            "which no file has a place for: save one that was made without them"
         )
     tensors: dict[str, Tensor] = {}
     about_layers: dict[str, dict[str, Any]] = {}
@@ -275,7 +275,7 @@ class _SavedLayer:
         return EqualSlots(buffers, length, self._about["foreign"] is True)
 
     def _expected_buffers(self, state: LayerState) -> dict[str, tuple[list[int], torch.dtype | None]]:
-        """Name of every buffer that a layer with these settings has -> its sizes beyond the slots, dtype (None: keys')."""
+        """Name of every buffer that the layer must have -> its sizes beyond the slots, dtype (None: that of keys)."""
         heads, d = self._cache.fingerprint.kv_heads, self._cache.fingerprint.head_dim
         keys, positions = torch.zeros(1, heads, 1, d), torch.zeros(1, heads, 1, dtype=torch.int64)
         valid, one = torch.ones_like(positions, dtype=torch.bool), torch.ones(1, dtype=torch.int64)

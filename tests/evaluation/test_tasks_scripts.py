@@ -116,10 +116,10 @@ def test_batched_runs_equal_a_plain_loop_over_tokens(model, tasks, name, policy)
 
 
 def test_all_arms_of_a_policy_share_its_second_reading(model, tasks, monkeypatch):
-    from kv_gym.live import whole_model
+    from kv_gym.live import cache as live
 
-    readings, read_again = [], whole_model.read_again
-    monkeypatch.setattr(whole_model, "read_again", lambda *given: (readings.append(1), read_again(*given)))
+    readings, read_again = [], live.read_again
+    monkeypatch.setattr(live, "read_again", lambda *given: (readings.append(1), read_again(*given)))
     task, kvzip = tasks["multi_key"], make_policy("kvzip")
     batch = task.batches()[0]
     configurations = [

@@ -24,7 +24,7 @@ from kv_gym.budgets.calibrated import identity
 from kv_gym.errors import UserError
 from kv_gym.evaluation import calibrate
 from kv_gym.evaluation.replay import replay
-from kv_gym.live import Panel
+from kv_gym.live import PolicyGroup
 from kv_gym.models import hidden_states
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, make_policy
@@ -258,7 +258,7 @@ def test_rows_of_a_padded_batch_keep_what_they_keep_alone(trigger):
 def test_one_prefill_serves_forks_for_several_policies():
     model = tiny("llama")
     policy, other = hidden_policy(model), hidden_policy(model, ("key", "hidden"), seed=1)
-    with EvictingCache(model, Panel((other, make_policy("h2o"), policy)), 1.0) as cache:
+    with EvictingCache(model, PolicyGroup((other, make_policy("h2o"), policy)), 1.0) as cache:
         feed(model, tokens(1, 40), cache)
         for chosen in (policy, other):
             with EvictingCache(model, chosen, 9) as direct:
@@ -268,9 +268,9 @@ def test_one_prefill_serves_forks_for_several_policies():
                 feed(model, tokens(1, 3, seed=2), twin)
             feed_again = direct.kept_positions(1)[0].tolist()
             assert [head[:9] for head in twin.kept_positions(1)[0].tolist()] == feed_again
-            assert set(fork.layers[0].contents.slots.buffers) == {"keys", "values", "positions", "scores"}
+            assert set(fork.layers[0].state.slots.buffers) == {"keys", "values", "positions", "scores"}
         plain = cache.fork("knorm", 9)
-        assert set(plain.layers[0].contents.slots.buffers) == {"keys", "values", "positions"}
+        assert set(plain.layers[0].state.slots.buffers) == {"keys", "values", "positions"}
         plain.detach()
         with pytest.raises(UserError, match="did not keep what policy 'scorer' needs"):
             plain.fork(policy)

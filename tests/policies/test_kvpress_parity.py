@@ -19,8 +19,8 @@ from kv_gym.budgets import cut, select
 from kv_gym.budgets.ada import Ada
 from kv_gym.budgets.allocation import Layer
 from kv_gym.budgets.pyramid import Pyramid
-from kv_gym.live.rope_shift import Turn
-from kv_gym.live.tiers import Leaving, MergeValues
+from kv_gym.live.rope_shift import RopeShift
+from kv_gym.live.tiers import EvictedPairs, MergeValues
 from kv_gym.policies import StatefulPolicy
 from kv_gym.policies.scoring.block_schedule import observe_blocks
 from kv_gym.traces import Prompt
@@ -135,8 +135,8 @@ def stays(golden):
 def test_values_are_merged_as_kvpress_does(golden):
     kept, index = stays(golden)
     view = view_of(golden, make_policy("knorm"))
-    leaving = Leaving(view.keys, view.values, view.positions, view.valid, kept, N // 2, True, 0)
-    merged = MergeValues().begin().take(leaving)["values"][0]
+    pairs = EvictedPairs(view.keys, view.values, view.positions, view.valid, kept, N // 2, True, 0)
+    merged = MergeValues().begin().take(pairs)["values"][0]
     wide = index[..., None].expand(-1, -1, merged.shape[-1])
     assert torch.equal(golden["keys"].gather(1, wide), golden["keys.merged"])
     torch.testing.assert_close(merged.gather(1, wide), golden["values.merged"], rtol=1e-5, atol=1e-6)
@@ -148,9 +148,9 @@ def test_keys_are_turned_as_kvpress_does(golden):
     kept, index = stays(golden)
     index = index.sort(-1).values[None]
     keys = golden["keys"][None].gather(2, index[..., None].expand(-1, -1, -1, golden["keys"].shape[-1]))
-    turn = Turn(tiny("llama", torch.float32))
-    ours = turn.keys(keys, N // 2 + torch.arange(N // 2) - index)
-    theirs = turn.keys(golden["keys.turned"][None], torch.full_like(index, N // 2))
+    shift = RopeShift(tiny("llama", torch.float32))
+    ours = shift.rotate(keys, N // 2 + torch.arange(N // 2) - index)
+    theirs = shift.rotate(golden["keys.turned"][None], torch.full_like(index, N // 2))
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert int(kept.sum()) == N
 

@@ -9,7 +9,7 @@ from second_reading_reference import paid_when_repeated
 
 from kv_gym import CacheView, EvictingCache, make_policy
 from kv_gym.errors import UserError
-from kv_gym.live import Panel
+from kv_gym.live import PolicyGroup
 from kv_gym.models.repetition import Repetition
 from kv_gym.traces import Prompt
 from kv_gym.traces.recorder import record_sequence
@@ -27,7 +27,7 @@ def statistics(cache):
     """State by layer, of slots in the order of their positions."""
     found = {}
     for layer in cache.evicting_layers:
-        view = cache.layers[layer].contents.view()
+        view = cache.layers[layer].state.view()
         found[layer] = view.state["paid"].gather(2, view.positions.sort(-1).indices)
     return found
 
@@ -123,7 +123,7 @@ def test_a_panel_remembers_the_text_for_its_forks():
     model, ids, policy = tiny(), tokens(1, 40), make_policy("kvzip", chunk=16)
     with EvictingCache(model, policy, 0.25) as direct:
         feed(model, ids, direct)
-    with EvictingCache(model, Panel((make_policy("snapkv"), policy)), 1.0) as cache:
+    with EvictingCache(model, PolicyGroup((make_policy("snapkv"), policy)), 1.0) as cache:
         feed(model, ids[:, :25], cache)
         feed(model, ids[:, 25:], cache)
         fork = cache.fork(policy, 0.25)
@@ -139,11 +139,11 @@ def test_tokens_after_a_cut_are_repeated_before_the_next():
     with EvictingCache(model, policy, 12, trigger="every:8", recent=0) as cache:
         feed(model, tokens(1, 24), cache)
         feed(model, tokens(1, 7, seed=3), cache)
-        held = cache.layers[0].contents
-        assert held.unread.shape == (1, 7, 2) and held.view().state["paid"][0, 0, -7:].eq(0).all()
+        state = cache.layers[0].state
+        assert state.unread.shape == (1, 7, 2) and state.view().state["paid"][0, 0, -7:].eq(0).all()
         feed(model, tokens(1, 1, seed=4), cache)
-        assert held.unread is None
-        view = held.view()
+        assert state.unread is None
+        view = state.view()
         later = view.positions >= 24
         assert later.any() and (view.state["paid"][later] > 0).all()
 
@@ -156,7 +156,7 @@ def test_beams_and_drafts_take_the_text_along():
         cache.crop(-4)
         cache.reorder_cache(torch.tensor([1, 1]))
         text = torch.cat((tokens(2, 20), tokens(2, 6, seed=1)[:, :2]), 1)[[1, 1]]
-        assert torch.equal(cache.layers[0].contents.unread[..., 0], text)
+        assert torch.equal(cache.layers[0].state.unread[..., 0], text)
         fork = forked(cache, policy, 0.5)
         paid, expected = statistics(fork), paid_when_repeated(model, text)
         for layer in fork.evicting_layers:

@@ -17,7 +17,7 @@ from kv_gym.evaluation.leaderboard.rows import batch_line, write_batch
 from kv_gym.evaluation.leaderboard.spec import Spec
 from kv_gym.evaluation.leaderboard.subjects import Subject, task_of
 from kv_gym.evaluation.tasks import Task
-from kv_gym.live.settings import settings_of
+from kv_gym.live import CacheConfig
 from kv_gym.policies import Policy
 
 
@@ -109,7 +109,7 @@ class Bench:
         if isinstance(task, Replayed):
             task.refuse_unfit(configuration)
         else:
-            settings_of(
+            CacheConfig.parse(
                 self.model,
                 configuration.policy,
                 configuration.budget,

@@ -17,7 +17,7 @@ from kv_gym.budgets import format_budget, parse_allocation, protection_for
 from kv_gym.budgets.budget import slots_after
 from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks import TaskContext
-from kv_gym.live import EvictingCache, Panel
+from kv_gym.live import EvictingCache, PolicyGroup
 from kv_gym.live.layer import EvictingLayer
 from kv_gym.policies import Policy
 
@@ -52,7 +52,7 @@ def token_view(
     Raises:
         UserError: a policy that cannot run live, or one that scores differently at every budget.
     """
-    panel = Panel(tuple(policies.values()))
+    panel = PolicyGroup(tuple(policies.values()))
     ids = torch.tensor([context.context_ids], device=model.device)
     told: list[dict[str, Any]] = []
     layers = heads = 0
@@ -112,7 +112,7 @@ def _merits(cache: EvictingCache, policy: Policy, budget: float, allocation: str
     rule = parse_allocation(allocation)
     rule.refuse_unfit(policy)
     fork = cache.fork(policy, budget, 0, 0, rule)
-    judged = [layer.contents.judged() for layer in fork.layers if isinstance(layer, EvictingLayer)]
+    judged = [layer.state.score_slots() for layer in fork.layers if isinstance(layer, EvictingLayer)]
     return torch.stack([layer.merits[0] for layer in judged])
 
 

@@ -1,19 +1,22 @@
-"""The cache as an object: memory, forks, batches, and equality with DynamicCache."""
+"""The cache as an object: memory, forks, batches, reset, and equality with DynamicCache."""
 
 import copy
+from dataclasses import dataclass
 
 import pytest
 import torch
-from live_models import feed, prefilled, tiny, tokens
+from live_models import LIVE, feed, prefilled, tiny, tokens
 from transformers import DynamicCache
 
 from kv_gym import EvictingCache, make_policy
 from kv_gym.errors import UserError
-from kv_gym.live import Panel
+from kv_gym.live import CacheConfig, Guard, PolicyGroup
 from kv_gym.policies import Policy
 
 KEY_BYTES = VALUE_BYTES = 8 * 8  # head_dim 8, float64
 SLOT_BYTES = KEY_BYTES + VALUE_BYTES + 8  # and an int64 position
+PIECES = [tokens(3, size, seed=size) for size in (20, 1, 5, 1)]
+LATER = [tokens(3, 4, seed=40), tokens(3, 1, seed=41)]
 
 
 def storages(cache):
@@ -21,7 +24,7 @@ def storages(cache):
     found, todo, visited = {}, list(cache.layers), set()
     while todo:
         item = todo.pop()
-        if id(item) in visited or isinstance(item, torch.nn.Parameter | Policy):
+        if id(item) in visited or isinstance(item, torch.nn.Parameter | Policy | CacheConfig):
             continue
         visited.add(id(item))
         if isinstance(item, torch.Tensor):
@@ -103,8 +106,8 @@ def test_a_fork_is_independent():
 def test_one_prefill_serves_a_panel_of_policies():
     model = tiny()
     policies = [make_policy(name) for name in ("h2o", "snapkv", "tova", "knorm", "keydiff")]
-    full = prefilled(model, Panel(tuple(policies)), 1.0, batch=2)
-    with pytest.raises(UserError, match="a panel does not score"):
+    full = prefilled(model, PolicyGroup(tuple(policies)), 1.0, batch=2)
+    with pytest.raises(UserError, match="a policy group does not score"):
         full.fork(budget=0.5).compress()
     for policy in policies:
         alone = prefilled(model, policy, 0.25, batch=2)
@@ -186,3 +189,118 @@ def test_nothing_of_the_graph_is_held():
     out = model(tokens(1, 20), past_key_values=cache).logits
     assert out.requires_grad
     assert not any(tensor.requires_grad for tensor in cache._tensors())
+
+
+def read_pieces(model, name, rows):
+    """A cache that has read the first pieces in these rows, evicting on the way."""
+    cache = EvictingCache(model, name, 9, trigger="every:3", recent=2)
+    for piece in PIECES:
+        feed(model, piece[rows], cache)
+    return cache
+
+
+def read_later(model, cache, rows):
+    """What the later pieces give, and what is kept after them."""
+    logits = [feed(model, piece[rows], cache) for piece in LATER]
+    return *logits, *(cache.kept_positions(layer) for layer in cache.evicting_layers)
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_forks_beams_and_reset_equal_a_fresh_cache(name):
+    model = tiny("qwen3")
+    everybody, beams = [0, 1, 2], [2, 0, 0]
+    with read_pieces(model, name, everybody) as cache, cache.fork() as fork, cache.fork() as searched:
+        expected = read_later(model, cache, everybody)
+        assert all(
+            torch.equal(one, other) for one, other in zip(read_later(model, fork, everybody), expected, strict=True)
+        )
+
+        searched.reorder_cache(torch.tensor(beams))
+        with read_pieces(model, name, beams) as fresh:
+            for one, other in zip(read_later(model, searched, beams), read_later(model, fresh, beams), strict=True):
+                torch.testing.assert_close(one, other, rtol=1e-6, atol=1e-6)
+
+        cache.reset()
+        for piece in PIECES:
+            feed(model, piece, cache)
+        assert all(
+            torch.equal(one, other) for one, other in zip(read_later(model, cache, everybody), expected, strict=True)
+        )
+
+
+@pytest.mark.parametrize("guard", [Guard("missing", 0.0, then="enlarge"), Guard("missing", 0.0, then="restore")])
+def test_reset_brings_back_budget_and_alarms(guard):
+    model = tiny()
+    with EvictingCache(model, "keydiff", 6, trigger="every:2", offload=True, guard=guard) as cache:
+        first = [feed(model, ids, cache) for ids in (tokens(1, 20), tokens(1, 2))]
+        assert cache.monitor.alarms == 1 and cache.config.budget != 6
+        cache.reset()
+        assert (cache.monitor.alarms, cache.monitor.signal, cache.config.budget) == (0, None, 6)
+        again = [feed(model, ids, cache) for ids in (tokens(1, 20), tokens(1, 2))]
+        assert all(torch.equal(*pair) for pair in zip(first, again, strict=True))
+
+
+def test_reset_after_restore_evicts_again():
+    model = tiny()
+    with EvictingCache(model, "knorm", 6, offload=True) as cache:
+        feed(model, tokens(1, 20), cache)
+        cache.restore()
+        fork = cache.fork()
+        for each in (cache, fork):
+            assert each.kept().eq(20).all()
+            each.reset()
+            feed(model, tokens(1, 20), each)
+            assert each.kept().eq(6).all()
+        cache.set_budget(4)
+        cache.reset()
+        feed(model, tokens(1, 20), cache)
+        assert cache.kept().eq(4).all()
+
+
+@dataclass(frozen=True)
+class HiddenNorm(Policy):
+    """Scores tokens by the size of their hidden states."""
+
+    scale: float = 1.0
+    needs_hidden = True
+    static = True
+
+    def score(self, view):
+        return self.scale * view.hidden.norm(dim=-1)[:, None].expand(view.positions.shape)
+
+
+@pytest.mark.parametrize("group", [False, True])
+def test_a_fork_with_an_equal_policy_of_hidden_states(group):
+    """Stored scores are found by equality of policies, as state and queries are."""
+    model = tiny()
+    policy = PolicyGroup((make_policy("knorm"), HiddenNorm())) if group else HiddenNorm()
+    full = prefilled(model, policy, 1.0)
+    direct = prefilled(model, HiddenNorm(), 7)
+    with full.fork(policy=HiddenNorm(), budget=7) as fork:
+        fork.compress()
+        for layer in range(3):
+            assert torch.equal(fork.kept_positions(layer), direct.kept_positions(layer))
+    with pytest.raises(UserError, match="did not keep what policy"):
+        full.fork(policy=HiddenNorm(2.0))
+
+
+def test_old_names_work_and_warn():
+    import kv_gym.live
+    import kv_gym.live.safety
+    from kv_gym.live.guard import GuardMonitor
+
+    with pytest.warns(DeprecationWarning, match="PolicyGroup"):
+        assert kv_gym.live.PolicyGroup is PolicyGroup
+    with pytest.warns(DeprecationWarning, match="GuardMonitor"):
+        assert kv_gym.live.safety.SafetyNet is GuardMonitor
+    cache = prefilled(tiny(), "kvzip", 1.0, guard=Guard())
+    with pytest.warns(DeprecationWarning, match="EvictingCache.net is now called monitor"):
+        assert cache.net is cache.monitor
+    with pytest.warns(DeprecationWarning, match="EvictingCache.eviction is now called config"):
+        assert cache.eviction is cache.config
+    with pytest.warns(DeprecationWarning, match="read_again is now called run_second_reading"):
+        cache.read_again()
+    assert cache.layers[0].state.unread is None
+    with pytest.warns(DeprecationWarning, match="adopt_budget is now called set_budget"):
+        cache.adopt_budget(4)
+    assert cache.config.budget == 4

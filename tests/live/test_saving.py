@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 from kv_gym import EvictingCache, make_policy
 from kv_gym.errors import UserError
-from kv_gym.live import Panel
+from kv_gym.live import PolicyGroup
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.scorer import GroupedScorer, Scorer
 
@@ -84,7 +84,7 @@ def test_every_policy_can_be_saved(tmp_path, name):
     model = tiny()
     cache = prefilled(model, name, 10, n=24, batch=2, trigger="every:4")
     again = EvictingCache.load(cache.save(tmp_path / "a.safetensors"), model)
-    assert again.eviction == cache.eviction
+    assert again.config == cache.config
     assert (again.seen, again.nbytes()) == (cache.seen, cache.nbytes())
     for piece in torch.split(tokens(2, 9, seed=1), [1, 6, 2], 1):
         assert torch.equal(feed(model, piece, again), feed(model, piece, cache))
@@ -94,7 +94,7 @@ def test_every_policy_can_be_saved(tmp_path, name):
 
 def test_tokens_can_still_be_taken_back_and_forks_made(tmp_path):
     model = tiny()
-    cache = prefilled(model, Panel((make_policy("h2o"), make_policy("snapkv"))), 1.0)
+    cache = prefilled(model, PolicyGroup((make_policy("h2o"), make_policy("snapkv"))), 1.0)
     again = EvictingCache.load(cache.save(tmp_path / "a.safetensors"), model)
     for policy in ("h2o", "snapkv"):
         with cache.fork(policy=policy, budget=7) as one, again.fork(policy=policy, budget=7) as two:

@@ -11,9 +11,8 @@ from tier_reference import TieredReference
 
 from kv_gym import EvictingCache, make_policy
 from kv_gym.errors import UserError
-from kv_gym.live import Panel
-from kv_gym.live import ragged_attention as heads
-from kv_gym.live.tiers import Drop, Leaving, LowPrecision, Merge, MergeValues, joined, parse_tier
+from kv_gym.live import PolicyGroup
+from kv_gym.live.tiers import Drop, EvictedPairs, LowPrecision, Merge, MergeValues, parse_tier
 from kv_gym.live.tiers.quantiser import dequantise, quantise
 from kv_gym.policies import Policy
 
@@ -196,7 +195,7 @@ def reachable(thing, seen=None):
     elif isinstance(thing, list | tuple):
         for value in thing:
             reachable(value, seen)
-    elif type(thing).__module__.startswith("kv_gym.live") and type(thing).__name__ != "Eviction":
+    elif type(thing).__module__.startswith("kv_gym.live") and type(thing).__name__ != "CacheConfig":
         held = {name: value for name, value in vars(thing).items() if name != "_model"}
         # which slots of flat buffers belong to whom is on the host, and no part of the cache's own count
         host = ("lengths", "capacities", "starts")
@@ -235,7 +234,7 @@ def test_bytes_after_many_evictions(allocation):
         roomy = cache.nbytes()
         cache.compress()
         places, d = 6, 8
-        scores = 4 if "scores" in cache.layers[0].contents.slots.buffers else 0
+        scores = 4 if "scores" in cache.layers[0].state.slots.buffers else 0
         exact = places * (10 * (2 * d * 8 + 8 + scores) + 70 * (2 * d // 2 + 2 * 4))
         slack = places * (max(16, 70 // 8 + 1) + 16 * (allocation != "uniform"))
         assert exact < roomy <= exact + slack * (2 * d * 8 + 8 + scores + 2 * d // 2 + 2 * 4)
@@ -321,13 +320,13 @@ def test_merging_by_hand():
     keys = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]).view(1, 1, 3, 2)
     values = torch.tensor([[4.0, 0.0], [0.0, 4.0], [8.0, 8.0]]).view(1, 1, 3, 2)
     kept = torch.tensor([[[True, False, False]]])
-    leaving = Leaving(keys, values, torch.arange(3).view(1, 1, 3), torch.ones(1, 1, 3).bool(), kept, 2, True, 0)
+    pairs = EvictedPairs(keys, values, torch.arange(3).view(1, 1, 3), torch.ones(1, 1, 3).bool(), kept, 2, True, 0)
     layer = Merge().begin()
-    changed = layer.take(leaving)
+    changed = layer.take(pairs)
     assert layer.threshold.tolist() == [[0.5]]
     torch.testing.assert_close(changed["keys"][0, 0, 0], torch.tensor([2.0, 0.0]))  # weights e and e
     torch.testing.assert_close(changed["values"][0, 0, 0], torch.tensor([2.0, 2.0]))
-    changed = MergeValues().begin().take(leaving)  # weight 1 * 4 / (4 + 4) against 1
+    changed = MergeValues().begin().take(pairs)  # weight 1 * 4 / (4 + 4) against 1
     torch.testing.assert_close(changed["values"][0, 0, 0], torch.tensor([4.0, 2.0]) / 1.5)
     assert list(changed) == ["values"]
 
@@ -340,31 +339,7 @@ def test_dropping_is_the_default_and_costs_nothing():
             torch.testing.assert_close(feed(model, piece, cache), reference(piece), **EXACT)
             for layer in range(3):
                 reference.hide(layer, cache.kept_positions(layer))
-        assert cache.layers[0].contents.tier.held is None
-
-
-def test_ragged_attention_over_tier_and_slots(monkeypatch):
-    """Slices, padding and variable length read the joined slots alike: the tier's first, the newest last."""
-    from test_live_ragged import ragged, slow_attention, varlen_stand_in
-    from torch.nn.attention import varlen
-
-    tier, slots = ragged(new=0, seed=1), ragged(new=2)
-    both = joined(tier, slots)
-    assert torch.equal(both.lengths, tier.lengths + slots.lengths)
-    for row in range(2):
-        for head in range(3):
-            cut = [part.buffers["keys"][part.starts[row, head] :][: part.lengths[row, head]] for part in (tier, slots)]
-            there = both.buffers["keys"][both.starts[row, head] :][: both.lengths[row, head]]
-            assert torch.equal(there, torch.cat(cut))
-    query = torch.randn(2, 6, 2, 4).double()
-    expected = slow_attention(query, both, 0.7)
-    monkeypatch.setattr(varlen, "varlen_attn", varlen_stand_in)
-    for found in (
-        heads.by_slices(query, both, 0.7, None, 0.0),
-        heads.by_padding(query, both, 0.7),
-        heads.by_variable_length(query, both, 0.7),
-    ):
-        torch.testing.assert_close(found, expected)
+        assert cache.layers[0].state.tier.stored is None
 
 
 def test_evaluate_compares_fates():
@@ -398,8 +373,8 @@ def test_evaluate_compares_fates():
 def test_a_fork_may_treat_evicted_pairs_otherwise():
     model = tiny()
     ids, question = tokens(1, 20), tokens(1, 4, seed=2)
-    panel = Panel((make_policy("h2o"), make_policy("knorm")))
-    with EvictingCache(model, panel, 1.0, evicted="bits:2:balanced") as full:
+    group = PolicyGroup((make_policy("h2o"), make_policy("knorm")))
+    with EvictingCache(model, group, 1.0, evicted="bits:2:balanced") as full:
         feed(model, ids, full)
         for evicted in ("drop", *FATES):
             with EvictingCache(model, "h2o", 5, evicted=evicted) as alone, full.fork("h2o", 5, evicted=evicted) as fork:
@@ -412,7 +387,7 @@ def test_a_fork_may_treat_evicted_pairs_otherwise():
             cache.fork(evicted="drop")
     with EvictingCache(model, "h2o", 1.0) as cache:
         feed(model, ids, cache)
-        with pytest.raises(UserError, match="did not watch"):
+        with pytest.raises(UserError, match="did not see"):
             cache.fork(evicted="bits:4:balanced")
 
 

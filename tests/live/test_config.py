@@ -9,6 +9,8 @@ from live_models import feed, prefilled, tiny, tokens
 
 from kv_gym import EvictingCache
 from kv_gym.errors import UserError
+from kv_gym.live import Guard
+from kv_gym.live.tiers import LowPrecision
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.scorer import GroupedScorer, Scorer
 
@@ -79,7 +81,7 @@ def test_a_failure_between_update_and_attention_leaves_nothing_behind(monkeypatc
     monkeypatch.undo()
     feed(model, tokens(1, 1), None)
     feed(model, tokens(1, 1), other)
-    assert cache.layers[0].contents.fired == [None]  # nobody else's attention was taken for its own
+    assert cache.layers[0].state.evicted_at == [None]  # nobody else's attention was taken for its own
 
 
 def test_a_detached_cache_can_be_entered_again():
@@ -218,3 +220,28 @@ def test_changed_attention_is_refused():
     model = Gemma2ForCausalLM(config).eval()
     with pytest.raises(UserError, match="changes its attention by 'softcap'"):
         model(tokens(1, 6), past_key_values=EvictingCache(model))
+
+
+@pytest.mark.parametrize(
+    ("settings", "changes", "sentence"),
+    [
+        ({"offload": True}, {"evicted": "merge"}, "changes survivors, so a copy of evicted pairs"),
+        ({"positions": "cache"}, {"evicted": "bits:4"}, "choose one of the two"),
+        ({"positions": "cache"}, {"guard": Guard()}, "choose one of the two"),
+        ({}, {"positions": "middle"}, "expected 'original' or 'cache'"),
+        ({}, {"guard": Guard(then="restore")}, "give offload=True"),
+        ({}, {"guard": Guard("tier")}, "evicted='drop' keeps none"),
+        ({}, {"guard": Guard(layers=(3,))}, "averages layer 3, and 3 layers evict"),
+        ({}, {"policy": "oracle"}, "is an oracle"),
+        ({}, {"budget": 1.5}, "is a share above 1"),
+        ({}, {"sinks": -1}, "sinks and recent are -1"),
+        ({}, {"evicted": LowPrecision(2, group=3)}, "heads have 8 channels"),
+    ],
+)
+def test_a_fork_is_refused_what_the_constructor_refuses(settings, changes, sentence):
+    model = tiny()
+    with pytest.raises(UserError, match=sentence):
+        EvictingCache(model, **{"policy": "knorm"} | settings | changes)
+    with EvictingCache(model, "knorm", **settings) as cache, pytest.raises(UserError, match=sentence):
+        cache.fork(**changes)
+    assert (implementation(model), hooks(model)) == ("sdpa", 0)

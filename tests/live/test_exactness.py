@@ -58,7 +58,7 @@ def test_evictions_while_decoding(family, attention):
 @pytest.mark.parametrize("policy", LIVE)
 def test_policies_while_decoding(policy):
     model = tiny()
-    # positions inside the cache have a reference of their own: test_live_reindexed.py
+    # positions inside the cache have a reference of their own: test_rope_shift.py
     with EvictingCache(model, policy, 0.25, trigger="every:2", recent=3, positions="original") as cache:
         evicted = compare(model, cache, split(tokens(1, 30), 20, *[1] * 6, 4))
         assert evicted == [15, 15, 17, 17, 18, 18, 20, 23]  # a quarter of the tokens seen stays, rounded down

@@ -8,9 +8,8 @@ from live_models import FULL, feed, tiny, tokens
 from masked_reference import MaskedReference
 
 from kv_gym import EvictingCache, make_policy
-from kv_gym.live import ragged_attention as heads
-from kv_gym.live.ragged import RaggedSlots
-from kv_gym.live.slots import EqualSlots
+from kv_gym.live import ragged_attention
+from kv_gym.live.slots import EqualSlots, concatenate
 from kv_gym.policies import Policy
 
 
@@ -84,7 +83,7 @@ def test_one_threshold_keeps_the_best_slots_of_the_model():
     policy = make_policy("snapkv")
     with EvictingCache(model, policy, 1.0) as full:
         feed(model, ids, full)
-        views = [layer.contents.view() for layer in full.layers]
+        views = [layer.state.view() for layer in full.layers]
     with EvictingCache(model, policy, 10, allocation="global", sinks=1, recent=2) as cache:
         feed(model, ids, cache)
     for row in range(2):
@@ -195,7 +194,7 @@ def ragged(batch=2, kv_heads=3, new=1, seed=0):
     equal.append(pairs(n) | {"positions": positions}, 0)
     kept = torch.rand(batch, kv_heads, n) < torch.rand(batch, kv_heads, 1)
     kept[0, 0] = False
-    slots = RaggedSlots.of(equal, kept)
+    slots = equal.keep(kept, 0)
     slots.append(pairs(new) | {"positions": torch.arange(n, n + new).expand(batch, kv_heads, new)}, 3)
     return slots
 
@@ -242,7 +241,30 @@ def test_three_forms_of_ragged_attention_agree_with_plain_loops(monkeypatch, gro
     slots = ragged(new=new)
     query = torch.randn(2, 3 * group, new, 4).double()
     expected = slow_attention(query, slots, 0.7)
-    torch.testing.assert_close(heads.by_slices(query, slots, 0.7, None, 0.0), expected)
-    torch.testing.assert_close(heads.by_padding(query, slots, 0.7), expected)
+    torch.testing.assert_close(ragged_attention.attend_per_head(query, slots, 0.7, None, 0.0), expected)
+    torch.testing.assert_close(ragged_attention.attend_padded(query, slots, 0.7), expected)
     monkeypatch.setattr(varlen, "varlen_attn", varlen_stand_in)
-    torch.testing.assert_close(heads.by_variable_length(query, slots, 0.7), expected)
+    torch.testing.assert_close(ragged_attention.attend_varlen(query, slots, 0.7), expected)
+
+
+def test_ragged_attention_over_concatenated_slots(monkeypatch):
+    """Slices, padding and variable length read concatenated slots alike: a tier's first, the newest last."""
+    from torch.nn.attention import varlen
+
+    tier, slots = ragged(new=0, seed=1), ragged(new=2)
+    both = concatenate(tier, slots)
+    assert torch.equal(both.lengths, tier.lengths + slots.lengths)
+    for row in range(2):
+        for head in range(3):
+            cut = [part.buffers["keys"][part.starts[row, head] :][: part.lengths[row, head]] for part in (tier, slots)]
+            there = both.buffers["keys"][both.starts[row, head] :][: both.lengths[row, head]]
+            assert torch.equal(there, torch.cat(cut))
+    query = torch.randn(2, 6, 2, 4).double()
+    expected = slow_attention(query, both, 0.7)
+    monkeypatch.setattr(varlen, "varlen_attn", varlen_stand_in)
+    for found in (
+        ragged_attention.attend_per_head(query, both, 0.7, None, 0.0),
+        ragged_attention.attend_padded(query, both, 0.7),
+        ragged_attention.attend_varlen(query, both, 0.7),
+    ):
+        torch.testing.assert_close(found, expected)

@@ -60,7 +60,7 @@ def test_h2o_state_is_all_attention_received(attention):
             reference(piece)
             for layer in range(3):
                 kept = cache.kept_positions(layer)
-                view = cache.layers[layer].contents.view()
+                view = cache.layers[layer].state.view()
                 mass = view.state["mass"].gather(2, view.positions.argsort(-1))
                 slow = reference.received[layer].gather(2, kept).float()
                 torch.testing.assert_close(mass, slow, rtol=1e-4, atol=1e-4)
@@ -95,7 +95,7 @@ def test_every_query_is_shown_once_in_blocks():
     with EvictingCache(model, Diary(), 10, trigger="every:2") as cache, torch.no_grad():
         for piece in torch.split(tokens(1, 205), [200, 1, 1, 3], 1):
             model(piece, past_key_values=cache)
-    shown = cache.layers[1].contents.view().state["shown"]
+    shown = cache.layers[1].state.view().state["shown"]
     assert shown.shape == (1, 2, 10, 2)
     # the oldest tokens stay: each of them was a slot in the blocks of 128, 72, 1, 1 and 3 queries
     assert shown[0, 0].tolist() == [[205.0, 5.0]] * 10
@@ -111,7 +111,7 @@ def test_a_view_shows_the_layer_faithfully():
             for layer in range(3):
                 reference.hide(layer, cache.kept_positions(layer))
     for layer in range(3):
-        view = cache.layers[layer].contents.view()
+        view = cache.layers[layer].state.view()
         expected = [*range(10), 20, 21, 22, 23, 24]
         assert view.positions[1, 1].tolist() == expected
         assert view.seen.tolist() == [25, 25]

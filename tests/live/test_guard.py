@@ -57,7 +57,7 @@ def test_signals_of_attention(signal, allocation):
     context, *rest = split(tokens(2, 28), 20, 4, 1, 3)
     with EvictingCache(model, "keydiff", 8, allocation, guard=Guard(signal)) as cache:
         feed(model, context, cache)
-        assert cache.net.signal is None  # nothing was evicted when the context was read
+        assert cache.monitor.signal is None  # nothing was evicted when the context was read
         reference(context)
         kept = [cache.kept_positions(layer) for layer in LAYERS]
         for layer in LAYERS:
@@ -66,7 +66,7 @@ def test_signals_of_attention(signal, allocation):
             feed(model, piece, cache)
             reference(piece)
             expected = reference.signals(kept, 20)[signal].double()
-            torch.testing.assert_close(cache.net.signal.double(), expected, rtol=0, atol=1e-5)
+            torch.testing.assert_close(cache.monitor.signal.double(), expected, rtol=0, atol=1e-5)
         assert float(expected.min()) > 0.01
 
 
@@ -81,7 +81,7 @@ def test_signals_with_low_precision(signal, allocation):
             feed(model, piece, cache)
             reference(piece)
         expected = reference.signals([cache.kept_positions(0)], 20, 4, (0,))[signal]
-        torch.testing.assert_close(cache.net.signal.double(), expected.double(), rtol=0, atol=1e-5)
+        torch.testing.assert_close(cache.monitor.signal.double(), expected.double(), rtol=0, atol=1e-5)
 
 
 def test_signals_of_the_output():
@@ -98,7 +98,7 @@ def test_signals_of_the_output():
                 mean = torch.stack(before).mean(0) if before else torch.tensor(math.nan)
                 expected = {"entropy": entropy, "entropy_rise": entropy - mean, "margin": (second - first).float()}
                 torch.testing.assert_close(
-                    cache.net.signal, expected[signal].expand(2), rtol=0, atol=1e-5, equal_nan=True
+                    cache.monitor.signal, expected[signal].expand(2), rtol=0, atol=1e-5, equal_nan=True
                 )
                 before.append(entropy)
 
@@ -114,12 +114,12 @@ def test_a_padded_row_raises_what_it_raises_alone(signal):
         for a, b in ((0, 16), (16, 20), (20, 21), (21, 22)):
             positions = (mask[:, :b].cumsum(1) - 1).clamp(min=0)[:, a:]
             model(ids[:, a:b], attention_mask=mask[:, :b], position_ids=positions, past_key_values=cache)
-            together.append(cache.net.signal)
+            together.append(cache.monitor.signal)
     for row in range(2):
         with EvictingCache(model, "h2o", 0.5, recent=1, guard=Guard(signal)) as cache:
             for a, b in ((0, 16), (16, 20), (20, 21), (21, 22)):
                 feed(model, ids[row : row + 1, a:b][:, mask[row, a:b].bool()], cache)
-                alone[row].append(cache.net.signal)
+                alone[row].append(cache.monitor.signal)
     # output of a row that ends in padding is of that padding, as with any cache
     steps = (2, 3) if signal != "entropy_rise" else ()
     for step in steps:
@@ -176,7 +176,7 @@ def test_low_precision_pairs_return_in_full():
             if number == 3:
                 cache.restore()
                 reference.changed.clear()
-                assert cache.layers[0].contents.tier.held is None
+                assert cache.layers[0].state.tier.stored is None
 
 
 @pytest.mark.parametrize("evicted", ["drop", "bits:4"])
@@ -213,10 +213,10 @@ def test_layers_that_do_not_count_cost_nothing():
             part = whole.fork(guard=Guard(layers=(1,)))
             for each in (one, whole, part):
                 feed(model, question, each)
-        values = [layer.contents.tier.value for layer in whole.layers]
-        torch.testing.assert_close(one.net.signal, values[1])
-        torch.testing.assert_close(part.net.signal, values[1])
-        torch.testing.assert_close(whole.net.signal, sum(values) / 3)
+        values = [layer.state.tier.signal for layer in whole.layers]
+        torch.testing.assert_close(one.monitor.signal, values[1])
+        torch.testing.assert_close(part.monitor.signal, values[1])
+        torch.testing.assert_close(whole.monitor.signal, sum(values) / 3)
         with pytest.raises(UserError, match="did not sketch them"):
             one.fork(guard=Guard(layers=(1, 2)))
 
@@ -225,18 +225,18 @@ def test_warn_and_count():
     model = tiny()
     with EvictingCache(model, "keydiff", 8, guard=Guard("missing", threshold=0.0)) as cache:
         feed(model, tokens(1, 20), cache)
-        assert cache.net.alarms == 0
+        assert cache.monitor.alarms == 0
         with pytest.warns(UserWarning, match="'missing' is above 0, so what was evicted"):
             feed(model, tokens(1, 2), cache)
-        assert cache.net.alarms == 1
+        assert cache.monitor.alarms == 1
         quiet = cache.fork()
-        with pytest.warns(UserWarning, match="safety net"):
+        with pytest.warns(UserWarning, match="guard"):
             feed(model, tokens(1, 1), quiet)
-        assert (cache.net.alarms, quiet.net.alarms) == (1, 2)
+        assert (cache.monitor.alarms, quiet.monitor.alarms) == (1, 2)
     with EvictingCache(model, "keydiff", 8, guard=Guard("missing", threshold=1.0)) as cache:
         for piece in split(tokens(1, 24), 20, 2, 2):
             feed(model, piece, cache)
-        assert cache.net.alarms == 0
+        assert cache.monitor.alarms == 0
 
 
 def test_the_budget_grows():
@@ -249,7 +249,7 @@ def test_the_budget_grows():
             held.append(int(cache.kept().max()))
         # each alarm comes after its forward's own cut
         assert held == [8, 8, 12, 16, 20, 24, 28]
-        assert cache.eviction.budget == 93  # 8, 12, 18, 27, 41, 62, 93
+        assert cache.config.budget == 93  # 8, 12, 18, 27, 41, 62, 93
 
 
 def test_alarms_restore_by_themselves():
@@ -263,7 +263,7 @@ def test_alarms_restore_by_themselves():
         feed(model, ids, cache)
         feed(model, ids, full)
         torch.testing.assert_close(feed(model, more, cache), feed(model, more, full), rtol=0, atol=1e-9)
-        assert cache.net.alarms == 2
+        assert cache.monitor.alarms == 2
     hooks = len(model._forward_hooks)
     assert hooks == 0  # nothing stays on the model
 
@@ -280,8 +280,8 @@ def test_rows_and_forks_follow():
         feed(model, question.flip(0), swapped)
         twice.batch_repeat_interleave(2)
         feed(model, question.repeat_interleave(2, 0), twice)
-        torch.testing.assert_close(swapped.net.signal.flip(0), one.net.signal)
-        torch.testing.assert_close(twice.net.signal[1::2], one.net.signal)
+        torch.testing.assert_close(swapped.monitor.signal.flip(0), one.monitor.signal)
+        torch.testing.assert_close(twice.monitor.signal[1::2], one.monitor.signal)
         for each in (one, swapped, twice):
             each.restore()
         expected = feed(model, question, one)
@@ -302,7 +302,7 @@ def test_a_fork_may_have_another_guard():
             with EvictingCache(model, "keydiff", 6, evicted="bits:2", guard=Guard(signal)) as alone:
                 feed(model, ids, alone)
                 feed(model, question, alone)
-                assert torch.equal(alone.net.signal, fork.net.signal)
+                assert torch.equal(alone.monitor.signal, fork.monitor.signal)
             for other in ("missing", "tier", "unmatched"):  # of a fork that has evicted already
                 fork.fork(guard=Guard(other)).detach()
                 late = base.fork(budget=6, guard=Guard(signal))
@@ -312,7 +312,7 @@ def test_a_fork_may_have_another_guard():
                 with EvictingCache(model, "keydiff", 6, evicted="bits:2", guard=Guard(other)) as alone:
                     feed(model, ids, alone)
                     feed(model, question, alone)
-                    assert torch.equal(alone.net.signal, late.net.signal)
+                    assert torch.equal(alone.monitor.signal, late.monitor.signal)
     with EvictingCache(model, "keydiff", 6, guard=Guard("missing")) as sketched:
         feed(model, ids, sketched)
         unsketched = sketched.fork(guard=Guard("new"))
@@ -355,7 +355,7 @@ def test_answers_under_watch():
             signals, said = [], []
             for step in (*question, None):
                 token = feed(model, torch.tensor([[said[-1] if step is None else step]]), fork)[0, -1].argmax()
-                signals.append(float(fork.net.signal))
+                signals.append(float(fork.monitor.signal))
                 said.append(int(token))
             expected.append(max(signals[2:]))
             answers.append(tuple(said[2:]))

@@ -7,7 +7,7 @@ from masked_reference import MaskedReference
 
 from kv_gym import EvictingCache, make_policy
 from kv_gym.errors import UserError
-from kv_gym.live import Guard, Panel
+from kv_gym.live import Guard, PolicyGroup
 
 GEMMA = {"layer_types": ["full_attention"], "sliding_window": 8}
 
@@ -95,7 +95,7 @@ def test_a_fork_has_the_positions_of_its_policy():
     model, ids = tiny(), tokens(1, 30)
     names = ("streaming_llm", "streaming_llm_reindexed")
     logits = []
-    with EvictingCache(model, Panel(tuple(map(make_policy, names))), 1.0) as cache:
+    with EvictingCache(model, PolicyGroup(tuple(map(make_policy, names))), 1.0) as cache:
         feed(model, ids, cache)
         for name in names:
             with cache.fork(make_policy(name), 8) as fork, EvictingCache(model, name, 8) as direct:

@@ -6,6 +6,7 @@ in float64, because rows of a batch and rows alone are multiplied in other shape
 
 import ast
 import configparser
+import inspect
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,7 +22,7 @@ import kv_gym
 from kv_gym import EvictingCache, make_policy
 from kv_gym.errors import UserError
 from kv_gym.models.attention import PREFIX, SERVED, full_layers, refuse_unserved
-from kv_gym.policies import Policy
+from kv_gym.policies import Policy, policy_class
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 RAGGED = {"budget": 0.5, "allocation": "global:zscore", "trigger": "every:4"}
@@ -217,13 +218,13 @@ def contents_of(cache, row):
     """All that a cache holds of a row, slot by slot in the order of positions."""
     found = []
     for layer in cache._evicting:
-        held = layer.contents
+        held = layer.state
         filled, valid = held.slots.padded()
         for head in range(valid.shape[1]):
             order = filled["positions"][row, head][valid[row, head]].argsort()
             found += [filled[name][row, head][valid[row, head]][order] for name in sorted(filled)]
         found += [] if held.queries is None else [held.queries[row]]
-        found.append(torch.tensor([held.rows[row], held.fired[row]]))
+        found.append(torch.tensor([held.tokens_seen[row], held.evicted_at[row]]))
     return found
 
 
@@ -305,7 +306,7 @@ def test_trap_14_scores_of_query_heads_are_reduced_and_it_is_said_how():
     """Attention is per query head: whoever reads it names its reduction over the heads of a KV head."""
     folder = Path(kv_gym.__file__).parent / "policies"
     for name in LIVE:
-        text = (folder / f"{name}.py").read_text()
+        text = Path(inspect.getfile(policy_class(name))).read_text()
         text += (
             (folder / "scoring" / "attention_hits.py").read_text() if "scoring.attention_hits import" in text else ""
         )
@@ -320,7 +321,7 @@ def test_trap_14_h2o_takes_the_mean_of_a_group():
     reference(ids)
     with EvictingCache(model, "h2o", 1.0) as cache:
         feed(model, ids, cache)
-        mass = cache.layers[1].contents.view().state["mass"][0, 1]
+        mass = cache.layers[1].state.view().state["mass"][0, 1]
     products = reference.queries[1][0, 2:4] @ reference.keys[1][0, 1].T * 8**-0.5
     weights = products.masked_fill(torch.ones(12, 12, dtype=torch.bool).triu(1), float("-inf")).softmax(-1)
     torch.testing.assert_close(mass.double(), weights.sum(1).mean(0), rtol=0, atol=1e-5)
