@@ -80,9 +80,10 @@ def cache_for(model, configurations: Sequence[Configuration]) -> EvictingCache:
     """
     for configuration in configurations:
         configuration.allocation.refuse_unfit(configuration.policy)
-    panel = PolicyGroup(tuple({id(configuration.policy): configuration.policy for configuration in configurations}.values()))
+    policies = {id(configuration.policy): configuration.policy for configuration in configurations}
+    group = PolicyGroup(tuple(policies.values()))
     rule, tier = _most_curious(configurations)
-    return EvictingCache(model, policy=panel, budget=1.0, allocation=rule, evicted=tier)
+    return EvictingCache(model, policy=group, budget=1.0, allocation=rule, evicted=tier)
 
 
 def _most_curious(configurations: Sequence[Configuration]) -> tuple[Allocation, Tier]:

@@ -290,7 +290,7 @@ def test_old_names_work_and_warn():
     from kv_gym.live.guard import GuardMonitor
 
     with pytest.warns(DeprecationWarning, match="PolicyGroup"):
-        assert kv_gym.live.PolicyGroup is PolicyGroup
+        assert kv_gym.live.Panel is PolicyGroup
     with pytest.warns(DeprecationWarning, match="GuardMonitor"):
         assert kv_gym.live.safety.SafetyNet is GuardMonitor
     cache = prefilled(tiny(), "kvzip", 1.0, guard=Guard())
