@@ -23,7 +23,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def test_the_process_itself_exits_with_2_and_one_line(tmp_path):
     done = subprocess.run(
-        [sys.executable, "-m", "kv_gym.cli", "trace", "info", tmp_path / "none"], capture_output=True, text=True
+        [sys.executable, "-m", "kv_gym", "trace", "info", tmp_path / "none"], capture_output=True, text=True
     )
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith("kv-gym: ") and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr

@@ -1,0 +1,339 @@
+"""The verbs of `kv-gym`, in the order of the work: each calls its Python twin and prints what came of it.
+
+Options, defaults and help texts come from the twin (:mod:`kv_gym.cli.from_signature`). What stands here is what only
+a command line needs: files and names instead of objects.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kv_gym.cli.from_signature import Call, Device, Dtype, load_named_model, verb
+from kv_gym.errors import UserError
+
+app = typer.Typer(
+    help="The gym for KV-cache eviction: record, replay, train, compare, export, decode.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+trace = typer.Typer(help="Look at recorded traces.", no_args_is_help=True, rich_markup_mode=None)
+
+ReferenceTask = Annotated[str, typer.Option("--task", help="With --tasks reference: which task.")]
+ReferenceTokens = Annotated[int, typer.Option("--tokens", help="Length of a reference context, in words.")]
+Setting = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of the agent, as in its file; repeatable."),
+]
+Steps = Annotated[int | None, typer.Option(help="Optimiser steps.")]
+
+
+@verb(app, "kv_gym.traces.record")
+def _record(
+    call: Call,
+    prompts: Annotated[Path | None, typer.Option(help="JSON lines with context and continuations.")] = None,
+    text: Annotated[Path | None, typer.Option(help="A text file, cut into contexts and continuations.")] = None,
+    tasks: Annotated[str | None, typer.Option(help="`reference`: the bundled task generator.")] = None,
+    task: ReferenceTask = "multi_key",
+    tokens: Annotated[int, typer.Option(help="With --text or --tasks: tokens per context.")] = 512,
+    continuation_tokens: Annotated[int, typer.Option(help="With --text: tokens per continuation.")] = 128,
+    continuations: Annotated[int, typer.Option(min=1, help="With --tasks: questions per context.")] = 8,
+    count: Annotated[int, typer.Option(min=1, help="How many contexts.")] = 64,
+    split: Annotated[
+        str, typer.Option(help="With --text or --tasks: train or test (of --tasks: the pinned ones).")
+    ] = "train",
+    seed: Annotated[int, typer.Option(help="With --tasks: names the training contexts.")] = 0,
+) -> None:
+    if sum(source is not None for source in (prompts, text, tasks)) != 1:
+        raise UserError("record needs exactly one of --prompts FILE.jsonl, --text FILE or --tasks reference")
+    if tasks is not None and tasks != "reference":
+        raise UserError(f"unknown --tasks {tasks!r}; expected `reference` (or use --prompts FILE.jsonl)")
+    from kv_gym.traces import prompts_from_jsonl, prompts_from_text
+
+    _, tokenizer = call.model
+    recipe: dict[str, object]
+    if prompts is not None:
+        listed, recipe = prompts_from_jsonl(prompts, tokenizer), {"source": "prompts"}
+    elif text is not None:
+        listed = prompts_from_text(text, tokenizer, tokens, continuation_tokens, count, split)
+        recipe = {"source": "text", "file": text.name, "tokens": tokens, "continuation_tokens": continuation_tokens}
+    else:
+        from kv_gym.reference.prompts import reference_prompts, reference_recipe
+
+        listed = list(reference_prompts(task, tokens, count, continuations, split, seed))
+        recipe = reference_recipe(task, tokens, continuations, split, seed)
+    typer.echo(f"{len(call(prompts=listed, recipe=recipe))} contexts in {call['out']}")
+
+
+@verb(app, "kv_gym.training.train", arguments=("agent",), kinds={"traces": str})
+def _train(
+    call: Call,
+    steps: Steps = None,
+    hidden: Annotated[int | None, typer.Option(help="Width of the networks.")] = None,
+    rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
+    setting: Setting = None,
+) -> None:
+    from kv_gym.training.registry import load_settings
+
+    settings = _settings(setting, steps=steps, hidden=hidden, rate=rate)
+    load_settings(call["agent"], **settings)  # refuses names that are no settings, such as seed, before the model loads
+    policy = call(**settings)
+    reward, size = policy.training["held_out_reward"], policy.nbytes()
+    typer.echo(f"{call['out']}: held-out reward {reward:.4f}, {size:,} bytes of weights")
+
+
+@verb(
+    app,
+    "kv_gym.evaluation.evaluate",
+    rename={"allocations": "allocation"},
+    defaults={"budgets": ["0.5", "0.25", "0.125"]},
+    kinds={"policies": list, "traces": str},
+)
+def _evaluate(
+    call: Call,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="What to ask a --model, with commas: FILE.jsonl, multi_key:512, multi_key:512:seen, dialogue:512, "
+            "copy:128, fact:1024, text:FILE, ruler:FILE, longbench:FILE; or `reference` with --task and --tokens."
+        ),
+    ] = None,
+    task: ReferenceTask = "multi_key",
+    tokens: ReferenceTokens = 512,
+    count: Annotated[int | None, typer.Option(help="Contexts of each task (default: all).")] = None,
+    decision_value: Annotated[
+        str | None, typer.Option(help="With --traces: what each policy's cuts are worth against this baseline's.")
+    ] = None,
+) -> None:
+    with_model = call.model_name is not None
+    if decision_value is not None:
+        if call["traces"] is None or with_model or "evicted" in call.given:
+            raise UserError("--decision-value replays traces: give --traces, and neither --model nor --evicted")
+        from kv_gym.evaluation.decision_table import markdown as decision_table
+
+        data = call.other("kv_gym.evaluation.decision_value", baseline=decision_value)
+        typer.echo(decision_table(data["rows"]))
+        return
+    if (call["traces"] is None) == (not with_model):
+        raise UserError("evaluate compares either on --traces or on a --model with --tasks; give exactly one of them")
+    questions: list | None = None
+    if with_model:
+        if tasks is None:
+            raise UserError("evaluate --model needs --tasks: a name such as multi_key:512, or FILE.jsonl")
+        from kv_gym.evaluation.tasks import parse_tasks, reference_tasks
+
+        _, tokenizer = call.model
+        if tasks == "reference":
+            questions = reference_tasks(task, tokens, count, tokenizer=tokenizer)
+        else:
+            questions = parse_tasks(tasks, tokenizer, count)
+    from kv_gym.evaluation.report import markdown, merged
+
+    data = call(tasks=questions)
+    typer.echo(markdown(merged(data)))
+    for sentence in data["left_out"]:
+        typer.echo(f"left out: {sentence}", err=True)
+
+
+@verb(app, "kv_gym.evaluation.leaderboard.leaderboard", arguments=("spec",), defaults={"workers": 2})
+def _leaderboard(
+    call: Call,
+    publish: Annotated[Path | None, typer.Option(help="Folder to write compact rows into, a file per task.")] = None,
+    page: Annotated[Path | None, typer.Option(help="Markdown file to write the tables into.")] = None,
+) -> None:
+    from kv_gym.evaluation import leaderboard
+    from kv_gym.files import whole_file
+
+    rows = call()
+    refused = sum(bool(row.get("refused")) for row in rows)
+    rows_file = Path(call["out"]) / "rows.jsonl"
+    typer.echo(f"{len(rows)} rows in {rows_file}" + (f", {refused} of them refused" if refused else ""))
+    if publish is not None:
+        for file in leaderboard.publish(rows, publish):
+            typer.echo(f"{file}: {file.stat().st_size:,} bytes")
+    if page is not None:
+        with whole_file(page) as part:
+            part.write_text(leaderboard.page(leaderboard.compact(rows)), encoding="utf-8")
+        typer.echo(f"wrote {page}")
+
+
+@verb(
+    app,
+    "kv_gym.evaluation.calibrate",
+    arguments=("policy",),
+    rename={"shares": "budgets"},
+    defaults={"shares": ["1/2", "1/4", "1/8", "1/16", "1/32"]},
+    kinds={"traces": str},
+)
+def _calibrate(call: Call) -> None:
+    from kv_gym.budgets import format_budget
+
+    rule = call()
+    about = json.loads(rule.about)
+    for row in zip(rule.shares, rule.thresholds, about["kept_mean"], about["kept_deviation"], strict=True):
+        share, threshold, mean, deviation = row
+        typer.echo(f"{format_budget(share):>8}  score from {threshold:.4g}  kept {mean:.4f} +- {deviation:.4f}")
+    shortest, longest = about["lengths"]
+    typer.echo(f"{call['out'] or 'measured on'}: {about['contexts']} contexts of {shortest} to {longest} tokens")
+
+
+@verb(app, "kv_gym.training.export", arguments=("policy",), defaults={"out": None})
+def _export(
+    call: Call,
+    tensors: Annotated[Path | None, typer.Option(help="File to write: plain tensors for a port (safetensors).")] = None,
+) -> None:
+    if call["out"] is None and tensors is None:
+        raise UserError("export needs something to write: --out FOLDER or --tensors FILE")
+    if call["out"] is not None:
+        typer.echo(f"exported to {call()}")
+    if tensors is not None:
+        from kv_gym.interop import export_tensors
+
+        typer.echo(f"tensors in {export_tensors(call['policy'], tensors)}")
+
+
+@verb(app, "kv_gym.live.generate")
+def _generate(call: Call) -> None:
+    from kv_gym.budgets import parse_budget
+
+    parse_budget(call["budget"])  # before the model loads
+    if call.model[1] is None:
+        raise UserError(
+            f"model {call.model_name} has no tokenizer, so text cannot be read; use kv_gym.EvictingCache in Python"
+        )
+    done = call(write=lambda text: typer.echo(text, nl=False))  # echo flushes, so that words appear as they come
+    fewest, most = done.spread
+    heads = "each head" if fewest == most else f"a head on average ({fewest:,} to {most:,})"
+    typer.echo(f"\n[cache: {done.kept:,.6g} of {done.seen:,} tokens in {heads}, {done.nbytes:,} bytes]", err=True)
+
+
+@verb(
+    app,
+    "kv_gym.evaluation.report.report",
+    arguments=("results",),
+    defaults={"results": None},
+    kinds={"results": list, "tokens": None},
+)
+def _report(
+    call: Call,
+    model: Annotated[
+        str | None, typer.Option(help="Show which tokens stay: folder or hub id of a model, or `reference`.")
+    ] = None,
+    policies: Annotated[str, typer.Option(help="With --model: names, class paths or folders, with commas.")] = "",
+    tasks: Annotated[str, typer.Option(help="With --model: task file (JSON lines), or `reference`.")] = "reference",
+    task: ReferenceTask = "multi_key",
+    tokens: ReferenceTokens = 512,
+    context: Annotated[int, typer.Option(min=0, help="With --model: which context, from 0.")] = 0,
+    device: Device = "cpu",
+    dtype: Dtype = "auto",
+) -> None:
+    from kv_gym.evaluation.report import read_results
+    from kv_gym.evaluation.report.charts import altair
+
+    altair()
+    if not call["results"] and model is None:
+        raise UserError("report needs something to show: files of results, or --model and --policies")
+    if (model is None) != (not policies):
+        raise UserError("the token view needs both --model and --policies; give both or neither")
+    read = read_results(call["results"] or ())
+    view = None
+    if model is not None:
+        view = _token_view(load_named_model(model, device, dtype), policies, tasks, task, tokens, context)
+    typer.echo(f"wrote {call(results=read, tokens=view)}")
+
+
+def _token_view(loaded: tuple[Any, Any], policies: str, tasks: str, task: str, tokens: int, number: int) -> dict:
+    from itertools import islice
+
+    from kv_gym.evaluation.report.tokens import token_view
+    from kv_gym.evaluation.tasks import read_tasks, reference_tasks
+    from kv_gym.policies import make_policy
+    from kv_gym.reference.heldout import held_out
+
+    model, tokenizer = loaded
+    names = [name.strip() for name in policies.split(",") if name.strip()]
+    by_name = {Path(name).name if Path(name).is_dir() else name: make_policy(name) for name in names}
+    marked = None
+    if tasks == "reference":
+        contexts = reference_tasks(task, tokens, number + 1)
+        sample = next(islice(held_out(task, tokens).make(), number, None), None)
+        marked = None if sample is None else [i + 1 for i in sample.asked_values]  # <bos> stands before the words
+    else:
+        contexts = read_tasks(tasks, tokenizer)
+    if number >= len(contexts):
+        raise UserError(f"there is no context {number}; the tasks hold {len(contexts)}, counted from 0")
+    decode = tokenizer.decode if tokenizer is not None else lambda ids: " ".join(map(str, ids))
+    return token_view(model, contexts[number], by_name, decode, marked)
+
+
+@app.command("policies")
+def _policies(
+    table: Annotated[
+        bool, typer.Option("--table", help="All methods with papers and needs, as a Markdown page (docs/methods.md).")
+    ] = False,
+) -> None:
+    """List the bundled policies, each with the first sentence of its file."""
+    from kv_gym.policies import list_policies, policy_class
+
+    if table:
+        from kv_gym.method_table import method_tables
+
+        typer.echo(method_tables(), nl=False)
+        return
+    from importlib import import_module
+
+    for name in list_policies():
+        about = import_module(policy_class(name).__module__).__doc__ or ""
+        typer.echo(f"{name:24} {' '.join(about.split(chr(10) * 2)[0].split())}")
+
+
+@verb(app, "kv_gym.fit.fit")
+def _fit(call: Call, steps: Steps = None, setting: Setting = None) -> None:
+    done = call(**_settings(setting, steps=steps))
+    for sentence in done["verdict"]:
+        typer.echo(sentence)
+    spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in done["seconds"].items())
+    typer.echo(f"{call['out']}: card in README.md, figures in fit.json, the policy in policy/ ({spent})")
+
+
+@verb(app, "kv_gym.fit.demo.demo")
+def _demo(call: Call) -> None:
+    call()
+
+
+@verb(trace, "kv_gym.traces.info", arguments=("path",))
+@verb(trace, "kv_gym.traces.validate", arguments=("path",))
+def _trace_facts(call: Call) -> None:
+    for name, value in call().items():
+        typer.echo(f"{name}: {value}")
+
+
+@verb(trace, "kv_gym.traces.show", arguments=("path",))
+def _trace_show(call: Call) -> None:
+    from rich.console import Console
+
+    Console().print(call())
+
+
+app.add_typer(trace, name="trace")
+
+
+def _settings(written: list[str] | None, **options: Any) -> dict[str, Any]:
+    """Settings of an agent: ``NAME=VALUE`` with values as YAML, and those that have an option of their own."""
+    import yaml
+
+    settings = {name: value for name, value in options.items() if value is not None}
+    for text in written or ():
+        name, equals, value = text.partition("=")
+        if not equals or not name or name in settings:
+            raise UserError(f"--set got {text!r}; expected NAME=VALUE, each name once, such as --set contexts=4")
+        try:
+            settings[name] = yaml.safe_load(value)
+        except yaml.YAMLError:
+            raise UserError(f"--set got {text!r}; expected a value as in agents/*.yml, such as 4 or [0, 0]") from None
+    return settings
