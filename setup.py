@@ -6,7 +6,11 @@ from setuptools import setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
-DATA = {"traces": ("traces/sample", "**/*"), "agents": ("agents", "*.yml")}  # folder in kv_gym/_data -> files
+DATA = {  # folder in kv_gym/_data -> files
+    "agents": ("agents", "*.yml"),
+    "requests": ("traces/requests", "*"),
+    "traces": ("traces/sample", "**/*"),
+}
 
 
 class BuildWithData(build_py):

@@ -45,6 +45,11 @@ def _register() -> None:
         entry_point="kv_gym.envs.kv_evict:KVEvictEnv",
         vector_entry_point="kv_gym.envs.kv_evict_vector:KVEvictVectorEnv",
     )
+    register(
+        "KVPage-v0",
+        entry_point="kv_gym.envs.kv_page:KVPageEnv",
+        vector_entry_point="kv_gym.envs.kv_page_vector:KVPageVectorEnv",
+    )
 
 
 _register()

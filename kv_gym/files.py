@@ -14,7 +14,7 @@ _PACKAGE = Path(__file__).parent
 MODEL = _PACKAGE / "reference" / "model"
 """Folder of the reference model and its tokenizer, as transformers loads them."""
 
-_IN_REPOSITORY = {"agents": "agents", "traces": "traces/sample"}
+_IN_REPOSITORY = {"agents": "agents", "requests": "traces/requests", "traces": "traces/sample"}
 
 
 @contextmanager

@@ -157,15 +157,15 @@ class PageCache:
     ):
         self.trace, self.capacity, self.prefix = trace, capacity, semantics == "prefix"
         self.candidates, self._priority = candidates, priority
-        self._pages, self._starts = trace.pages.tolist(), trace.starts.tolist()
-        self._sizes = None if trace.sizes is None else trace.sizes.tolist()
-        self._times = None if trace.times is None else trace.times.tolist()
-        self._ttl = None if trace.ttl is None or trace.times is None else trace.ttl.tolist()
-        self._next = trace.next_use.tolist() if future or priority else None
+        lists = trace.lists
+        self._pages, self._starts, self._sizes = lists["pages"], lists["starts"], lists.get("sizes")
+        self._times = lists.get("times")
+        self._ttl = lists.get("ttl") if self._times is not None else None
+        self._next = lists["next_use"] if future or priority else None
         self.last_use, self.uses = [0] * trace.footprint, [0] * trace.footprint
         self.created, self.due = [0] * trace.footprint, [NEVER] * trace.footprint
         self.gap, self.length = [0.0] * trace.footprint, [1] * trace.footprint
-        self.depth, self._parent = trace.depth.tolist(), trace.parents.tolist()
+        self.depth, self._parent = lists["depth"], list(lists["parents"])
         self.clear()
 
     def clear(self) -> None:

@@ -55,7 +55,9 @@ def phase_bits(trace: RequestTrace, capacity: int) -> np.ndarray:
     """`[accesses]` bool: whether the page is not asked for in the next phase."""
     phase = phases(trace, capacity)
     asked = set(zip(phase.tolist(), trace.pages.tolist(), strict=True))
-    return np.array([(number + 1, page) not in asked for number, page in zip(phase.tolist(), trace.pages.tolist(), strict=True)])
+    return np.array(
+        [(number + 1, page) not in asked for number, page in zip(phase.tolist(), trace.pages.tolist(), strict=True)]
+    )
 
 
 def predicted_bits(
@@ -131,5 +133,3 @@ def access_features(trace: RequestTrace) -> np.ndarray:
 def prediction_errors(bits: np.ndarray, told: np.ndarray) -> tuple[int, int]:
     """How many bits were predicted 0 and are 1, and how many were predicted 1 and are 0."""
     return int((bits & ~told).sum()), int((~bits & told).sum())
-
-

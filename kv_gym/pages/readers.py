@@ -177,9 +177,14 @@ def _csv(path: Path) -> RequestTrace:
         try:
             keys.append(parts[places["key"]])
             for what in places.keys() - {"key"}:
-                numbers[what].append(float(parts[places[what]]))
+                value = float(parts[places[what]])
+                if not np.isfinite(value):
+                    raise ValueError
+                numbers[what].append(value)
         except (ValueError, IndexError):
-            raise _wrong(path, number, text, "as many columns as the header, numbers in those of time and size") from None
+            raise _wrong(
+                path, number, text, "as many columns as the header, numbers in those of time and size"
+            ) from None
         lines.append(number)
     sizes = [int(size) for size in numbers["size"]] or None
     return _made(path, keys, times=numbers["time"] or None, sizes=sizes, ttl=numbers["ttl"] or None, lines=lines)
@@ -204,7 +209,9 @@ def _nginx(path: Path) -> RequestTrace:
             seconds = float(left) if left not in (None, "", "-") else float("inf")
             key = found["key"] or found["request"].split()[1]
         except (ValueError, IndexError):
-            raise _wrong(path, number, text, "a line of NGINX's combined log, with cache status, key, time and TTL") from None
+            raise _wrong(
+                path, number, text, "a line of NGINX's combined log, with cache status, key, time and TTL"
+            ) from None
         if found["status"] in ("-", "BYPASS"):
             continue
         keys.append(key)

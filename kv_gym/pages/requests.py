@@ -100,9 +100,7 @@ class RequestTrace:
 
     def __repr__(self) -> str:
         sized = "" if self.sizes is None else ", with sizes"
-        return (
-            f"RequestTrace({self.name!r}, {self.requests} requests, {len(self)} accesses, {self.footprint} pages{sized})"
-        )
+        return f"RequestTrace({self.name!r}, {self.requests} requests, {len(self)} accesses, {self.footprint} pages{sized})"
 
     @property
     def requests(self) -> int:
@@ -142,6 +140,21 @@ class RequestTrace:
         place = np.arange(len(self)) - np.repeat(self.starts[:-1], np.diff(self.starts))
         _, first = np.unique(self.pages, return_index=True)
         return place[first]
+
+    @cached_property
+    def lists(self) -> dict[str, list]:
+        """The arrays as Python lists, of which single entries are read much faster; each is made once."""
+        arrays = {
+            "pages": self.pages,
+            "starts": self.starts,
+            "next_use": self.next_use,
+            "depth": self.depth,
+            "parents": self.parents,
+            "sizes": self.sizes,
+            "times": self.times,
+            "ttl": self.ttl,
+        }
+        return {name: array.tolist() for name, array in arrays.items() if array is not None}
 
     def check_capacity(self, capacity: int) -> None:
         """Refuse a capacity that some object does not fit into.

@@ -79,6 +79,8 @@ def simulate(
             f"policy {chosen.name!r} keeps queues of single pages and cannot serve prefixes, where only leaves may "
             "leave: choose a ranking policy or an engine's, or semantics='objects'"
         )
+    if semantics == "objects" and not chosen.objects:
+        raise UserError(f"policy {chosen.name!r} serves prefixes only: choose semantics='prefix'")
     if semantics == "prefix" and trace.sizes is not None:
         raise UserError("blocks of prefixes are of one size, and this trace has sizes: choose semantics='objects'")
     if oversize == "refuse" or capacity < 1:

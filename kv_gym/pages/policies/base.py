@@ -24,11 +24,13 @@ class PagePolicy(ABC):
     Class attributes:
         needs_future: it reads later requests: a bound, not a policy that could run.
         stochastic: it draws random numbers; results carry their seed.
-        prefix: it can serve ``semantics="prefix"``, where only leaves that no request uses may go.
+        objects, prefix: whether it can serve ``semantics="objects"``, and ``"prefix"``, where only leaves that no
+            request uses may go.
     """
 
     needs_future: ClassVar[bool] = False
     stochastic: ClassVar[bool] = False
+    objects: ClassVar[bool] = True
     prefix: ClassVar[bool] = False
 
     @property
@@ -96,7 +98,7 @@ class RankingPolicy(PagePolicy):
         """Whether the incoming page shall not be stored rather than `victim` leave (bypass)."""
         return False
 
-    def reset(self, seed: int) -> None:  # noqa: B027
+    def reset(self, seed: int) -> None:
         """Begin a run: a stochastic policy seeds its generator."""
 
 

@@ -18,13 +18,14 @@ class BeladyPrefix(RankingPolicy):
     """Farthest next use among all leaves; a page whose own next use is farther than that of every leaf is not stored."""
 
     needs_future = True
+    objects = False
 
     def priority(self, cache: PageCache, page: int) -> tuple:
         """Of a leaf; the smallest leaves."""
         return (-cache.due[page], cache.last_use[page])
 
     def rank(self, candidates: Candidates) -> np.ndarray:
-            return -candidates.next_use.astype(float)
+        return -candidates.next_use.astype(float)
 
     def declines(self, incoming: int, victim: int, cache: PageCache) -> bool:
         return int(cache.trace.next_use[cache.access]) >= cache.due[victim]

@@ -26,6 +26,7 @@ class SGLangLeaves(RankingPolicy):
             access), ``fifo`` (creation), ``mru`` or ``filo``, their opposites.
     """
 
+    objects = False
     strategy: str = "lru"
 
     def __post_init__(self) -> None:

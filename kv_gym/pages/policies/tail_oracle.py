@@ -25,4 +25,4 @@ class TailOracle(RankingPolicy):
     candidates: int = 16
 
     def rank(self, candidates: Candidates) -> np.ndarray:
-            return -candidates.next_use.astype(float)
+        return -candidates.next_use.astype(float)

@@ -1,0 +1,388 @@
+"""The environment KVPage-v0: which page leaves a cache that all requests share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import gymnasium as gym
+import numpy as np
+from gymnasium import spaces
+
+from kv_gym.errors import UserError
+from kv_gym.pages import RequestTrace, read_requests
+from kv_gym.pages.cache import Candidates, PageCache
+from kv_gym.pages.features import FEATURES, feature_matrix
+from kv_gym.pages.requests import NEVER
+
+Observation = dict[str, np.ndarray]
+
+REWARDS = ("hits", "belady")
+ACTIONS = ("ranking", "index")
+SEMANTICS = ("prefix", "objects")
+_TRIES = 100  # of drawing a slice in which something must leave
+
+
+class PageEpisodes:
+    """What the scalar and the vector environment share: the trace, the spaces, and the rules of an episode.
+
+    Arguments are those of :class:`KVPageEnv`.
+    """
+
+    def __init__(
+        self,
+        requests: str | Path | RequestTrace | None = None,
+        capacity: int | None = None,
+        candidates: int = 16,
+        semantics: str = "prefix",
+        features: Sequence[str] = FEATURES,
+        horizon: int = 256,
+        action: str = "ranking",
+        reward: str = "hits",
+        part: tuple[float, float] = (0.0, 1.0),
+    ):
+        for name, value, known in (
+            ("semantics", semantics, SEMANTICS),
+            ("action", action, ACTIONS),
+            ("reward", reward, REWARDS),
+        ):
+            if value not in known:
+                raise UserError(f"{name} {value!r} is not known; expected one of {', '.join(known)}")
+        if candidates < 2:
+            raise UserError(f"with candidates={candidates} there is nothing to decide; expected 2 or more")
+        if horizon < 1:
+            raise UserError(f"horizon {horizon} serves no request; expected 1 or more")
+        if not (len(part) == 2 and 0 <= part[0] < part[1] <= 1):
+            raise UserError(f"part {part} is no stretch of the trace; expected two shares, such as (0.0, 0.7)")
+        unknown = [name for name in features if name not in FEATURES]
+        if unknown or not features:
+            raise UserError(f"features {list(features)} are not known; expected some of {', '.join(FEATURES)}")
+        self.trace = requests if isinstance(requests, RequestTrace) else read_requests(requests or sample_requests())
+        if semantics == "prefix" and self.trace.sizes is not None:
+            raise UserError("blocks of prefixes are of one size, and this trace has sizes: choose semantics='objects'")
+        default = max(1, self._total() // 20)
+        self.capacity = default if capacity is None else int(capacity)
+        if self.capacity < 1:
+            raise UserError(f"a cache of capacity {self.capacity} holds nothing; expected 1 or more")
+        if self.capacity >= self._total():
+            raise UserError(
+                f"a cache of {self.capacity} holds all that the trace asks for ({self._total()}): "
+                "nothing ever leaves; give a smaller capacity"
+            )
+        self.candidates, self.semantics, self.features = candidates, semantics, tuple(features)
+        self.action, self.reward = action, reward
+        first, last = (int(round(share * self.trace.requests)) for share in part)
+        self.first, self.last = first, max(last, first + 1)
+        self.horizon = min(horizon, self.last - self.first)
+        self.observation_space = spaces.Dict(
+            {
+                **{name: spaces.Box(0.0, 4.0, (candidates,), np.float32) for name in self.features},
+                "mask": spaces.Box(0.0, 1.0, (candidates,), np.float32),
+            }
+        )
+        self.action_space: spaces.Space = (
+            spaces.Box(-1.0, 1.0, (candidates,), np.float32) if action == "ranking" else spaces.Discrete(candidates)
+        )
+
+    def _total(self) -> int:
+        if self.trace.sizes is None:
+            return self.trace.footprint
+        _, first = np.unique(self.trace.pages, return_index=True)
+        return int(self.trace.sizes[first].sum())
+
+    def nothing(self) -> Observation:
+        """An observation without candidates."""
+        return {name: np.zeros(self.candidates, np.float32) for name in (*self.features, "mask")}
+
+
+def sample_requests() -> Path:
+    """The request trace that ships with the library."""
+    from kv_gym.files import bundled
+
+    return bundled("requests") / "sample.jsonl.gz"
+
+
+class PageEpisode:
+    """One slice of the trace, served from a warm cache up to the next decision.
+
+    Args:
+        rules: the shared settings.
+        start: number of the first request.
+
+    Attributes:
+        shown: candidates of the decision that is due; empty when the slice is over.
+        hits, accesses: in the slice so far.
+    """
+
+    def __init__(self, rules: PageEpisodes, start: int):
+        self.rules, self.start = rules, start
+        self.stop = min(start + rules.horizon, rules.last)
+        self.cache = PageCache(rules.trace, rules.capacity, rules.semantics, rules.candidates, future=True)
+        self._warm()
+        self._before = (self.cache.hits, self.cache.served, self.cache.evictions)
+        self._counted = self.cache.hits
+        self._serving: Iterator[None] = self.cache.serve(start, self.stop)
+        self.shown: list[int] = []
+        self._go_on()
+
+    def _warm(self) -> None:
+        """Serve what came before by LRU: at least three times as many accesses as the cache has room for."""
+        trace, cache = self.rules.trace, self.cache
+        begin = self.start
+        wanted = trace.starts[self.start] - 3 * self.rules.capacity
+        if trace.sizes is None:
+            begin = int(np.searchsorted(trace.starts, max(wanted, 0), side="right")) - 1
+        else:
+            seen = np.cumsum(trace.sizes[: trace.starts[self.start]][::-1])
+            enough = int(np.searchsorted(seen, 3 * self.rules.capacity))
+            begin = int(np.searchsorted(trace.starts, max(trace.starts[self.start] - enough, 0), side="right")) - 1
+        for _ in cache.serve(min(begin, self.start), self.start):
+            cache.evict(cache.shown()[0])
+
+    def _go_on(self) -> None:
+        while next(self._serving, self) is None:
+            self.shown = self.cache.shown()
+            if len(self.shown) > 1:
+                return
+            self.cache.evict(self.shown[0])  # nothing to choose
+        self.shown = []
+
+    @property
+    def hits(self) -> int:
+        return self.cache.hits - self._before[0]
+
+    @property
+    def accesses(self) -> int:
+        return self.cache.served - self._before[1]
+
+    def observe(self) -> Observation:
+        """Features and mask of the candidates."""
+        observation = self.rules.nothing()
+        count = len(self.shown)
+        if count:
+            seen = feature_matrix(Candidates(self.cache, self.shown), self.rules.features, self.rules.capacity)
+            for name, column in zip(self.rules.features, seen.T, strict=True):
+                observation[name][:count] = column
+            observation["mask"][:count] = 1
+        return observation
+
+    def describe(self) -> dict[str, Any]:
+        """The info of a step."""
+        return {
+            "hit_rate": self.hits / max(self.accesses, 1),
+            "hits": self.hits,
+            "accesses": self.accesses,
+            "evictions": self.cache.evictions - self._before[2],
+            "start": self.start,
+        }
+
+    def act(self, action: Any) -> float:
+        """Evict by the action, go on to the next decision, and give the reward."""
+        place = self._chosen(action)
+        regret = self._regret(place) if self.rules.reward == "belady" else 0.0
+        self.cache.evict(self.shown[place])
+        self._go_on()
+        gained = self.cache.hits - self._counted
+        self._counted = self.cache.hits
+        return -regret if self.rules.reward == "belady" else float(gained)
+
+    def _chosen(self, action: Any) -> int:
+        count = len(self.shown)
+        if self.rules.action == "ranking":
+            scores = np.asarray(action, float).reshape(-1)
+            if scores.shape != (self.rules.candidates,) or np.isnan(scores[:count]).any():
+                raise UserError(
+                    f"the action has shape {np.shape(action)} or is not a number; expected {self.rules.candidates} "
+                    "scores, higher = keep"
+                )
+            return int(np.argmin(scores[:count]))
+        place = int(action)
+        if not 0 <= place < count:
+            raise UserError(
+                f"the action names candidate {place} and there are {count}: choose where the mask is 1 "
+                "(env.get_wrapper_attr('action_masks')())"
+            )
+        return place
+
+    def _regret(self, place: int) -> float:
+        """0 for the candidate whose next use is farthest, up to 1 for one that is needed at once."""
+        now, longest = self.cache.access, len(self.rules.trace)
+        until = [
+            min(self.cache.due[page] - now, longest) if self.cache.due[page] != NEVER else longest
+            for page in self.shown
+        ]
+        return float(1.0 - np.log1p(until[place]) / np.log1p(max(until)))
+
+
+class KVPageEnv(gym.Env[Observation, Any]):
+    """Evict pages from a cache that many requests share: blocks of prompts, or web objects.
+
+    ## Description
+
+    A serving engine keeps the KV cache of earlier prompts in blocks of 16 to 512 tokens, and a request that begins with
+    the same text uses them again; a proxy keeps objects. When the cache is full and something new comes, a page must
+    leave. The environment serves a recorded trace of requests and stops at every such decision, shows the least
+    recently used pages that may leave, and evicts the one that the action chooses. Nothing is approximated: later
+    states are those of a cache from which this page is gone.
+
+    ## Action Space
+
+    `action="ranking"`: `Box(-1, 1, (K,))`, a score for each candidate, higher = keep; the lowest leaves, among equals
+    the least recently used. `action="index"`: `Discrete(K)`, the candidate that leaves, for DQN and masked PPO;
+    `action_masks()` says which numbers are valid.
+
+    ## Observation Space
+
+    A `Dict` of `[K]` float32 arrays; candidates are sorted from the least recently used on, and where there are fewer
+    than K the rest is 0. All but `mask`, `ttl` and `order` are logarithms, scaled to about 0 to 1.
+
+    | key | meaning |
+    |---|---|
+    | `age` | accesses since the page was last used |
+    | `gap` | mean number of accesses between its uses |
+    | `hits` | uses while it was cached, the first not counted |
+    | `size` | share of the capacity |
+    | `ttl` | logarithm of the seconds until it expires; 1 where it does not |
+    | `depth` | its place in the request that first asked for it |
+    | `length` | pages of the request that last used it |
+    | `order` | its place among the least recently used |
+    | `mask` | 1 where there is a candidate |
+
+    ## Rewards
+
+    `reward="hits"`: pages found in the cache until the next decision; their sum over an episode is its hits, less those
+    before the first decision. `reward="belady"`: 0 for the candidate whose next use is farthest, down to -1 for one that is asked
+    for at once: `log(1 + its distance) / log(1 + the farthest distance) - 1`.
+
+    ## Starting State
+
+    A stretch of `horizon` requests is drawn; the cache holds what LRU had left there after the requests before it (at
+    least three times its capacity, where there are so many). `reset(options={"start": 100})` names the first request.
+
+    ## Episode End
+
+    After `horizon` requests the episode is truncated; it never terminates. The last observation has no candidates.
+
+    ## Arguments
+
+    - `requests`: a file that :func:`kv_gym.pages.read_requests` reads, or a :class:`~kv_gym.pages.RequestTrace`; None:
+      the sample that ships with the library.
+    - `capacity`: pages, or bytes where the trace has sizes; None: a twentieth of all that is asked for.
+    - `candidates`: K, how many of the least recently used pages are shown.
+    - `semantics`: `prefix`: requests are chains, only leaves that no request uses may leave; `objects`: every page
+      stands alone.
+    - `features`: which features, in which order.
+    - `horizon`: requests of an episode.
+    - `action`, `reward`: see above.
+    - `part`: the share of the trace that episodes are drawn from, such as `(0.0, 0.7)` for training.
+
+    The trace and, for each environment, one cache are held in memory: about 100 bytes for each page of the trace and
+    200 for each cached one.
+
+    ## Version History
+
+    - v0: the first version.
+    """
+
+    metadata = {"render_modes": ["ansi"], "render_fps": 4}
+
+    def __init__(
+        self,
+        requests: str | Path | RequestTrace | None = None,
+        capacity: int | None = None,
+        candidates: int = 16,
+        semantics: str = "prefix",
+        features: Sequence[str] = FEATURES,
+        horizon: int = 256,
+        action: str = "ranking",
+        reward: str = "hits",
+        part: tuple[float, float] = (0.0, 1.0),
+        render_mode: str | None = None,
+    ):
+        """Read the trace.
+
+        Raises:
+            UserError: a trace or a setting that cannot be used.
+        """
+        if render_mode not in (None, *self.metadata["render_modes"]):
+            raise UserError(f"render_mode {render_mode!r} is not known; expected None or 'ansi'")
+        self.rules = PageEpisodes(
+            requests, capacity, candidates, semantics, features, horizon, action, reward, tuple(part)
+        )
+        self.observation_space, self.action_space = self.rules.observation_space, self.rules.action_space
+        self.render_mode = render_mode
+        self._episode: PageEpisode | None = None
+        self._last = ""
+
+    def reset(
+        self, *, seed: int | None = None, options: dict[str, Any] | None = None
+    ) -> tuple[Observation, dict[str, Any]]:
+        """Begin a stretch of requests.
+
+        Raises:
+            UserError: an unknown option, or no stretch in which anything must leave.
+        """
+        super().reset(seed=seed)
+        self._episode = begin_episode(self.rules, self.np_random, options)
+        self._last = ""
+        return self._episode.observe(), self._episode.describe()
+
+    def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+        """Evict a page and serve requests up to the next decision."""
+        episode = self._episode
+        if episode is None or not episode.shown:
+            raise UserError("step was called before reset, or after the end of the episode: call reset first")
+        leaving = episode.shown[episode._chosen(action)]
+        reward = episode.act(action)
+        self._last = f"page {leaving} left, reward {reward:g}"
+        return episode.observe(), reward, False, not episode.shown, episode.describe()
+
+    def action_masks(self) -> np.ndarray:
+        """`[K]` bool, which candidates there are; what `sb3_contrib.MaskablePPO` asks for."""
+        if self._episode is None:
+            raise UserError("action_masks was called before reset: call reset first")
+        return np.arange(self.rules.candidates) < len(self._episode.shown)
+
+    def render(self) -> str | None:  # type: ignore[override]
+        """The candidates as a line of text, in the mode `ansi`."""
+        if self.render_mode is None or self._episode is None:
+            return None
+        pages = " ".join(map(str, self._episode.shown)) or "-"
+        rate = self._episode.hits / max(self._episode.accesses, 1)
+        return f"hit rate {rate:.3f} | {self._last or 'begin'} | candidates, oldest first: {pages}\n"
+
+
+def begin_episode(
+    rules: PageEpisodes, random: np.random.Generator, options: dict[str, Any] | None = None
+) -> PageEpisode:
+    """An episode with a decision to take.
+
+    Args:
+        rules: the shared settings.
+        random: draws where it begins.
+        options: ``{"start": number of the first request}``, or None.
+
+    Raises:
+        UserError: an unknown option, or no stretch in which anything must leave.
+    """
+    options = dict(options or {})
+    start = options.pop("start", None)
+    if options:
+        raise UserError(f"unknown reset option {', '.join(options)}; expected start")
+    latest = rules.last - rules.horizon
+    if start is not None:
+        if not rules.first <= int(start) <= latest:
+            raise UserError(f"start {start} is outside the trace; expected {rules.first} to {latest}")
+        episode = PageEpisode(rules, int(start))
+        if not episode.shown:
+            raise UserError(f"nothing leaves the cache in the {rules.horizon} requests from {start} on: choose others")
+        return episode
+    for _ in range(_TRIES):
+        episode = PageEpisode(rules, int(random.integers(rules.first, latest + 1)))
+        if episode.shown:
+            return episode
+    raise UserError(
+        f"in {_TRIES} stretches of {rules.horizon} requests nothing left the cache: give a smaller capacity or a "
+        "longer horizon"
+    )

@@ -1,0 +1,146 @@
+"""KVPage-v0: both checkers, golden returns, true next states, and the batch beside the scalar environment."""
+
+import gymnasium as gym
+import numpy as np
+import pytest
+from gymnasium.utils.env_checker import check_env
+from stable_baselines3.common.env_checker import check_env as check_env_of_sb3
+
+import kv_gym  # noqa: F401
+from kv_gym.errors import UserError
+from kv_gym.pages import RequestTrace, simulate
+
+INDEX = {"action": "index", "semantics": "objects", "reward": "belady", "horizon": 60}
+
+
+def run(env, choose, start):
+    observation, info = env.reset(options={"start": start})
+    total, done = 0.0, False
+    while not done:
+        observation, reward, _, done, info = env.step(choose(observation))
+        total += reward
+    return total, info
+
+
+def by_lru(observation):
+    return -observation["age"]
+
+
+def by_index(place):
+    return lambda observation: min(place, int(observation["mask"].sum()) - 1)
+
+
+@pytest.mark.parametrize("settings", [{}, INDEX])
+@pytest.mark.filterwarnings("error")
+def test_both_checkers_are_silent(settings):
+    check_env(gym.make("KVPage-v0", **settings).unwrapped)
+    check_env_of_sb3(gym.make("KVPage-v0", **settings).unwrapped)
+
+
+@pytest.mark.parametrize(
+    ("settings", "choose", "expected"),
+    [
+        ({"horizon": 60}, by_lru, (99.0, 99, 1363, 1264)),
+        ({"horizon": 60}, lambda observation: -observation["depth"], (99.0, 99, 1363, 1264)),
+        (INDEX, by_index(0), (-33.596487, 99, 1363, 1264)),
+        (INDEX, by_index(7), (-50.240921, 106, 1363, 1257)),
+    ],
+)
+def test_returns_are_frozen(settings, choose, expected):
+    total, info = run(gym.make("KVPage-v0", **settings), choose, 500)
+    assert (round(total, 6), info["hits"], info["accesses"], info["evictions"]) == expected
+
+
+@pytest.mark.parametrize("semantics", ["prefix", "objects"])
+def test_lru_in_the_environment_is_lru_in_the_simulator(semantics):
+    """From the first request on the cache is empty, so that both see the same."""
+    random = np.random.default_rng(0)
+    chains = [random.integers(0, 30, 4).tolist() for _ in range(200)]
+    trace = RequestTrace.from_keys(sum(chains, []), "drawn", starts=range(0, 800, 4))
+    env = gym.make("KVPage-v0", requests=trace, capacity=12, semantics=semantics, horizon=200)
+    policy = "vllm_prefix_lru" if semantics == "prefix" else "lru"
+    _, info = run(env, lambda observation: np.arange(16), 0)
+    assert info["hits"] == simulate(trace, policy, 12, semantics).hits
+
+
+def test_the_next_state_is_the_caches():
+    """What was evicted is gone, and what was kept is found, by hand."""
+    trace = RequestTrace.from_keys(list("abcab"), "abcab")
+    env = gym.make(
+        "KVPage-v0", requests=trace, capacity=2, candidates=2, semantics="objects", action="index", horizon=5
+    )
+    observation, _ = env.reset(options={"start": 0})  # c comes in; a and b are there
+    assert observation["age"] == pytest.approx(np.log1p([2, 1]) / 10) and observation["mask"].tolist() == [1, 1]
+    observation, reward, _, done, info = env.step(1)  # b leaves: a hits, then b needs room
+    assert (reward, done, info["hits"]) == (1.0, False, 1)
+    _, reward, _, done, info = env.step(0)
+    assert (reward, done, info["hits"], info["accesses"]) == (0.0, True, 1, 5)
+
+
+def test_belady_rewards_by_hand():
+    trace = RequestTrace.from_keys(list("abcab"), "abcab")
+    for place, expected in ((1, 0.0), (0, np.log1p(1) / np.log1p(2) - 1)):
+        env = gym.make(
+            "KVPage-v0", requests=trace, capacity=2, candidates=2, semantics="objects", action="index",
+            reward="belady", horizon=5,
+        )  # fmt: skip
+        env.reset(options={"start": 0})
+        assert env.step(place)[1] == pytest.approx(expected)
+
+
+def test_the_batch_is_many_scalar_ones():
+    batch = gym.make_vec("KVPage-v0", num_envs=2, horizon=20)
+    observations, _ = batch.reset(options={"start": [300, 700]})
+    singles = [gym.make("KVPage-v0", horizon=20) for _ in range(2)]
+    ours = [env.reset(options={"start": start})[0] for env, start in zip(singles, (300, 700), strict=True)]
+    live = [True, True]
+    for _ in range(30):
+        for i in range(2):
+            if live[i]:
+                assert all((observations[key][i] == ours[i][key]).all() for key in ours[i])
+        actions = np.random.default_rng(1).random((2, 16)).astype(np.float32)
+        observations, rewards, _, over, infos = batch.step(actions)
+        for i in range(2):
+            if live[i]:
+                ours[i], reward, _, done, info = singles[i].step(actions[i])
+                assert (reward, done) == (rewards[i], over[i])
+                held = infos["final_info"] if done else infos
+                assert held["hits"][i] == info["hits"]
+                live[i] = not done
+    assert batch.action_masks().shape == (2, 16)
+
+
+@pytest.mark.parametrize(
+    ("settings", "complaint"),
+    [
+        ({"semantics": "blocks"}, "semantics 'blocks' is not known"),
+        ({"action": "name"}, "action 'name' is not known"),
+        ({"reward": "cost"}, "reward 'cost' is not known"),
+        ({"candidates": 1}, "nothing to decide"),
+        ({"horizon": 0}, "serves no request"),
+        ({"capacity": 0}, "holds nothing"),
+        ({"capacity": 10**9}, "nothing ever leaves"),
+        ({"features": ["age", "colour"]}, "expected some of age"),
+        ({"part": (0.5, 0.2)}, "no stretch of the trace"),
+        ({"requests": "no/such/file"}, "there is no file"),
+        ({"render_mode": "human"}, "render_mode 'human' is not known"),
+    ],
+)
+def test_mistakes_are_one_sentence(settings, complaint):
+    from kv_gym.envs.kv_page import KVPageEnv
+
+    with pytest.raises(UserError, match=complaint):
+        KVPageEnv(**settings)
+
+
+def test_actions_that_name_nobody_are_refused():
+    env = gym.make("KVPage-v0", **INDEX, disable_env_checker=True).unwrapped
+    with pytest.raises(UserError, match="before reset"):
+        env.step(0)
+    env.reset(seed=0)
+    with pytest.raises(UserError, match="names candidate 16 and there are 16"):
+        env.step(16)
+    with pytest.raises(UserError, match="unknown reset option head"):
+        env.reset(options={"head": 1})
+    with pytest.raises(UserError, match="start 99999 is outside"):
+        env.reset(options={"start": 99999})

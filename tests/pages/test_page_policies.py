@@ -1,0 +1,193 @@
+"""Page policies against golden hits, against libCacheSim's own counts, and by hand."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from kv_gym.errors import UserError
+from kv_gym.pages import RequestTrace, list_page_policies, make_page_policy, read_requests, simulate
+from kv_gym.pages.policies.base import QueuePolicy
+
+DATA = Path(__file__).parents[3] / "shared" / "data" / "requests"
+SAMPLE = Path(__file__).parents[2] / "traces" / "requests" / "sample.jsonl.gz"
+THEIR_NAMES = {
+    "arc": "ARC", "clock": "Clock", "fifo": "FIFO", "lfu": "LFU", "lru": "LRU", "s3_fifo": "S3FIFO", "sieve": "Sieve",
+    "two_q": "TwoQ",
+}  # fmt: skip
+
+# hit rates on Mooncake's conversation trace, blocks as independent objects, at 1,000, 5,000 and 20,000 blocks
+MOONCAKE = {
+    "fifo": (0.0435, 0.1067, 0.2659),
+    "lru": (0.0445, 0.1104, 0.2875),
+    "lfu": (0.0481, 0.0923, 0.2099),
+    "clock": (0.0447, 0.1127, 0.2924),
+    "sieve": (0.0481, 0.0923, 0.2099),
+    "s3_fifo": (0.0543, 0.1444, 0.2292),
+    "arc": (0.0529, 0.1136, 0.2892),
+    "lirs": (0.0545, 0.1463, 0.2269),
+    "two_q": (0.0541, 0.1116, 0.2652),
+    "slru": (0.0471, 0.0723, 0.2206),
+    "gdsf": (0.0447, 0.1192, 0.2955),
+    "belady": (0.1906, 0.3412, 0.3664),
+}
+MOONCAKE_PREFIX = {
+    "vllm_prefix_lru": (0.0445, 0.1118, 0.2878),
+    "sglang_leaves": (0.0445, 0.1118, 0.2878),
+    "belady_prefix": (0.1907, 0.3412, 0.3664),
+}
+
+
+def pattern(text, policy, capacity):
+    hit = simulate(RequestTrace.from_keys(list(text), text), policy, capacity, record_hits=True).hit
+    return "".join(".H"[int(each)] for each in hit)
+
+
+@pytest.mark.parametrize("policy", ["lru", "lfu", "clock", "sieve", "arc"])
+def test_hits_by_hand(policy):
+    assert pattern("abcadaeb", policy, 3) == "...H.H.."
+    assert pattern("abcdabcd", policy, 3) == "........"
+    assert pattern("abacadab", policy, 2) == "..H.H.H."
+
+
+def test_fifo_and_belady_by_hand():
+    assert pattern("abcadaeb", "fifo", 3) == "...H...."
+    assert pattern("abacadab", "fifo", 2) == "..H...H."
+    for text, capacity, hits in (("abcadaeb", 3, 3), ("abcdabcd", 3, 3), ("abacadab", 2, 3)):
+        assert pattern(text, "belady", capacity).count("H") == hits
+    assert pattern("abacadab", "belady:bypass=true", 2).count("H") == 4
+
+
+def mooncake():
+    file = DATA / "mooncake" / "conversation_trace.jsonl.gz"
+    if not file.is_file():
+        pytest.skip("the conversation trace of Mooncake is not here")
+    return read_requests(file)
+
+
+@pytest.fixture(scope="module")
+def conversation():
+    return mooncake()
+
+
+@pytest.mark.parametrize("policy", MOONCAKE)
+def test_golden_hit_rates(policy, conversation):
+    for capacity, expected in zip((1000, 5000, 20000), MOONCAKE[policy], strict=True):
+        tolerance = 1.5e-4 if policy == "gdsf" else 5e-5  # its ties break by time here
+        assert simulate(conversation, policy, capacity).hit_rate == pytest.approx(expected, abs=tolerance)
+
+
+@pytest.mark.parametrize("policy", MOONCAKE_PREFIX)
+def test_golden_hit_rates_of_prefixes(policy, conversation):
+    for capacity, expected in zip((1000, 5000, 20000), MOONCAKE_PREFIX[policy], strict=True):
+        assert simulate(conversation, policy, capacity, "prefix").hit_rate == pytest.approx(expected, abs=5e-5)
+
+
+def test_prefixes_by_hand():
+    chains = [[0, 1, 2], [0, 3, 4], [0, 1, 2, 5], [6, 7], [0, 1, 2]]
+    trace = RequestTrace.from_keys(sum(chains, []), "toy", starts=[0, 3, 6, 10, 12])
+    for policy in ("vllm_prefix_lru", "lru", "sglang_leaves"):
+        assert [simulate(trace, policy, capacity, "prefix").hits for capacity in (4, 5)] == [5, 7]
+    assert [simulate(trace, "lru", capacity).hits for capacity in (4, 5)] == [2, 4]
+    assert [simulate(trace, "belady_prefix", capacity, "prefix").hits for capacity in (4, 5)] == [7, 7]
+
+
+def counted_by_libcachesim(name, trace, capacity):
+    library = pytest.importorskip("libcachesim", reason="libcachesim is not installed (pip install libcachesim)")
+    cache = getattr(library, name)(cache_size=capacity)
+    request, hits = library.Request(), 0
+    sizes = np.ones(len(trace), int) if trace.sizes is None else trace.sizes
+    for at, (page, size) in enumerate(zip(trace.pages.tolist(), sizes.tolist(), strict=True)):
+        request.obj_id, request.obj_size, request.clock_time = page + 1, size, at
+        hits += bool(cache.get(request))
+    return hits
+
+
+def traces():
+    files = [SAMPLE, *sorted(file for file in DATA.glob("*/*.*") if file.suffix in (".gz", ".xz"))]
+    return [pytest.param(file, id=file.name, marks=() if file == SAMPLE else pytest.mark.slow) for file in files]
+
+
+@pytest.mark.parametrize("file", traces())
+def test_counts_equal_those_of_libcachesim(file):
+    trace = read_requests(file)
+    total = trace.footprint if trace.sizes is None else trace.summary()["bytes"]
+    for share in (5, 20):
+        for ours, theirs in THEIR_NAMES.items():
+            capacity = max(total // share, 100)
+            hits = simulate(trace, ours, capacity, oversize="pass").hits
+            assert hits == counted_by_libcachesim(theirs, trace, capacity), f"{ours} at {capacity}"
+
+
+@pytest.mark.parametrize("name", list_page_policies())
+def test_every_policy_keeps_to_the_capacity_and_is_repeatable(name):
+    """A model cache beside the policy checks each of its decisions."""
+    policy = make_page_policy(name)
+    random = np.random.default_rng(3)
+    trace = RequestTrace.from_keys(random.zipf(1.3, 600).clip(max=60).tolist(), "zipf")
+    semantics = "objects" if policy.objects else "prefix"
+    first, second = (simulate(trace, name, 12, semantics, record_hits=True) for _ in range(2))
+    assert (first.hit == second.hit).all() and 0 < first.hits < len(trace)
+    if not isinstance(policy, QueuePolicy):
+        return
+    policy.now = 0
+    policy.start(12, trace)
+    cached = set()
+    for at, page in enumerate(trace.pages.tolist()):
+        policy.now = at
+        if page in cached:
+            policy.hit(page)
+        elif policy.admits(page, 1):
+            while len(cached) >= 12:
+                cached.remove(policy.evict(page, 1))  # KeyError: it evicts what is not there
+            cached.add(page)
+            policy.admit(page, 1)
+        for gone in policy.discard(page):
+            cached.remove(gone)
+        if at % 97 == 96 and cached:  # a page expires
+            gone = min(cached)
+            cached.remove(gone)
+            policy.remove(gone)
+    assert len(cached) <= 12
+
+
+def test_sizes_count_bytes_and_expiry_counts_as_a_miss():
+    keys, sizes = list("abac"), [4, 4, 4, 5]
+    trace = RequestTrace.from_keys(keys, "sized", sizes=sizes)
+    found = simulate(trace, "lru", 10)
+    assert (found.hits, found.evictions) == (1, 1) and found.byte_hit_rate == pytest.approx(4 / 17)
+    times, ttl = [0.0, 1.0, 2.0, 9.0], [5.0] * 4
+    again = RequestTrace.from_keys(list("aaaa"), "expiring", times=times, ttl=ttl)
+    for policy in ("lru", "fifo", "arc"):
+        assert simulate(again, policy, 3, record_hits=True).hit.tolist() == [False, True, True, False]
+
+
+@pytest.mark.parametrize(
+    ("call", "complaint"),
+    [
+        (lambda t: simulate(t, "lruu", 5), "unknown page policy 'lruu'; did you mean 'lru'"),
+        (lambda t: simulate(t, "s3_fifo:size=1", 5), "has no setting 'size'"),
+        (lambda t: simulate(t, "s3_fifo:small=x", 5), "small='x' is no float"),
+        (lambda t: simulate(t, "lru", 0), "holds nothing"),
+        (lambda t: simulate(t, "lru", 5, "blocks"), "semantics 'blocks' is not known"),
+        (lambda t: simulate(t, "arc", 5, "prefix"), "cannot serve prefixes"),
+        (lambda t: simulate(t, "sglang_leaves", 5), "serves prefixes only"),
+        (lambda t: simulate(t, "sglang_leaves:strategy=best", 5, "prefix"), "no strategy 'best'"),
+        (lambda t: simulate(t, "flush:flip=2", 5), "expected 0 to 1"),
+        (lambda t: simulate(t, "mark0:predictor=magic", 5), "predictor 'magic' is not known"),
+        (lambda t: simulate(t, "no_such_module:Thing", 5), "cannot import page policy"),
+        (lambda t: simulate(t, "math:pi", 5), "no subclass"),
+    ],
+)
+def test_mistakes_are_one_sentence(call, complaint):
+    trace = RequestTrace.from_keys(list("abcabcdd"), "small")
+    with pytest.raises(UserError, match=complaint):
+        call(trace)
+
+
+def test_an_object_above_the_capacity_is_refused_or_passed_by():
+    trace = RequestTrace.from_keys(list("aba"), "sized", sizes=[4, 40, 4], lines=[1, 2, 3])
+    with pytest.raises(UserError, match="sized, line 2: an object of 40 bytes is larger than the cache of 10"):
+        simulate(trace, "lru", 10)
+    for policy in ("lru", "fifo", "tail_oracle"):
+        assert simulate(trace, policy, 10, oversize="pass").hits == 1
