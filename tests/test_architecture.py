@@ -17,7 +17,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 LAYERS = (
     {"errors", "files", "markdown"},
     {"cache_view"},
-    {"budgets", "models", "policies", "traces"},
+    {"budgets", "models", "pages", "policies", "traces"},
     {"envs", "live", "reference"},
     {"evaluation", "interop", "training"},
     {"method_table", "testing"},

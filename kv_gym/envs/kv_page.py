@@ -14,7 +14,6 @@ from kv_gym.errors import UserError
 from kv_gym.pages import RequestTrace, read_requests
 from kv_gym.pages.cache import Candidates, PageCache
 from kv_gym.pages.features import FEATURES, feature_matrix
-from kv_gym.pages.requests import NEVER
 
 Observation = dict[str, np.ndarray]
 
@@ -40,7 +39,7 @@ class PageEpisodes:
         horizon: int = 256,
         action: str = "ranking",
         reward: str = "hits",
-        part: tuple[float, float] = (0.0, 1.0),
+        part: Sequence[float] = (0.0, 1.0),
     ):
         for name, value, known in (
             ("semantics", semantics, SEMANTICS),
@@ -72,7 +71,7 @@ class PageEpisodes:
             )
         self.candidates, self.semantics, self.features = candidates, semantics, tuple(features)
         self.action, self.reward = action, reward
-        first, last = (int(round(share * self.trace.requests)) for share in part)
+        first, last = (round(share * self.trace.requests) for share in part)
         self.first, self.last = first, max(last, first + 1)
         self.horizon = min(horizon, self.last - self.first)
         self.observation_space = spaces.Dict(
@@ -112,7 +111,6 @@ class PageEpisode:
 
     Attributes:
         shown: candidates of the decision that is due; empty when the slice is over.
-        hits, accesses: in the slice so far.
     """
 
     def __init__(self, rules: PageEpisodes, start: int):
@@ -150,10 +148,12 @@ class PageEpisode:
 
     @property
     def hits(self) -> int:
+        """Pages found in the slice so far."""
         return self.cache.hits - self._before[0]
 
     @property
     def accesses(self) -> int:
+        """Pages asked for in the slice so far."""
         return self.cache.served - self._before[1]
 
     def observe(self) -> Observation:
@@ -208,10 +208,7 @@ class PageEpisode:
     def _regret(self, place: int) -> float:
         """0 for the candidate whose next use is farthest, up to 1 for one that is needed at once."""
         now, longest = self.cache.access, len(self.rules.trace)
-        until = [
-            min(self.cache.due[page] - now, longest) if self.cache.due[page] != NEVER else longest
-            for page in self.shown
-        ]
+        until = [min(self.cache.due[page] - now, longest) for page in self.shown]
         return float(1.0 - np.log1p(until[place]) / np.log1p(max(until)))
 
 
@@ -252,8 +249,8 @@ class KVPageEnv(gym.Env[Observation, Any]):
     ## Rewards
 
     `reward="hits"`: pages found in the cache until the next decision; their sum over an episode is its hits, less those
-    before the first decision. `reward="belady"`: 0 for the candidate whose next use is farthest, down to -1 for one that is asked
-    for at once: `log(1 + its distance) / log(1 + the farthest distance) - 1`.
+    before the first decision. `reward="belady"`: 0 for the candidate whose next use is farthest, down to -1 for one
+    that is asked for at once: `log(1 + its distance) / log(1 + the farthest distance) - 1`.
 
     ## Starting State
 
@@ -297,7 +294,7 @@ class KVPageEnv(gym.Env[Observation, Any]):
         horizon: int = 256,
         action: str = "ranking",
         reward: str = "hits",
-        part: tuple[float, float] = (0.0, 1.0),
+        part: Sequence[float] = (0.0, 1.0),
         render_mode: str | None = None,
     ):
         """Read the trace.
@@ -307,10 +304,9 @@ class KVPageEnv(gym.Env[Observation, Any]):
         """
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise UserError(f"render_mode {render_mode!r} is not known; expected None or 'ansi'")
-        self.rules = PageEpisodes(
-            requests, capacity, candidates, semantics, features, horizon, action, reward, tuple(part)
-        )
-        self.observation_space, self.action_space = self.rules.observation_space, self.rules.action_space
+        self.rules = PageEpisodes(requests, capacity, candidates, semantics, features, horizon, action, reward, part)
+        self.observation_space: spaces.Space = self.rules.observation_space
+        self.action_space = self.rules.action_space
         self.render_mode = render_mode
         self._episode: PageEpisode | None = None
         self._last = ""

@@ -51,7 +51,7 @@ class KVPageVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """Begin a stretch of requests in every environment."""
         super().reset(seed=seed)
         each: list[dict[str, Any] | None] = [options] * self.num_envs
-        if options and np.ndim(options.get("start")):
+        if options and isinstance(options.get("start"), list | tuple | np.ndarray):
             if len(options["start"]) != self.num_envs:
                 raise UserError(f"start names {len(options['start'])} requests; expected one or {self.num_envs}")
             each = [{**options, "start": start} for start in options["start"]]

@@ -1,4 +1,4 @@
-"""The cache whose evictions a ranking policy or an agent decides: it serves requests and stops where a page must leave."""
+"""The cache whose evictions a ranking policy or an agent decides: it stops wherever a page must leave."""
 
 from __future__ import annotations
 
@@ -43,37 +43,37 @@ class Candidates:
         return len(self.pages)
 
     @property
-    def age(self) -> np.ndarray:
+    def age(self) -> np.ndarray:  # noqa: D102
         now, last = self._cache.access, self._cache.last_use
         return np.array([now - last[page] for page in self.pages], np.float32)
 
     @property
-    def gap(self) -> np.ndarray:
+    def gap(self) -> np.ndarray:  # noqa: D102
         gap = np.array([self._cache.gap[page] for page in self.pages], np.float32)
         return np.where(gap > 0, gap, self.age)
 
     @property
-    def hits(self) -> np.ndarray:
+    def hits(self) -> np.ndarray:  # noqa: D102
         return np.array([self._cache.uses[page] for page in self.pages], np.float32)
 
     @property
-    def size(self) -> np.ndarray:
+    def size(self) -> np.ndarray:  # noqa: D102
         return np.array([self._cache.size[page] for page in self.pages], np.float32)
 
     @property
-    def ttl(self) -> np.ndarray:
+    def ttl(self) -> np.ndarray:  # noqa: D102
         return np.array([self._cache.seconds_left(page) for page in self.pages], np.float32)
 
     @property
-    def depth(self) -> np.ndarray:
+    def depth(self) -> np.ndarray:  # noqa: D102
         return np.array([self._cache.depth[page] for page in self.pages], np.float32)
 
     @property
-    def length(self) -> np.ndarray:
+    def length(self) -> np.ndarray:  # noqa: D102
         return np.array([self._cache.length[page] for page in self.pages], np.float32)
 
     @property
-    def next_use(self) -> np.ndarray:
+    def next_use(self) -> np.ndarray:  # noqa: D102
         return np.array([self._cache.due[page] for page in self.pages])
 
 
@@ -171,7 +171,7 @@ class PageCache:
     def clear(self) -> None:
         """Empty the cache and its counters."""
         self.size: dict[int, int] = {}  # cached pages and their sizes
-        # those that no request uses, least recently used first, and a number that grows with every one that becomes free
+        # those that no request uses, least recently used first, each with a number that grows from one to the next
         self._free: OrderedDict[int, int] = OrderedDict()
         self._freed = 0
         self._leaves = OldestLeaves(self.candidates)  # of a prefix tree: free pages that no cached page continues

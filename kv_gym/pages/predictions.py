@@ -42,7 +42,8 @@ def discard_bits(trace: RequestTrace, capacity: int) -> np.ndarray:
 def phases(trace: RequestTrace, capacity: int) -> np.ndarray:
     """`[accesses]` int64, the phase of each access: a phase ends before its (capacity + 1)-th different page."""
     found = np.zeros(len(trace), np.int64)
-    phase, seen = 0, set()
+    phase = 0
+    seen: set[int] = set()
     for at, page in enumerate(trace.pages.tolist()):
         if page not in seen and len(seen) == capacity:
             phase, seen = phase + 1, set()
@@ -53,11 +54,9 @@ def phases(trace: RequestTrace, capacity: int) -> np.ndarray:
 
 def phase_bits(trace: RequestTrace, capacity: int) -> np.ndarray:
     """`[accesses]` bool: whether the page is not asked for in the next phase."""
-    phase = phases(trace, capacity)
-    asked = set(zip(phase.tolist(), trace.pages.tolist(), strict=True))
-    return np.array(
-        [(number + 1, page) not in asked for number, page in zip(phase.tolist(), trace.pages.tolist(), strict=True)]
-    )
+    asked = list(zip(phases(trace, capacity).tolist(), trace.pages.tolist(), strict=True))
+    known = set(asked)
+    return np.array([(phase + 1, page) not in known for phase, page in asked])
 
 
 def predicted_bits(

@@ -182,9 +182,7 @@ def _csv(path: Path) -> RequestTrace:
                     raise ValueError
                 numbers[what].append(value)
         except (ValueError, IndexError):
-            raise _wrong(
-                path, number, text, "as many columns as the header, numbers in those of time and size"
-            ) from None
+            raise _wrong(path, number, text, "the columns of the header, numbers in those of time and size") from None
         lines.append(number)
     sizes = [int(size) for size in numbers["size"]] or None
     return _made(path, keys, times=numbers["time"] or None, sizes=sizes, ttl=numbers["ttl"] or None, lines=lines)
@@ -209,9 +207,7 @@ def _nginx(path: Path) -> RequestTrace:
             seconds = float(left) if left not in (None, "", "-") else float("inf")
             key = found["key"] or found["request"].split()[1]
         except (ValueError, IndexError):
-            raise _wrong(
-                path, number, text, "a line of NGINX's combined log, with cache status, key, time and TTL"
-            ) from None
+            raise _wrong(path, number, text, "a line of NGINX's combined log, with its cache fields") from None
         if found["status"] in ("-", "BYPASS"):
             continue
         keys.append(key)

@@ -1,10 +1,11 @@
-"""A trace of cache requests: which pages were asked for, in what order, how large they are and how long they stay valid."""
+"""A trace of cache requests: which pages were asked for, in what order, how large, and how long they stay valid."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -100,7 +101,8 @@ class RequestTrace:
 
     def __repr__(self) -> str:
         sized = "" if self.sizes is None else ", with sizes"
-        return f"RequestTrace({self.name!r}, {self.requests} requests, {len(self)} accesses, {self.footprint} pages{sized})"
+        counts = f"{self.requests} requests, {len(self)} accesses, {self.footprint} pages{sized}"
+        return f"RequestTrace({self.name!r}, {counts})"
 
     @property
     def requests(self) -> int:
@@ -174,7 +176,7 @@ class RequestTrace:
     def part(self, start: int, stop: int) -> RequestTrace:
         """The requests from number `start` up to `stop`; pages keep their numbers."""
         a, b = int(self.starts[start]), int(self.starts[stop])
-        cut = {
+        cut: dict[str, Any] = {
             field: None if getattr(self, field) is None else getattr(self, field)[a:b]
             for field in ("sizes", "times", "ttl", "lines")
         }

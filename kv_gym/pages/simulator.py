@@ -63,7 +63,7 @@ def simulate(
         policy: a name of :func:`~kv_gym.pages.list_page_policies`, with settings after colons (``belady:bypass=true``),
             a class path, an exported agent, or a policy object.
         capacity: pages, or bytes where the trace has sizes.
-        semantics: ``objects``: every access stands alone; ``prefix``: chains, see :class:`~kv_gym.pages.cache.PageCache`.
+        semantics: ``objects``: every access stands alone; ``prefix``: chains, see :class:`~.cache.PageCache`.
         oversize: what becomes of an object that is larger than the cache: ``refuse`` the trace, or ``pass`` it by.
         record_hits: keep which accesses hit.
 

@@ -56,7 +56,7 @@ def test_lru_in_the_environment_is_lru_in_the_simulator(semantics):
     """From the first request on the cache is empty, so that both see the same."""
     random = np.random.default_rng(0)
     chains = [random.integers(0, 30, 4).tolist() for _ in range(200)]
-    trace = RequestTrace.from_keys(sum(chains, []), "drawn", starts=range(0, 800, 4))
+    trace = RequestTrace.from_keys(np.ravel(chains).tolist(), "drawn", starts=range(0, 800, 4))
     env = gym.make("KVPage-v0", requests=trace, capacity=12, semantics=semantics, horizon=200)
     policy = "vllm_prefix_lru" if semantics == "prefix" else "lru"
     _, info = run(env, lambda observation: np.arange(16), 0)

@@ -85,7 +85,7 @@ def test_golden_hit_rates_of_prefixes(policy, conversation):
 
 def test_prefixes_by_hand():
     chains = [[0, 1, 2], [0, 3, 4], [0, 1, 2, 5], [6, 7], [0, 1, 2]]
-    trace = RequestTrace.from_keys(sum(chains, []), "toy", starts=[0, 3, 6, 10, 12])
+    trace = RequestTrace.from_keys([page for chain in chains for page in chain], "toy", starts=[0, 3, 6, 10, 12])
     for policy in ("vllm_prefix_lru", "lru", "sglang_leaves"):
         assert [simulate(trace, policy, capacity, "prefix").hits for capacity in (4, 5)] == [5, 7]
     assert [simulate(trace, "lru", capacity).hits for capacity in (4, 5)] == [2, 4]

@@ -18,7 +18,7 @@ from kv_gym.pages.cache import Candidates, PageCache
 from kv_gym.pages.requests import RequestTrace
 
 
-class PagePolicy(ABC):
+class PagePolicy:
     """Anything that decides which page leaves.
 
     Class attributes:
@@ -39,7 +39,7 @@ class PagePolicy(ABC):
         return type(self).__module__.rpartition(".")[2]
 
 
-class QueuePolicy(PagePolicy):
+class QueuePolicy(PagePolicy, ABC):
     """A policy with queues of its own.
 
     The cache calls `start` once, then for every access `hit`, or on a miss `admits`, `evict` until there is room, and
@@ -80,7 +80,7 @@ class QueuePolicy(PagePolicy):
         return ()
 
 
-class RankingPolicy(PagePolicy):
+class RankingPolicy(PagePolicy, ABC):
     """A policy that scores candidates; the one with the lowest score leaves, ties to the least recently used.
 
     Attributes:

@@ -28,7 +28,8 @@ class Belady(QueuePolicy):
         self._next = trace.next_use.tolist()
         self._due: dict[int, int] = {}
         self._heap: list[tuple[int, int, int]] = []
-        self._capacity, self._sizes = capacity, {}
+        self._capacity = capacity
+        self._sizes: dict[int, int] = {}
 
     def _push(self, page: int) -> None:
         self._due[page] = due = self._next[self.now]
@@ -37,7 +38,7 @@ class Belady(QueuePolicy):
     def _farthest(self) -> tuple[int, int]:
         """The next use of the page whose next use is farthest, and the page."""
         while True:
-            due, at, page = self._heap[0]
+            due, _, page = self._heap[0]
             if self._due.get(page) == -due:
                 return -due, page
             heapq.heappop(self._heap)
@@ -46,7 +47,9 @@ class Belady(QueuePolicy):
         self._push(page)
 
     def admits(self, page: int, size: int) -> bool:
-        full = sum(self._sizes.values()) + size > self._capacity if self.bypass else False
+        if not self.bypass:
+            return True
+        full = sum(self._sizes.values()) + size > self._capacity
         return not (full and self._due and self._next[self.now] >= self._farthest()[0])
 
     def evict(self, incoming: int, size: int) -> int:

@@ -15,7 +15,7 @@ from kv_gym.pages.policies.base import RankingPolicy
 
 @dataclass(eq=False)
 class BeladyPrefix(RankingPolicy):
-    """Farthest next use among all leaves; a page whose own next use is farther than that of every leaf is not stored."""
+    """Farthest next use among all leaves; a page whose next use is farther than all of theirs is not stored."""
 
     needs_future = True
     objects = False

@@ -15,7 +15,7 @@ _END = -1
 
 @dataclass(eq=False)
 class Sieve(QueuePolicy):
-    """One visited bit for each page; the hand moves from old to new, clears bits and evicts the first page without one."""
+    """One visited bit for each page; the hand moves from old to new, clears bits, and evicts where there is none."""
 
     def start(self, capacity: int, trace: RequestTrace) -> None:
         # a doubly linked list: _END is before the oldest and behind the newest
