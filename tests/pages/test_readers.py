@@ -89,7 +89,7 @@ def test_the_summary_counts_reuse():
         ('{"hash_ids": [1]}\n[1]\n', "auto", "line 2"),
         ("[" * 100_000, "mooncake", "line 1"),
         ("time,size\n1,2\n", "auto", "line 1: 'time,size'; expected a header"),
-        ("time,id,size\n1,a\n", "auto", "line 2: .* expected as many columns"),
+        ("time,id,size\n1,a\n", "auto", "line 2: .* expected the columns of the header"),
         ("time,id,size\n1,a,inf\n", "auto", "line 2"),
         (nginx((0, "a", 10, "MISS", "60")) + "not a log line\n", "auto", "line 2: 'not a log line'"),
         (nginx((5, "a", 10, "MISS", "60"), (1, "b", 5, "MISS", "9")), "auto", "line 2: time"),
