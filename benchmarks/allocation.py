@@ -16,9 +16,9 @@ from tempfile import TemporaryDirectory
 
 from kv_gym import make_policy
 from kv_gym.budgets import format_budget
+from kv_gym.evaluation import evaluate
 from kv_gym.evaluation.calibrate import calibrate, realised
-from kv_gym.evaluation.live import answer
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.measure import replay
 from kv_gym.evaluation.report import merged
 from kv_gym.evaluation.rows import result, write_json
 from kv_gym.evaluation.tasks import reference_tasks, tasks_hash
@@ -55,7 +55,7 @@ def main() -> None:
         rows, floating = [], []
         for rules, group in groups(policies, sets["train"]):
             rows += replay(group, sets["test"], BUDGETS, allocations=rules)
-            rows += answer(model, tasks, group, BUDGETS, allocations=rules)
+            rows += evaluate(group, BUDGETS, model=model, tasks=tasks, allocations=rules, progress=False)["rows"]
             if not isinstance(rules[0], str):
                 floating += came_out(group, rules[0], sets["test"])
         rows = merged({"rows": rows})
@@ -106,7 +106,7 @@ def markdown(rows: list[dict]) -> str:
 def cell(row: dict | None) -> str:
     if row is None:
         return ""
-    floating = f" (kept {row['kept_share']:.4f})" if "kept_share" in row else ""
+    floating = f" (kept {row['kept_share']:.4f})" if row.get("kept_share") is not None else ""
     return f"{100 * row['accuracy']:.1f} / {row['utility_kept']:.3f}{floating}"
 
 

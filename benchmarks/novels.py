@@ -97,7 +97,7 @@ def markdown(rows: list[dict]) -> str:
     arms: dict[tuple[str, str], dict[float, dict[str, list[float]]]] = {}
     for row in rows:
         if row.get("contexts") and (row["policy"] not in tuned or row.get("chosen_on_validation")):
-            ends = f", ends {row['sinks']} + {row['recent']}" if "sinks" in row else ""
+            ends = f", ends {row['sinks']} + {row['recent']}" if row["sinks"] is not None else ""
             stretches = arms.setdefault((row["policy"], row["allocation"] + ends), {}).setdefault(row["budget"], {})
             for name, (_, asked, lost) in row["contexts"].items():
                 stretches.setdefault(f"{row['task']} {name}", []).append(lost / asked)

@@ -8,9 +8,10 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from kv_gym.evaluation.live import answer
+from kv_gym.evaluation.configurations import full_cache
+from kv_gym.evaluation.measure import measure
 from kv_gym.evaluation.rows import result, write_json
-from kv_gym.evaluation.tasks import reference_tasks
+from kv_gym.evaluation.tasks import parse_tasks
 from kv_gym.files import MODEL
 from kv_gym.reference.generator import TASKS
 from kv_gym.reference.heldout import LENGTHS
@@ -25,9 +26,9 @@ def main() -> None:
     rows, shown = [], Table("task", "tokens", "exact match", "NLL", "questions", title="Full cache, held-out seeds")
     for task in TASKS:
         for tokens in LENGTHS:
-            row = answer(model, reference_tasks(task, tokens), {}, [])[0] | {"tokens": tokens}
+            row = measure(model, parse_tasks(f"{task}:{tokens}:unseen"), [full_cache()])[0] | {"tokens": tokens}
             rows.append(row)
-            shown.add_row(task, str(tokens), f"{row['accuracy']:.1%}", f"{row['nll']:.4f}", str(row["n"]))
+            shown.add_row(task, str(tokens), f"{row['accuracy']:.1%}", f"{row['nll']:.4f}", str(row["questions"]))
     Console().print(shown)
     write_json(arguments.json, result(rows))
 

@@ -35,7 +35,7 @@ def test_a_file_that_cannot_be_written_is_named_before_the_block_begins(tmp_path
 
 @pytest.mark.parametrize("json", [LONG, "a" * 252 + ".b"])  # the second is too long with the ending of its partial file
 def test_evaluate_refuses_a_file_that_it_could_not_write_before_it_measures(tmp_path, monkeypatch, json):
-    monkeypatch.setattr(import_module("kv_gym.evaluation.evaluate"), "replay", lambda *_: pytest.fail("measured"))
+    monkeypatch.setattr(import_module("kv_gym.evaluation.evaluate"), "measure", lambda *_: pytest.fail("measured"))
     with pytest.raises(UserError, match=r"^cannot write .*aaa\.\w+ \(File name too long\); name another file$"):
         evaluate(["keydiff"], ["1/4"], traces=bundled("traces"), split=None, json=tmp_path / json, progress=False)
     assert not list(tmp_path.iterdir())

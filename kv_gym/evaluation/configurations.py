@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 from kv_gym.budgets import Allocation, fitting
 from kv_gym.budgets.budget import Budget
 from kv_gym.budgets.uniform import Uniform
-from kv_gym.evaluation.summary import FULL
+from kv_gym.evaluation.rows import FULL
 from kv_gym.live import EvictingCache, PolicyGroup
 from kv_gym.live.tiers import Drop, Tier
 from kv_gym.policies import Policy, make_policy
@@ -40,13 +41,21 @@ class Configuration:
     recent: int | None = None
     seed: int | None = None
 
+    def fields(self) -> dict[str, Any]:
+        """What it says of itself in a row (:class:`kv_gym.evaluation.rows.Row`)."""
+        return {
+            "policy": self.name, "seed": self.seed, "budget": self.budget, "allocation": self.allocation.name,
+            "evicted": self.evicted.name, "sinks": self.sinks, "recent": self.recent,
+            "policy_bytes": getattr(self.policy, "nbytes", int)(),
+        }  # fmt: skip
+
 
 def full_cache() -> Configuration:
     """The configuration that evicts nothing: recency at budget 1.0, which holds keys, values and positions alone."""
     return Configuration(FULL, make_policy("recency"))
 
 
-def every_configuration(
+def configurations_of(
     policies: Mapping[str, Policy],
     budgets: Iterable[Budget],
     allocations: Iterable[Allocation] = (EQUAL,),
@@ -54,18 +63,17 @@ def every_configuration(
     sinks: int | None = None,
     recent: int | None = None,
 ) -> list[Configuration]:
-    """The full cache, then every policy (by the name that rows carry) at every budget, allocation that fits and tier.
+    """Every policy (by the name that rows carry) at every budget, allocation that fits and tier.
 
     Raises:
         UserError: no allocation can use a policy's scores.
     """
     budgets, allocations, evicted = list(budgets), list(allocations), list(evicted)
-    configurations = [
+    return [
         Configuration(name, policy, budget, rule, tier, sinks, recent)
         for name, policy in policies.items()
         for budget, rule, tier in product(budgets, fitting(policy, allocations)[0], evicted)
     ]
-    return [full_cache(), *configurations]
 
 
 def cache_for(model, configurations: Sequence[Configuration]) -> EvictingCache:

@@ -33,7 +33,7 @@ from kv_gym.budgets import (
 )
 from kv_gym.budgets.budget import Budget
 from kv_gym.errors import UserError
-from kv_gym.evaluation.evaluate import Policies, in_split, named, refuse_other_model
+from kv_gym.evaluation.evaluate import Policies, named_policies, refuse_other_model, traces_in_split
 from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.output_error import output_error
 from kv_gym.evaluation.prediction import auc, spearman
@@ -84,16 +84,13 @@ def decision_value(
     Raises:
         UserError: an unusable policy, budget or trace set; a policy of another model.
     """
-    from kv_gym.traces import TraceSet, open_traces
-
     if json is not None:
         refuse_unwritable(json)
     rules = [parse_allocation(allocation) for allocation in allocations]
     chosen_budgets = [parse_budget(budget) for budget in budgets]
-    chosen, (other,) = named(policies), named([baseline]).items()
-    trace_set = traces if isinstance(traces, TraceSet) else open_traces(traces)
-    refuse_other_model(chosen | dict([other]), trace_set.fingerprint, "the model of the traces")
-    part = in_split(trace_set, split)
+    chosen, (other,) = named_policies(policies), named_policies([baseline]).items()
+    part = traces_in_split(traces, split)
+    refuse_other_model(chosen | dict([other]), part.fingerprint, "the model of the traces")
     with Progress(transient=True, disable=not progress) as bar:
         task = bar.add_task("decision value", total=len(part) * len(chosen))
         rows = compare(
@@ -129,7 +126,7 @@ def compare(
 
     Returns:
         Rows of policy, budget, allocation, baseline, baseline_allocation, task, ``utility_kept`` and ``kept_share``
-        (both as in :func:`~kv_gym.evaluation.replay.replay`), ``n`` (contexts), and means over contexts. Beside each
+        (both as in :func:`~kv_gym.evaluation.measure.replay`), ``n`` (contexts), and means over contexts. Beside each
         stands ``<name>_interval``, half the width of its 95 % interval (Student's t over contexts, each paired with
         itself under the baseline; None for one context):
 

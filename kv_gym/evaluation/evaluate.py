@@ -5,30 +5,35 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping, Sequence
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 from rich.progress import Progress
 
 from kv_gym.budgets import Allocation, fitting, parse_allocation, parse_budget
 from kv_gym.errors import UserError
-from kv_gym.evaluation.configurations import every_configuration
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.configurations import configurations_of, full_cache
+from kv_gym.evaluation.measure import measure
 from kv_gym.evaluation.rows import refuse_unwritable, result, write_json
-from kv_gym.evaluation.tasks import Task, TaskContext, tasks_hash
+from kv_gym.evaluation.tasks import Task, TaskContext, contexts_from_records, parse_tasks, tasks_hash
 from kv_gym.evaluation.tasks.asked import by_label, unseen_questions
+from kv_gym.evaluation.tasks.replay import replay_tasks
 from kv_gym.live.tiers import parse_tier
+from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, make_policy
+from kv_gym.traces import TraceSet, open_traces
 
-COLUMNS = ("policy", "budget", "allocation", "evicted", "task", "utility_kept", "accuracy", "nll", "cache_bytes", "n")
 Policies = Iterable[str | Path | Policy] | Mapping[str, str | Path | Policy]
+Tasks = str | Path | Iterable[Any]
 
 
 def evaluate(
     policies: Policies,
     budgets: Iterable[str | int | float],
     *,
-    traces=None,
-    model=None,
-    tasks: Iterable[TaskContext] | Iterable[Task] | None = None,
+    traces: str | Path | TraceSet | None = None,
+    model: Any = None,
+    tasks: Tasks | None = None,
+    tokenizer: Any = None,
     split: str | None = "test",
     sinks: int | None = None,
     recent: int | None = None,
@@ -36,7 +41,7 @@ def evaluate(
     evicted: Iterable[str] = ("drop",),
     json: str | Path | None = None,
     progress: bool = True,
-) -> dict:
+) -> dict[str, Any]:
     """Compare policies; give either `traces` (replay) or `model` and `tasks` (live).
 
     Args:
@@ -44,8 +49,11 @@ def evaluate(
         budgets: slots per head or shares, see :func:`kv_gym.budgets.parse_budget`.
         traces: a trace set or its folder.
         model: a transformers decoder.
-        tasks: contexts with questions, or whole tasks, see :func:`kv_gym.evaluation.tasks.parse_tasks`.
-        split: of the traces, ``train`` or ``test``; None takes all.
+        tasks: names or files as :func:`kv_gym.evaluation.tasks.parse_tasks` reads them, such as ``questions.jsonl``;
+            or a list (or data set) of questions as the lines of such a file are, of contexts with questions, or of
+            whole tasks.
+        tokenizer: of the model; needed where tasks are text.
+        split: of the traces, ``train`` or ``test``; None or ``all`` takes every context.
         sinks, recent: protection for every policy; None means each policy's own.
         allocations: who gets the slots, see :func:`kv_gym.budgets.parse_allocation`; every policy meets all that can
             use its scores.
@@ -55,8 +63,8 @@ def evaluate(
         progress: show a bar.
 
     Returns:
-        ``{"rows": [...], "left_out": [...], "command", "versions", ...}``; rows as in :func:`replay` and
-        :func:`~kv_gym.evaluation.live.judge`, with None for what the other of the two measures; a sentence for every
+        ``{"rows": [...], "left_out": [...], "command", "versions", ...}``: rows are those of
+        :class:`kv_gym.evaluation.rows.Row`, live with the full cache first; ``left_out`` has a sentence for every
         policy and allocation that do not fit each other.
 
     Raises:
@@ -66,28 +74,46 @@ def evaluate(
     if json is not None:
         refuse_unwritable(json)
     rules = [parse_allocation(allocation) for allocation in allocations]
-    chosen_budgets = [parse_budget(budget) for budget in budgets]
-    chosen = named(policies)
+    chosen, tiers = named_policies(policies), [parse_tier(name) for name in evicted]
+    configurations = configurations_of(chosen, [parse_budget(each) for each in budgets], rules, tiers, sinks, recent)
     if (traces is None) == (model is None):
-        raise UserError("evaluate compares either on traces or on a model with tasks; give exactly one of them")
-    fates = list(evicted)
+        raise UserError("evaluate needs either traces, or a model with tasks: give exactly one of the two")
+    found: Sequence[Task]
     if traces is not None:
-        if fates != ["drop"]:
+        if [tier.name for tier in tiers] != ["drop"]:
             raise UserError(
-                "replay only knows what is kept: compare what becomes of evicted pairs with --model and --tasks"
+                "replay knows what is kept and not what a model makes of evicted pairs: to compare what becomes of "
+                "them, give a model with tasks instead of traces"
             )
-        rows, about = _replayed(chosen, chosen_budgets, traces, split, sinks, recent, rules, progress)
+        part = traces_in_split(traces, split)
+        refuse_other_model(chosen, part.fingerprint, "the model of the traces")
+        found = replay_tasks(part)
+        about = {"traces": part.hash, "contexts": len(part), "split": split or "all"}
     else:
-        rows, about = _live(chosen, chosen_budgets, model, list(tasks or ()), sinks, recent, rules, fates, progress)
-    about["left_out"] = [f"{name}: {why}" for name, policy in chosen.items() for why in fitting(policy, rules)[1]]
-    data = result([dict.fromkeys(COLUMNS) | row for row in rows], **about)
+        for name, policy in chosen.items():
+            if policy.needs_future:
+                raise UserError(f"policy {name} is an oracle, and a live model has no recorded future: give traces")
+        found, hashed = _tasks_of(tasks, tokenizer)
+        refuse_other_model(chosen, Fingerprint.of(model), "this model")
+        configurations = [full_cache(), *configurations]
+        folder = Path(str(model.config.name_or_path)).name
+        about = {"tasks": hashed, "contexts": sum(task.contexts for task in found), "model": folder}
+    with Progress(transient=True, disable=not progress) as bar:
+        shown = bar.add_task("replay" if model is None else "answer", total=about["contexts"])
+        rows = measure(model, found, configurations, lambda done: bar.advance(shown, done))
+    left_out = [f"{name}: {why}" for name, policy in chosen.items() for why in fitting(policy, rules)[1]]
+    data = result(rows, **about, left_out=left_out)
     if json is not None:
         write_json(json, data)
     return data
 
 
-def named(policies: Policies) -> dict[str, Policy]:
-    """Policies by the name that rows carry; a UserError where there is none, or where two would bear one name."""
+def named_policies(policies: Policies) -> dict[str, Policy]:
+    """Policies by the name that rows carry.
+
+    Raises:
+        UserError: no policy, or two of one name.
+    """
     if isinstance(policies, Mapping):
         chosen = {name: make_policy(given) for name, given in policies.items()}
     else:
@@ -103,65 +129,48 @@ def named(policies: Policies) -> dict[str, Policy]:
     return chosen
 
 
-def refuse_other_model(policies: Mapping[str, Policy], fingerprint, what: str) -> None:
+def refuse_other_model(policies: Mapping[str, Policy], fingerprint: Fingerprint, what: str) -> None:
     """Raise a UserError where a learned policy belongs to another model than `what`."""
     for name, policy in policies.items():
-        theirs = getattr(policy, "fingerprint", None)
-        if theirs is not None:
-            theirs.refuse_other(fingerprint, f"policy {name}", what)
+        trained_on = getattr(policy, "fingerprint", None)
+        if trained_on is not None:
+            trained_on.refuse_other(fingerprint, f"policy {name}", what)
 
 
-def in_split(traces, split: str | None):
-    """The part of a trace set in `split`, or all of it for None; a UserError where that is empty."""
-    part = traces.select(split=split) if split else traces
+def traces_in_split(traces: str | Path | TraceSet, split: str | None) -> TraceSet:
+    """A trace set, or the part of it in `split` (None or ``all``: every context).
+
+    Raises:
+        UserError: no trace set there, or no context in the split.
+    """
+    opened = open_traces(traces)
+    part = opened if split in (None, "all") else opened.select(split=split)
     if not len(part):
-        there = ", ".join(sorted({repr(entry.split) for entry in traces.entries})) or "none"
+        known = ", ".join(sorted({repr(entry.split) for entry in opened.entries})) or "none"
         raise UserError(
-            f"the traces hold no context in split {split!r} (splits there: {there}); choose another split, or `all`"
+            f"the traces hold no context in split {split!r} (splits there: {known}); choose another split, or `all`"
         )
     return part
 
 
-def _replayed(policies, budgets, traces, split, sinks, recent, rules, progress):
-    from kv_gym.traces import TraceSet, open_traces
-
-    trace_set = traces if isinstance(traces, TraceSet) else open_traces(traces)
-    refuse_other_model(policies, trace_set.fingerprint, "the model of the traces")
-    part = in_split(trace_set, split)
-    with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("replay", total=len(part) * len(policies))
-        rows = replay(policies, part, budgets, sinks, recent, lambda: bar.advance(task), rules)
-    return rows, {"traces": part.hash, "contexts": len(part), "split": split or "all"}
-
-
-def _live(policies, budgets, model, given, sinks, recent, rules, fates, progress):
-    from kv_gym.evaluation.live import judge
-    from kv_gym.models.fingerprint import Fingerprint
-
+def _tasks_of(tasks: Tasks | None, tokenizer: Any) -> tuple[list[Task], str]:
+    """Whole tasks and a hash over all of them; contexts are asked questions that are unseen when they are cut."""
+    if isinstance(tasks, str | Path):
+        given: list = parse_tasks(str(tasks), tokenizer)
+    else:
+        given = list(() if tasks is None else tasks)
+    if given and all(isinstance(each, str | Path) for each in given):
+        given = [task for name in given for task in parse_tasks(str(name), tokenizer)]
+    elif given and all(isinstance(each, Mapping) for each in given):
+        given = contexts_from_records(((f"task {n}", dict(each)) for n, each in enumerate(given, 1)), tokenizer)
     if not given:
-        raise UserError("live evaluation needs tasks; give --tasks FILE.jsonl or --tasks reference")
-    for name, policy in policies.items():
-        if policy.needs_future:
-            raise UserError(
-                f"policy {name} is an oracle and a live model has no recorded future: evaluate it on traces"
-            )
-    refuse_other_model(policies, Fingerprint.of(model), "this model")
-    tasks, hashed = _tasks(given)
-    contexts = sum(task.contexts for task in tasks)
-    configurations = every_configuration(policies, budgets, rules, [parse_tier(fate) for fate in fates], sinks, recent)
-    with Progress(transient=True, disable=not progress) as bar:
-        shown = bar.add_task("answer", total=contexts)
-        rows = judge(model, tasks, configurations, lambda done: bar.advance(shown, done))
-    return rows, {"tasks": hashed, "contexts": contexts, "model": Path(str(model.config.name_or_path)).name}
-
-
-def _tasks(given: Sequence[TaskContext] | Sequence[Task]) -> tuple[list[Task], str]:
-    """Tasks, and a hash over all of them; contexts are asked questions that are unseen when they are cut."""
-    contexts = [each for each in given if isinstance(each, TaskContext)]
-    tasks = [each for each in given if isinstance(each, Task)]
-    if not contexts:
-        return tasks, tasks[0].hash if len(tasks) == 1 else sha256("".join(t.hash for t in tasks).encode()).hexdigest()
-    if tasks:
-        raise UserError("tasks are either contexts with questions or whole tasks, and both were given; give one kind")
-    asked = by_label(contexts).items()
-    return [unseen_questions(same, label) for label, same in asked], tasks_hash(contexts)
+        raise UserError("a model needs tasks: give tasks a name such as 'multi_key:512', a file or a list of questions")
+    if all(isinstance(each, Task) for each in given):
+        hashes = [task.hash for task in given]
+        return given, hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
+    if all(isinstance(each, TaskContext) for each in given):
+        return [unseen_questions(same, label) for label, same in by_label(given).items()], tasks_hash(given)
+    kinds = ", ".join(sorted({type(each).__name__ for each in given}))
+    raise UserError(
+        f"tasks hold {kinds}; expected names, questions (dicts), contexts or whole tasks, and all of a kind"
+    )

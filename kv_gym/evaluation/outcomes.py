@@ -1,9 +1,12 @@
-"""Outcomes: what one configuration did in one context."""
+"""Outcomes: what one configuration did in one context, and the fields of a row that they add up to."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,9 +16,9 @@ from torch import Tensor
 class Outcome:
     """What one configuration did in one context, or in one part of it.
 
-    A context with several parts gives one outcome for each of them: `questions`, `right`, `nll` and `seconds` are the
-    part's own, so that they add up; `cache_bytes` and `slots` describe the whole context and are the same in all its
-    parts. :func:`per_context` joins them.
+    A context with several parts gives one outcome for each of them: `questions`, `correct`, `nll` and `seconds` are
+    the part's own, so that they add up; `cache_bytes` and `slots` describe the whole context and are the same in all
+    its parts. :func:`per_context` joins them.
 
     Attributes:
         context: its id, the same for all configurations: differences are paired by it.
@@ -42,6 +45,40 @@ class Outcome:
     seconds: float
 
 
+@dataclass
+class ReplayOutcome:
+    """What one cut kept of one recorded context.
+
+    Attributes:
+        context: its id.
+        kept, total: `[layers, kv_heads]` float64, utility of the slots that stay, and of all slots.
+        slots: `[layers, kv_heads]` float64, how many stay.
+        kept_share: share of the context's slots that stay.
+        seconds: thread CPU seconds of the cut; scores are shared by configurations and left out.
+    """
+
+    context: str
+    kept: Tensor
+    total: Tensor
+    slots: Tensor
+    kept_share: float
+    seconds: float
+
+
+def to_json(outcome: Outcome | ReplayOutcome) -> dict[str, Any]:
+    """An outcome as plain data; JSON has no NaN, so what was not measured is None."""
+    plain = {name: each.tolist() if isinstance(each, Tensor) else each for name, each in vars(outcome).items()}
+    return plain | {name: None for name, each in plain.items() if isinstance(each, float) and math.isnan(each)}
+
+
+def from_json(data: Mapping[str, Any]) -> Outcome | ReplayOutcome:
+    """The outcome that :func:`to_json` was given."""
+    grids = {name: torch.tensor(each, dtype=torch.float64) for name, each in data.items() if isinstance(each, list)}
+    if "kept" in data:
+        return ReplayOutcome(**dict(data) | grids)
+    return Outcome(**dict(data) | grids | {"nll": math.nan if data["nll"] is None else data["nll"]})
+
+
 def per_context(outcomes: Sequence[Outcome]) -> list[Outcome]:
     """One outcome per context, with the parts joined and ``part`` empty; contexts in the order of first appearance."""
     parts: dict[str, list[Outcome]] = {}
@@ -62,7 +99,60 @@ def per_context(outcomes: Sequence[Outcome]) -> list[Outcome]:
     ]
 
 
-def mean_slots(outcomes: Sequence[Outcome]) -> Tensor | None:
-    """Mean over contexts of the slots held, `[layers, kv_heads]` float64; None where one does not know them."""
-    known = [outcome.slots for outcome in per_context(outcomes) if outcome.slots is not None]
-    return torch.stack(known).mean(0) if known and len(known) == len(per_context(outcomes)) else None
+def measured_fields(outcomes: Sequence[Outcome] | Sequence[ReplayOutcome]) -> dict[str, Any]:
+    """The fields of a row (:class:`kv_gym.evaluation.rows.Row`) that outcomes add up to.
+
+    Args:
+        outcomes: of one configuration in all contexts of one task.
+    """
+    replayed = [outcome for outcome in outcomes if isinstance(outcome, ReplayOutcome)]
+    contexts = replayed or per_context([outcome for outcome in outcomes if isinstance(outcome, Outcome)])
+    slots = [context.slots for context in contexts if context.slots is not None]
+    common = {
+        "n": len(contexts),
+        "milliseconds": 1000 * fmean(context.seconds for context in contexts),
+        "slots": _grid(torch.stack(slots).mean(0)) if len(slots) == len(contexts) else None,
+    }
+    return common | (_replay_fields(replayed) if replayed else _answer_fields(outcomes))  # type: ignore[arg-type]
+
+
+def _answer_fields(outcomes: Sequence[Outcome]) -> dict[str, Any]:
+    contexts, parts = per_context(outcomes), dict[str, dict[str, float]]()
+    for outcome in outcomes:
+        if outcome.part:
+            part = parts.setdefault(outcome.part, {"questions": 0, "correct": 0})
+            part["questions"] += outcome.questions
+            part["correct"] += outcome.correct
+    questions = sum(context.questions for context in contexts)
+    losses = [None if math.isnan(context.nll) else round(context.nll, 6) for context in contexts]
+    known = [loss for loss in losses if loss is not None]
+    return {
+        "questions": questions,
+        "accuracy": math.fsum(context.correct for context in contexts) / questions,
+        "nll": math.fsum(known) / questions if len(known) == len(losses) else None,
+        "parts": parts,
+        "contexts": {
+            context.context: [_whole(context.correct), context.questions, loss]
+            for context, loss in zip(contexts, losses, strict=True)
+        },
+        "cache_bytes": fmean(context.cache_bytes for context in contexts),
+    }
+
+
+def _replay_fields(outcomes: Sequence[ReplayOutcome]) -> dict[str, Any]:
+    kept, total = (torch.stack(grids) for grids in zip(*((o.kept, o.total) for o in outcomes), strict=True))
+    sums = [[float(context.sum()) for context in grids] for grids in (kept, total)]
+    return {
+        "utility_kept": sum(sums[0]) / max(sum(sums[1]), 1e-12),
+        "kept_share": fmean(outcome.kept_share for outcome in outcomes),
+        "head_utility": _grid(kept.sum(0) / total.sum(0)),  # NaN, which is None in a row, where nothing is attended to
+        "contexts": {outcome.context: [*both, None] for outcome, *both in zip(outcomes, *sums, strict=True)},
+    }
+
+
+def _grid(numbers: Tensor) -> list[list[float]]:
+    return [[round(number, 6) for number in layer] for layer in numbers.tolist()]
+
+
+def _whole(number: float) -> int | float:
+    return int(number) if number == int(number) else number

@@ -17,7 +17,7 @@ import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictStr, ValidationError, model_validator
 
@@ -240,6 +240,8 @@ def validated(model: type[_Model], data: Any, where: str) -> _Model:
     Raises:
         UserError: the data does not fit; one sentence about the first field that does not.
     """
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} holds {type(data).__name__}; expected keys {', '.join(model.model_fields)}")
     try:
         return model.model_validate(data)
     except ValidationError as error:
@@ -248,16 +250,27 @@ def validated(model: type[_Model], data: Any, where: str) -> _Model:
 
 def _sentence(model: type[BaseModel], error: Mapping[str, Any], where: str) -> str:
     *path, name = error["loc"] or ("",)
-    path = [f"{where}, {' '.join(map(str, path))}" if path else where][0]
+    for step in path:
+        known = _model_within(model.model_fields[step].annotation) if step in model.model_fields else None
+        model = known or model
+    place = f"{where}, {' '.join(map(str, path))}" if path else where
     kind, given = error["type"], reprlib.repr(error["input"])
     if kind == "missing":
-        return f"{path} has no {name}; expected keys {', '.join(model.model_fields)}"
+        return f"{place} has no {name}; expected keys {', '.join(model.model_fields)}"
     if kind == "extra_forbidden":
-        return f"{path} has unknown key {name!r}; known: {', '.join(model.model_fields)}"
+        return f"{place} has unknown key {name!r}; known: {', '.join(model.model_fields)}"
     if kind == "value_error":
-        return f"{path}: {name} is {given}; {error['ctx']['error']}"
-    expected = {"string_type": "a text", "bool_type": "true or false", "dict_type": "keys and values"}
-    return f"{path}: {name} is {given}; expected {expected.get(kind, error['msg'])}"
+        reason = error["ctx"]["error"]
+        return f"{place}: {reason}" if isinstance(reason, UserError) else f"{place}: {name} is {given}; {reason}"
+    expected = {"string_type": "a text", "bool_type": "true or false"}
+    return f"{place}: {name} is {given}; expected {expected.get(kind, 'keys and values')}"
+
+
+def _model_within(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model in an annotation such as ``tuple[Model, ...]``."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_within, get_args(annotation))), None)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:

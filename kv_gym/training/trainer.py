@@ -16,7 +16,7 @@ from torch import Tensor
 
 from kv_gym.budgets import format_budget
 from kv_gym.errors import UserError
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.measure import replay
 from kv_gym.files import whole_file
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.policies import StatefulPolicy, make_policy

@@ -13,7 +13,7 @@ from kv_gym.budgets.calibrated import Calibrated, identity
 from kv_gym.errors import UserError
 from kv_gym.evaluation import calibrate
 from kv_gym.evaluation.calibrate import threshold
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.measure import replay
 from kv_gym.traces import Prompt, open_traces, record
 
 SHARES = [0.5, 0.25, 0.125]

@@ -11,12 +11,13 @@ from typer.testing import CliRunner
 from kv_gym.cli import app
 from kv_gym.errors import UserError
 from kv_gym.evaluation import evaluate, report
-from kv_gym.evaluation.evaluate import named
-from kv_gym.evaluation.live import answer
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.configurations import configurations_of, full_cache
+from kv_gym.evaluation.evaluate import named_policies
+from kv_gym.evaluation.measure import measure, replay
 from kv_gym.evaluation.report import markdown, merged
 from kv_gym.evaluation.rows import read_result, result, write_json
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, read_tasks
+from kv_gym.evaluation.tasks.asked import unseen_questions
 from kv_gym.files import bundled
 from kv_gym.policies import make_policy
 from kv_gym.traces.sequence import Continuation, Sequence
@@ -95,7 +96,7 @@ def contexts(model):
 
 
 def test_the_full_cache_answers_as_plain_generation_does(model, contexts):
-    rows = answer(model, contexts, {"keydiff": make_policy("keydiff")}, [8])
+    rows = evaluate(["keydiff"], [8], model=model, tasks=contexts, progress=False)["rows"]
     full = next(row for row in rows if row["policy"] == "full_cache")
     assert (full["accuracy"], full["n"], full["questions"]) == (0.5, 3, 12)  # the changed ones are wrong
     assert model.config._attn_implementation == "sdpa"
@@ -118,7 +119,8 @@ def test_batched_one_pass_answers_equal_a_greedy_loop_on_each_question(model, co
                     ids = [expected]
                 right.append(said == list(question.answer_ids))
                 nll.append(np.mean(losses))
-    rows = answer(model, contexts, {name: make_policy(name)}, [8], rows_at_once=2)
+    configurations = [full_cache(), *configurations_of({name: make_policy(name)}, [8])]
+    rows = measure(model, [unseen_questions(contexts, rows=2)], configurations)
     row = next(row for row in rows if row["policy"] == name)
     assert row["accuracy"] == pytest.approx(np.mean(right))
     assert row["nll"] == pytest.approx(np.mean(nll), abs=1e-4)
@@ -195,7 +197,7 @@ def test_ids_of_another_tokenizer_are_refused_in_one_sentence(tmp_path):
         CliRunner().invoke(app, [*command, "--budgets", "1/2"], catch_exceptions=False)
 
 
-def test_allocations_that_a_policy_cannot_use_are_left_out_and_named(tmp_path):
+def test_allocations_that_a_policy_cannot_use_are_left_out_and_named_policies(tmp_path):
     traces = str(bundled("traces"))
     command = ["evaluate", "--traces", traces, "--split", "all", "--policies", "knorm,recency", "--budgets", "1/4"]
     done = CliRunner().invoke(app, [*command, "--allocation", "uniform,global", "--json", str(tmp_path / "rows.json")])
@@ -211,6 +213,6 @@ def test_allocations_that_a_policy_cannot_use_are_left_out_and_named(tmp_path):
 def test_policies_of_one_name_are_told_apart_by_a_mapping_alone():
     windows = [make_policy("snapkv", window=8), make_policy("snapkv", window=16)]
     with pytest.raises(UserError, match="two policies are called 'snapkv'; give a mapping"):
-        named(windows)
-    assert list(named({"short": windows[0], "long": windows[1]}).values()) == windows
-    assert list(named(["h2o", "h2o", make_policy("snapkv"), make_policy("snapkv")])) == ["h2o", "snapkv"]
+        named_policies(windows)
+    assert list(named_policies({"short": windows[0], "long": windows[1]}).values()) == windows
+    assert list(named_policies(["h2o", "h2o", make_policy("snapkv"), make_policy("snapkv")])) == ["h2o", "snapkv"]

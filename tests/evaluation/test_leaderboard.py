@@ -16,7 +16,7 @@ from kv_gym import EvictingCache, cli
 from kv_gym.errors import UserError
 from kv_gym.evaluation.leaderboard import compact, leaderboard, page, publish, read_rows, read_spec
 from kv_gym.evaluation.leaderboard.identity import _code, exported_hash, model_hash, policy_hash
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.measure import replay
 from kv_gym.evaluation.tasks.scripted import ScriptedTask
 from kv_gym.files import bundled
 from kv_gym.models.fingerprint import Fingerprint
@@ -167,7 +167,9 @@ def test_an_interruption_loses_the_batch_under_way_alone(place, tmp_path, rows, 
     monkeypatch.setattr(ScriptedTask, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         leaderboard(spec, tmp_path, progress=False)
-    (tmp_path / "batches" / "torn.jsonl.tmp").write_text('{"cell": "half a li')  # a kill in the midst of writing
+    (tmp_path / "state" / "batches" / "torn.jsonl.tmp").write_text(
+        '{"cell": "half a li'
+    )  # a kill in the midst of writing
     assert read_rows(tmp_path / "rows.jsonl") == []
     sizes.clear()
     monkeypatch.setattr(ScriptedTask, "measure", measure)
@@ -178,7 +180,7 @@ def test_an_interruption_loses_the_batch_under_way_alone(place, tmp_path, rows, 
     again = leaderboard(spec, tmp_path, progress=False)
     assert counted == [2]
     assert without_times(again) == without_times(rows)
-    assert not list((tmp_path / "batches").glob("*.jsonl"))
+    assert not list((tmp_path / "state" / "batches").glob("*.jsonl"))
 
 
 def test_two_processes_write_the_rows_of_one(place, tmp_path, rows):
@@ -188,7 +190,7 @@ def test_two_processes_write_the_rows_of_one(place, tmp_path, rows):
 
 KILLED = """
 import multiprocessing, os, signal, time
-from kv_gym.evaluation.leaderboard.workers import end_with_parent
+from kv_gym.evaluation.leaderboard.run import end_with_parent
 
 def work():
     end_with_parent()
@@ -212,7 +214,7 @@ def test_settings_are_those_that_answer_most_on_validation_contexts(place, tmp_p
             "protections": ["own", [0, 0], [2, 2]], "windows": [3]}  # fmt: skip
     spec = spec_of(place, tasks=[task], validation=grid, policies=["keydiff", "snapkv"])
     found = leaderboard(spec, tmp_path, progress=False)
-    tried = [json.loads(line)["row"] for line in (tmp_path / "other.jsonl").read_text().splitlines()]
+    tried = [json.loads(line)["row"] for line in (tmp_path / "state" / "other.jsonl").read_text().splitlines()]
     of_snapkv = [row for row in tried if row["policy"] == "snapkv"]
     assert {row["window"] for row in of_snapkv} == {None, 3} and {row["n"] for row in tried} == {8}
     assert len(of_snapkv) == 2 * 3 * 3 and {row["allocation"] for row in of_snapkv} == set(grid["allocations"])
@@ -349,7 +351,7 @@ BAD = {
     "learned policy 'mine' is not in": {"learned": {"mine": "nowhere/mine-{seed}"}},
     "contexts is 0": {"tasks": [{"task": "multi_key:512", "contexts": 0}]},
     "has unknown key 'grid'": {"validation": {"grid": 3}},
-    r"protection \[1\] is unknown": {"validation": {"protections": [[1]]}},
+    r"protections is \[\[1\]\]; expected `own`, or sinks and recent": {"validation": {"protections": [[1]]}},
     "seeds is \\['a'\\]": {"seeds": ["a"]},
     "has no traces": {"utility": {"split": "test"}},
     "neither tasks nor utility": {"tasks": []},
@@ -384,7 +386,7 @@ def test_files_that_are_no_specification(tmp_path):
     with pytest.raises(UserError, match="cannot read"):
         read_spec(tmp_path / "none.yml")
     (tmp_path / "rows.jsonl").write_text("[]\n")
-    with pytest.raises(UserError, match="line 1 is no row"):
+    with pytest.raises(UserError, match="line 1 has no policy and budget"):
         read_rows(tmp_path)
 
 
@@ -433,12 +435,12 @@ def test_compact_rows_make_the_page_that_the_command_writes(place, tmp_path, row
 
 
 def test_published_rows_replace_others_and_keep_zeros(tmp_path, rows):
-    (tmp_path / "gone.jsonl").write_text('{"cell": "x"}\n')
+    (tmp_path / "gone.jsonl").write_text('{"policy": "a", "budget": 1}\n')
     assert [file.name for file in publish(rows, tmp_path)] == ["toy.jsonl"]
     assert [file.name for file in tmp_path.iterdir()] == ["toy.jsonl"]
     kept = read_rows(tmp_path)
     assert [row["accuracy"] for row in kept] == pytest.approx([row["accuracy"] for row in rows], abs=1e-6)
-    assert all("contexts" in row and "recent" not in row for row in kept if row["policy"] == "keydiff")
+    assert all(row["contexts"] and row["recent"] is None for row in kept if row["policy"] == "keydiff")
     assert compact([rows[0] | {"budget": 1 / 3}])[0]["budget"] == 1 / 3
 
 

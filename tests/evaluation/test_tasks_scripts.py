@@ -7,8 +7,8 @@ import torch
 
 from kv_gym.budgets import parse_allocation
 from kv_gym.errors import UserError
-from kv_gym.evaluation.configurations import FULL, Configuration, every_configuration, full_cache
-from kv_gym.evaluation.outcomes import Outcome, mean_slots, per_context
+from kv_gym.evaluation.configurations import Configuration, configurations_of, full_cache
+from kv_gym.evaluation.outcomes import Outcome, measured_fields, per_context
 from kv_gym.evaluation.tasks import parse_tasks
 from kv_gym.evaluation.tasks.dialogue import facts
 from kv_gym.evaluation.tasks.text import text_task
@@ -283,34 +283,27 @@ def test_parts_are_joined():
         10,
     )
     assert first.seconds == pytest.approx(0.3) and second.questions == 1
-    assert mean_slots(parts).tolist() == [[4.0, 4.0]]
+    assert measured_fields(parts)["slots"] == [[4.0, 4.0]]
     parts[1].slots = None
-    assert mean_slots(parts) is None
+    assert measured_fields(parts)["slots"] is None
 
 
 def test_a_policy_meets_the_rules_that_can_use_its_scores():
     rules = [parse_allocation(name) for name in ("uniform", "global")]
-    configurations = every_configuration({"snapkv": make_policy("snapkv"), "knorm": make_policy("knorm")}, [8], rules)
-    assert [(configuration.name, configuration.allocation.name) for configuration in configurations[1:]] == [
+    configurations = configurations_of({"snapkv": make_policy("snapkv"), "knorm": make_policy("knorm")}, [8], rules)
+    assert [(each.name, each.allocation.name) for each in configurations] == [
         ("snapkv", "uniform"), ("snapkv", "global"), ("knorm", "uniform"),
     ]  # fmt: skip
     with pytest.raises(UserError, match="not comparable across heads"):
-        every_configuration({"knorm": make_policy("knorm")}, [8], rules[1:])
+        configurations_of({"knorm": make_policy("knorm")}, [8], rules[1:])
 
 
-def test_every_arm_meets_every_budget_and_rule():
-    configurations = every_configuration(
-        {"snapkv": make_policy("snapkv")}, [8, 0.5], [parse_allocation(n) for n in ("uniform", "ada")]
-    )
-    assert [
-        (configuration.name, configuration.budget, configuration.allocation.name) for configuration in configurations
-    ] == [
-        (FULL, 1.0, "uniform"),
-        ("snapkv", 8, "uniform"),
-        ("snapkv", 8, "ada"),
-        ("snapkv", 0.5, "uniform"),
-        ("snapkv", 0.5, "ada"),
-    ]
+def test_every_policy_meets_every_budget_and_allocation():
+    rules = [parse_allocation(name) for name in ("uniform", "ada")]
+    configurations = configurations_of({"snapkv": make_policy("snapkv")}, [8, 0.5], rules)
+    assert [(each.budget, each.allocation.name) for each in configurations] == [
+        (8, "uniform"), (8, "ada"), (0.5, "uniform"), (0.5, "ada"),
+    ]  # fmt: skip
 
 
 REFUSED = {

@@ -3,8 +3,7 @@
 import runpy
 from pathlib import Path
 
-from kv_gym import make_policy
-from kv_gym.evaluation.live import answer
+from kv_gym.evaluation import evaluate
 from kv_gym.evaluation.tasks import reference_tasks
 from kv_gym.reference import MODEL
 from kv_gym.traces import load_model
@@ -17,7 +16,7 @@ def test_the_example_answers_as_the_live_cache_does(capsys):
     names = ["h2o", "keydiff", "snapkv"]
     found = runpy.run_path(str(EXAMPLE))["main"](names, contexts=2)
     assert "of 16 answers from 25% of the cache" in capsys.readouterr().out
-    rows = answer(load_model(MODEL)[0], reference_tasks(count=2), {name: make_policy(name) for name in names}, [0.25])
+    rows = evaluate(names, [0.25], model=load_model(MODEL)[0], tasks=reference_tasks(count=2), progress=False)["rows"]
     live = {row["policy"]: row["accuracy"] for row in rows}
     assert {name: found[name] for name in names} == {name: live[name] for name in names}
     assert 0 < found["h2o"] < 1  # not all alike

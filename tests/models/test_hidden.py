@@ -23,7 +23,7 @@ from kv_gym.budgets import cut, parse_allocation, select
 from kv_gym.budgets.calibrated import identity
 from kv_gym.errors import UserError
 from kv_gym.evaluation import calibrate
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.measure import replay
 from kv_gym.live import PolicyGroup
 from kv_gym.models import hidden_states
 from kv_gym.models.fingerprint import Fingerprint

@@ -11,7 +11,7 @@ from traced_models import some_prompt, tiny_model
 
 from kv_gym import CacheView, make_policy
 from kv_gym.errors import UserError
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.measure import replay
 from kv_gym.policies.scoring.block_schedule import observe_blocks
 from kv_gym.policies.scoring.neighbours import mean_over_heads, rank, smooth
 from kv_gym.traces import open_traces, record

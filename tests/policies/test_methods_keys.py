@@ -12,7 +12,7 @@ from slow_attention import slow_attention
 from kv_gym import CacheView, list_policies, make_policy
 from kv_gym.cache_view import Future
 from kv_gym.errors import UserError
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.measure import replay
 from kv_gym.policies import critical_kv, graph_kv
 from kv_gym.policies.scoring.block_schedule import observe_blocks
 from kv_gym.policies.wrapper import Over

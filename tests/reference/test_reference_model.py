@@ -34,10 +34,11 @@ def test_plain_transformers_load_and_ask_it(monkeypatch):
 @pytest.mark.parametrize("tokens", [512, 1024])
 @pytest.mark.parametrize("task", ["single", "multi_key"])
 def test_it_recalls_what_held_out_contexts_say(task, tokens):
-    from kv_gym.evaluation.live import answer
-    from kv_gym.evaluation.tasks import reference_tasks
+    from kv_gym.evaluation.configurations import full_cache
+    from kv_gym.evaluation.measure import measure
+    from kv_gym.evaluation.tasks import parse_tasks
     from kv_gym.traces import load_model
 
     with torch.no_grad():
-        row = answer(load_model(MODEL)[0], reference_tasks(task, tokens), {}, [])[0]
-    assert row["n"] == 512 and row["accuracy"] >= 0.98
+        row = measure(load_model(MODEL)[0], parse_tasks(f"{task}:{tokens}:unseen"), [full_cache()])[0]
+    assert row["questions"] == 512 and row["accuracy"] >= 0.98

@@ -9,7 +9,7 @@ from known_traces import known_worth, write_known_traces
 from traced_models import VOCABULARY, tiny_model
 
 from kv_gym.errors import UserError
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.measure import replay
 from kv_gym.policies import make_policy
 from kv_gym.traces import Prompt, open_traces, record
 from kv_gym.training import train, trainer

@@ -6,7 +6,7 @@ from known_traces import write_known_traces
 from stable_baselines3 import A2C, PPO, SAC
 
 from kv_gym.envs import KVEvictVecEnv
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.measure import replay
 from kv_gym.policies import make_policy
 from kv_gym.traces import open_traces
 from kv_gym.training import train

@@ -13,7 +13,7 @@ from typer.testing import CliRunner
 
 from kv_gym.cli import app
 from kv_gym.errors import UserError
-from kv_gym.evaluation.replay import replay
+from kv_gym.evaluation.measure import replay
 from kv_gym.policies import make_policy
 from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.traces import open_traces

@@ -1,4 +1,4 @@
-"""What a leaderboard compares: a YAML file, read safely and checked key by key.
+"""What a leaderboard compares: a YAML file that is checked key by key.
 
 model: reference                     # or a folder, or a hub id that is on this machine
 tasks:
@@ -18,20 +18,93 @@ utility: {traces: runs/held_out/test-512, contexts: 16, oracles: [oracle]}
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import MISSING, dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, StrictStr, model_validator
 
 from kv_gym.budgets import budget_key, parse_allocation, parse_budget
 from kv_gym.errors import UserError
+from kv_gym.evaluation.rows import validated
 
 ALL = "all"
 OWN = "own"  # the protection that a policy brings
 Protection = tuple[int, int] | None  # None: the policy's own
 
 
-@dataclass(frozen=True)
-class TaskSpec:
+def _names(value: Any) -> tuple[str, ...]:
+    items = [value] if isinstance(value, str | int | float) else value
+    if not isinstance(items, list | tuple):
+        raise ValueError("expected a list")
+    if not items or not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
+        raise ValueError("expected a list of names")
+    return tuple(str(item) for item in items)
+
+
+def _budgets(value: Any) -> tuple[str, ...]:
+    """Each once, as it was written first: 0.25 and 1/4 are one budget, 1 and 1.0 are two."""
+    known: dict[tuple, str] = {}
+    for text in _names(value):
+        known.setdefault(budget_key(parse_budget(text)), text)
+    return tuple(known.values())
+
+
+def _allocations(value: Any) -> tuple[str, ...]:
+    names = _names(value)
+    for name in names:
+        parse_allocation(name)
+    return names
+
+
+def _numbers(value: Any) -> tuple[int, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError("expected a list")
+    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in value):
+        raise ValueError("expected numbers from 0")
+    return tuple(value)
+
+
+def _count(value: Any) -> int | None:
+    if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+        raise ValueError("expected a number from 1")
+    return value
+
+
+def _protections(value: Any) -> tuple[Protection, ...]:
+    if not isinstance(value, list | tuple):
+        raise ValueError("expected a list")
+    found: list[Protection] = []
+    for each in value:
+        pair = None if each == OWN else _numbers(each)
+        if pair is not None and len(pair) != 2:
+            raise ValueError("expected `own`, or sinks and recent such as [4, 32], in each place")
+        found.append(None if pair is None else (pair[0], pair[1]))
+    return tuple(found)
+
+
+def _folders(value: Any) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, Mapping):
+        raise ValueError("expected folders by name, such as joint: runs/joint-{seed}")
+    return {str(name): _names(folders) for name, folders in value.items()}
+
+
+Names = Annotated[tuple[str, ...], PlainValidator(_names)]
+Budgets = Annotated[tuple[str, ...], PlainValidator(_budgets)]
+Allocations = Annotated[tuple[str, ...], PlainValidator(_allocations)]
+Numbers = Annotated[tuple[int, ...], PlainValidator(_numbers)]
+Count = Annotated[int | None, PlainValidator(_count)]
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_absent(cls, data: Any) -> Any:
+        return {name: each for name, each in data.items() if each is not None} if isinstance(data, Mapping) else data
+
+
+class TaskSpec(_Section):
     """One task.
 
     Attributes:
@@ -40,13 +113,12 @@ class TaskSpec:
         validation: the same kind of task on other contexts, on which heuristics' settings are chosen; None: none are.
     """
 
-    task: str
-    contexts: int | None = None
-    validation: str | None = None
+    task: StrictStr
+    contexts: Count = None
+    validation: StrictStr | None = None
 
 
-@dataclass(frozen=True)
-class Validation:
+class Validation(_Section):
     """The settings among which every heuristic gets its best, by mean accuracy over `budgets` on validation contexts.
 
     Attributes:
@@ -54,18 +126,17 @@ class Validation:
         budgets: at which it is chosen, for all budgets of the task.
         allocations: tried; those that a policy cannot use are left out for it.
         protections: tried, sinks and recent; None is the policy's own.
-        windows: tried for policies that have a setting `window`, beside its default.
+        windows: tried for policies that have a setting `window`, with its default.
     """
 
-    contexts: int = 16
-    budgets: tuple[str, ...] = ("1/16", "1/32")
-    allocations: tuple[str, ...] = ("uniform", "global", "global:raw", "global:zscore", "global:softmax")
-    protections: tuple[Protection, ...] = (None, (0, 0), (2, 8))
-    windows: tuple[int, ...] = ()
+    contexts: Count = 16
+    budgets: Budgets = ("1/16", "1/32")
+    allocations: Allocations = ("uniform", "global", "global:raw", "global:zscore", "global:softmax")
+    protections: Annotated[tuple[Protection, ...], PlainValidator(_protections)] = (None, (0, 0), (2, 8))
+    windows: Numbers = ()
 
 
-@dataclass(frozen=True)
-class Utility:
+class Utility(_Section):
     """Replay on recorded traces.
 
     Attributes:
@@ -75,14 +146,23 @@ class Utility:
         oracles: policies that see the future: they are replayed, and never run live.
     """
 
-    traces: str
-    split: str = "test"
-    contexts: int | None = None
-    oracles: tuple[str, ...] = ("oracle",)
+    traces: StrictStr
+    split: StrictStr = "test"
+    contexts: Count = None
+    oracles: Names = ("oracle",)
 
 
-@dataclass(frozen=True)
-class Spec:
+def _task(value: Any) -> Any:
+    return {"task": value} if isinstance(value, str) else value
+
+
+def _list(value: Any) -> Any:
+    if not isinstance(value, list | tuple):
+        raise ValueError("expected a list")
+    return value
+
+
+class Spec(_Section):
     """What is compared; see the module's example.
 
     Attributes:
@@ -95,20 +175,26 @@ class Spec:
         learned: folders with ``{seed}``, by the name that rows carry.
         seeds: training runs of each learned policy.
         validation: how heuristics' settings are chosen, for tasks with validation contexts.
-        utility: what is replayed beside.
+        utility: what is replayed.
     """
 
-    tasks: tuple[TaskSpec, ...]
-    budgets: tuple[str, ...]
-    model: str = "reference"
-    dtype: str = "auto"
-    allocations: tuple[str, ...] = ("uniform",)
-    tiers: tuple[str, ...] = ("drop",)
-    policies: tuple[str, ...] = (ALL,)
-    learned: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    seeds: tuple[int, ...] = (0,)
-    validation: Validation = field(default_factory=Validation)
+    tasks: Annotated[tuple[Annotated[TaskSpec, BeforeValidator(_task)], ...], BeforeValidator(_list)]
+    budgets: Budgets
+    model: StrictStr = "reference"
+    dtype: StrictStr = "auto"
+    allocations: Allocations = ("uniform",)
+    tiers: Names = ("drop",)
+    policies: Names = (ALL,)
+    learned: Annotated[dict[str, tuple[str, ...]], PlainValidator(_folders)] = {}
+    seeds: Numbers = (0,)
+    validation: Validation = Validation()
     utility: Utility | None = None
+
+    @model_validator(mode="after")
+    def _measures_something(self) -> Spec:
+        if not self.tasks and self.utility is None:
+            raise UserError("a specification has neither tasks nor utility; expected something to measure")
+        return self
 
 
 def read_spec(spec: str | Path | Mapping | Spec) -> Spec:
@@ -123,124 +209,12 @@ def read_spec(spec: str | Path | Mapping | Spec) -> Spec:
     if isinstance(spec, Spec):
         return spec
     if isinstance(spec, Mapping):
-        return _spec(spec, "the specification")
+        return validated(Spec, spec, "the specification")
     import yaml
 
     try:
-        return _spec(yaml.safe_load(Path(spec).read_text(encoding="utf-8")), str(spec))
+        return validated(Spec, yaml.safe_load(Path(spec).read_text(encoding="utf-8")), str(spec))
     except OSError as error:
         raise UserError(f"cannot read {spec} ({error.strerror}); expected a YAML file with tasks and budgets") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{spec} is no valid YAML: {str(error).splitlines()[0]}") from None
-
-
-def _spec(data: Any, where: str) -> Spec:
-    data = _checked(Spec, data, where)
-    data["tasks"] = tuple(_task(entry, f"{where}, tasks") for entry in _items(data["tasks"], where, "tasks"))
-    for name in ("budgets", "allocations", "tiers", "policies"):
-        if name in data:
-            data[name] = _texts(data[name], where, name)
-    data["budgets"] = _budgets(data["budgets"])
-    for name in data.get("allocations", ()):
-        parse_allocation(name)
-    if "seeds" in data:
-        data["seeds"] = _numbers(data["seeds"], where, "seeds")
-    learned = data.get("learned") or {}
-    if not isinstance(learned, Mapping):
-        raise UserError(
-            f"{where}: learned is {learned!r}; expected folders by name, such as joint: runs/joint-{{seed}}"
-        )
-    data["learned"] = {str(name): _texts(folders, where, f"learned {name}") for name, folders in learned.items()}
-    data["validation"] = _validation(data.get("validation") or {}, f"{where}, validation")
-    if data.get("utility") is not None:
-        utility = _checked(Utility, data["utility"], f"{where}, utility")
-        if "oracles" in utility:
-            utility["oracles"] = _texts(utility["oracles"], f"{where}, utility", "oracles")
-        data["utility"] = Utility(**_counted(utility, f"{where}, utility"))
-    if not data["tasks"] and data.get("utility") is None:
-        raise UserError(f"{where} has neither tasks nor utility; expected something to measure")
-    return Spec(**data)
-
-
-def _task(entry: Any, where: str) -> TaskSpec:
-    if isinstance(entry, str):
-        return TaskSpec(entry)
-    return TaskSpec(**_counted(_checked(TaskSpec, entry, where), where))
-
-
-def _validation(data: Any, where: str) -> Validation:
-    data = _counted(_checked(Validation, data, where), where)
-    if "budgets" in data:
-        data["budgets"] = _budgets(_texts(data["budgets"], where, "budgets"))
-    if "allocations" in data:
-        data["allocations"] = _texts(data["allocations"], where, "allocations")
-        for name in data["allocations"]:
-            parse_allocation(name)
-    if "windows" in data:
-        data["windows"] = _numbers(data["windows"], where, "windows")
-    if "protections" in data:
-        data["protections"] = tuple(_protection(each, where) for each in _items(data["protections"], where, "them"))
-    return Validation(**data)
-
-
-def _protection(value: Any, where: str) -> Protection:
-    if value == OWN:
-        return None
-    pair = _numbers(value, where, "protections") if isinstance(value, list | tuple) else ()
-    if len(pair) != 2:
-        raise UserError(
-            f"{where}: protection {value!r} is unknown; expected `own`, or sinks and recent such as [4, 32]"
-        )
-    return pair[0], pair[1]
-
-
-def _budgets(values: tuple[str, ...]) -> tuple[str, ...]:
-    """Each once, as it was written first: 0.25 and 1/4 are one budget, 1 and 1.0 are two."""
-    known: dict[tuple, str] = {}
-    for value in values:
-        known.setdefault(budget_key(parse_budget(value)), value)
-    return tuple(known.values())
-
-
-def _checked(kind: type, data: Any, where: str) -> dict[str, Any]:
-    """Plain data with no key that `kind` does not know, and all that it needs."""
-    known = {each.name: each for each in fields(kind)}
-    if not isinstance(data, Mapping):
-        raise UserError(f"{where} holds {type(data).__name__}; expected keys {', '.join(known)}")
-    for name in data:
-        if name not in known:
-            raise UserError(f"{where} has unknown key {name!r}; known: {', '.join(known)}")
-    for name, each in known.items():
-        needed = each.default is MISSING and each.default_factory is MISSING
-        if needed and data.get(name) is None:
-            raise UserError(f"{where} has no {name}; expected keys {', '.join(known)}")
-        if each.type in ("str", "str | None") and not isinstance(data.get(name, ""), str | None):
-            raise UserError(f"{where}: {name} is {data[name]!r}; expected a text")
-    return {name: value for name, value in data.items() if value is not None}
-
-
-def _counted(data: dict[str, Any], where: str) -> dict[str, Any]:
-    count = data.get("contexts", 1)
-    if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-        raise UserError(f"{where}: contexts is {count!r}; expected a number from 1")
-    return data
-
-
-def _items(value: Any, where: str, name: str) -> list:
-    if not isinstance(value, list | tuple):
-        raise UserError(f"{where}: {name} is {value!r}; expected a list")
-    return list(value)
-
-
-def _texts(value: Any, where: str, name: str) -> tuple[str, ...]:
-    items = [value] if isinstance(value, str | int | float) else _items(value, where, name)
-    if not items or not all(isinstance(item, str | int | float) and not isinstance(item, bool) for item in items):
-        raise UserError(f"{where}: {name} is {value!r}; expected a list of names")
-    return tuple(str(item) for item in items)
-
-
-def _numbers(value: Any, where: str, name: str) -> tuple[int, ...]:
-    items = _items(value, where, name)
-    if not all(isinstance(item, int) and not isinstance(item, bool) and item >= 0 for item in items):
-        raise UserError(f"{where}: {name} is {value!r}; expected numbers from 0")
-    return tuple(items)

@@ -2,6 +2,22 @@
 
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.names import parse_tasks
-from kv_gym.evaluation.tasks.questions import TaskContext, TaskQuestion, read_tasks, reference_tasks, tasks_hash
+from kv_gym.evaluation.tasks.questions import (
+    TaskContext,
+    TaskQuestion,
+    contexts_from_records,
+    read_tasks,
+    reference_tasks,
+    tasks_hash,
+)
 
-__all__ = ["Task", "TaskContext", "TaskQuestion", "parse_tasks", "read_tasks", "reference_tasks", "tasks_hash"]
+__all__ = [
+    "Task",
+    "TaskContext",
+    "TaskQuestion",
+    "contexts_from_records",
+    "parse_tasks",
+    "read_tasks",
+    "reference_tasks",
+    "tasks_hash",
+]

@@ -49,8 +49,21 @@ def read_tasks(path: str | Path, tokenizer=None) -> list[TaskContext]:
     Raises:
         UserError: missing file, bad JSON, a missing or empty field, or text without a tokenizer; the line is named.
     """
+    contexts = contexts_from_records(json_lines(path, "context, question and answer"), tokenizer)
+    if not contexts:
+        raise UserError(f"task file {path} holds no task; expected JSON lines with context, question and answer")
+    return contexts
+
+
+def contexts_from_records(records: Iterable[tuple[str, dict]], tokenizer=None) -> list[TaskContext]:
+    """Contexts of records as the lines of a task file are, see :func:`read_tasks`.
+
+    Args:
+        records: what names a record in errors, and its data.
+        tokenizer: of the model; needed for text.
+    """
     contexts: list[TaskContext] = []
-    for where, data in json_lines(path, "context, question and answer"):
+    for where, data in records:
         context, question, answer = (
             _ids(data, name, tokenizer, where, special=name == "context") for name in ("context", "question", "answer")
         )
@@ -59,8 +72,6 @@ def read_tasks(path: str | Path, tokenizer=None) -> list[TaskContext]:
             contexts[-1] = TaskContext(context, (*contexts[-1].questions, asked), task)
         else:
             contexts.append(TaskContext(context, (asked,), task))
-    if not contexts:
-        raise UserError(f"task file {path} holds no task; expected JSON lines with context, question and answer")
     return contexts
 
 
@@ -71,7 +82,7 @@ def _ids(data: dict, name: str, tokenizer, where: str, special: bool) -> tuple[i
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where} has no {name}; expected a text {name!r} or a list of ids {name + '_ids'!r}")
         if tokenizer is None:
-            raise UserError(f"{where} holds text and the model has no tokenizer; give {name}_ids instead")
+            raise UserError(f"{where} holds text and the model has no tokenizer; give {name}_ids or the tokenizer")
         ids = tokenizer(text, add_special_tokens=special)["input_ids"]
         if not ids:
             raise UserError(f"{where}: the model's tokenizer makes no token of the {name} {text!r}; give other text")
