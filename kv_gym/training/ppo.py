@@ -3,7 +3,7 @@
 Paper: PPO, arXiv 1707.06347, as implemented by Stable-Baselines3. The environment, the loss and the optimiser are
 theirs; :class:`RankingPolicy` and :class:`DecisionBuffer` are given to them as settings. Every draw of a ranking has a
 ratio and a clip of its own (the buffer stores one log-probability per draw); all draws of a ranking share the
-advantage. For a decision s with reward R, the critic's value V(s) and the draws t of its ranking (equation 7 there):
+advantage. For a decision s with reward R, the value V(s) of the critic and the draws t of its ranking (equations 7, 9):
 
     A = R - V(s)  (standardised over a batch),    r_t = p_t / p_old_t
     loss = - mean_t [ min(r_t A, clip(r_t, 1 - c, 1 + c) A) ] + value (R - V(s))^2 - entropy H

@@ -55,6 +55,8 @@ def load_settings(agent: str, **overrides: Any) -> Settings:
 
 def _validated(kind: type[Settings], data: Any, source: str | Path) -> Settings:
     """Settings from plain data; an error is one sentence that begins with `source`."""
+    if not isinstance(data, dict):
+        raise UserError(f"{source} holds a {type(data).__name__}; expected settings as NAME: VALUE")
     try:
         return kind.model_validate(data)
     except ValidationError as errors:

@@ -1,5 +1,7 @@
 """The agent that trains through the model: it learns, it resumes, it refuses what it cannot use."""
 
+import copy
+
 import pytest
 import torch
 from traced_models import VOCABULARY, tiny_model
@@ -42,7 +44,7 @@ def recorded(tmp_path_factory):
 
 def random_cut(model, sequences, share):
     """Divergence of random cuts of the same total, written out here."""
-    generator, moved = torch.Generator().manual_seed(0), []
+    generator, divergences = torch.Generator().manual_seed(0), []
     for sequence in sequences:
         contexts = RecordedContexts.of([sequence])
         tokens, real = padded_continuations([sequence], [list(range(len(sequence.continuations)))])
@@ -52,8 +54,8 @@ def random_cut(model, sequences, share):
         with frozen_model(model), torch.no_grad():
             full = continuation_logits(model, contexts, torch.ones_like(gates), tokens).log_softmax(-1)
             cut = continuation_logits(model, contexts, gates, tokens).log_softmax(-1)
-        moved.append(float(((full.exp() * (full - cut)).sum(-1) * real).sum() / real.sum()))
-    return sum(moved) / len(moved)
+        divergences.append(float(((full.exp() * (full - cut)).sum(-1) * real).sum() / real.sum()))
+    return sum(divergences) / len(divergences)
 
 
 def test_it_learns_what_the_bundled_model_needs(tmp_path):
@@ -114,7 +116,7 @@ def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for
     network = GroupedScorer(sequences[0].keys.shape[0] * sequences[0].keys.shape[1], sequences[0].keys.shape[3], 8)
     learner = EndToEnd(settings, 0, network, model=model)
     learner.prepare(sequences)
-    moved = []
+    divergences = []
     for sequence in sequences:
         contexts = RecordedContexts.of([sequence])
         scores = network(sequence_inputs(sequence)).detach()
@@ -130,7 +132,7 @@ def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for
                     cut = continuation_logits(model, contexts, gates, tokens).log_softmax(-1)
                 far += float((full.exp() * (full - cut)).sum())
                 tokens_there += tokens.numel()
-            moved.append(far / tokens_there)
+            divergences.append(far / tokens_there)
     calls = []
 
     def counted(model, contexts, gates, tokens):
@@ -138,14 +140,14 @@ def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for
         return continuation_logits(model, contexts, gates, tokens)
 
     monkeypatch.setattr(end_to_end, "continuation_logits", counted)
-    assert learner.reward(None, sequences) == pytest.approx(-sum(moved) / len(moved), rel=1e-4)
+    assert learner.reward(None, sequences) == pytest.approx(-sum(divergences) / len(divergences), rel=1e-4)
     assert calls.count(True) == 3 and calls.count(False) == 12
     calls.clear()
     learner.reward(None, sequences)  # what the full cache says is kept
     assert not any(calls)
     monkeypatch.setattr(end_to_end, "CACHED_BYTES", 0)
     learner.prepare(sequences)
-    assert learner.reward(None, sequences) == pytest.approx(-sum(moved) / len(moved), rel=1e-4)
+    assert learner.reward(None, sequences) == pytest.approx(-sum(divergences) / len(divergences), rel=1e-4)
     assert calls.count(True) == 12  # and asked for again where it would not fit
 
 
@@ -156,3 +158,15 @@ def test_refusals(recorded, tmp_path):
     with pytest.raises(UserError, match="weights hash"):
         train("end_to_end", traces, tmp_path / "b", model=tiny_model("qwen3", seed=1), **FAST)
     assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_everything_moves_to_the_device_of_the_model(recorded):
+    """On `meta`, where an operation with a tensor of the CPU raises."""
+    model, traces = recorded
+    sequences = traces.load()[:2]
+    network = GroupedScorer(sequences[0].keys.shape[0] * sequences[0].keys.shape[1], sequences[0].keys.shape[3], 8)
+    learner = EndToEnd(EndToEndSettings(hidden=8), 0, network, model=copy.deepcopy(model).to("meta"))
+    learner.prepare(sequences)
+    with frozen_model(learner.model):
+        divergence = learner.divergence(sequences, [0.2, 0.3], [[0, 2], [1, 0]])
+    assert divergence.device.type == "meta" and divergence.shape == (2,) and divergence.requires_grad

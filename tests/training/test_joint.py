@@ -1,6 +1,4 @@
-"""The agent `joint`: its losses against loops and numbers by hand, what it learns with each, what it refuses."""
-
-import math
+"""The agent `joint`: what it learns with each loss, its held-out reward, what it refuses."""
 
 import numpy as np
 import pytest
@@ -13,8 +11,7 @@ from kv_gym.evaluation.measure import replay
 from kv_gym.policies import make_policy
 from kv_gym.traces import Prompt, open_traces, record
 from kv_gym.training import train, trainer
-from kv_gym.training.joint import LOSSES, JointSettings, kept_by_one_threshold
-from kv_gym.training.losses import listwise_loss, poisson_loss, soft_top, softmax_loss
+from kv_gym.training.joint import LOSSES, kept_by_one_threshold
 from kv_gym.training.registry import load_settings
 from kv_gym.training.targets import FROM_MODEL
 
@@ -37,72 +34,15 @@ def recorded(tmp_path_factory):
     return model, open_traces(folder)
 
 
-def test_the_softmax_is_over_all_heads():
-    """Gradient of softmax cross-entropy: softmax minus target, over all six slots at once."""
-    scores = torch.zeros(1, 2, 3, requires_grad=True)
-    softmax_loss(scores, torch.tensor([[[4.0, 0.0, 0.0], [1.0, 1.0, 0.0]]])).backward()
-    expected = torch.full((6,), 1 / 6) - torch.tensor([4.0, 0, 0, 1, 1, 0]) / 6
-    assert torch.allclose(scores.grad.flatten(), expected, atol=1e-6)
-
-
-def test_poisson_is_least_at_the_logarithm_of_the_worth():
-    worth = torch.tensor([[[0.5, 2.0], [1.0, 0.0]]])
-    scores = torch.tensor([[[0.0, 1.0], [-1.0, 0.5]]])
-    flat = zip(scores.flatten().tolist(), worth.flatten().tolist(), strict=True)
-    by_hand = sum(math.exp(s) - w * s for s, w in flat) / 4 / 0.875
-    assert float(poisson_loss(scores, worth, 0.875)) == pytest.approx(by_hand, rel=1e-6)
-    best = torch.tensor([0.5, 2.0, 1.0]).log().requires_grad_(True)
-    poisson_loss(best.view(1, 1, 3), torch.tensor([[[0.5, 2.0, 1.0]]]), 1.0).backward()
-    assert torch.allclose(best.grad, torch.zeros(3), atol=1e-6)
-
-
-def threshold_by_bisection(scores, count, temperature):
-    low, high = -100.0, 100.0
-    for _ in range(200):
-        middle = (low + high) / 2
-        if sum(1 / (1 + math.exp((middle - s) / temperature)) for s in scores) > count:
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def test_the_listwise_loss_is_what_soft_cuts_lose():
-    torch.manual_seed(0)
-    scores, worth = torch.randn(2, 3, 8, dtype=torch.float64), torch.rand(2, 3, 8, dtype=torch.float64) ** 4
-    kept = []
-    for row, valued in zip(scores.flatten(1).tolist(), worth.flatten(1).tolist(), strict=True):
-        for count in (2, 9):  # shares of 24 slots, rounded down; the smallest share still keeps one slot
-            edge = threshold_by_bisection(row, count, 0.3)
-            gates = [1 / (1 + math.exp((edge - s) / 0.3)) for s in row]
-            best = sum(sorted(valued)[-count:])
-            kept.append(sum(g * w for g, w in zip(gates, valued, strict=True)) / best)
-    shares = torch.tensor([2.9 / 24, 9 / 24 + 1e-6], dtype=torch.float64)
-    assert float(listwise_loss(scores, worth, shares, 0.3)) == pytest.approx(1 - sum(kept) / 4, abs=1e-6)
-    perfect = 100 * worth.argsort(-1).argsort(-1).double()
-    one_head = listwise_loss(perfect[:, :1], worth[:, :1], torch.tensor([1e-3, 0.5], dtype=torch.float64), 0.3)
-    assert float(one_head) == pytest.approx(0.0, abs=1e-6)  # far apart, soft cuts are hard
-
-
-def test_soft_cuts_of_several_rows_are_those_of_each_row():
-    torch.manual_seed(0)
-    scores, counts = torch.randn(3, 1, 20, dtype=torch.float64), torch.tensor([1.0, 6.5], dtype=torch.float64)
-    gates = soft_top(scores, counts, 0.7)
-    assert gates.shape == (3, 2, 20)
-    for row in range(3):
-        for column, count in enumerate(counts.tolist()):
-            torch.testing.assert_close(gates[row, column], soft_top(scores[row, 0], count, 0.7))
-
-
 def way_to_the_oracle(policy, traces):
     """0: as good as a random order; 1: as good as the best ranking, one threshold at a quarter of the slots."""
-    arms = {"learned": policy, "oracle": make_policy("oracle"), "random": make_policy("random")}
+    policies = {"learned": policy, "oracle": make_policy("oracle"), "random": make_policy("random")}
     sequences = open_traces(traces).select(split="test")
     rule = "global" if policy.comparable else "uniform"
     kept = {}
-    for name, arm in arms.items():
+    for name, candidate in policies.items():
         chosen = "global:raw" if name == "random" else rule
-        (row,) = replay({name: arm}, sequences, [0.25], sinks=0, recent=0, allocations=[chosen])
+        (row,) = replay({name: candidate}, sequences, [0.25], sinks=0, recent=0, allocations=[chosen])
         kept[name] = row["utility_kept"]
     return (kept["learned"] - kept["random"]) / (kept["oracle"] - kept["random"])
 
@@ -119,11 +59,11 @@ def test_each_loss_learns_the_known_ranking_of_all_slots(traces, tmp_path, loss)
 def test_poisson_scores_are_logarithms_of_the_expected_worth(traces, tmp_path):
     """On contexts it was not trained on, over all slots and over those that it holds to be worth most."""
     policy = train("joint", traces, tmp_path / "policy", loss="poisson", **FAST)
-    scored, worth = [], []
+    scored, utility = [], []
     for sequence in open_traces(traces).select(split="test"):
         scored.append(torch.cat([policy.score(sequence.view(layer)) for layer in range(2)]).exp().numpy())
-        worth.append(known_worth(sequence.keys) / 3)  # of 6 queries, who pay twice the known worth in all
-    rates, known = np.concatenate(scored).ravel(), np.concatenate(worth).ravel()
+        utility.append(known_worth(sequence.keys) / 3)  # of 6 queries, who pay twice the known worth in all
+    rates, known = np.concatenate(scored).ravel(), np.concatenate(utility).ravel()
     best = np.argsort(-rates)[: len(rates) // 4]
     assert rates.mean() == pytest.approx(known.mean(), rel=0.1)
     assert rates[best].mean() == pytest.approx(known[best].mean(), rel=0.1)
@@ -133,14 +73,14 @@ def test_poisson_scores_are_logarithms_of_the_expected_worth(traces, tmp_path):
 def test_the_reward_is_the_share_of_the_best_kept_worth(traces, tmp_path):
     policy = train("joint", traces, tmp_path / "policy", **(FAST | {"steps": 5, "protect": [2, 3]}))
     sequence = open_traces(traces)[0]
-    worth = known_worth(sequence.keys)
+    utility = known_worth(sequence.keys)
     scores = torch.cat([policy.score(sequence.view(layer)) for layer in range(2)]).double()
     scores[..., :2] = scores[..., -3:] = float("inf")  # protected: 2 + 3 in each of 4 heads of 40 slots
     for total, share in zip(
-        (40, 80), kept_by_one_threshold(policy, sequence, torch.from_numpy(worth), (1 / 4, 1 / 2)), strict=True
+        (40, 80), kept_by_one_threshold(policy, sequence, torch.from_numpy(utility), (1 / 4, 1 / 2)), strict=True
     ):
-        kept = worth.ravel()[np.argsort(-scores.numpy().ravel(), kind="stable")[:total]].sum()
-        assert share == pytest.approx(kept / np.sort(worth.ravel())[-total:].sum(), rel=1e-5)
+        kept = utility.ravel()[np.argsort(-scores.numpy().ravel(), kind="stable")[:total]].sum()
+        assert share == pytest.approx(kept / np.sort(utility.ravel())[-total:].sum(), rel=1e-5)
 
 
 def test_checkpoints_are_chosen_by_the_target(recorded, tmp_path):
@@ -154,8 +94,8 @@ def test_checkpoints_are_chosen_by_the_target(recorded, tmp_path):
         run = trainer.Trainer("joint", load_settings("joint", **chosen), 0, traces, model=model)
         run.setup()
         (sequence,) = run.validation
-        worth = torch.from_numpy(run.learner.utility(sequence))
-        shares = kept_by_one_threshold(policy, sequence, worth, (1 / 8, 1 / 16, 1 / 32, 1 / 64))
+        utility = torch.from_numpy(run.learner.utility(sequence))
+        shares = kept_by_one_threshold(policy, sequence, utility, (1 / 8, 1 / 16, 1 / 32, 1 / 64))
         assert policy.training["held_out_reward"] == pytest.approx(sum(shares) / 4, rel=1e-6)
         other = kept_by_one_threshold(
             policy, sequence, torch.from_numpy(sequence.utility()), (1 / 8, 1 / 16, 1 / 32, 1 / 64)
@@ -186,19 +126,6 @@ def test_the_target_is_the_best_that_there_is_to_learn_from(recorded, tmp_path):
     for name, weight in named.network.state_dict().items():
         assert torch.equal(weight, seeing.network.state_dict()[name])
     assert any(not torch.equal(w, seeing.network.state_dict()[n]) for n, w in blind.network.state_dict().items())
-
-
-def test_settings_that_there_are_not():
-    assert load_settings("joint") == JointSettings()  # the file and the class say the same
-    assert load_settings("joint", continuations=3).continuations == 3
-    with pytest.raises(UserError, match="setting loss is 'hinge'; expected 'softmax', 'poisson' or 'listwise'"):
-        load_settings("joint", loss="hinge")
-    with pytest.raises(UserError, match="setting target is 'future'; expected 'auto', 'utility', "):
-        load_settings("joint", target="future")
-    with pytest.raises(UserError, match="expected 0 < smallest <= largest < 1"):
-        load_settings("joint", smallest=0.5, largest=0.25)
-    with pytest.raises(UserError, match="setting continuations is 'all'"):
-        load_settings("joint", continuations="all")
 
 
 def test_more_continuations_than_were_recorded(traces, tmp_path):

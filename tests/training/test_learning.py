@@ -24,8 +24,8 @@ def traces(tmp_path_factory):
 
 def way_to_the_oracle(policy, traces):
     """0: as good as a random order; 1: as good as the best ranking, at a quarter of the slots."""
-    arms = {"learned": policy, "oracle": make_policy("oracle"), "random": make_policy("random")}
-    rows = replay(arms, open_traces(traces).select(split="test"), [0.25], sinks=0, recent=0)
+    policies = {"learned": policy, "oracle": make_policy("oracle"), "random": make_policy("random")}
+    rows = replay(policies, open_traces(traces).select(split="test"), [0.25], sinks=0, recent=0)
     kept = {row["policy"]: row["utility_kept"] for row in rows}
     return (kept["learned"] - kept["random"]) / (kept["oracle"] - kept["random"])
 

@@ -1,4 +1,4 @@
-"""Gated caches and the cut that scores learn from, against the plain model and finite differences."""
+"""Masked contexts against the plain model and finite differences."""
 
 import pytest
 import torch
@@ -7,7 +7,6 @@ from masked_reference import MaskedReference
 from transformers import DynamicCache
 
 from kv_gym.errors import UserError
-from kv_gym.training.losses import hard_top, soft_top
 from kv_gym.training.masked_context import RecordedContexts, continuation_logits, frozen_model
 
 LENGTHS = (14, 20)
@@ -32,39 +31,39 @@ def contexts_of(model, family="llama"):
 def test_closed_gates_are_evicted_slots(family, attention):
     model = tiny(family, attention)
     contexts, ids = contexts_of(model)
-    asked = torch.stack([tokens(3, 5, seed=1), tokens(3, 5, seed=2)])
+    questions = torch.stack([tokens(3, 5, seed=1), tokens(3, 5, seed=2)])
     torch.manual_seed(0)
     gates = (torch.rand(contexts.keys.shape[:4]) < 0.5).double()
     for row, n in enumerate(LENGTHS):
         gates[row, ..., n:] = 0.0
     with frozen_model(model), torch.no_grad():
-        gated = continuation_logits(model, contexts, gates, asked)
+        gated = continuation_logits(model, contexts, gates, questions)
     assert model.config._attn_implementation == attention
     for row, n in enumerate(LENGTHS):
         for question in range(3):
             reference = MaskedReference(model)
             reference(ids[row])
             reference.hidden = {layer: gates[row, layer, :, :n][None] == 0 for layer in range(gates.shape[1])}
-            expected = reference(asked[row, question][None])[0]
+            expected = reference(questions[row, question][None])[0]
             torch.testing.assert_close(gated[row, question], expected, rtol=0, atol=1e-4)
 
 
 def test_a_gates_gradient_is_what_its_slot_adds():
     model = tiny()
     contexts, _ = contexts_of(model)
-    asked = torch.stack([tokens(1, 4, seed=1), tokens(1, 4, seed=2)])
+    questions = torch.stack([tokens(1, 4, seed=1), tokens(1, 4, seed=2)])
     gates = torch.full(contexts.keys.shape[:4], 0.5, dtype=torch.float64)
     gates[0, ..., LENGTHS[0] :] = 0.0
     gates.requires_grad_(True)
     with frozen_model(model):
-        continuation_logits(model, contexts, gates, asked).logsumexp(-1).sum().backward()
+        continuation_logits(model, contexts, gates, questions).logsumexp(-1).sum().backward()
         for place in ((0, 0, 1, 3), (1, 2, 0, 11)):
             sides = []
             for step in (1e-3, -1e-3):
-                moved = gates.detach().clone()
-                moved[place] += step
+                shifted = gates.detach().clone()
+                shifted[place] += step
                 with torch.no_grad():
-                    sides.append(continuation_logits(model, contexts, moved, asked).logsumexp(-1).sum())
+                    sides.append(continuation_logits(model, contexts, shifted, questions).logsumexp(-1).sum())
             slope = float(sides[0] - sides[1]) / 2e-3
             assert float(gates.grad[place]) == pytest.approx(slope, rel=0.05, abs=1e-3)
     assert not any(weight.grad is not None for weight in model.parameters())
@@ -75,28 +74,3 @@ def test_sliding_layers_are_refused():
     model = tiny("gemma3")
     with pytest.raises(UserError, match="layers without full attention"), frozen_model(model):
         pass
-
-
-def test_soft_gates_sum_to_the_count_and_do_not_care_for_a_shift():
-    torch.manual_seed(0)
-    scores = torch.randn(50, dtype=torch.float64, requires_grad=True)
-    gates = soft_top(scores, 7.0, temperature=0.5)
-    assert float(gates.sum()) == pytest.approx(7.0, abs=1e-6)
-    weights = torch.rand(50, dtype=torch.float64)
-    (slope,) = torch.autograd.grad((gates * weights).sum(), scores)
-    assert float(slope.sum()) == pytest.approx(0.0, abs=1e-9)
-    for i in (0, 17):
-        shift = torch.zeros(50, dtype=torch.float64)
-        shift[i] = 1e-5
-        up, down = ((soft_top(scores.detach() + s, 7.0, 0.5) * weights).sum() for s in (shift, -shift))
-        assert float(slope[i]) == pytest.approx(float(up - down) / 2e-5, rel=1e-3, abs=1e-6)
-
-
-def test_the_hard_cut_is_hard_and_learns_like_the_soft_one():
-    scores = torch.tensor([0.3, -1.0, 2.0, 0.1], requires_grad=True)
-    gates = hard_top(scores, 2)
-    assert gates.tolist() == pytest.approx([1.0, 0.0, 1.0, 0.0])
-    weights = torch.tensor([1.0, 2.0, 3.0, 4.0])
-    (hard,) = torch.autograd.grad((gates * weights).sum(), scores)
-    (soft,) = torch.autograd.grad((soft_top(scores, 2.0) * weights).sum(), scores)
-    torch.testing.assert_close(hard, soft)

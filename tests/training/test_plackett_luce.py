@@ -9,45 +9,45 @@ import torch
 from kv_gym.training.plackett_luce import PADDING_SCORE, RankingStages, expected_rank_cost, sample_rankings
 
 
-def enumerated_cost(scores, worth):
+def enumerated_cost(scores, utility):
     n, cost = len(scores), 0.0
     for ranking in itertools.permutations(range(n)):
         probability, left = 1.0, list(range(n))
         for i in ranking:
             probability *= math.exp(scores[i]) / sum(math.exp(scores[j]) for j in left)
             left.remove(i)
-        cost += probability * sum(worth[i] * (rank + 0.5) / n for rank, i in enumerate(ranking))
-    return cost / sum(worth)
+        cost += probability * sum(utility[i] * (rank + 0.5) / n for rank, i in enumerate(ranking))
+    return cost / sum(utility)
 
 
 @pytest.mark.parametrize("seed", range(5))
 def test_cost_equals_the_sum_over_all_rankings(seed):
     generator = torch.Generator().manual_seed(seed)
     scores = torch.randn(5, generator=generator, dtype=torch.float64) * 2
-    worth = torch.rand(5, generator=generator, dtype=torch.float64)
-    assert expected_rank_cost(scores, worth).item() == pytest.approx(
-        enumerated_cost(scores.tolist(), worth.tolist()), abs=1e-12
+    utility = torch.rand(5, generator=generator, dtype=torch.float64)
+    assert expected_rank_cost(scores, utility).item() == pytest.approx(
+        enumerated_cost(scores.tolist(), utility.tolist()), abs=1e-12
     )
 
 
 def test_gradient_equals_that_of_the_enumeration():
     scores = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
-    worth = torch.tensor([0.1, 0.5, 0.0, 0.4], dtype=torch.float64)
-    expected_rank_cost(scores, worth).backward()
+    utility = torch.tensor([0.1, 0.5, 0.0, 0.4], dtype=torch.float64)
+    expected_rank_cost(scores, utility).backward()
     values, step = scores.detach().tolist(), 1e-6
     for i in range(4):
         up, down = list(values), list(values)
         up[i] += step
         down[i] -= step
-        slope = (enumerated_cost(up, worth.tolist()) - enumerated_cost(down, worth.tolist())) / (2 * step)
+        slope = (enumerated_cost(up, utility.tolist()) - enumerated_cost(down, utility.tolist())) / (2 * step)
         assert scores.grad[i].item() == pytest.approx(slope, abs=1e-7)
 
 
 def test_a_random_subset_of_comparisons_is_unbiased():
-    scores, worth = torch.randn(3, 12, dtype=torch.float64), torch.rand(3, 12, dtype=torch.float64)
-    exact = expected_rank_cost(scores, worth)
+    scores, utility = torch.randn(3, 12, dtype=torch.float64), torch.rand(3, 12, dtype=torch.float64)
+    exact = expected_rank_cost(scores, utility)
     subsets = [torch.tensor(s) for s in itertools.combinations(range(12), 2)]
-    mean = torch.stack([expected_rank_cost(scores, worth, subset) for subset in subsets]).mean(0)
+    mean = torch.stack([expected_rank_cost(scores, utility, subset) for subset in subsets]).mean(0)
     assert torch.allclose(mean, exact, atol=1e-12)
 
 
@@ -70,13 +70,13 @@ def test_stages_tell_what_the_definition_tells():
     total = 0.0
     for ranking in itertools.permutations(range(4)):
         order = torch.tensor(ranking)
-        mine, theirs = RankingStages.of(scores, order), RankingStages.of(other, order)
-        total += mine.log_prob.sum().exp().item()
+        stages, other_stages = RankingStages.of(scores, order), RankingStages.of(other, order)
+        total += stages.log_prob.sum().exp().item()
         for t, (p, q) in enumerate(zip(draws(scores.tolist(), ranking), draws(other.tolist(), ranking), strict=True)):
-            assert mine.log_prob[t].item() == pytest.approx(math.log(p[ranking[t]]))
-            assert mine.entropy[t].item() == pytest.approx(-sum(p[j] * math.log(p[j]) for j in p), abs=1e-12)
-            apart = sum(p[j] * math.log(p[j] / q[j]) for j in p)
-            assert mine.divergence(theirs)[t].item() == pytest.approx(apart, abs=1e-12)
+            assert stages.log_prob[t].item() == pytest.approx(math.log(p[ranking[t]]))
+            assert stages.entropy[t].item() == pytest.approx(-sum(p[j] * math.log(p[j]) for j in p), abs=1e-12)
+            divergence = sum(p[j] * math.log(p[j] / q[j]) for j in p)
+            assert stages.divergence(other_stages)[t].item() == pytest.approx(divergence, abs=1e-12)
     assert total == pytest.approx(1)
 
 

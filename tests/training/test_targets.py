@@ -46,8 +46,8 @@ def logits(model, sequence, gates, tokens):
 
 
 def nll(model, sequence, gates, tokens):
-    said = logits(model, sequence, gates, tokens).log_softmax(-1)
-    return -sum(float(said[i, int(token)]) for i, token in enumerate(tokens[1:])) / (len(tokens) - 1)
+    log_probs = logits(model, sequence, gates, tokens).log_softmax(-1)
+    return -sum(float(log_probs[i, int(token)]) for i, token in enumerate(tokens[1:])) / (len(tokens) - 1)
 
 
 def projection(model, layer, query_head):
@@ -68,30 +68,30 @@ def slots_of(sequence):
 
 
 def test_attention_alone(sequence):
-    worth = utility_function("utility")(sequence), utility_function("mean")(sequence)
+    utility = utility_function("utility")(sequence), utility_function("mean")(sequence)
     for place in slots_of(sequence)[::7]:
-        for i, reduced in enumerate(worth):
+        for i, reduced in enumerate(utility):
             each = [c.future[place][:, i].sum() / len(c.tokens) for c in sequence.continuations]
             assert reduced[place] == pytest.approx(sum(each) / 3, rel=1e-5)
 
 
 def test_value_norms_through_the_output_projection(model, sequence):
-    worth = utility_function("value", model)(sequence)
+    utility = utility_function("value", model)(sequence)
     for place in slots_of(sequence)[::5]:
         expected = sequence.utility()[place] * norm(model, *place[:2], sequence.values[place])
-        assert worth[place] == pytest.approx(expected, rel=1e-4)
+        assert utility[place] == pytest.approx(expected, rel=1e-4)
 
 
 def test_the_outputs_error_when_one_slot_goes(model, sequence):
-    worth = utility_function("output", model)(sequence)
+    utility = utility_function("output", model)(sequence)
     for layer, head, slot in slots_of(sequence)[::5]:
         values, error = sequence.values[layer, head].astype(float), 0.0
         for continuation in sequence.continuations:  # of one block each
             attention = continuation.future[layer, head, :, 0, 1].astype(float) / len(continuation.tokens)
             output = sum(a * v for a, v in zip(attention, values, strict=True)) / sum(attention)
-            moved = norm(model, layer, head, values[slot] - output)
-            error += attention[slot] / (1 - attention[slot]) * moved / 3
-        assert worth[layer, head, slot] == pytest.approx(error, rel=1e-3)
+            distance = norm(model, layer, head, values[slot] - output)
+            error += attention[slot] / (1 - attention[slot]) * distance / 3
+        assert utility[layer, head, slot] == pytest.approx(error, rel=1e-3)
 
 
 def test_blocks_weigh_as_their_queries(model, sequence):
@@ -100,7 +100,7 @@ def test_blocks_weigh_as_their_queries(model, sequence):
 
     whole = sequence.continuations[0]
     parts = whole.future * np.array([0.9, 0.1], np.float32)[:, None]  # [L, H, n, 2, 2]
-    told = replace(sequence, continuations=(replace(whole, future=parts, block=4),))
+    two_blocks = replace(sequence, continuations=(replace(whole, future=parts, block=4),))
     roots = output_roots(model)
     each = [
         targets.output_error(
@@ -108,42 +108,44 @@ def test_blocks_weigh_as_their_queries(model, sequence):
         )
         for part, n in ((parts[..., :1, :], 4), (parts[..., 1:, :], 1))
     ]
-    np.testing.assert_allclose(targets.output_error(told, roots), 0.8 * each[0] + 0.2 * each[1], rtol=1e-4, atol=1e-7)
+    np.testing.assert_allclose(
+        targets.output_error(two_blocks, roots), 0.8 * each[0] + 0.2 * each[1], rtol=1e-4, atol=1e-7
+    )
 
 
 def test_the_gradient_is_the_slope_of_the_loss(model, sequence):
-    worth = utility_function("gradient", model)(sequence)
-    assert worth.shape == (3, 2, 24) and worth.dtype == np.float32
-    order = np.argsort(-worth.ravel())
-    for place in (np.unravel_index(order[i], worth.shape) for i in (0, 3, 40)):
+    utility = utility_function("gradient", model)(sequence)
+    assert utility.shape == (3, 2, 24) and utility.dtype == np.float32
+    order = np.argsort(-utility.ravel())
+    for place in (np.unravel_index(order[i], utility.shape) for i in (0, 3, 40)):
         slopes = []
         for continuation in sequence.continuations:
             sides = []
             for gate in (1.02, 0.98):
-                gates = torch.ones(worth.shape)
+                gates = torch.ones(utility.shape)
                 gates[tuple(int(i) for i in place)] = gate
                 sides.append(nll(model, sequence, gates, continuation.tokens))
             slopes.append(abs(sides[0] - sides[1]) / 0.04)
-        assert worth[place] == pytest.approx(np.mean(slopes), rel=0.05, abs=2e-5)
+        assert utility[place] == pytest.approx(np.mean(slopes), rel=0.05, abs=2e-5)
 
 
 def test_the_change_of_the_odds_of_what_the_model_would_say(model, sequence):
-    worth = utility_function("odds", model)(sequence)
-    order = np.argsort(-worth.ravel())
-    for place in (np.unravel_index(order[i], worth.shape) for i in (0, 3, 40)):
+    utility = utility_function("odds", model)(sequence)
+    order = np.argsort(-utility.ravel())
+    for place in (np.unravel_index(order[i], utility.shape) for i in (0, 3, 40)):
         slopes = []
         for continuation in sequence.continuations:
-            whole = logits(model, sequence, torch.ones(worth.shape), continuation.tokens).softmax(-1)
-            said, sides = whole.argmax(-1).tolist(), []
+            whole = logits(model, sequence, torch.ones(utility.shape), continuation.tokens).softmax(-1)
+            predicted, sides = whole.argmax(-1).tolist(), []
             for gate in (1.02, 0.98):
-                gates = torch.ones(worth.shape)
+                gates = torch.ones(utility.shape)
                 gates[tuple(int(i) for i in place)] = gate
-                moved = logits(model, sequence, gates, continuation.tokens).softmax(-1)
-                odds = [math.log(float(p[i] / (1 - p[i]))) for p, i in zip(moved, said, strict=True)]
-                sure = [float(p[i]) ** 2 for p, i in zip(whole, said, strict=True)]
-                sides.append(sum(o * s for o, s in zip(odds, sure, strict=True)) / len(said))
+                shifted = logits(model, sequence, gates, continuation.tokens).softmax(-1)
+                odds = [math.log(float(p[i] / (1 - p[i]))) for p, i in zip(shifted, predicted, strict=True)]
+                sure = [float(p[i]) ** 2 for p, i in zip(whole, predicted, strict=True)]
+                sides.append(sum(o * s for o, s in zip(odds, sure, strict=True)) / len(predicted))
             slopes.append((sides[0] - sides[1]) / 0.04)
-        assert worth[place] == pytest.approx(math.sqrt(np.mean(np.square(slopes))), rel=0.05, abs=2e-5)
+        assert utility[place] == pytest.approx(math.sqrt(np.mean(np.square(slopes))), rel=0.05, abs=2e-5)
 
 
 def test_the_models_weights_are_left_alone(model, sequence):

@@ -1,4 +1,4 @@
-"""Rankings as actions of Stable-Baselines3: the distribution, the buffer of decisions, and the policy."""
+"""Rankings as actions of Stable-Baselines3: the distribution, the policy and the buffer of decisions."""
 
 import itertools
 
@@ -8,7 +8,9 @@ import torch
 from env_traces import random_contexts
 from gymnasium import spaces
 from stable_baselines3 import A2C, PPO
+from stable_baselines3.common.distributions import kl_divergence
 from stable_baselines3.common.utils import obs_as_tensor
+from stable_baselines3.common.vec_env import VecNormalize
 
 from kv_gym.envs import KVEvictVecEnv
 from kv_gym.errors import UserError
@@ -51,17 +53,17 @@ def test_samples_are_rankings_that_clipping_does_not_change():
 def test_the_policy_scores_each_slot_with_the_network_of_its_head(settings):
     env = KVEvictVecEnv(3, traces=random_contexts(), **settings)
     agent = PPO(RankingPolicy, env, policy_kwargs={"hidden": 8, "prefix": 0.5}, device="cpu", seed=0)
-    seen = env.reset()
-    distribution = agent.policy.get_distribution(obs_as_tensor(seen, "cpu"))
-    heads = np.broadcast_to(seen["head"].reshape(3, -1), seen["mask"].shape)
+    observation = env.reset()
+    distribution = agent.policy.get_distribution(obs_as_tensor(observation, "cpu"))
+    heads = np.broadcast_to(observation["head"].reshape(3, -1), observation["mask"].shape)
     scorer = agent.policy.scorer
-    for row, slot in itertools.product(range(3), range(0, seen["mask"].shape[1], 5)):
-        position, n = seen["position"][row, slot], seen["position"][row].max() + 1
+    for row, slot in itertools.product(range(3), range(0, observation["mask"].shape[1], 5)):
+        position, n = observation["position"][row, slot], observation["position"][row].max() + 1
         if not 1 <= position < n - 1:  # absent, or protected
             assert distribution.scores[row, slot] == PADDING_SCORE
             continue
         place = torch.tensor([position, n - 1 - position]).log1p() / 4
-        x = torch.cat([torch.from_numpy(seen[name][row, slot]) for name in ("key", "value")] + [place])
+        x = torch.cat([torch.from_numpy(observation[name][row, slot]) for name in ("key", "value")] + [place])
         head = int(heads[row, slot])
         score = scorer(x.view(1, 1, -1), slice(head, head + 1))
         assert distribution.scores[row, slot].item() == pytest.approx(score.item(), abs=1e-5)
@@ -73,22 +75,22 @@ def test_the_buffer_gives_back_what_the_environment_showed(settings):
     size, stages = env.action_space.shape[0], 4
     buffer = DecisionBuffer(5, env.observation_space, env.action_space, n_envs=3, gamma=0.0, stages=stages)
     buffer.slots = env.get_attr("slots")[0]
-    rng, shown = np.random.default_rng(0), []
+    rng, stored = np.random.default_rng(0), []
     env.seed(0)
-    seen = env.reset()
+    observation = env.reset()
     for _ in range(5):
         actions = rng.uniform(-1, 1, (3, size)).astype(np.float32)
         after, rewards, dones, _ = env.step(actions)
         log_probs = torch.from_numpy(rng.normal(size=(3, stages)).astype(np.float32))
-        buffer.add(seen, actions, rewards, np.zeros(3), torch.full((3, 1), 0.25), log_probs)
-        shown += [({k: v[i] for k, v in seen.items()}, actions[i], log_probs[i], rewards[i]) for i in range(3)]
-        seen = after
+        buffer.add(observation, actions, rewards, np.zeros(3), torch.full((3, 1), 0.25), log_probs)
+        stored += [({k: v[i] for k, v in observation.items()}, actions[i], log_probs[i], rewards[i]) for i in range(3)]
+        observation = after
     buffer.compute_returns_and_advantage(torch.zeros(3), dones)
     np.random.seed(0)
     found = 0
     for batch in buffer.get(4):
         for row in range(len(batch.actions)):
-            (match,) = [s for s in shown if np.array_equal(s[1], batch.actions[row])]
+            (match,) = [s for s in stored if np.array_equal(s[1], batch.actions[row])]
             for name, array in match[0].items():
                 np.testing.assert_array_equal(batch.observations[name][row].numpy(), array)
             assert torch.equal(batch.old_log_prob[row], match[2])
@@ -144,8 +146,8 @@ def test_stock_algorithms_take_the_policy_with_and_without_the_buffer(algorithm,
     agent.save(tmp_path / "agent")
     assert (tmp_path / "agent.zip").stat().st_size < 200_000  # the traces are not in it
     again = algorithm.load(tmp_path / "agent", device="cpu")
-    seen = env.reset()
-    np.testing.assert_array_equal(*(one.predict(seen, deterministic=True)[0] for one in (agent, again)))
+    observation = env.reset()
+    np.testing.assert_array_equal(*(one.predict(observation, deterministic=True)[0] for one in (agent, again)))
 
 
 def test_every_draw_is_clipped_alone():
@@ -166,3 +168,34 @@ def test_every_draw_is_clipped_alone():
     drawn = n // 2 - 2  # half of the context, less the two protected tokens
     for row in range(16):
         assert (log_prob[row] != 0).sum() == drawn[row] == (batch.old_log_prob[row] != 0).sum()
+
+
+def test_normalised_positions_are_refused():
+    env = KVEvictVecEnv(3, traces=random_contexts())
+    settings = {"n_steps": 4, "batch_size": 4, "policy_kwargs": {"hidden": 8}, "device": "cpu"}
+    PPO(RankingPolicy, VecNormalize(env, norm_obs_keys=["key", "value"]), **settings).learn(12)
+    agent = PPO(RankingPolicy, VecNormalize(env, norm_obs_keys=["key", "value", "position"]), **settings)
+    with pytest.raises(UserError, match=r"not token numbers.*VecNormalize\(env, norm_obs_keys=\['key', 'value'\]\)"):
+        agent.learn(12)
+
+
+def test_the_divergence_of_two_rankings_is_that_of_the_enumeration():
+    """What algorithms with a trust region ask of Stable-Baselines3, and its gradient of second order."""
+    torch.manual_seed(0)
+    scores, other = torch.tensor([[0.5, -1.0, 2.0]]), torch.tensor([[0.0, 0.3, 0.1]])
+    mask = torch.tensor([2])
+    p, q = (PrefixDistribution(2, False).proba_distribution(x, mask) for x in (scores, other))
+    expected = sum(
+        p.log_prob(action(*r)).exp().item() * (p.log_prob(action(*r)) - q.log_prob(action(*r))).item()
+        for r in itertools.permutations(range(3))
+    )
+    count = mask.expand(20_000)
+    many = [PrefixDistribution(2, False).proba_distribution(x.expand(20_000, -1), count) for x in (scores, other)]
+    assert kl_divergence(*many).mean().item() == pytest.approx(expected, rel=0.02)
+    free = scores.clone().requires_grad_()
+    fixed = PrefixDistribution(2, False).proba_distribution(scores, mask)
+    divergence = kl_divergence(PrefixDistribution(2, False).proba_distribution(free, mask), fixed).mean()
+    (gradient,) = torch.autograd.grad(divergence, free, create_graph=True)
+    assert gradient.abs().max() < 1e-6
+    (curvature,) = torch.autograd.grad((gradient * torch.tensor([1.0, 0.0, 0.0])).sum(), free)
+    assert curvature[0, 0] > 0.01

@@ -1,6 +1,5 @@
-"""What all agents share: seeds repeat, runs resume and start from policies, mistakes are refused, a log is written."""
+"""Runs of all agents: seeds repeat, runs resume and start from policies, mistakes are refused."""
 
-import inspect
 import json
 from dataclasses import replace
 from types import SimpleNamespace
@@ -8,22 +7,23 @@ from types import SimpleNamespace
 import pytest
 import torch
 from known_traces import write_known_traces
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from typer.testing import CliRunner
 
 from kv_gym.cli import app
 from kv_gym.errors import UserError
-from kv_gym.evaluation.measure import replay
 from kv_gym.policies import make_policy
-from kv_gym.policies.scorer import GroupedScorer, Scorer
+from kv_gym.policies.scorer import Scorer
 from kv_gym.traces import open_traces
 from kv_gym.training import train, trainer
-from kv_gym.training.monitor import RetentionPicture
 from kv_gym.training.registry import learner_class, list_agents, load_settings
 from kv_gym.training.trainer import split_validation, weights_hash
 
 FAST = {"steps": 20, "every": 5, "hidden": 8, "rate": 0.02, "progress": False}
+
+
 FROM_TRACES = [agent for agent in list_agents() if not getattr(learner_class(agent), "needs_model", False)]
+
+
 SMALL = {
     "ppo": {"envs": 4, "rollout": 4, "batch": 8},
     "grpo": {"refresh": 7},
@@ -37,7 +37,7 @@ def traces(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def first(traces, tmp_path_factory):
+def start_policy(traces, tmp_path_factory):
     """A policy to start from, and to look at; its folder is `first.folder`."""
     folder = tmp_path_factory.mktemp("first") / "policy"
     return SimpleNamespace(folder=folder, policy=train("joint", traces, folder, **FAST))
@@ -47,19 +47,10 @@ def weights(policy):
     return torch.cat([tensor.flatten() for tensor in policy.network.state_dict().values()])
 
 
-def test_the_registry_finds_every_agent_and_its_settings():
-    for agent in list_agents():
-        settings = load_settings(agent)
-        assert type(settings) is learner_class(agent).settings_class
-        assert inspect.getmodule(learner_class(agent)).__doc__
-    with pytest.raises(UserError, match="unknown agent 'ppo2'; known: distill, "):
-        learner_class("ppo2")
-
-
 @pytest.mark.parametrize("agent", FROM_TRACES)
 def test_an_interrupted_run_ends_as_an_uninterrupted_one(traces, tmp_path, monkeypatch, agent):
     settings = FAST | SMALL.get(agent, {})
-    whole = train(agent, traces, tmp_path / "whole", **settings)
+    uninterrupted = train(agent, traces, tmp_path / "whole", **settings)
     step, taken = trainer.Trainer.train_step, 0
 
     def interrupted(run):
@@ -75,10 +66,10 @@ def test_an_interrupted_run_ends_as_an_uninterrupted_one(traces, tmp_path, monke
     assert not (tmp_path / "cut" / "policy.json").exists()
     resumed = train(agent, traces, tmp_path / "cut", resume=True, **settings)
     assert taken == 13 + 10  # it went on from step 10
-    assert torch.equal(weights(resumed), weights(whole))
+    assert torch.equal(weights(resumed), weights(uninterrupted))
     unlike = {"seconds"}
     assert {k: v for k, v in resumed.training.items() if k not in unlike} == {
-        k: v for k, v in whole.training.items() if k not in unlike
+        k: v for k, v in uninterrupted.training.items() if k not in unlike
     }
 
 
@@ -92,21 +83,31 @@ def test_a_seed_repeats_a_run_and_another_changes_it(traces, tmp_path, agent):
 
 
 @pytest.mark.parametrize("agent", FROM_TRACES)
-def test_any_agent_starts_from_any_policy(traces, first, tmp_path, agent):
-    still = train(agent, traces, tmp_path / "still", init=first.folder,
+def test_any_agent_starts_from_any_policy(traces, start_policy, tmp_path, agent):
+    unchanged = train(agent, traces, tmp_path / "still", init=start_policy.folder,
                   **(FAST | SMALL.get(agent, {}) | {"hidden": None, "steps": 1, "rate": 0.0}))  # fmt: skip
-    assert torch.equal(weights(still), weights(first.policy))  # a rate of 0 moves nothing: it did start there
-    assert still.training["start"] == weights_hash(first.policy) and first.policy.training["start"] == "scratch"
-    assert still.training["settings"]["hidden"] == 8  # the first policy's
-    moved = train(agent, traces, tmp_path / "moved", init=first.policy, **(FAST | SMALL.get(agent, {}) | {"steps": 3}))
-    assert not torch.equal(weights(moved), weights(first.policy)) and moved.training["start"] == still.training["start"]
+    assert torch.equal(
+        weights(unchanged), weights(start_policy.policy)
+    )  # a rate of 0 moves nothing: it did start there
+    assert (
+        unchanged.training["start"] == weights_hash(start_policy.policy)
+        and start_policy.policy.training["start"] == "scratch"
+    )
+    assert unchanged.training["settings"]["hidden"] == 8  # the first policy's
+    moved = train(
+        agent, traces, tmp_path / "moved", init=start_policy.policy, **(FAST | SMALL.get(agent, {}) | {"steps": 3})
+    )
+    assert (
+        not torch.equal(weights(moved), weights(start_policy.policy))
+        and moved.training["start"] == unchanged.training["start"]
+    )
 
 
-def test_a_policy_to_start_from_has_to_fit(traces, first, tmp_path):
-    first = first.policy
+def test_a_policy_to_start_from_has_to_fit(traces, start_policy, tmp_path):
+    start_policy = start_policy.policy
     with pytest.raises(UserError, match="width 8 and hidden is 9"):
-        train("expected", traces, tmp_path / "out", init=first, **(FAST | {"hidden": 9}))
-    other = replace(first, fingerprint=replace(first.fingerprint, weights="0" * 64))
+        train("expected", traces, tmp_path / "out", init=start_policy, **(FAST | {"hidden": 9}))
+    other = replace(start_policy, fingerprint=replace(start_policy.fingerprint, weights="0" * 64))
     with pytest.raises(UserError, match="the policy to start from was made for a model with weights hash 000000000000"):
         train("expected", traces, tmp_path / "out", init=other, **FAST)
     with pytest.raises(UserError, match=r"holds no policy\.json"):
@@ -114,15 +115,15 @@ def test_a_policy_to_start_from_has_to_fit(traces, first, tmp_path):
     assert not (tmp_path / "out").exists()
     train("expected", traces, tmp_path / "out", **FAST)
     with pytest.raises(UserError, match="trained otherwise"):  # same folder, another start
-        train("expected", traces, tmp_path / "out", init=first, **FAST)
+        train("expected", traces, tmp_path / "out", init=start_policy, **FAST)
 
 
 def test_resume_goes_on_or_refuses_and_can_be_switched_off(traces, tmp_path, monkeypatch):
     with pytest.raises(UserError, match="no checkpoint of this agent"):
         train("joint", traces, tmp_path / "new", resume=True, **FAST)
-    first = train("joint", traces, tmp_path / "policy", **FAST)
+    start_policy = train("joint", traces, tmp_path / "policy", **FAST)
     monkeypatch.setattr(trainer.Trainer, "run", lambda *_: pytest.fail("a finished run was repeated"))
-    assert torch.equal(weights(train("joint", traces, tmp_path / "policy", resume=True, **FAST)), weights(first))
+    assert torch.equal(weights(train("joint", traces, tmp_path / "policy", resume=True, **FAST)), weights(start_policy))
     monkeypatch.undo()
     steps, step = 0, trainer.Trainer.train_step
 
@@ -133,7 +134,7 @@ def test_resume_goes_on_or_refuses_and_can_be_switched_off(traces, tmp_path, mon
 
     monkeypatch.setattr(trainer.Trainer, "train_step", counted)
     again = train("joint", traces, tmp_path / "policy", resume=False, **FAST)
-    assert steps == 20 and torch.equal(weights(again), weights(first))
+    assert steps == 20 and torch.equal(weights(again), weights(start_policy))
 
 
 def test_what_a_policy_says_of_its_training(traces, tmp_path):
@@ -143,70 +144,6 @@ def test_what_a_policy_says_of_its_training(traces, tmp_path):
     assert about["samples"] == 20 * 8 * 4 * 8  # steps, contexts, heads, rankings of each
     assert about["start"] == "scratch" and 0 < about["seconds"] < 60 and 0 < about["held_out_reward"] < 1
     assert not policy.comparable and train("joint", traces, tmp_path / "joint", **FAST).comparable
-
-
-def test_the_log_holds_what_there_is_to_watch(traces, tmp_path):
-    train("grpo", traces, tmp_path / "policy", **FAST)
-    (file,) = (tmp_path / "policy" / "tensorboard").glob("events*")
-    log = EventAccumulator(str(file), size_guidance={"tensors": 0}).Reload()
-    tags = set(log.Tags()["scalars"])
-    for name in ("loss", "reward", "kl", "clip_share", "entropy", "gradient_norm", "rate"):
-        assert [event.step for event in log.Scalars(f"train/{name}")] == [10, 20]
-    assert {"validation/utility_kept", "utility_kept/at_1_8", "regret_to_oracle/at_1_8", "held_out_reward"} <= tags
-    assert [event.step for event in log.Scalars("utility_kept/at_1_4")] == [5, 10, 15, 20]
-    assert len(log.Images("retention at 1/8 (heads x positions)")) == 4
-    assert "settings/text_summary" in log.Tags()["tensors"] and "_hparams_/experiment" in file.read_bytes().decode(
-        "latin1"
-    )
-    oracle = EventAccumulator(str(tmp_path / "policy" / "tensorboard" / "oracle")).Reload()
-    best, mine = oracle.Scalars("utility_kept/at_1_8")[0].value, log.Scalars("utility_kept/at_1_8")[-1].value
-    assert log.Scalars("regret_to_oracle/at_1_8")[-1].value == pytest.approx(best - mine, abs=1e-6)
-    lines = {path.name for path in (tmp_path / "policy" / "tensorboard").iterdir() if path.is_dir()}
-    assert lines == {"oracle", "recency", "keydiff", "random"}  # no statistics of h2o were recorded
-    recency = EventAccumulator(str(tmp_path / "policy" / "tensorboard" / "recency")).Reload()
-    flat = recency.Scalars("utility_kept/at_1_4")
-    assert [event.step for event in flat] == [0, 20] and flat[0].value == flat[1].value
-    validation = split_validation(open_traces(traces).select(split="train").load(), 0.1)[1]
-    (row,) = replay({"recency": make_policy("recency")}, validation, [0.25])
-    assert flat[0].value == pytest.approx(row["utility_kept"])
-
-
-def test_the_picture_shows_what_stays(traces):
-    """A network that scores by age alone keeps the end of every context."""
-    network = GroupedScorer(4, 4, 2)
-    with torch.no_grad():
-        for weight in network.weights:
-            weight.zero_()
-        network.weights[0][:, -1, 0] = 1.0  # log age
-        network.weights[1][:, 0, 0] = 1.0
-        network.weights[2][:, 0, 0] = torch.tensor([-1.0, -1.0, -1.0, 1.0])
-    sequences = open_traces(traces).load()[:2]
-    kept = RetentionPicture(sequences, calibrated=False).kept_shares(network)
-    there = kept[:, [i * 64 // 40 for i in range(40)]]
-    assert there[:3, 35:].all() and not there[:3, :35].any()  # 5 of 40 stay
-    assert there[3, :5].all() and not there[3, 5:].any()
-    kept = RetentionPicture(sequences, calibrated=True).kept_shares(network)[:, [i * 64 // 40 for i in range(40)]]
-    assert kept[3].sum() == 20 and not kept[:3].any()  # one threshold: the fourth head has all the highest scores
-    picture = RetentionPicture(sequences, calibrated=True).image(network)
-    assert picture.shape == (1, 4 * 6, 64 * 6) and picture[0, -1, 0] == 255 and picture[0, 0, 0] == 0
-
-
-def test_settings_come_from_the_zoo_and_unknown_ones_are_refused(traces, tmp_path):
-    assert load_settings("joint", steps=None) == load_settings("joint")
-    assert load_settings("joint", steps=7).steps == 7
-    with pytest.raises(UserError, match="unknown setting 'stesp'"):
-        train("joint", traces, tmp_path / "out", stesp=5)
-    with pytest.raises(UserError, match="unknown setting 'group'"):
-        train("joint", traces, tmp_path / "out", group=5)
-    with pytest.raises(UserError, match="setting steps is 'many'"):
-        load_settings("joint", steps="many")
-    with pytest.raises(UserError, match="setting ranking is 3; expected 'head' or 'joint'"):
-        load_settings("grpo", ranking=3)
-    with pytest.raises(UserError, match="unknown agent 'ppo2'"):
-        train("ppo2", traces, tmp_path / "out")
-    with pytest.raises(UserError, match=r"setting budget is 0\.0; expected greater than 0"):
-        train("foresight", traces, tmp_path / "out", budget=0.0)
-    assert not (tmp_path / "out").exists()
 
 
 def test_a_finished_run_is_not_repeated_and_not_overwritten(traces, tmp_path):
@@ -270,13 +207,13 @@ def test_the_supervised_agents_learn_as_they_did_when_the_shipped_policies_were_
         assert [float(run.train_step()["loss"]) for _ in expected] == pytest.approx(expected, rel=1e-4)
 
 
-def test_the_command_line_starts_from_a_policy_and_resumes(traces, first, tmp_path):
+def test_the_command_line_starts_from_a_policy_and_resumes(traces, start_policy, tmp_path):
     command = ["train", "distill", "--traces", str(traces), "--steps", "3", "--rate", "0.01", "--no-progress"]
     command += ["--set", "contexts=2", "--set", "protect=[0, 3]"]
-    run = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out"), "--init", str(first.folder)])
+    run = CliRunner().invoke(app, [*command, "--out", str(tmp_path / "out"), "--init", str(start_policy.folder)])
     assert run.exit_code == 0 and "held-out reward" in run.stdout
     made = make_policy(tmp_path / "out")
-    assert made.training["start"] == weights_hash(first.policy)
+    assert made.training["start"] == weights_hash(start_policy.policy)
     assert made.protection == (0, 3) and made.training["settings"]["contexts"] == 2
     with pytest.raises(UserError, match="no checkpoint"):
         CliRunner().invoke(app, [*command, "--out", str(tmp_path / "new"), "--resume"], catch_exceptions=False)

@@ -1,0 +1,111 @@
+"""Agents and their settings by name: what is found, what is refused."""
+
+import inspect
+import shutil
+
+import pytest
+from known_traces import write_known_traces
+
+from kv_gym import training
+from kv_gym.errors import UserError
+from kv_gym.files import bundled
+from kv_gym.training import registry, train
+from kv_gym.training.joint import Joint, JointSettings
+from kv_gym.training.registry import learner_class, list_agents, load_settings
+
+
+@pytest.fixture(scope="module")
+def traces(tmp_path_factory):
+    return write_known_traces(tmp_path_factory.mktemp("known") / "traces")
+
+
+def test_the_registry_finds_every_agent_and_its_settings():
+    for agent in list_agents():
+        settings = load_settings(agent)
+        assert type(settings) is learner_class(agent).settings_class
+        assert inspect.getmodule(learner_class(agent)).__doc__
+    with pytest.raises(UserError, match="unknown agent 'ppo2'; known: distill, "):
+        learner_class("ppo2")
+
+
+def test_settings_come_from_the_zoo_and_unknown_ones_are_refused(traces, tmp_path):
+    assert load_settings("joint", steps=None) == load_settings("joint")
+    assert load_settings("joint", steps=7).steps == 7
+    with pytest.raises(UserError, match="unknown setting 'stesp'"):
+        train("joint", traces, tmp_path / "out", stesp=5)
+    with pytest.raises(UserError, match="unknown setting 'group'"):
+        train("joint", traces, tmp_path / "out", group=5)
+    with pytest.raises(UserError, match="setting steps is 'many'"):
+        load_settings("joint", steps="many")
+    with pytest.raises(UserError, match="setting ranking is 3; expected 'head' or 'joint'"):
+        load_settings("grpo", ranking=3)
+    with pytest.raises(UserError, match="unknown agent 'ppo2'"):
+        train("ppo2", traces, tmp_path / "out")
+    with pytest.raises(UserError, match=r"setting budget is 0\.0; expected greater than 0"):
+        train("foresight", traces, tmp_path / "out", budget=0.0)
+    assert not (tmp_path / "out").exists()
+
+
+def test_settings_that_there_are_not():
+    assert load_settings("joint") == JointSettings()  # the file and the class say the same
+    assert load_settings("joint", continuations=3).continuations == 3
+    with pytest.raises(UserError, match="setting loss is 'hinge'; expected 'softmax', 'poisson' or 'listwise'"):
+        load_settings("joint", loss="hinge")
+    with pytest.raises(UserError, match="setting target is 'future'; expected 'auto', 'utility', "):
+        load_settings("joint", target="future")
+    with pytest.raises(UserError, match="expected 0 < smallest <= largest < 1"):
+        load_settings("joint", smallest=0.5, largest=0.25)
+    with pytest.raises(UserError, match="setting continuations is 'all'"):
+        load_settings("joint", continuations="all")
+
+
+def test_a_module_and_a_settings_file_make_an_agent(traces, tmp_path, monkeypatch):
+    package, settings = tmp_path / "package", tmp_path / "agents"
+    shutil.copytree(bundled("agents"), settings, ignore=shutil.ignore_patterns("trained"))
+    package.mkdir()
+    (settings / "square_root.yml").write_text("steps: 3\nmargin: 0.5\n")
+    (package / "square_root.py").write_text(
+        "from kv_gym.training.distill import DistillSettings\n"
+        "from kv_gym.training.learner import LossLearner\n\n\n"
+        "class SquareRoot(LossLearner):\n"
+        "    settings_class = DistillSettings\n\n"
+        "    def loss(self, scores, utility):\n"
+        "        return (scores - utility.sqrt()).square().mean(), {}\n"
+    )
+    monkeypatch.setattr(registry, "bundled", {"agents": settings}.__getitem__)
+    monkeypatch.setattr(training, "__path__", [*training.__path__, str(package)])
+    assert set(list_agents()) == {"square_root", "distill", "end_to_end", "expected", "foresight", "grpo", "joint",
+                                  "kvzap", "ppo", "rloo"}  # fmt: skip
+    policy = train("square_root", traces, tmp_path / "out", progress=False)
+    assert policy.training["samples"] == 3 * 8 * 4 and policy.training["settings"]["margin"] == 0.5
+
+
+@pytest.mark.parametrize(
+    ("written", "sentence"),
+    [
+        ("steps: [1", "is no valid YAML"),
+        ("steps: 0", "joint.yml: setting steps is 0; expected greater than 0"),
+        ("rate: .nan", "joint.yml: setting rate is nan; expected a finite number"),
+        ("stesp: 3", "joint.yml has unknown setting 'stesp'; known: steps, contexts, "),
+        ("protect: [1, 2, 3]", r"setting protect is \[1, 2, 3\]; expected two integers from 0"),
+        ("protect: [1, -2]", r"setting protect is \[1, -2\]; expected two integers from 0"),
+        ("hidden: true", "setting hidden is True; expected a valid integer"),
+        ("- steps", r"joint.yml holds a list; expected settings as NAME: VALUE"),
+    ],
+)
+def test_a_settings_file_with_mistakes_is_refused_in_one_sentence(tmp_path, monkeypatch, written, sentence):
+    (tmp_path / "joint.yml").write_text(written)
+    monkeypatch.setattr(registry, "bundled", lambda _: tmp_path)
+    with pytest.raises(UserError, match=sentence) as error:
+        load_settings("joint")
+    assert "\n" not in str(error.value)
+
+
+def test_the_former_name_of_utility_works_with_a_warning():
+    with pytest.warns(DeprecationWarning, match=r"Newest\.worth is now named utility"):
+
+        class Newest(Joint):
+            def worth(self, sequence):
+                return "attention, discounted by age"
+
+    assert Newest.utility(None, None) == "attention, discounted by age"
