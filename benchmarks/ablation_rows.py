@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from kv_gym.policies.scoring.inputs import DEFAULT as INPUTS
-from kv_gym.training.registry import load_settings
+from kv_gym.training.registry import agent_settings
 
 RULES = ("uniform", "ada", "pyramid", "global")
 FIRST = "softmax, utility"
@@ -38,7 +38,7 @@ class Variant:
     def chosen(self, steps: int | None) -> dict[str, Any]:
         """All settings that it is trained with, or those of a trial run of so many steps."""
         trial = {} if steps is None else {"steps": steps, "every": steps}
-        return load_settings(self.agent, **self.settings | trial).model_dump(mode="json")
+        return agent_settings(self.agent, **self.settings | trial).model_dump(mode="json")
 
 
 def joint(what: str, name: str, extra: bool = False, **settings: Any) -> Variant:

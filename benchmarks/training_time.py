@@ -21,17 +21,17 @@ from torch import Tensor
 
 from kv_gym.policies.scorer import GroupedScorer
 from kv_gym.policies.scoring.inputs import POSITION_FEATURES
-from kv_gym.training.learner import Context, ContextLearner
-from kv_gym.training.registry import learner_class, load_settings
+from kv_gym.training.learner import ContextLearner, TrainingContext
+from kv_gym.training.registry import agent_settings, learner_class
 
 
 def learner(agent: str, heads: int, dim: int, tokens: int, contexts: int) -> ContextLearner:
     """The agent with its own settings, on random contexts."""
-    settings = load_settings(agent)
+    settings = agent_settings(agent)
     made = learner_class(agent)(settings, 0, GroupedScorer(heads, dim, settings.hidden))
     assert isinstance(made, ContextLearner)
     shape = (heads, tokens, 2 * dim + POSITION_FEATURES)
-    made.contexts = [Context(torch.randn(shape), torch.rand(shape[:2])) for _ in range(contexts)]
+    made.contexts = [TrainingContext(torch.randn(shape), torch.rand(shape[:2])) for _ in range(contexts)]
     return made
 
 

@@ -22,7 +22,7 @@ from kv_gym.reference.prompts import reference_prompts
 from kv_gym.traces import TraceSet, load_model, record
 from kv_gym.traces.prompts import Prompt
 from kv_gym.training import train
-from kv_gym.training.registry import load_settings
+from kv_gym.training.registry import agent_settings
 
 AGENTS = ("end_to_end", "joint", "expected", "rloo", "grpo", "ppo", "distill", "foresight", "kvzap")
 OTHERS: dict[str, tuple[str, dict]] = {
@@ -61,7 +61,7 @@ def trained(
     for seed in range(seeds):
         for agent in seconds:
             kind, settings = OTHERS.get(agent, (agent, {}))
-            hidden = "hidden" in load_settings(kind, **settings).inputs
+            hidden = "hidden" in agent_settings(kind, **settings).inputs
             contexts = out / f"train{'-hidden' * hidden}{mark}-{seed}"
             training = training_contexts(model, tokenizer, contexts, tasks, seed, hidden=hidden)
             learned[f"{agent} {seed}"] = folder = out / f"{agent}{mark}-{seed}"

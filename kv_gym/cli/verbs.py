@@ -78,10 +78,10 @@ def _train(
     rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     setting: Setting = None,
 ) -> None:
-    from kv_gym.training.registry import load_settings
+    from kv_gym.training.registry import agent_settings
 
     settings = _settings(setting, steps=steps, hidden=hidden, rate=rate)
-    load_settings(call["agent"], **settings)  # refuses names that are no settings, such as seed, before the model loads
+    agent_settings(call["agent"], **settings)  # refuses unknown names before the model loads
     policy = call(**settings)
     reward, size = policy.training["held_out_reward"], policy.nbytes()
     typer.echo(f"{call['out']}: held-out reward {reward:.4f}, {size:,} bytes of weights")

@@ -26,7 +26,7 @@ from kv_gym.policies.scoring.inputs import HIDDEN
 from kv_gym.traces import open_traces, record
 from kv_gym.training import train
 from kv_gym.training.masked_context import frozen_model
-from kv_gym.training.registry import learner_class, load_settings
+from kv_gym.training.registry import agent_settings, learner_class
 
 BUDGETS = tuple(1 / n for n in (2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90))  # about the powers of 2^(1/2)
 HEURISTICS = {  # each with the allocations that it is tried with; the best on validation contexts goes on
@@ -139,7 +139,7 @@ class _Fit:
             prompts = self.data.prompts()
             record(
                 self.model, prompts, path / "traces", tokenizer=self.tokenizer, recipe=recipe, progress=self.progress,
-                hidden=HIDDEN in load_settings(agent, **settings).inputs,
+                hidden=HIDDEN in agent_settings(agent, **settings).inputs,
             )  # fmt: skip
         with self._shown("train", f"Train {agent}"):
             policy = train(
@@ -258,7 +258,7 @@ def _of_whole_tokens(budgets: list[float], data: FitData) -> list[float]:
 def _rule(agent: str, allocation: str | None, settings: Mapping[str, Any]) -> str:
     """The allocation's name; refused here if the agent's scores will not allow it."""
     kind = learner_class(agent)
-    chosen = load_settings(agent, **settings)
+    chosen = agent_settings(agent, **settings)
     comparable = kind.calibrated or getattr(chosen, "ranking", "head") == "joint"
     if allocation is None:
         return "global" if comparable else "uniform"

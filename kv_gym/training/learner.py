@@ -72,7 +72,7 @@ class Settings(BaseModel):
 
 
 @dataclass
-class Context:
+class TrainingContext:
     """What training reads of one recorded context; A heads (layers x KV heads), L layers, n slots.
 
     Attributes:
@@ -93,11 +93,11 @@ class Context:
         states = self.hidden_states if slots is None else self.hidden_states.index_select(1, slots)
         return torch.cat((inputs, states.repeat_interleave(len(inputs) // len(states), 0)), -1)
 
-    def without_protected(self, sinks: int, recent: int) -> Context:
+    def without_protected(self, sinks: int, recent: int) -> TrainingContext:
         """The context without its first `sinks` and last `recent` slots (views, no copies); one slot always stays."""
         end = max(sinks + 1, self.utility.shape[1] - recent)
         states = None if self.hidden_states is None else self.hidden_states[:, sinks:end]
-        return Context(self.inputs[:, sinks:end], self.utility[:, sinks:end], states)
+        return TrainingContext(self.inputs[:, sinks:end], self.utility[:, sinks:end], states)
 
     def standardise(self, network: GroupedScorer) -> None:
         """Standardise the inputs in place, once, as `network` would at every step."""
@@ -113,7 +113,7 @@ def read_context(
     sequence: Sequence,
     utility: Callable[[Sequence], np.ndarray] | None = None,
     names: tuple[str, ...] = DEFAULT,
-) -> Context:
+) -> TrainingContext:
     """Inputs and utility of a recorded context as it was at its end.
 
     Args:
@@ -129,7 +129,7 @@ def read_context(
         states = torch.from_numpy(np.stack([sequence.hidden_of(i) for i in range(len(sequence.layers))]))
     inputs = _inputs_from_slots(sequence, tuple(name for name in names if name != HIDDEN))
     slot_utility = sequence.utility() if utility is None else utility(sequence)
-    return Context(inputs, torch.from_numpy(slot_utility).flatten(0, 1), states)
+    return TrainingContext(inputs, torch.from_numpy(slot_utility).flatten(0, 1), states)
 
 
 def sequence_inputs(sequence: Sequence, names: tuple[str, ...] = DEFAULT) -> Tensor:
@@ -278,7 +278,7 @@ class Learner(ABC):
 class ContextLearner(Learner):
     """A learner on decisions at the end of contexts; all heads train in one batched product."""
 
-    contexts: list[Context]
+    contexts: list[TrainingContext]
 
     def prepare(self, sequences: list[Sequence]) -> None:
         """Read inputs and utility of every context into memory."""

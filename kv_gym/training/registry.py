@@ -38,7 +38,7 @@ def learner_class(agent: str) -> type[Learner]:
     return found
 
 
-def load_settings(agent: str, **overrides: Any) -> Settings:
+def agent_settings(agent: str, **overrides: Any) -> Settings:
     """An agent's settings from ``agents/<agent>.yml``, with `overrides` on top (None means unset).
 
     Raises:

@@ -74,7 +74,7 @@ def utility_function(name: str, model=None, sequences: list[Sequence] | None = N
         return lambda sequence: value_utility(sequence, roots)
 
     def unweighted(sequence: Sequence) -> np.ndarray:
-        return sequence.utility("mean") if name == "layers" else output_error(sequence, roots)
+        return sequence.utility("mean") if name == "layers" else output_change(sequence, roots)
 
     if name == "output":
         return unweighted
@@ -120,7 +120,7 @@ def value_utility(sequence: Sequence, roots: dict[int, Tensor]) -> np.ndarray:
     return sequence.utility() * torch.linalg.vector_norm(_output_values(sequence, roots), dim=-1).numpy()
 
 
-def output_error(sequence: Sequence, roots: dict[int, Tensor]) -> np.ndarray:
+def output_change(sequence: Sequence, roots: dict[int, Tensor]) -> np.ndarray:
     """``a / (1 - a) |(v - o) W_O|``, `[L, H, n]`: a is the mean attention of a block, o its mean output.
 
     Blocks are weighted by their number of queries, continuations equally.

@@ -26,7 +26,7 @@ from kv_gym.traces import TraceSet, open_traces
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.learner import Metrics, Settings
 from kv_gym.training.monitor import Monitor, RetentionPicture
-from kv_gym.training.registry import learner_class, load_settings
+from kv_gym.training.registry import agent_settings, learner_class
 
 SCRATCH = "scratch"
 LOG_EVERY = 10
@@ -47,24 +47,25 @@ def train(
     progress: bool = True,
     **settings: Any,
 ) -> Scorer:
-    """Train an agent on recorded traces and export its best checkpoint into `out`.
+    """Train an eviction policy on recorded traces.
 
-    An interrupted run continues from ``out/checkpoint.pt`` when agent, seed, settings, traces and start are the same,
-    and ends as if it had not been interrupted; a finished run is not repeated, and its policy is returned.
+    The best checkpoint on held-out documents is exported into `out`. An interrupted run continues from
+    ``out/checkpoint.pt`` when agent, seed, settings, traces and start are the same, and ends as if it had not been
+    interrupted; a finished run is not repeated, and its policy is returned.
 
     Args:
-        agent: name of an agent: distill, end_to_end, expected, foresight, grpo, joint, kvzap, ppo or rloo; its
-            settings are in ``agents/<agent>.yml``.
+        agent: name of an agent, such as end_to_end, joint or rloo; ``agents/<agent>.yml`` holds its settings.
         traces: trace set, of which the split ``train`` is used.
         out: folder of the exported policy, the TensorBoard log and the checkpoint.
         seed: of weights and random draws.
         init: exported policy (or its folder) to start from instead of random weights: its networks, their hidden
             layers included, and the way they standardise their inputs.
         model: transformers decoder of the traces, which ``end_to_end`` and some targets of ``joint`` need.
-        resume: True refuses to start anew, False never continues an earlier run; None continues where it can.
+        resume: continue an interrupted run, and refuse where there is none; if false, start anew. By default a run
+            continues where it can.
         progress: show a bar.
-        **settings: replace those of the agent's file; see :class:`~kv_gym.training.learner.Settings` and the agent's
-            own settings class.
+        **settings: In Python, they replace those of the agent's file; see
+            :class:`~kv_gym.training.learner.Settings` and the agent's own settings class.
 
     Returns:
         The exported policy: the checkpoint with the highest held-out reward on documents that the optimiser never
@@ -82,7 +83,7 @@ def train(
         for name, value in (("hidden", start.network.hidden), ("inputs", start.inputs)):
             if settings.get(name) is None:
                 settings[name] = value
-    resolved = kind.resolve_settings(load_settings(agent, **settings), model is not None)
+    resolved = kind.resolve_settings(agent_settings(agent, **settings), model is not None)
     if resolved.inputs != DEFAULT and not kind.any_inputs:
         raise UserError(
             f"agent {agent!r} learns from {', '.join(DEFAULT)} alone and was given inputs {list(resolved.inputs)}: "

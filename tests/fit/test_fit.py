@@ -22,7 +22,7 @@ from kv_gym.fit.data import PARTS, _divided, read_data
 from kv_gym.fit.loss import least_provable, lost_answers, lost_nats, smallest
 from kv_gym.policies import make_policy
 from kv_gym.traces import open_traces
-from kv_gym.training.registry import load_settings
+from kv_gym.training.registry import agent_settings
 
 CONTEXT, QUESTIONS = 24, 3
 FAST = {"agent": "joint", "steps": 4, "budgets": ("1/2", "1/4"), "progress": False}
@@ -174,7 +174,7 @@ def test_what_a_fit_to_questions_leaves(finished, model, questions):
     assert on_disk == done and done["finished"]
     assert {"policy", "traces", "training", "README.md", "fit.json"} == {file.name for file in out.iterdir()}
     assert (done["measure"], done["allocation"]) == ("accuracy", "global")
-    assert done["protection"] == list(load_settings("joint").protect)
+    assert done["protection"] == list(agent_settings("joint").protect)
     assert set(done["seconds"]) == {"full_cache", "record", "train", "chosen", "tested"}
     assert {"torch", "transformers"} < set(done["versions"]) and done["command"]
     for part in ("validation", "test"):

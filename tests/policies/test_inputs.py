@@ -24,7 +24,7 @@ from kv_gym.testing import check_policy
 from kv_gym.traces import Prompt, open_traces, record
 from kv_gym.training import train
 from kv_gym.training.learner import read_context, sequence_inputs
-from kv_gym.training.registry import load_settings
+from kv_gym.training.registry import agent_settings
 
 FROM_SLOTS = tuple(name for name in INPUTS if name != "hidden")
 FINGERPRINT = Fingerprint("llama", "a" * 64, "{}", layers=(0, 2), query_heads=4, kv_heads=2, head_dim=8)
@@ -208,12 +208,12 @@ def test_tensors_for_ports_hold_the_usual_inputs_alone(tmp_path):
 )
 def test_inputs_that_there_are_not_are_refused(given, sentence):
     with pytest.raises(UserError, match=sentence):
-        load_settings("joint", inputs=given)
+        agent_settings("joint", inputs=given)
 
 
 def test_hidden_states_come_last():
     assert check_inputs(["hidden", "value", "key"], "x") == ("value", "key", "hidden")
-    assert load_settings("joint").inputs == DEFAULT and load_settings("kvzap").inputs == ("hidden",)
+    assert agent_settings("joint").inputs == DEFAULT and agent_settings("kvzap").inputs == ("hidden",)
 
 
 @pytest.fixture(scope="module")

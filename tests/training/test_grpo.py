@@ -10,7 +10,7 @@ from kv_gym.envs.rewards import budget_weights, rank_weights
 from kv_gym.errors import UserError
 from kv_gym.training.grpo import GRPOSettings, RankingGroup, group_advantage, returns_to_go
 from kv_gym.training.plackett_luce import sample_rankings
-from kv_gym.training.registry import load_settings
+from kv_gym.training.registry import agent_settings
 
 
 def test_returns_are_those_of_every_budget_above_the_stage():
@@ -48,9 +48,9 @@ def test_equal_returns_have_no_advantage_and_a_group_of_one_is_refused():
     assert advantage[:, 1].tolist() == pytest.approx([0.12247, 0, -0.12247], abs=1e-3)  # a tenth is at stake there
     for agent in ("grpo", "rloo", "foresight"):
         with pytest.raises(UserError, match=f"'{agent}': setting group is 1; expected greater than or equal to 2"):
-            load_settings(agent, group=1)
+            agent_settings(agent, group=1)
     with pytest.raises(UserError, match="setting ranking is 'joint'; expected 'head'"):  # heads are cut one by one
-        load_settings("foresight", ranking="joint")
+        agent_settings("foresight", ranking="joint")
 
 
 def test_states_with_nothing_to_decide_teach_nothing():

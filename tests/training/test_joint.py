@@ -12,7 +12,7 @@ from kv_gym.policies import make_policy
 from kv_gym.traces import Prompt, open_traces, record
 from kv_gym.training import train, trainer
 from kv_gym.training.joint import LOSSES, kept_by_one_threshold
-from kv_gym.training.registry import load_settings
+from kv_gym.training.registry import agent_settings
 from kv_gym.training.targets import FROM_MODEL
 
 FAST = {"steps": 60, "every": 30, "hidden": 16, "rate": 0.02, "progress": False}
@@ -91,7 +91,7 @@ def test_checkpoints_are_chosen_by_the_target(recorded, tmp_path):
             {name: value for name, value in FAST.items() if name != "progress"} | {"steps": 3, "every": 3} | settings
         )
         policy = train("joint", traces, tmp_path / "-".join(settings), model=model, progress=False, **chosen)
-        run = trainer.Trainer("joint", load_settings("joint", **chosen), 0, traces, model=model)
+        run = trainer.Trainer("joint", agent_settings("joint", **chosen), 0, traces, model=model)
         run.setup()
         (sequence,) = run.validation
         utility = torch.from_numpy(run.learner.utility(sequence))

@@ -11,7 +11,7 @@ from kv_gym.errors import UserError
 from kv_gym.files import bundled
 from kv_gym.training import registry, train
 from kv_gym.training.joint import Joint, JointSettings
-from kv_gym.training.registry import learner_class, list_agents, load_settings
+from kv_gym.training.registry import agent_settings, learner_class, list_agents
 
 
 @pytest.fixture(scope="module")
@@ -21,7 +21,7 @@ def traces(tmp_path_factory):
 
 def test_the_registry_finds_every_agent_and_its_settings():
     for agent in list_agents():
-        settings = load_settings(agent)
+        settings = agent_settings(agent)
         assert type(settings) is learner_class(agent).settings_class
         assert inspect.getmodule(learner_class(agent)).__doc__
     with pytest.raises(UserError, match="unknown agent 'ppo2'; known: distill, "):
@@ -29,16 +29,16 @@ def test_the_registry_finds_every_agent_and_its_settings():
 
 
 def test_settings_come_from_the_zoo_and_unknown_ones_are_refused(traces, tmp_path):
-    assert load_settings("joint", steps=None) == load_settings("joint")
-    assert load_settings("joint", steps=7).steps == 7
+    assert agent_settings("joint", steps=None) == agent_settings("joint")
+    assert agent_settings("joint", steps=7).steps == 7
     with pytest.raises(UserError, match="unknown setting 'stesp'"):
         train("joint", traces, tmp_path / "out", stesp=5)
     with pytest.raises(UserError, match="unknown setting 'group'"):
         train("joint", traces, tmp_path / "out", group=5)
     with pytest.raises(UserError, match="setting steps is 'many'"):
-        load_settings("joint", steps="many")
+        agent_settings("joint", steps="many")
     with pytest.raises(UserError, match="setting ranking is 3; expected 'head' or 'joint'"):
-        load_settings("grpo", ranking=3)
+        agent_settings("grpo", ranking=3)
     with pytest.raises(UserError, match="unknown agent 'ppo2'"):
         train("ppo2", traces, tmp_path / "out")
     with pytest.raises(UserError, match=r"setting budget is 0\.0; expected greater than 0"):
@@ -47,16 +47,16 @@ def test_settings_come_from_the_zoo_and_unknown_ones_are_refused(traces, tmp_pat
 
 
 def test_settings_that_there_are_not():
-    assert load_settings("joint") == JointSettings()  # the file and the class say the same
-    assert load_settings("joint", continuations=3).continuations == 3
+    assert agent_settings("joint") == JointSettings()  # the file and the class say the same
+    assert agent_settings("joint", continuations=3).continuations == 3
     with pytest.raises(UserError, match="setting loss is 'hinge'; expected 'softmax', 'poisson' or 'listwise'"):
-        load_settings("joint", loss="hinge")
+        agent_settings("joint", loss="hinge")
     with pytest.raises(UserError, match="setting target is 'future'; expected 'auto', 'utility', "):
-        load_settings("joint", target="future")
+        agent_settings("joint", target="future")
     with pytest.raises(UserError, match="expected 0 < smallest <= largest < 1"):
-        load_settings("joint", smallest=0.5, largest=0.25)
+        agent_settings("joint", smallest=0.5, largest=0.25)
     with pytest.raises(UserError, match="setting continuations is 'all'"):
-        load_settings("joint", continuations="all")
+        agent_settings("joint", continuations="all")
 
 
 def test_a_module_and_a_settings_file_make_an_agent(traces, tmp_path, monkeypatch):
@@ -97,7 +97,7 @@ def test_a_settings_file_with_mistakes_is_refused_in_one_sentence(tmp_path, monk
     (tmp_path / "joint.yml").write_text(written)
     monkeypatch.setattr(registry, "bundled", lambda _: tmp_path)
     with pytest.raises(UserError, match=sentence) as error:
-        load_settings("joint")
+        agent_settings("joint")
     assert "\n" not in str(error.value)
 
 

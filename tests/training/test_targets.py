@@ -103,13 +103,13 @@ def test_blocks_weigh_as_their_queries(model, sequence):
     two_blocks = replace(sequence, continuations=(replace(whole, future=parts, block=4),))
     roots = output_roots(model)
     each = [
-        targets.output_error(
+        targets.output_change(
             replace(sequence, continuations=(replace(whole, tokens=whole.tokens[:n], future=part, block=n),)), roots
         )
         for part, n in ((parts[..., :1, :], 4), (parts[..., 1:, :], 1))
     ]
     np.testing.assert_allclose(
-        targets.output_error(two_blocks, roots), 0.8 * each[0] + 0.2 * each[1], rtol=1e-4, atol=1e-7
+        targets.output_change(two_blocks, roots), 0.8 * each[0] + 0.2 * each[1], rtol=1e-4, atol=1e-7
     )
 
 

@@ -15,7 +15,7 @@ from kv_gym.policies import make_policy
 from kv_gym.policies.scorer import Scorer
 from kv_gym.traces import open_traces
 from kv_gym.training import train, trainer
-from kv_gym.training.registry import learner_class, list_agents, load_settings
+from kv_gym.training.registry import agent_settings, learner_class, list_agents
 from kv_gym.training.trainer import split_validation, weights_hash
 
 FAST = {"steps": 20, "every": 5, "hidden": 8, "rate": 0.02, "progress": False}
@@ -201,7 +201,7 @@ def test_the_supervised_agents_learn_as_they_did_when_the_shipped_policies_were_
     }
     for (agent, *settings), expected in losses.items():
         run = trainer.Trainer(
-            agent, load_settings(agent, steps=20, hidden=8, rate=0.02, **dict(settings)), 0, open_traces(traces)
+            agent, agent_settings(agent, steps=20, hidden=8, rate=0.02, **dict(settings)), 0, open_traces(traces)
         )
         run.setup()
         assert [float(run.train_step()["loss"]) for _ in expected] == pytest.approx(expected, rel=1e-4)
