@@ -25,8 +25,8 @@ from ablation_bench import TOTALS, Bench, bench, work
 from ablation_rows import FIRST, NAMED, VARIANTS, Variant, chosen
 
 from kv_gym.budgets import format_budget
-from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.rows import read_result, result, write_json
+from kv_gym.evaluation.statistics import mean_interval
 from kv_gym.evaluation.tasks import tasks_hash
 from kv_gym.markdown import pipe_table
 

@@ -18,8 +18,8 @@ from statistics import fmean
 
 from kv_gym.budgets import format_budget
 from kv_gym.errors import UserError
-from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.leaderboard import leaderboard, publish, read_rows
+from kv_gym.evaluation.statistics import mean_interval
 from kv_gym.evaluation.summary import FULL, NULLS
 from kv_gym.markdown import pipe_table
 from kv_gym.traces import TraceSet, load_model, prompts_from_text, record

@@ -21,8 +21,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.rows import result, write_json
+from kv_gym.evaluation.statistics import mean_interval
 from kv_gym.markdown import pipe_table
 from kv_gym.reference import MODEL
 from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, make_context

@@ -22,8 +22,8 @@ from pathlib import Path
 import torch
 
 from kv_gym.budgets import format_budget
+from kv_gym.evaluation.guard_metrics import auroc, guarded_answers, recall_at, threshold_at
 from kv_gym.evaluation.rows import result, write_json
-from kv_gym.evaluation.safety import auroc, recall_at, threshold_at, watched_answers
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, reference_tasks
 from kv_gym.live import EvictingCache, Guard, PolicyGroup
 from kv_gym.policies import make_policy
@@ -119,7 +119,7 @@ def measure(model, tasks: dict[str, list[TaskContext]], restoring: bool = False,
             with EvictingCache(model, panel, 1.0, guard=Guard("new"), offload=True) as cache:
                 model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
                 with cache.fork(everything) as full:
-                    right = watched_answers(model, full, batch).right
+                    right = guarded_answers(model, full, batch).correct
                 for arm in ARMS:
                     _measure_arm(model, cache, policies[arm[0]], arm, batch, measured[arm], first, restoring)
                     measured[arm].full.append(right)
@@ -136,17 +136,17 @@ def _measure_arm(model, cache, policy, arm, batch, out: Measured, first: int, re
             with fork.fork(guard=Guard(signal)) as twin:
                 if signal == "entropy":
                     out.bytes["plain"].append(twin.nbytes() / len(batch))
-                seen = watched_answers(model, twin, batch)
+                seen = guarded_answers(model, twin, batch)
             out.signal[signal].append(seen.signal)
             if signal == "missing":
                 out.layers.append(seen.layers)
-                out.right.append(seen.right)
+                out.right.append(seen.correct)
                 out.context.append(first + seen.row)
         if restoring:
             began = time.perf_counter()
             fork.restore()
             asked = time.perf_counter()
-            out.restored.append(watched_answers(model, fork, batch).right)
+            out.restored.append(guarded_answers(model, fork, batch).correct)
             out.seconds["restore"].append((asked - began) / len(batch))
             out.seconds["ask"].append((time.perf_counter() - asked) / len(out.restored[-1]))
             out.bytes["restored"].append(fork.nbytes() / len(batch))

@@ -19,8 +19,8 @@ from zoo import training_contexts
 
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation import evaluate
-from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.rows import read_result, result, write_json
+from kv_gym.evaluation.statistics import mean_interval
 from kv_gym.evaluation.tasks import reference_tasks
 from kv_gym.markdown import pipe_table
 from kv_gym.reference import MODEL

@@ -114,7 +114,7 @@ def _evaluate(
     if decision_value is not None:
         if call["traces"] is None or with_model or "evicted" in call.given:
             raise UserError("--decision-value replays traces: give --traces, and neither --model nor --evicted")
-        from kv_gym.evaluation.decision_table import markdown as decision_table
+        from kv_gym.evaluation.decision_value import decision_table
 
         data = call.other("kv_gym.evaluation.decision_value", baseline=decision_value)
         typer.echo(decision_table(data["rows"]))

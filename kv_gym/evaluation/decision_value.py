@@ -24,6 +24,7 @@ from torch import Tensor
 
 from kv_gym.budgets import (
     Allocation,
+    format_budget,
     judged,
     parse_allocation,
     parse_budget,
@@ -32,12 +33,12 @@ from kv_gym.budgets import (
     uniform,
 )
 from kv_gym.budgets.budget import Budget
+from kv_gym.cache_view import Future
 from kv_gym.errors import UserError
 from kv_gym.evaluation.evaluate import Policies, named_policies, refuse_other_model, traces_in_split
-from kv_gym.evaluation.interval import mean_interval
-from kv_gym.evaluation.output_error import output_error
-from kv_gym.evaluation.prediction import auc, spearman
 from kv_gym.evaluation.rows import refuse_unwritable, result, write_json
+from kv_gym.evaluation.statistics import auc, mean_interval, spearman
+from kv_gym.markdown import pipe_table
 from kv_gym.policies import Policy
 from kv_gym.policies.oracle import Oracle
 from kv_gym.traces.sequence import Sequence
@@ -135,7 +136,7 @@ def compare(
         - ``changed_slots``: share of the kept slots that the baseline evicts; ``changed_heads``: share of the heads in
           which any slot differs; ``changed_contexts``: share of the contexts in which any does.
         - ``output_error``: error of the attention output, sum over heads divided by the sum of its norms, see
-          :func:`~kv_gym.evaluation.output_error.output_error`; ``output_error_change``: less the baseline's, so
+          :func:`~kv_gym.evaluation.decision_value.output_error`; ``output_error_change``: less the baseline's, so
           negative is better.
         - ``regret``: utility kept by the oracle's cut (same budget and allocation; it sees the future) above the
           policy's, as a share of the whole. Where an allocation sets the heads' shares by the scores, the oracle's
@@ -265,3 +266,77 @@ def _summary(measured: list[dict[str, float]]) -> dict:
         **told,
         "not_decisive": beside,
     }
+
+
+def output_error(future: Future, values: Tensor, kept: Tensor) -> tuple[Tensor, Tensor]:
+    """Error of the context's part of the attention output of each head, and that part's norm.
+
+    With w_i the attention that the mean query of a recorded block pays to context slot i, and v_i the slot's value,
+    the context's part of the output is o = sum_i w_i v_i. When slots are evicted, a softmax over what is left gives
+    their mass W to those that stay, in proportion, so that
+
+        o - o' = sum over evicted of w_i v_i  -  W * (sum over kept of w_i v_i) / (sum over kept of w_i).
+
+    A head that keeps no attention at all loses o as a whole. Norms of o - o' and of o are averaged over the blocks,
+    every continuation weighing the same and its queries too.
+
+    What it is: exact for a query alone in its block whose KV head serves one query head and whose own continuation
+    takes no attention. What it is not: (1) a trace holds attention per block and KV head, so the output of the mean
+    query stands for those of single queries and query heads, and errors that point in opposite directions cancel;
+    (2) values of the continuation's tokens are not recorded, so the evicted mass is given to the context's slots
+    alone, though a live model would give some of it to newer tokens; (3) it is measured before the output projection,
+    with the queries, keys and values of the full cache: what a layer's error does to the layers above is left out.
+
+    Args:
+        future: what later queries attended to, of a batch of 1; the mean over query heads is taken.
+        values: `[1, kv_heads, tokens, d]`.
+        kept: `[1, kv_heads, tokens]` bool.
+
+    Returns:
+        Two tensors `[kv_heads]` float64 in units of the values.
+    """
+    attention = future.attention[0, ..., 1].double().transpose(-1, -2)  # [kv_heads, blocks, tokens]
+    of_values = values[0].double()
+    stays = attention * kept[0][:, None]
+    whole, left = attention @ of_values, stays @ of_values  # [kv_heads, blocks, d]
+    mass, mass_left = attention.sum(-1, keepdim=True), stays.sum(-1, keepdim=True)
+    # where nothing was evicted the factor is exactly 1, and so the error exactly 0
+    grown = torch.where(mass_left > 0, mass / mass_left.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    weights = future.weights.double()
+    return (whole - grown * left).norm(dim=-1) @ weights, whole.norm(dim=-1) @ weights
+
+
+def decision_table(rows: Iterable[dict]) -> str:
+    """The rows as a table in Markdown, by budget from large to small and then by gain; intervals behind `+-`."""
+    rows = sorted(rows, key=lambda row: (row["task"], -row["budget"], -row["gain_per_slot"]))
+    several = len({row["task"] for row in rows}) > 1
+    forms = {
+        "gain_per_slot": ("gain per slot", "{:.3g}"),
+        "gain": ("gain", "{:.1%}"),
+        "changed_slots": ("slots changed", "{:.1%}"),
+        "changed_heads": ("heads changed", "{:.1%}"),
+        "changed_contexts": ("contexts changed", "{:.0%}"),
+        "output_error_change": ("output error, change", "{:.1%}"),
+        "regret": ("regret", "{:.1%}"),
+    }
+    head = ["policy", "allocation", "budget", *(name for name, _ in forms.values()), "(Spearman)", "(AUC)", "n"]
+    body = []
+    for row in rows:
+        cells = [_cell(row, name, form) for name, (_, form) in forms.items()]
+        beside = [_cell(row["not_decisive"], name, "{:.3f}") for name in NOT_DECISIVE]
+        name = f"{row['policy']} ({row['task']})" if several else row["policy"]
+        body.append([name, row["allocation"], format_budget(row["budget"]), *cells, *beside, str(row["n"])])
+    against = ", ".join(sorted({f"{row['baseline']} ({row['baseline_allocation']})" for row in rows}))
+    return (
+        pipe_table(head, body, 2)
+        + f"\n\nAgainst the cut of {against} in the same contexts: mean over contexts +- half a 95 % interval. Gain and"
+        " regret are shares of the whole future attention. Spearman and AUC say how well importance is predicted, not"
+        " what the action is worth: no ground to choose by.\n"
+    )
+
+
+def _cell(row: Mapping, name: str, form: str) -> str:
+    if row[name] is None:
+        return ""
+    half = row[f"{name}_interval"]
+    return form.format(row[name]) + (f" +- {form.format(half)}" if half is not None else "")

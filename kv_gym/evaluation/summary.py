@@ -1,105 +1,26 @@
-"""Summaries of rows: seeds and contexts made one number with its interval, and differences that are paired.
+"""Summaries of rows: training seeds made one line, with intervals and paired differences.
 
-Rows are those of :mod:`kv_gym.evaluation.leaderboard`, one for each configuration, task and training seed.
+Rows are those of :class:`kv_gym.evaluation.rows.Row`, one for each configuration, task and training seed.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from functools import cache
+from collections.abc import Iterable, Mapping
 from statistics import fmean
 
-import numpy as np
-
 from kv_gym.budgets import budget_key
-from kv_gym.evaluation.interval import mean_interval
 from kv_gym.evaluation.rows import FULL
+from kv_gym.evaluation.statistics import (
+    Estimate,
+    over_contexts,
+    over_seeds,
+    paired_difference,
+    smallest_sufficient_budget,
+)
 
 NULLS = ("random", "recency")
-DRAWS = 2000  # of the bootstrap: its ends then move by about a tenth of the interval's width
 CONFIGURATION = ("policy", "budget", "allocation", "evicted", "sinks", "recent", "window", "trigger")
 _MEANS = ("nll", "cache_bytes", "policy_bytes", "milliseconds", "n", "questions")
-
-
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with the ends of its 95 % interval.
-
-    Attributes:
-        mean, low, high: the mean and the ends; they are equal where one run of one context says nothing of the spread.
-        over: what varied: ``seeds``, ``contexts`` or ``seeds and contexts``.
-    """
-
-    mean: float
-    low: float
-    high: float
-    over: str
-
-
-def over_seeds(values: Sequence[float]) -> Estimate:
-    """Mean of one number per training seed, with Student's t interval.
-
-    It holds for other seeds on the same contexts: how much contexts vary, it does not say.
-    """
-    mean, half = fmean(values), mean_interval(values)[1] or 0.0
-    return Estimate(mean, mean - half, mean + half, "seeds")
-
-
-def over_contexts(parts: Sequence[float], wholes: Sequence[float]) -> Estimate:
-    """The ratio of two sums over contexts, with a cluster bootstrap: contexts are drawn whole, with replacement.
-
-    Questions of one context share its cut, so that they are no independent draws; contexts are.
-
-    Args:
-        parts: of each context, such as its right answers.
-        wholes: of each context, such as its questions; above zero in some. Contexts of zero say nothing.
-    """
-    top, bottom = np.asarray(parts, float), np.asarray(wholes, float)
-    top, bottom = top[bottom > 0], bottom[bottom > 0]
-    times = _times_drawn(len(top))
-    low, high = np.quantile(times @ top / (times @ bottom), (0.025, 0.975))
-    return Estimate(float(top.sum() / bottom.sum()), float(low), float(high), "contexts")
-
-
-@cache
-def _times_drawn(contexts: int) -> np.ndarray:
-    """How often each context is drawn, `[DRAWS, contexts]`: the same draws every time."""
-    return np.random.default_rng(0).multinomial(contexts, [1 / contexts] * contexts, DRAWS)
-
-
-def paired(ours: Sequence[Mapping], theirs: Sequence[Mapping]) -> Estimate | None:
-    """How much more of a task one configuration answers than another, context by context.
-
-    The interval joins how the difference varies over contexts (cluster bootstrap of the seeds' mean) with how it
-    varies over training seeds (Student's t), as independent errors: the square root of the sum of squares.
-
-    Args:
-        ours: rows of one configuration, one for each seed.
-        theirs: rows of the other.
-
-    Returns:
-        None where the rows do not hold the same contexts, or nothing was asked in them.
-    """
-    ids = sorted(ours[0].get("contexts") or ())
-    if not ids or any(set(row.get("contexts") or ()) != set(ids) for row in (*ours, *theirs)):
-        return None
-    asked = [ours[0]["contexts"][name][1] for name in ids]
-    if not sum(asked):
-        return None
-    gain = _mean_right(ours, ids) - _mean_right(theirs, ids)
-    found = over_contexts(gain.tolist(), asked)
-    squared = 0.0
-    for rows in (ours, theirs):
-        of_seeds = over_seeds([sum(row["contexts"][name][0] for name in ids) / sum(asked) for row in rows])
-        squared += (of_seeds.high - of_seeds.mean) ** 2
-    low = found.mean - ((found.mean - found.low) ** 2 + squared) ** 0.5
-    high = found.mean + ((found.high - found.mean) ** 2 + squared) ** 0.5
-    return Estimate(found.mean, low, high, "seeds and contexts" if squared else "contexts")
-
-
-def _mean_right(rows: Sequence[Mapping], ids: Sequence[str]) -> np.ndarray:
-    return np.mean([[row["contexts"][name][0] for name in ids] for row in rows], 0)
 
 
 def configuration_key(row: Mapping) -> tuple:
@@ -131,7 +52,7 @@ def summarise(rows: Iterable[Mapping], measure: str = "accuracy") -> list[dict]:
         other = best.get((line["task"], budget_key(line["budget"])))
         line["gain"] = None
         if other is not None and other is not line and line["policy"] != FULL:
-            difference = paired(line["rows"], other["rows"])
+            difference = paired_difference(line["rows"], other["rows"])
             if difference is not None:
                 line["gain"] = {"against": other["policy"], **vars(difference)}
     return lines
@@ -193,11 +114,7 @@ def smallest_budgets(lines: Iterable[Mapping], tolerance: float = 0.01) -> dict[
         if line["task"] in full and line["policy"] != FULL:
             place = (line["task"], *(line[name] for name in CONFIGURATION if name != "budget"))
             configurations.setdefault(place, []).append(line)
-    found: dict[tuple, float | None] = {}
-    for place, same in configurations.items():
-        found[place] = None
-        for line in sorted(same, key=lambda line: -line["budget"]):
-            if line["low"] < full[place[0]] - tolerance:
-                break
-            found[place] = line["budget"]
-    return found
+    return {
+        key: smallest_sufficient_budget((line["budget"], line["low"] >= full[key[0]] - tolerance) for line in same)
+        for key, same in configurations.items()
+    }

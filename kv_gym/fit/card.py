@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from kv_gym.evaluation.configurations import FULL
+from kv_gym.evaluation.rows import FULL
 
 LEARNED = "learned"  # the name that rows of the trained policy carry
 _SNIPPET = """```python
@@ -27,13 +27,13 @@ def verdict(fit: Mapping[str, Any]) -> list[str]:
     allowed = f"{_amount(fit, tolerance)} (upper end of the 95 % interval)"
     of_validation = [row for row in fit["rows"] if row["task"] == "validation" and row["policy"] == LEARNED]
     full, test = (_one(fit, "test", name) for name in (FULL, LEARNED))
-    judged = f"{test['n']} {_unit(fit)} of {test['contexts']} test contexts, which chose nothing"
+    judged = f"{test['questions']} {_unit(fit)} of {test['n']} test contexts, which chose nothing"
     told = (
         f"{at} of the cache loses {_amount(fit, test['loss'])} on {judged}: {_quality(fit, test)} against "
-        f"{_quality(fit, full)} of the full cache, at most {_amount(fit, test['most'])}"
+        f"{_quality(fit, full)} of the full cache, at most {_amount(fit, test['loss_upper'])}"
     )
     if fit["budget"] < 1:
-        n, least = of_validation[0]["n"], min(row["budget"] for row in of_validation)
+        n, least = of_validation[0]["questions"], min(row["budget"] for row in of_validation)
         end = ", and no smaller one was tried" if fit["budget"] == least else ""
         said = [
             f"The smallest cache within a loss of {allowed} on {n} validation {_unit(fit)} is {at}{end}.",
@@ -46,9 +46,9 @@ def verdict(fit: Mapping[str, Any]) -> list[str]:
             f"No budget below 1.0 stays within a loss of {allowed}, so the budget is 1.0 and nothing is evicted.",
             f"The largest that was tried fails: {told}.",
         ]
-    lucky = [row["budget"] for row in of_validation if row["budget"] < fit["budget"] and row["most"] <= tolerance]
+    lucky = [row["budget"] for row in of_validation if row["budget"] < fit["budget"] and row["loss_upper"] <= tolerance]
     if lucky:
-        failed = max(row["budget"] for row in of_validation if row["most"] > tolerance)
+        failed = max(row["budget"] for row in of_validation if row["loss_upper"] > tolerance)
         said.append(
             f"The walk down the budgets ended at {share_of(failed)}, the first not surely within the tolerance: that "
             f"{', '.join(map(share_of, lucky))} would be does not count, since one of many tries may be lucky."
@@ -66,7 +66,7 @@ def card(fit: Mapping[str, Any]) -> str:
         lines = "\n".join(_line(fit, row) for row in rows)
         header = f"| policy | allocation | budget | {' | '.join(_cells(fit))} | loss | at most | cache bytes |"
         columns = f"| --- | --- | ---: |{' ---: |' * len(_cells(fit))} ---: | ---: | ---: |"
-        about = f"{rows[0]['contexts']} contexts, {rows[0]['n']} {_unit(fit)}"
+        about = f"{rows[0]['n']} contexts, {rows[0]['questions']} {_unit(fit)}"
         tables.append(f"{title} ({about}):\n\n{header}\n{columns}\n{lines}\n")
     seconds = ", ".join(f"{phase} {spent:.0f}" for phase, spent in fit["seconds"].items())
     versions = ", ".join(f"{name} {version}" for name, version in fit["versions"].items())
@@ -134,5 +134,5 @@ def _line(fit: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     weights = f" + {row['policy_bytes']:,}" if row["policy_bytes"] else ""
     return (
         f"| {row['policy']} | {row['allocation']} | {share_of(row['budget'])} | {' | '.join(_cells(fit, row))} | "
-        f"{row['loss']:.4f} | {row['most']:.4f} | {row['cache_bytes']:,.0f}{weights} |"
+        f"{row['loss']:.4f} | {row['loss_upper']:.4f} | {row['cache_bytes']:,.0f}{weights} |"
     )

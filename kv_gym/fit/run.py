@@ -13,13 +13,14 @@ from rich.console import Console
 
 from kv_gym.budgets import parse_allocation, parse_budget
 from kv_gym.errors import UserError
-from kv_gym.evaluation.configurations import FULL, Configuration
-from kv_gym.evaluation.rows import result
+from kv_gym.evaluation.configurations import Configuration
+from kv_gym.evaluation.rows import FULL, result
+from kv_gym.evaluation.statistics import smallest_sufficient_budget
 from kv_gym.files import whole_file
 from kv_gym.fit.card import LEARNED, card, share_of, verdict
 from kv_gym.fit.data import FitData, contexts_for, read_data
 from kv_gym.fit.folder import FitFolder
-from kv_gym.fit.loss import least_provable, measured, smallest
+from kv_gym.fit.loss import least_provable, measure_losses
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, make_policy
 from kv_gym.policies.scoring.inputs import HIDDEN
@@ -169,16 +170,17 @@ class _Fit:
                 self.folder.save(**{name: work()})
 
     def _measured(self, part: str, configurations: Iterable[Configuration]) -> list[dict[str, Any]]:
-        return measured(self.model, getattr(self.data, part), part, self.data.measure, configurations, self.progress)
+        contexts = getattr(self.data, part)
+        return measure_losses(self.model, contexts, part, self.data.measure, configurations, self.progress)
 
     def _full_cache(self) -> dict[str, Any]:
         (row,) = self._measured("validation", ())
         tolerance = self.folder.state["settings"]["tolerance"]
         if self.data.measure == "accuracy" and row["accuracy"] <= tolerance:
             raise UserError(
-                f"with its full cache the model answers {row['accuracy']:.1%} of {row['n']} validation questions, so "
-                f"there is not more than the tolerance of {tolerance} to lose: ask what it can answer, or give "
-                "continuations, whose likelihood is compared"
+                f"with its full cache the model answers {row['accuracy']:.1%} of {row['questions']} validation "
+                f"questions, so there is not more than the tolerance of {tolerance} to lose: ask what it can answer, "
+                "or give continuations, whose likelihood is compared"
             )
         return row
 
@@ -187,7 +189,9 @@ class _Fit:
         rule = parse_allocation(self.allocation)
         rows = self._measured("validation", [Configuration(LEARNED, policy, budget, rule) for budget in self.budgets])
         tolerance = self.folder.state["settings"]["tolerance"]
-        budget = smallest([row for row in rows if row["policy"] == LEARNED], tolerance)
+        budget = smallest_sufficient_budget(
+            (row["budget"], row["loss_upper"] <= tolerance) for row in rows if row["policy"] == LEARNED
+        )
         at = max(self.budgets) if budget is None else budget
         configurations = [
             Configuration(name, heuristic, at, parse_allocation(rule))
@@ -198,9 +202,9 @@ class _Fit:
         best: dict[str, dict[str, Any]] = {}
         for row in self._measured("validation", configurations)[1:]:
             there = best.setdefault(row["policy"], row)
-            if (row["most"], row["nll"]) < (there["most"], there["nll"]):
+            if (row["loss_upper"], row["nll"]) < (there["loss_upper"], there["nll"]):
                 best[row["policy"]] = row
-        enough = [name for name, row in best.items() if row["most"] <= tolerance]
+        enough = [name for name, row in best.items() if row["loss_upper"] <= tolerance]
         return {"rows": [*rows, *best.values()], "budget": budget, "compared_at": at, "enough": enough}
 
     def _test(self, policy: Policy) -> dict[str, Any]:

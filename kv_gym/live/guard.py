@@ -36,7 +36,7 @@ class Guard:
 
     Attributes:
         signal: one of these.
-        threshold: alarms above; calibrate it, see :func:`kv_gym.evaluation.safety.threshold_at`.
+        threshold: alarms above; calibrate it, see :func:`kv_gym.evaluation.guard_metrics.threshold_at`.
         then: ``warn``; ``enlarge``: the budget grows by `growth`, which matters where the trigger fires again;
             ``restore``: all evicted pairs are put back from the host and nothing is evicted any more, which needs
             ``EvictingCache(..., offload=True)``. Whatever follows is for the tokens to come: the alarm comes with

@@ -3,12 +3,12 @@
 import itertools
 import json
 import math
-import random
 from statistics import mean, stdev
 
 import numpy as np
 import pytest
 import torch
+from slow_statistics import slow_auc, slow_spearman
 from typer.testing import CliRunner
 
 from kv_gym.budgets import parse_allocation
@@ -16,11 +16,7 @@ from kv_gym.cache_view import Future
 from kv_gym.cli import app
 from kv_gym.errors import UserError
 from kv_gym.evaluation import decision_value
-from kv_gym.evaluation.decision_table import markdown
-from kv_gym.evaluation.decision_value import MEASURES, NOT_DECISIVE, compare
-from kv_gym.evaluation.interval import mean_interval, student_t
-from kv_gym.evaluation.output_error import output_error
-from kv_gym.evaluation.prediction import auc, ranks, spearman
+from kv_gym.evaluation.decision_value import MEASURES, NOT_DECISIVE, compare, decision_table, output_error
 from kv_gym.evaluation.rows import read_result
 from kv_gym.files import bundled
 from kv_gym.policies import make_policy
@@ -103,22 +99,6 @@ def slow_error(context, kept):
                 lost += share * math.sqrt(sum(error**2))
                 whole += share * math.sqrt(sum(sum(w[i] * v[i] for i in range(TOKENS)) ** 2))
     return lost / whole
-
-
-def slow_ranks(numbers):
-    return [sum(y < x for y in numbers) + (1 + sum(y == x for y in numbers)) / 2 for x in numbers]
-
-
-def slow_spearman(one, other):
-    a, b = slow_ranks(one), slow_ranks(other)
-    products = [(x - mean(a)) * (y - mean(b)) for x, y in zip(a, b, strict=True)]
-    return sum(products) / ((len(a) - 1) * stdev(a) * stdev(b))
-
-
-def slow_auc(scores, wanted):
-    pairs = [(x, y) for x, a in zip(scores, wanted, strict=True) if a for y, b in zip(scores, wanted, strict=True)
-             if not b]  # fmt: skip
-    return mean(1.0 if x > y else 0.5 if x == y else 0.0 for x, y in pairs)
 
 
 def slow_measures(context, name, baseline, budget, pooled, *ends):
@@ -236,40 +216,13 @@ def test_output_error_is_exact_for_a_lone_query():
     torch.testing.assert_close(norm, full.norm(dim=-1)[0].double(), rtol=1e-5, atol=1e-6)
 
 
-def test_ranks_with_ties_equal_counting():
-    draw = random.Random(0)
-    for _ in range(20):
-        scores = [[float(draw.randint(0, 5)) for _ in range(12)] for _ in range(3)]
-        worth = [[float(draw.randint(0, 3)) for _ in range(12)] for _ in range(3)]
-        wanted = [[x > 1 for x in row] for row in worth]
-        torch.testing.assert_close(ranks(torch.tensor(scores)), torch.tensor([slow_ranks(s) for s in scores]).double())
-        found = spearman(torch.tensor(scores), torch.tensor(worth))
-        assert found.tolist() == pytest.approx([slow_spearman(s, w) for s, w in zip(scores, worth, strict=True)])
-        found = auc(torch.tensor(scores), torch.tensor(wanted))
-        assert found.tolist() == pytest.approx([slow_auc(s, w) for s, w in zip(scores, wanted, strict=True)])
-    assert auc(torch.ones(1, 4), torch.tensor([[True, False, True, False]])).item() == 0.5
-    assert math.isnan(auc(torch.ones(1, 4), torch.ones(1, 4, dtype=torch.bool)).item())
-    assert math.isnan(spearman(torch.ones(1, 4), torch.arange(4.0)[None]).item())
-
-
-def test_students_t_and_the_interval():
-    # published tables
-    for degrees, quantile in {1: 12.706, 2: 4.303, 4: 2.776, 5: 2.571, 9: 2.262, 30: 2.042, 120: 1.980}.items():
-        assert student_t(degrees) == pytest.approx(quantile, abs=6e-4)
-    assert mean_interval([1.0, 2.0, math.nan, 6.0]) == (
-        3.0,
-        pytest.approx(4.302653 * math.sqrt((4 + 1 + 9) / 2) / math.sqrt(3)),
-    )
-    assert mean_interval([2.0]) == (2.0, None) and mean_interval([math.nan]) == (None, None)
-
-
 def test_rows_are_a_table_and_a_file(tmp_path):
     data = decision_value(
         ["keydiff", "oracle"], "recency", None, ["1/4"], split=None, json=tmp_path / "value.json", progress=False
     )
     assert json.loads((tmp_path / "value.json").read_text()) == json.loads(json.dumps(data))
     assert {row["task"] for row in data["rows"]} == {"multi_key", "dialogue"} and data["baseline"] == "recency"
-    table = markdown(data["rows"])
+    table = decision_table(data["rows"])
     assert all(f"\n| oracle ({task}) | uniform | 1/4 |" in table for task in ("dialogue", "multi_key"))
     assert "(AUC)" in table and "no ground to choose by" in table and "recency (uniform)" in table
 

@@ -1,78 +1,11 @@
-"""Summaries against numbers worked out by hand, and against slow loops."""
+"""Summaries against numbers worked out by hand."""
 
-import random
 from statistics import fmean
 
 import pytest
+from slow_statistics import row
 
-from kv_gym.evaluation.summary import (
-    best_heuristics,
-    over_contexts,
-    over_seeds,
-    paired,
-    smallest_budgets,
-    summarise,
-)
-
-
-def row(policy, budget, right, seed=None, task="t", **more):
-    """A row of contexts with four questions each, `right` of which are answered right."""
-    contexts = {str(number): [value, 4, 0.5] for number, value in enumerate(right)}
-    return {
-        "policy": policy, "seed": seed, "budget": budget, "allocation": "uniform", "evicted": "drop", "task": task,
-        "accuracy": sum(right) / 4 / len(right), "nll": 0.125, "n": len(right), "questions": 4 * len(right),
-        "contexts": contexts, "cache_bytes": 100 * budget, "policy_bytes": 0, "milliseconds": 1.0,
-    } | more  # fmt: skip
-
-
-def test_students_interval_over_seeds_by_hand():
-    # mean 2, standard deviation 1, t with two degrees of freedom is 4.302653
-    found = over_seeds([1.0, 2.0, 3.0])
-    assert (found.mean, found.over) == (2.0, "seeds")
-    assert found.high - 2 == pytest.approx(4.302653 / 3**0.5, abs=1e-4) == 2 - found.low
-
-
-def test_one_seed_has_no_width():
-    assert (over_seeds([0.7]).low, over_seeds([0.7]).high) == (0.7, 0.7)
-
-
-def test_contexts_are_drawn_whole():
-    """Against a loop that draws contexts one by one with another generator."""
-    parts, wholes = [4, 0, 4, 1, 3, 2, 4, 0], [4, 4, 4, 4, 8, 4, 4, 2]
-    stream, ratios = random.Random(3), []
-    for _ in range(20_000):
-        drawn = [stream.randrange(8) for _ in range(8)]
-        ratios.append(sum(parts[i] for i in drawn) / sum(wholes[i] for i in drawn))
-    ratios.sort()
-    found = over_contexts(parts, wholes)
-    assert found.mean == pytest.approx(18 / 34)
-    assert found.low == pytest.approx(ratios[500], abs=0.015) and found.high == pytest.approx(ratios[-500], abs=0.015)
-
-
-def test_contexts_that_do_not_differ_leave_no_doubt():
-    assert over_contexts([2, 2, 2], [4, 4, 4]) == over_contexts([2, 2], [4, 4])
-    assert over_contexts([2, 2, 2], [4, 4, 4]).low == over_contexts([2, 2, 2], [4, 4, 4]).high == 0.5
-
-
-def test_a_constant_difference_is_certain_however_contexts_vary():
-    ours, theirs = row("a", 0.5, [4, 2, 3, 1]), row("b", 0.5, [3, 1, 2, 0])
-    found = paired([ours], [theirs])
-    assert (found.mean, found.low, found.high, found.over) == (0.25, 0.25, 0.25, "contexts")
-    assert ours["accuracy"] - theirs["accuracy"] == found.mean
-
-
-def test_a_difference_joins_the_spread_of_seeds():
-    # seeds answer 12 and 8 of 16: mean 10, so 0.625, and t with one degree of freedom is 12.706205
-    ours = [row("a", 0.5, [3, 3, 3, 3], seed=0), row("a", 0.5, [2, 2, 2, 2], seed=1)]
-    found = paired(ours, [row("b", 0.5, [2, 2, 2, 2])])
-    half = 12.706205 * 0.25 / 2**0.5 / 2**0.5
-    assert found.mean == pytest.approx(0.125) and found.over == "seeds and contexts"
-    assert found.high - found.mean == pytest.approx(half, abs=1e-4) == found.mean - found.low
-
-
-def test_other_contexts_cannot_be_paired():
-    assert paired([row("a", 0.5, [1, 2])], [row("b", 0.5, [1, 2, 3])]) is None
-    assert paired([row("a", 0.5, [1, 2], contexts=None)], [row("b", 0.5, [1, 2])]) is None
+from kv_gym.evaluation.summary import best_heuristics, smallest_budgets, summarise
 
 
 def test_lines_join_seeds_and_compare_with_the_best_heuristic():

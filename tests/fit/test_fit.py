@@ -19,7 +19,7 @@ from kv_gym.evaluation.configurations import full_cache
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
 from kv_gym.fit import fit, load_fit, run
 from kv_gym.fit.data import PARTS, _divided, read_data
-from kv_gym.fit.loss import least_provable, lost_answers, lost_nats, smallest
+from kv_gym.fit.loss import least_provable, lost_answers, lost_nats
 from kv_gym.policies import make_policy
 from kv_gym.traces import open_traces
 from kv_gym.training.registry import agent_settings
@@ -158,13 +158,6 @@ def test_lost_nats_have_students_interval():
     assert lost_nats(lost) == (pytest.approx(0.2), pytest.approx(0.2 + half, abs=1e-3))
 
 
-def test_the_walk_down_ends_at_the_first_budget_that_fails():
-    rows = [{"budget": 1 / n, "most": most} for n, most in ((8, 0.005), (2, 0.001), (6, 0.02), (4, 0.01))]
-    assert smallest(rows, 0.01) == 1 / 4  # 1/8 was lucky
-    assert smallest(rows, 0.03) == 1 / 8
-    assert smallest(rows, 0.0005) is None
-
-
 # -- from end to end ---------------------------------------------------------------------------------------------------
 
 
@@ -179,13 +172,13 @@ def test_what_a_fit_to_questions_leaves(finished, model, questions):
     assert {"torch", "transformers"} < set(done["versions"]) and done["command"]
     for part in ("validation", "test"):
         full = next(row for row in done["rows"] if (row["policy"], row["task"]) == ("full_cache", part))
-        assert (full["accuracy"], full["loss"], full["contexts"], full["n"]) == (1.0, 0.0, 6, 18)
+        assert (full["accuracy"], full["loss"], full["n"], full["questions"]) == (1.0, 0.0, 6, 18)
         for row in done["rows"]:
             if row["task"] == part:  # everything is asked of the same questions, so the loss is what is missing
-                assert row["loss"] == pytest.approx(1 - row["accuracy"]) and row["most"] >= row["loss"]
+                assert row["loss"] == pytest.approx(1 - row["accuracy"]) and row["loss_upper"] >= row["loss"]
     learned = [r for r in done["rows"] if (r["policy"], r["task"]) == ("learned", "validation")]
     assert [row["budget"] for row in learned] == [1 / 2, 1 / 4]
-    within = [row["budget"] for row in learned if row["most"] <= 0.9]
+    within = [row["budget"] for row in learned if row["loss_upper"] <= 0.9]
     assert done["budget"] == min(within) == done["compared_at"]
     tested = {row["policy"]: row for row in done["rows"] if row["task"] == "test"}
     assert set(tested) == {"full_cache", "learned", *run.HEURISTICS}
@@ -228,7 +221,7 @@ def test_a_finished_fit_is_not_repeated(finished, model, questions, monkeypatch,
     def work(*_, **__):
         raise AssertionError("repeated")
 
-    for name in ("record", "train", "measured"):
+    for name in ("record", "train", "measure_losses"):
         monkeypatch.setattr(run, name, work)
     assert fit(model, questions, out, tolerance=0.9, **FAST) == done
 
@@ -294,8 +287,8 @@ def invented(most):
         for configuration in (full_cache(), *configurations):
             policy, budget, allocation = configuration.name, configuration.budget, configuration.allocation.name
             high = 0.0 if policy == "full_cache" else most(part, policy, budget, allocation)
-            figures = {"accuracy": 1 - high / 2, "nll": high, "loss": high / 2, "most": high}
-            counts = {"contexts": len(contexts), "n": sum(len(context.questions) for context in contexts)}
+            figures = {"accuracy": 1 - high / 2, "nll": high, "loss": high / 2, "loss_upper": high}
+            counts = {"n": len(contexts), "questions": sum(len(context.questions) for context in contexts)}
             names = {"policy": policy, "budget": budget, "allocation": allocation, "task": part}
             rows.append(names | figures | counts | {"cache_bytes": 8.0, "policy_bytes": 0})
         return rows
@@ -311,20 +304,24 @@ def test_the_test_part_chooses_nothing(model, questions, tmp_path, monkeypatch, 
     """Validation and test disagree: the budget is validation's, and what is reported is the test's."""
     losses = {"validation": validation, "test": test}
     monkeypatch.setattr(
-        run, "measured", invented(lambda part, name, budget, _: losses[part][budget] if name == "learned" else 0.9)
+        run,
+        "measure_losses",
+        invented(lambda part, name, budget, _: losses[part][budget] if name == "learned" else 0.9),
     )
     done = fit(model, questions, tmp_path, tolerance=0.5, **FAST)
     assert done["budget"] == chosen
     at = next(iter(test))
     row = next(row for row in done["rows"] if (row["policy"], row["task"]) == ("learned", "test"))
-    assert (row["budget"], row["most"]) == (at, test[at])
+    assert (row["budget"], row["loss_upper"]) == (at, test[at])
     assert f"loses {100 * test[at] / 2:.2f} points on 18 questions of 6 test contexts" in done["verdict"][1]
 
 
 @pytest.mark.parametrize(("at_half", "chosen"), [(0.1, 1 / 2), (0.9, 1.0)])
 def test_budgets_that_pass_below_the_first_failure_are_named(model, questions, tmp_path, monkeypatch, at_half, chosen):
     most = {1 / 2: at_half, 1 / 3: 0.9, 1 / 4: 0.2}
-    monkeypatch.setattr(run, "measured", invented(lambda _, name, budget, __: most[budget] if name == "learned" else 1))
+    monkeypatch.setattr(
+        run, "measure_losses", invented(lambda _, name, budget, __: most[budget] if name == "learned" else 1)
+    )
     done = fit(model, questions, tmp_path, tolerance=0.5, **FAST | {"budgets": ["1/2", "1/3", "1/4"]})
     assert done["budget"] == chosen
     failed = "1/3" if chosen == 1 / 2 else "1/2"
@@ -335,7 +332,7 @@ def test_budgets_that_pass_below_the_first_failure_are_named(model, questions, t
 
 
 def test_a_loss_on_the_test_part_beyond_the_tolerance_is_said(model, questions, tmp_path, monkeypatch):
-    monkeypatch.setattr(run, "measured", invented(lambda part, *_: 0.4 if part == "validation" else 1.4))
+    monkeypatch.setattr(run, "measure_losses", invented(lambda part, *_: 0.4 if part == "validation" else 1.4))
     done = fit(model, questions, tmp_path, tolerance=0.5, **FAST)
     assert done["budget"] == 1 / 4
     assert "The test contexts do not confirm the tolerance: expect the loss that they show." in done["verdict"]
@@ -347,7 +344,7 @@ def test_a_heuristic_that_does_as_well_is_named_with_the_allocation_that_suits_i
     def most(part, policy, budget, allocation):
         return {("learned", "global"): 0.1, ("keydiff", "global:softmax"): 0.2}.get((policy, allocation), 0.9)
 
-    monkeypatch.setattr(run, "measured", invented(most))
+    monkeypatch.setattr(run, "measure_losses", invented(most))
     done = fit(model, questions, tmp_path, tolerance=0.5, **FAST)
     assert done["enough"] == ["keydiff"]
     assert done["verdict"][0].endswith(" on 18 validation questions is 1/4, and no smaller one was tried.")
@@ -364,20 +361,20 @@ def test_a_heuristic_that_does_as_well_is_named_with_the_allocation_that_suits_i
 @pytest.fixture(scope="module")
 def uninterrupted(model, questions, tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(run, "measured", invented(lambda part, policy, budget, _: 0.1 / budget))
+        patch.setattr(run, "measure_losses", invented(lambda part, policy, budget, _: 0.1 / budget))
         return fit(model, questions, tmp_path_factory.mktemp("uninterrupted"), tolerance=0.3, **FAST)
 
 
 @pytest.mark.parametrize("phase", ["record", "train", "save_pretrained", "chosen", "tested", "card"])
 def test_an_interrupted_fit_goes_on_and_ends_alike(uninterrupted, model, questions, tmp_path, monkeypatch, phase):
     done, out = uninterrupted, tmp_path / "out"
-    monkeypatch.setattr(run, "measured", invented(lambda part, policy, budget, _: 0.1 / budget))
+    monkeypatch.setattr(run, "measure_losses", invented(lambda part, policy, budget, _: 0.1 / budget))
 
     def stops(*_, **__):
         raise KeyboardInterrupt
 
     def measured_until(part):
-        real = run.measured
+        real = run.measure_losses
         return lambda *given, **more: stops() if given[2] == part and given[4] else real(*given, **more)
 
     def half_saved(policy, folder):
@@ -387,7 +384,7 @@ def test_an_interrupted_fit_goes_on_and_ends_alike(uninterrupted, model, questio
 
     with monkeypatch.context() as patch:
         if phase in ("chosen", "tested"):
-            patch.setattr(run, "measured", measured_until("validation" if phase == "chosen" else "test"))
+            patch.setattr(run, "measure_losses", measured_until("validation" if phase == "chosen" else "test"))
         elif phase == "save_pretrained":
             real = run.train
 
@@ -440,7 +437,7 @@ def test_a_fit_that_recorded_nothing_yet_may_be_begun_otherwise(model, questions
     with pytest.raises(UserError, match=r"with its full cache the model answers 0.0% of 18 validation questions"):
         fit(model, file, tmp_path / "out", tolerance=0.3, **FAST)
     assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["fit.json"]
-    monkeypatch.setattr(run, "measured", invented(lambda *_: 0.1))
+    monkeypatch.setattr(run, "measure_losses", invented(lambda *_: 0.1))
     assert fit(model, continuations, tmp_path / "out", tolerance=50.0, **FAST)["finished"]
 
 

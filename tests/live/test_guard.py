@@ -10,7 +10,7 @@ from tier_reference import TieredReference, rounded
 
 from kv_gym import EvictingCache
 from kv_gym.errors import UserError
-from kv_gym.evaluation.safety import auroc, recall_at, threshold_at, watched_answers
+from kv_gym.evaluation.guard_metrics import auroc, guarded_answers, recall_at, threshold_at
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
 from kv_gym.live import Guard
 
@@ -362,19 +362,19 @@ def test_answers_under_watch():
         answers[1] = (answers[1][0], (answers[1][1] + 1) % 61)
         asked = [TaskQuestion(tuple(q), a) for q, a in zip(questions, answers, strict=True)]
         batch = [TaskContext(tuple(row.tolist()), tuple(asked[2 * i : 2 * i + 2])) for i, row in enumerate(ids)]
-        watched = watched_answers(model, cache, batch)
-        assert watched.right.tolist() == [True, False, True, True]
+        watched = guarded_answers(model, cache, batch)
+        assert watched.correct.tolist() == [True, False, True, True]
         assert watched.row.tolist() == [0, 0, 1, 1]
         torch.testing.assert_close(watched.signal, torch.tensor(expected, dtype=torch.float64))
         assert watched.layers.shape == (3, 4)
         assert cache.seen == 20
     with EvictingCache(model, "keydiff", 1.0, guard=Guard("missing")) as full:
         feed(model, ids, full)
-        assert watched_answers(model, full, batch).signal.tolist() == [0.0] * 4
+        assert guarded_answers(model, full, batch).signal.tolist() == [0.0] * 4
     with EvictingCache(model, "keydiff", 6) as plain:
         feed(model, ids, plain)
         with pytest.raises(UserError, match="has no guard"):
-            watched_answers(model, plain, batch)
+            guarded_answers(model, plain, batch)
 
 
 def test_refusals():

@@ -1,4 +1,4 @@
-"""Judging and calibrating a safety net: does its signal tell the answers that eviction spoilt?"""
+"""Metrics of a guard: does its signal tell the answers that eviction spoilt, and which threshold alarms how often?"""
 
 from __future__ import annotations
 
@@ -9,29 +9,30 @@ import torch
 from torch import Tensor
 
 from kv_gym.errors import UserError
+from kv_gym.evaluation.statistics import auc
 from kv_gym.evaluation.tasks import TaskContext
 from kv_gym.live import EvictingCache
 
 
 @dataclass(frozen=True)
-class Watched:
+class GuardedAnswers:
     """Greedy answers, and what the guard saw while they were made. q questions, in the order of contexts.
 
     Attributes:
-        right: `[q]` bool, exact match of the whole answer.
+        correct: `[q]` bool, exact match of the whole answer.
         row: `[q]` int64, which context of the batch was asked.
         signal: `[q]` float64, the largest signal of the forwards that predict an answer token.
         layers: `[layers, q]` float64, the same of each evicting layer alone; None for signals of the output.
     """
 
-    right: Tensor
+    correct: Tensor
     row: Tensor
     signal: Tensor
     layers: Tensor | None
 
 
 @torch.no_grad()
-def watched_answers(model, cache: EvictingCache, batch: Sequence[TaskContext]) -> Watched:
+def guarded_answers(model, cache: EvictingCache, batch: Sequence[TaskContext]) -> GuardedAnswers:
     """Ask every question of a batch of contexts, token by token; the cache itself stays as it is.
 
     Args:
@@ -50,7 +51,7 @@ def watched_answers(model, cache: EvictingCache, batch: Sequence[TaskContext]) -
     row = torch.tensor([row for row, _ in asked])
     expected = torch.tensor([question.answer_ids for _, question in asked])
     ids = torch.tensor([question.question_ids for _, question in asked], device=model.device)
-    said, signals, layers = [], [], []
+    answers, signals, layers = [], [], []
     with cache.fork() as fork:
         fork.batch_select_indices(row)
         for token in ids[:, :-1].split(1, 1):  # one by one, as answers come: a running mean counts forwards
@@ -58,14 +59,14 @@ def watched_answers(model, cache: EvictingCache, batch: Sequence[TaskContext]) -
         ids = ids[:, -1:]
         for _ in range(expected.shape[1]):
             ids = model(input_ids=ids, past_key_values=fork, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
-            said.append(ids[:, 0].cpu())
+            answers.append(ids[:, 0].cpu())
             assert fork.monitor is not None
             signals.append(_measured(fork.monitor.signal).double().cpu())
             values = [signal.double().cpu() for signal in fork.layer_signals()]
             layers += [torch.stack(values)] if values else []
-    right = (torch.stack(said, 1) == expected).all(1)
+    correct = (torch.stack(answers, 1) == expected).all(1)
     of_layers = torch.stack(layers).amax(0) if layers else None
-    return Watched(right, row, torch.stack(signals).amax(0), of_layers)
+    return GuardedAnswers(correct, row, torch.stack(signals).amax(0), of_layers)
 
 
 def _measured(signal: Tensor | None) -> Tensor:
@@ -99,12 +100,7 @@ def auroc(values: Tensor, events: Tensor) -> float:
         values: `[n]`.
         events: `[n]` bool.
     """
-    hurt, fine = values[events], values[~events].sort().values
-    if not len(hurt) or not len(fine):
-        return float("nan")
-    below = torch.searchsorted(fine, hurt, right=False)
-    upto = torch.searchsorted(fine, hurt, right=True)
-    return float((below + upto).double().mean() / 2 / len(fine))
+    return float(auc(values[None], events[None]))
 
 
 def recall_at(values: Tensor, events: Tensor, false_alarms: float = 0.05) -> float:
