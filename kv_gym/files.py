@@ -1,13 +1,28 @@
-"""Files: written whole or not at all, and where the data that ships with the library lies."""
+"""Files: read with limits and clear refusals, written whole or not at all; and where bundled data lies.
+
+Everything that comes from outside the package (JSON, JSON lines, YAML) is read here. The readers refuse what plain
+data never needs and what hurts a program that trusts it: text that is not UTF-8, nesting beyond 64 levels, numbers of
+more than 100 characters, NaN and infinity, lone surrogates, control characters in keys, duplicate keys, YAML aliases,
+anchors and tags, and files above a size limit. A refusal is one :class:`~kv_gym.errors.UserError` that names the file
+and the line and never repeats the data.
+"""
 
 from __future__ import annotations
 
+import json
+import math
 import os
-from collections.abc import Iterator
+import re
+import reprlib
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, get_args
 
 from kv_gym.errors import UserError
+
+if TYPE_CHECKING:
+    from pydantic import BaseModel
 
 _PACKAGE = Path(__file__).parent
 
@@ -16,10 +31,359 @@ MODEL = _PACKAGE / "reference" / "model"
 
 _IN_REPOSITORY = {"agents": "agents", "requests": "traces/requests", "traces": "traces/sample"}
 
+LARGEST_JSON = 2**28
+"""Bytes of a JSON document, and of one line of JSON lines, at most."""
+LARGEST_YAML = 2**18
+"""Bytes of a YAML document at most."""
+LARGEST_TEXT = 2**30
+"""Bytes of a plain text at most."""
+DEEPEST = 64
+"""Levels of nested lists and objects at most."""
+LONGEST_NUMBER = 100
+"""Characters of a number at most."""
+
+_JSON_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[\[\]{}]|[^\s,:\[\]{}"]+')
+_SURROGATE = re.compile(r"[\ud800-\udfff]")
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
+
+_Model = TypeVar("_Model", bound="BaseModel")
+
+
+class _RefusedDataError(ValueError):
+    """A JSON text holds something that is refused; :func:`_first_refusal` says what and where."""
+
+
+def read_text(path: str | Path, expected: str = "expected a UTF-8 text", largest: int = LARGEST_TEXT) -> str:
+    """The text of a UTF-8 file, with or without a byte order mark.
+
+    Args:
+        path: the file.
+        expected: what the file should be, to end the error's sentence.
+        largest: limit in bytes.
+
+    Raises:
+        UserError: the file cannot be opened, is too large or is not UTF-8.
+    """
+    try:
+        with open(path, "rb") as file:
+            data = file.read(largest + 1)
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {expected}") from None
+    if len(data) > largest:
+        raise UserError(f"{path} is larger than {largest} bytes; {expected}")
+    return _decoded(data, str(path), 1, expected)
+
+
+def read_json(
+    path: str | Path,
+    expected: str = "expected a JSON document",
+    *,
+    largest: int = LARGEST_JSON,
+    non_finite_as_null: bool = False,
+) -> Any:
+    """The content of a JSON file: dicts, lists, texts, numbers, booleans and None.
+
+    Args:
+        path: the file.
+        expected: what the file should hold, to end the error's sentence.
+        largest: limit in bytes.
+        non_finite_as_null: read NaN and infinity, which Python's own writer emits, as None instead of refusing them.
+
+    Raises:
+        UserError: the file cannot be read, is no JSON, or holds what the module's readers refuse.
+    """
+    text = read_text(path, expected, largest)
+    return parse_json(text, str(path), expected, non_finite_as_null=non_finite_as_null)
+
+
+def parse_json(
+    text: str,
+    where: str,
+    expected: str = "expected a JSON document",
+    *,
+    line: int = 1,
+    non_finite_as_null: bool = False,
+) -> Any:
+    """The content of a JSON text; see :func:`read_json`.
+
+    Args:
+        text: the JSON.
+        where: the file, or the place in it, that the text was taken from.
+        expected: what the text should hold, to end the error's sentence.
+        line: number of the text's first line in the file.
+        non_finite_as_null: as in :func:`read_json`.
+
+    Raises:
+        UserError: no JSON, or what the module's readers refuse.
+    """
+
+    def number(literal: str, kind: type = float) -> Any:
+        value = None if len(literal) > LONGEST_NUMBER else kind(literal)
+        if value is None or not (non_finite_as_null or math.isfinite(value)):
+            raise _RefusedDataError
+        return value if math.isfinite(value) else None
+
+    try:
+        data = json.loads(
+            text,
+            object_pairs_hook=_object,
+            parse_int=lambda literal: number(literal, int),
+            parse_float=number,
+            parse_constant=number,
+        )
+        if isinstance(data, dict | list) and _is_deep(data):
+            raise _RefusedDataError
+        if "\\ud" in text or "\\uD" in text:
+            json.dumps(data, ensure_ascii=False).encode()
+        return data
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}, line {line + error.lineno - 1}: no JSON ({error.msg}); {expected}") from None
+    except (_RefusedDataError, RecursionError, UnicodeEncodeError):
+        reason, start = _first_refusal(text, non_finite_as_null)
+    raise UserError(f"{where}, line {line + text.count(chr(10), 0, start)}: {reason}; {expected}")
+
+
+def read_json_lines(
+    path: str | Path,
+    expected: str = "expected one JSON document a line",
+    *,
+    partial_last_line: bool = False,
+    non_finite_as_null: bool = False,
+) -> Iterator[tuple[int, Any]]:
+    """The documents of a file of JSON lines, read as they are asked for; empty lines are skipped.
+
+    Args:
+        path: a file in UTF-8, with or without a byte order mark.
+        expected: what a line should hold, to end the error's sentence.
+        partial_last_line: leave out a last line without its line end that is no JSON: it is being written, or its
+            writer was interrupted.
+        non_finite_as_null: as in :func:`read_json`.
+
+    Yields:
+        Number of the line, from 1, and its content.
+
+    Raises:
+        UserError: the file cannot be read, or a line is no JSON or holds what the module's readers refuse.
+    """
+    try:
+        with open(path, "rb") as file:
+            number = 0
+            while line := file.readline(LARGEST_JSON + 1):
+                number += 1
+                if len(line) > LARGEST_JSON:
+                    raise UserError(f"{path}, line {number}: longer than {LARGEST_JSON} bytes; {expected}")
+                try:
+                    text = _decoded(line, str(path), number, expected)
+                    if text.strip():
+                        data = parse_json(text, str(path), expected, line=number, non_finite_as_null=non_finite_as_null)
+                        yield number, data
+                except UserError:
+                    if partial_last_line and not line.endswith(b"\n"):
+                        return
+                    raise
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {expected}") from None
+
+
+def read_yaml(path: str | Path, expected: str = "expected a YAML document", largest: int = LARGEST_YAML) -> Any:
+    """The content of a YAML file: plain data as from :func:`read_json`, and dates; None for an empty file.
+
+    Args:
+        path: the file.
+        expected: what the file should hold, to end the error's sentence.
+        largest: limit in bytes.
+
+    Raises:
+        UserError: the file cannot be read, is no YAML, or holds what the module's readers refuse.
+    """
+    return parse_yaml(read_text(path, expected, largest), str(path), expected)
+
+
+def parse_yaml(text: str, where: str, expected: str = "expected a YAML document") -> Any:
+    """The content of a YAML text; see :func:`read_yaml`.
+
+    Args:
+        text: the YAML.
+        where: the file, or the place in it, that the text was taken from.
+        expected: what the text should hold, to end the error's sentence.
+
+    Raises:
+        UserError: no YAML, or what the module's readers refuse.
+    """
+    import yaml
+
+    class Loader(yaml.SafeLoader):
+        """Plain scalars, lists and mappings only; a refusal knows its line."""
+
+        depth = 0
+
+        def compose_node(self, parent, index):
+            event = self.peek_event()
+            if event.anchor is not None:
+                refuse("aliases and anchors are not read: write the value out", event)
+            if event.tag is not None:
+                refuse("tags are not read: write a plain value", event)
+            levels = not isinstance(event, yaml.ScalarEvent)
+            self.depth += levels
+            if self.depth > DEEPEST:
+                refuse(f"nested deeper than {DEEPEST} levels", event)
+            node = super().compose_node(parent, index)
+            self.depth -= levels
+            return node
+
+        def construct_mapping(self, node, deep=False):
+            names = set()
+            for key, _ in node.value:
+                if not isinstance(key, yaml.ScalarNode):
+                    refuse("a key is a list or a mapping, not a text", key)
+                if _CONTROL.search(key.value):
+                    refuse("a key holds control characters", key)
+                if key.value in names:
+                    refuse(f"key {reprlib.repr(key.value)} stands twice", key)
+                names.add(key.value)
+            return super().construct_mapping(node, deep=deep)
+
+        def construct_object(self, node, deep=False):
+            kind = node.tag.rpartition(":")[2]
+            if kind in ("int", "float") and len(node.value) > LONGEST_NUMBER:
+                refuse(f"a number of {len(node.value)} characters", node)
+            value = super().construct_object(node, deep=deep)
+            if isinstance(value, float) and not math.isfinite(value):
+                refuse("a number is not finite", node)
+            if isinstance(value, str) and _SURROGATE.search(value):
+                refuse("a text holds half of a surrogate pair", node)
+            return value
+
+    def refuse(reason: str, found: Any) -> None:
+        raise UserError(f"{where}, line {found.start_mark.line + 1}: {reason}; {expected}")
+
+    try:
+        return Loader(text).get_single_data()
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        at = f"{where}, line {mark.line + 1}" if mark else where
+        raise UserError(f"{at}: no YAML ({error.problem or error.context}); {expected}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{where}: no YAML ({str(error).splitlines()[0]}); {expected}") from None
+    except RecursionError:
+        raise UserError(f"{where}: nested deeper than {DEEPEST} levels; {expected}") from None
+    except UserError:
+        raise
+    except (ValueError, OverflowError) as error:  # such as the 45th of a month
+        raise UserError(f"{where}: no YAML ({error}); {expected}") from None
+
+
+def validated(model: type[_Model], data: Any, where: str) -> _Model:
+    """Plain data from outside as an object of a pydantic model.
+
+    Args:
+        model: a subclass of pydantic's BaseModel.
+        data: as JSON or YAML gave it.
+        where: file and line, for the error.
+
+    Raises:
+        UserError: the data does not fit; one sentence about the first field that does not.
+    """
+    from pydantic import ValidationError
+
+    if not isinstance(data, Mapping):
+        raise UserError(f"{where} holds {type(data).__name__}; expected keys {', '.join(model.model_fields)}")
+    try:
+        return model.model_validate(data)
+    except ValidationError as error:
+        raise UserError(_sentence(model, error.errors()[0], where)) from None
+
+
+def _sentence(model: type[BaseModel], error: Mapping[str, Any], where: str) -> str:
+    *path, name = error["loc"] or ("",)
+    for step in path:
+        known = _model_within(model.model_fields[step].annotation) if step in model.model_fields else None
+        model = known or model
+    place = f"{where}, {' '.join(str(step)[:60] for step in path)}" if path else where
+    kind, name, given = error["type"], str(name)[:60], reprlib.repr(error["input"])
+    if kind == "missing":
+        return f"{place} has no {name}; expected keys {', '.join(model.model_fields)}"
+    if kind == "extra_forbidden":
+        return f"{place} has unknown key {name!r}; known: {', '.join(model.model_fields)}"
+    if kind == "value_error":
+        reason = error["ctx"]["error"]
+        return f"{place}: {reason}" if isinstance(reason, UserError) else f"{place}: {name} is {given}; {reason}"
+    kinds = {
+        "string": "a text", "bool": "true or false", "dict": "keys and values", "model": "keys and values",
+        "int": "a whole number", "float": "a number", "list": "a list", "tuple": "a list",
+    }  # fmt: skip
+    expected = kinds.get(kind.partition("_")[0], error["msg"].removeprefix("Input should be "))
+    return f"{place}: {name} is {given}; expected {expected}"
+
+
+def _model_within(annotation: Any) -> type[BaseModel] | None:
+    """The pydantic model in an annotation such as ``tuple[Model, ...]``."""
+    from pydantic import BaseModel
+
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return annotation
+    return next(filter(None, map(_model_within, get_args(annotation))), None)
+
+
+def _decoded(data: bytes, where: str, line: int, expected: str) -> str:
+    try:
+        return data.decode("utf-8-sig" if line == 1 else "utf-8")
+    except UnicodeDecodeError as error:
+        at = line + data.count(b"\n", 0, error.start)
+        raise UserError(f"{where}, line {at}: not UTF-8 text; {expected}") from None
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs) or any(map(_CONTROL.search, found)):
+        raise _RefusedDataError
+    return found
+
+
+def _is_deep(data: Any) -> bool:
+    level = [data]
+    for _ in range(DEEPEST):
+        nested = (value.values() if isinstance(value, dict) else value for value in level)
+        level = [inner for values in nested for inner in values if isinstance(inner, dict | list)]
+        if not level:
+            return False
+    return True
+
+
+def _first_refusal(text: str, non_finite_as_null: bool) -> tuple[str, int]:
+    """What is refused first in a JSON text, and at which character it stands."""
+    keys: list[set[str]] = []  # of each list and object that is open
+    for match in _JSON_TOKEN.finditer(text):
+        token, start = match[0], match.start()
+        if token in "[{":
+            keys.append(set())
+            if len(keys) > DEEPEST:
+                return f"nested deeper than {DEEPEST} levels", start
+        elif token in "]}":
+            keys.pop()
+        elif match[1]:
+            content = json.loads(match[1])
+            if _SURROGATE.search(content):
+                return "a text holds half of a surrogate pair", start
+            if match[2] and _CONTROL.search(content):
+                return "a key holds control characters", start
+            if match[2] and content in keys[-1]:
+                return f"key {reprlib.repr(content)} stands twice", start
+            if match[2]:
+                keys[-1].add(content)
+        elif token not in ("true", "false", "null"):
+            if len(token) > LONGEST_NUMBER:
+                return f"a number of {len(token)} characters", start
+            if not (non_finite_as_null or math.isfinite(float(token))):
+                return f"the number {token} is not finite", start
+    return "refused data", 0
+
 
 @contextmanager
-def whole_file(path: str | Path) -> Iterator[Path]:
+def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path to write to, which takes the name `path` when the block ends well; an earlier file stays until then.
+
+    The file and its folder are flushed to the disk, so that what bears the name is whole after a power failure too.
 
     Raises:
         OSError: `path` cannot be written to; the error names it, and comes before the block begins.
@@ -32,10 +396,25 @@ def whole_file(path: str | Path) -> Iterator[Path]:
         raise OSError(error.errno, error.strerror, str(path)) from None
     try:
         yield part
+        flush_to_disk(part)
     except BaseException:
         part.unlink(missing_ok=True)
         raise
     os.replace(part, path)
+    if os.name != "nt":  # the rename itself must reach the disk; Windows opens no folders
+        flush_to_disk(path.parent)
+
+
+whole_file = atomic_write
+
+
+def flush_to_disk(path: Path) -> None:
+    """Wait until a file's content, or a folder's list of names, is on the disk."""
+    descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def bundled(name: str) -> Path:

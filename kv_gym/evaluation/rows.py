@@ -11,24 +11,22 @@ import json
 import math
 import os
 import platform
-import reprlib
 import shlex
 import sys
 from collections.abc import Iterable, Mapping
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_args
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictStr, model_validator
 
 from kv_gym.errors import UserError
-from kv_gym.files import whole_file
+from kv_gym.files import validated, whole_file
 from kv_gym.policies import current_name
 
 FULL = "full_cache"  # the policy of rows where nothing is evicted
 EXPECTED = "expected rows of policy and budget, as `kv-gym evaluate --json` or a leaderboard writes them"
 _PACKAGES = ("gymnasium", "h5py", "kv-gym", "numpy", "stable-baselines3", "torch", "transformers")
-_Model = TypeVar("_Model", bound=BaseModel)
 
 
 def _number(value: Any) -> int | float | None:
@@ -227,50 +225,6 @@ def complete(row: Mapping[str, Any], where: str = "a row") -> dict[str, Any]:
     if not isinstance(row, Mapping) or row.get("policy") is None or row.get("budget") is None:
         raise UserError(f"{where} has no policy and budget; {EXPECTED}")
     return validated(Row, row, where).model_dump()
-
-
-def validated(model: type[_Model], data: Any, where: str) -> _Model:
-    """Plain data from outside as an object of a pydantic model.
-
-    Args:
-        model: what is expected.
-        data: as JSON or YAML gave it.
-        where: file and line, for the error.
-
-    Raises:
-        UserError: the data does not fit; one sentence about the first field that does not.
-    """
-    if not isinstance(data, Mapping):
-        raise UserError(f"{where} holds {type(data).__name__}; expected keys {', '.join(model.model_fields)}")
-    try:
-        return model.model_validate(data)
-    except ValidationError as error:
-        raise UserError(_sentence(model, error.errors()[0], where)) from None
-
-
-def _sentence(model: type[BaseModel], error: Mapping[str, Any], where: str) -> str:
-    *path, name = error["loc"] or ("",)
-    for step in path:
-        known = _model_within(model.model_fields[step].annotation) if step in model.model_fields else None
-        model = known or model
-    place = f"{where}, {' '.join(map(str, path))}" if path else where
-    kind, given = error["type"], reprlib.repr(error["input"])
-    if kind == "missing":
-        return f"{place} has no {name}; expected keys {', '.join(model.model_fields)}"
-    if kind == "extra_forbidden":
-        return f"{place} has unknown key {name!r}; known: {', '.join(model.model_fields)}"
-    if kind == "value_error":
-        reason = error["ctx"]["error"]
-        return f"{place}: {reason}" if isinstance(reason, UserError) else f"{place}: {name} is {given}; {reason}"
-    expected = {"string_type": "a text", "bool_type": "true or false"}
-    return f"{place}: {name} is {given}; expected {expected.get(kind, 'keys and values')}"
-
-
-def _model_within(annotation: Any) -> type[BaseModel] | None:
-    """The pydantic model in an annotation such as ``tuple[Model, ...]``."""
-    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next(filter(None, map(_model_within, get_args(annotation))), None)
 
 
 def read_rows(path: str | Path) -> list[dict[str, Any]]:
