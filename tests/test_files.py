@@ -129,9 +129,10 @@ def test_validation_names_place_field_and_what_is_expected():
 
     assert validated(Outer, {"tasks": [{"count": 1}]}, "a.yml").tasks[0].count == 1
     assert sentence({}) == "a.yml has no tasks; expected keys tasks"
-    assert sentence({"tasks": [{"count": 1}, {"count": "x"}]}) == "a.yml, tasks 1: count is 'x'; expected a whole number"
+    wrong = {"tasks": [{"count": 1}, {"count": "x"}]}
+    assert sentence(wrong) == "a.yml, tasks 1: count is 'x'; expected a whole number"
     assert "has unknown key 'other'" in sentence({"tasks": [{"count": 1, "other": 2}]})
-    assert sentence([1]).== "a.yml holds list; expected keys tasks"
+    assert sentence([1]) == "a.yml holds list; expected keys tasks"
     assert len(sentence({"tasks": [{"count": ["x" * 10**6] * 1000}]})) < 300
 
 

@@ -25,7 +25,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, Str
 
 from kv_gym.budgets import budget_key, parse_allocation, parse_budget
 from kv_gym.errors import UserError
-from kv_gym.evaluation.rows import validated
+from kv_gym.files import validated
 
 ALL = "all"
 OWN = "own"  # the protection that a policy brings

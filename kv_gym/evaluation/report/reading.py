@@ -9,8 +9,9 @@ from pathlib import Path
 
 from kv_gym.budgets import budget_key
 from kv_gym.errors import UserError
-from kv_gym.evaluation.rows import EXPECTED, AblationRow, complete, validated
+from kv_gym.evaluation.rows import EXPECTED, AblationRow, complete
 from kv_gym.evaluation.summary import CONFIGURATION
+from kv_gym.files import validated
 
 
 @dataclass
