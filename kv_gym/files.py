@@ -354,29 +354,38 @@ def _first_refusal(text: str, non_finite_as_null: bool) -> tuple[str, int]:
     """What is refused first in a JSON text, and at which character it stands."""
     keys: list[set[str]] = []  # of each list and object that is open
     for match in _JSON_TOKEN.finditer(text):
-        token, start = match[0], match.start()
-        if token in "[{":
-            keys.append(set())
-            if len(keys) > DEEPEST:
-                return f"nested deeper than {DEEPEST} levels", start
-        elif token in "]}":
-            keys.pop()
-        elif match[1]:
-            content = json.loads(match[1])
-            if _SURROGATE.search(content):
-                return "a text holds half of a surrogate pair", start
-            if match[2] and _CONTROL.search(content):
-                return "a key holds control characters", start
-            if match[2] and content in keys[-1]:
-                return f"key {reprlib.repr(content)} stands twice", start
-            if match[2]:
-                keys[-1].add(content)
-        elif token not in ("true", "false", "null"):
-            if len(token) > LONGEST_NUMBER:
-                return f"a number of {len(token)} characters", start
-            if not (non_finite_as_null or math.isfinite(float(token))):
-                return f"the number {token} is not finite", start
-    return "refused data", 0
+        try:
+            reason = _refusal(match, keys, non_finite_as_null)
+        except (ValueError, LookupError):
+            reason = "no JSON"
+        if reason:
+            return reason, match.start()
+    return "no JSON", 0
+
+
+def _refusal(match: re.Match, keys: list[set[str]], non_finite_as_null: bool) -> str:
+    token, string, colon = match[0], match[1], match[2]
+    if token in "[{":
+        keys.append(set())
+        return f"nested deeper than {DEEPEST} levels" if len(keys) > DEEPEST else ""
+    if token in "]}":
+        keys.pop()
+    elif string:
+        content = json.loads(string)
+        if _SURROGATE.search(content):
+            return "a text holds half of a surrogate pair"
+        if colon and _CONTROL.search(content):
+            return "a key holds control characters"
+        if colon and content in keys[-1]:
+            return f"key {reprlib.repr(content)} stands twice"
+        if colon:
+            keys[-1].add(content)
+    elif token not in ("true", "false", "null"):
+        if len(token) > LONGEST_NUMBER:
+            return f"a number of {len(token)} characters"
+        if not (non_finite_as_null or math.isfinite(float(token))):
+            return f"the number {token} is not finite"
+    return ""
 
 
 @contextmanager
