@@ -118,7 +118,7 @@ class Replay:
 
     def observe(self, state: EpisodeState) -> Observation:
         """New arrays with the observations of B environments."""
-        return self.slots(self.mode.decision[state.episode], self.mode.mask(state))
+        return self.slots(self.mode.decision[state.episode], state.cached)
 
     def slots(self, decisions: NDArray[np.int64], mask: np.ndarray | None = None) -> Observation:
         """The observations again from their `decision` ids `[B]` and, in eviction mode, their `mask` `[B, N]`."""
@@ -157,20 +157,17 @@ class Replay:
         if "continuation" in keys:
             title += f", continuation {keys['continuation']}"
         outcome = self.mode.outcome(state, row, scores)
-        by_head = (len(outcome.labels), table.heads, table.tokens)
         n = len(tokens)
+        for name in ("kept", "best", "evictable", "utility"):
+            slots = outcome[name]
+            outcome[name] = slots.reshape(*slots.shape[:-1], table.heads, table.tokens)[..., :n]
         return Frame(
             title=title,
             heads=[table.head_pairs[i] for i in (table.head_ids if table.joint else table.head[[decision]])],
             tokens=tokens,
-            labels=outcome.labels,
-            shares=outcome.shares,
-            measure=outcome.measure,
-            kept=outcome.kept.reshape(by_head)[..., :n],
-            best=outcome.best.reshape(by_head)[..., :n],
-            protected=~outcome.evictable.reshape(by_head[1:])[0, :n],
-            utility=outcome.utility.reshape(by_head[1:])[:, :n],
+            protected=~outcome.pop("evictable")[0],
             reward=reward,
             keeps_history=self.mode.keeps_history,
             rows=self.mode.picture_rows,
+            **outcome,
         )

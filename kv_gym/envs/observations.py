@@ -32,6 +32,11 @@ class ObservationTable:
         sequence: `[M]` int64, index of the context that a decision shows.
         head: `[M]` int64, id of the head that a decision shows, -1 if joint.
         length: `[M]` int64, tokens of its context.
+        lengths: the different lengths, sorted; arrays that depend on the length alone have a row for each.
+        length_index: `[M]` int64, row of a decision's context in such arrays.
+        is_token: `[lengths, N]` bool, slots that are not padding.
+        time_of_slot: `[N]` int64, rank of a slot by its token's position, then its head: ties go to the later slot.
+        slot_of_time: `[N]` int64, the inverse.
         clipped: `[M]` int64, numbers of its observation that were out of bounds.
     """
 
@@ -57,6 +62,10 @@ class ObservationTable:
         self.sequence = np.repeat(np.arange(len(sequences)), per_context)
         self.length = np.repeat(lengths, per_context)
         self.head = np.full(len(sequences), -1) if self.joint else np.tile(self.head_ids, len(sequences))
+        self.lengths, self.length_index = np.unique(self.length, return_inverse=True)
+        self.is_token = np.array([self.per_slot(np.ones(n, bool)) for n in self.lengths])
+        self.slot_of_time = np.arange(self.size).reshape(self.heads, self.tokens).T.reshape(-1)
+        self.time_of_slot = np.argsort(self.slot_of_time)
         self._stack(sequences, tuple(make_policy(policy) for policy in features))
 
     def __len__(self) -> int:
@@ -91,11 +100,14 @@ class ObservationTable:
                 if out_of_bounds:
                     self.clipped[decision] += out_of_bounds
                     np.nan_to_num(np.clip(slots, -BOUND, BOUND, out=slots), copy=False)
-        lengths, self._length_index = np.unique(self.length, return_inverse=True)
-        is_token = np.tile(np.arange(self.tokens), self.heads) < lengths[:, None]
-        self._mask = is_token.astype(np.int8)
-        self._position = np.where(is_token, np.tile(np.arange(self.tokens), self.heads), -1).astype(np.float32)
+        self._position = np.where(self.is_token, np.tile(np.arange(self.tokens), self.heads), -1).astype(np.float32)
         self._slot_head = np.repeat(self.head_ids, self.tokens).astype(np.int32)
+
+    def per_slot(self, of_tokens: NDArray[np.bool_]) -> NDArray[np.bool_]:
+        """From tokens of a context `[n]` to slots of a decision `[N]`: the same in every head, False in padding."""
+        padded = np.zeros(self.tokens, bool)
+        padded[: len(of_tokens)] = of_tokens
+        return np.tile(padded, self.heads)
 
     def gather(self, decisions: NDArray[np.int64], cached: NDArray[np.bool_] | None = None) -> Observation:
         """New arrays with the observations of B decisions.
@@ -104,17 +116,17 @@ class ObservationTable:
             decisions: `[B]` int64.
             cached: `[B, N]` bool, the slots that are still cached, the others show zeros; None means all.
         """
-        length_index = self._length_index[decisions]
+        length_index = self.length_index[decisions]
         observation: Observation
         if cached is None:
             observation = {name: array.take(decisions, axis=0) for name, array in self._arrays.items()}
             observation["position"] = self._position.take(length_index, axis=0)
-            observation["mask"] = self._mask.take(length_index, axis=0)
+            observation["mask"] = self.is_token.take(length_index, axis=0).astype(np.int8)
         else:
             slots = np.where(cached, decisions[:, None] * self.size + np.arange(self.size), len(self) * self.size)
             observation = {name: rows.take(slots, axis=0) for name, rows in self._rows.items()}
             observation["position"] = np.where(cached, self._position.take(length_index, axis=0), np.float32(-1))
-            observation["mask"] = self._mask.take(length_index, axis=0) & cached
+            observation["mask"] = cached.astype(np.int8)
         if self.joint:
             observation["head"] = np.repeat(self._slot_head[None], len(decisions), axis=0)
         else:

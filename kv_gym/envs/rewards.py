@@ -1,15 +1,11 @@
-"""The rewards of KVEvict-v0: ranking mode, eviction mode, and the arithmetic that they share.
-
-Inside this module the slots of a decision are in *time order*: slot ``t = position * heads + head``. For one head that
-is the order of the tokens; in a joint decision every slot of a newer token comes after all slots of older ones, so
-that "the newer token wins a tie" is "the larger index wins".
-"""
+"""The rewards of KVEvict-v0: ranking mode, eviction mode, and the arithmetic that they share."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -33,7 +29,7 @@ class EpisodeState:
     Attributes:
         episode: `[B]` int64, index of the episode.
         block: `[B]` int64, blocks of the continuation that were replayed.
-        cached: `[B, N]` bool in time order, the slots still cached; None in ranking mode.
+        cached: `[B, N]` bool, the slots still cached; None in ranking mode.
     """
 
     episode: NDArray[np.int64]
@@ -41,27 +37,8 @@ class EpisodeState:
     cached: NDArray[np.bool_] | None = None
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What a decision did to its N slots, in the observation's order; what rendering shows.
-
-    Attributes:
-        labels: `[rows]`, the budgets of a ranking, or the block.
-        kept: `[rows, N]` bool, the slots that stay.
-        best: `[rows, N]` bool, the slots with utility that an oracle would keep.
-        evictable: `[N]` bool, the slots that are ranked: cached and not protected.
-        utility: `[N]` float32, future attention to the evictable slots.
-        shares: `[rows]`, how good the choice was, at most 1; NaN where there was no choice.
-        measure: what `shares` are.
-    """
-
-    labels: list[str]
-    kept: NDArray[np.bool_]
-    best: NDArray[np.bool_]
-    evictable: NDArray[np.bool_]
-    utility: NDArray[np.float32]
-    shares: list[float]
-    measure: str
+Step = tuple[EpisodeState, np.ndarray, NDArray[np.bool_], dict[str, np.ndarray]]
+"""State after a step, rewards `[B]` float64, which episodes ended `[B]`, and info arrays."""
 
 
 class RankingMode:
@@ -97,35 +74,32 @@ class RankingMode:
             weights: see :func:`budget_weights`.
         """
         self._table = table
-        self._lengths, self._length_index = np.unique(table.length, return_inverse=True)
         self._prepare_lengths(sinks, recent, weights)
-        utility = np.zeros((len(table), table.size), np.float32)
+        by_context = np.zeros((len(sequences), len(table.head_ids), table.tokens), np.float32)
         for i, sequence in enumerate(sequences):
             n = len(sequence.tokens)
-            of_context = np.zeros((len(table.head_ids), table.tokens), np.float32)
-            of_context[:, :n] = sequence.utility(reduction).reshape(-1, n)[table.head_ids]
-            utility[table.sequence == i] = of_context.reshape(-1, table.size)
-        utility = to_time_order(utility, table.heads)
+            by_context[i, :, :n] = sequence.utility(reduction).reshape(-1, n)[table.head_ids]
+        utility = by_context.reshape(len(table), table.size)
         self._total = utility.sum(-1, dtype=np.float64)
-        self._utility = np.where(self._evictable[self._length_index], utility, np.float32(0))
+        self._utility = np.where(self._evictable[table.length_index], utility, np.float32(0))
         self._protected_utility = self._total - self._utility.sum(-1, dtype=np.float64)
-        self._best = (np.sort(self._utility, axis=-1) * self._rank_weights[self._length_index]).sum(-1)
+        self._best = (np.sort(self._utility, axis=-1) * self._rank_weights[table.length_index]).sum(-1)
         self.decision = np.flatnonzero(self._best > 0)
         self.keys = {"sequence": table.sequence[self.decision], "head": table.head[self.decision]}
 
     def _prepare_lengths(self, sinks: int, recent: int, weights: BudgetWeights) -> None:
         """Arrays `[lengths, ...]` of what depends on a context's length alone."""
-        table, count = self._table, len(self._lengths)
+        table, count = self._table, len(self._table.lengths)
         self._evictable = np.zeros((count, table.size), bool)
         self._rank_weights = np.zeros((count, table.size))  # of the worst rank first
         self._weight_sum = np.zeros(count)
         self._curve_slots = np.zeros((count, len(CURVE)), np.int64)  # per head
         self._protected = np.zeros(count, np.int64)
-        for row, n in enumerate(self._lengths.tolist()):
+        for row, n in enumerate(table.lengths.tolist()):
             by_budget, row_sinks, row_recent = budget_weights(weights, n, sinks, recent)
             protected = protected_positions(n, n, row_sinks, row_recent)
             self._protected[row] = protected.sum()
-            self._evictable[row, : n * table.heads] = np.repeat(~protected, table.heads)
+            self._evictable[row] = table.per_slot(~protected)
             by_rank = rank_weights(by_budget, int(protected.sum()), table.heads)
             self._rank_weights[row, table.size - len(by_rank) :] = by_rank[::-1]
             self._weight_sum[row] = by_budget.sum()
@@ -135,63 +109,61 @@ class RankingMode:
         """The beginning of B episodes."""
         return EpisodeState(episodes, np.zeros(len(episodes), np.int64))
 
-    def mask(self, state: EpisodeState) -> None:
-        """None: the whole context is observed."""
-
-    def step(
-        self, state: EpisodeState, scores: NDArray[np.float32]
-    ) -> tuple[EpisodeState, np.ndarray, NDArray[np.bool_], dict[str, np.ndarray]]:
-        """State, rewards `[B]` float64, which episodes ended `[B]`, and info, for `scores` `[B, N]` as observed."""
+    def step(self, state: EpisodeState, scores: NDArray[np.float32]) -> Step:
+        """Rank the slots by `scores` `[B, N]`."""
         decisions = self.decision[state.episode]
-        lengths = self._length_index[decisions]
-        order = ascending(to_time_order(scores, self._table.heads), self._evictable.take(lengths, axis=0))
-        order += decisions[:, None] * self._table.size
-        ranked = self._utility.reshape(-1).take(order)
+        lengths = self._table.length_index[decisions]
+        order = ascending(scores, self._evictable.take(lengths, axis=0), self._table)
+        ranked = self._utility.reshape(-1).take(order + decisions[:, None] * self._table.size)
         kept = (ranked * self._rank_weights.take(lengths, axis=0)).sum(-1)
         total, protected = self._total[decisions], self._protected_utility[decisions]
         curve_slots = self._curve_slots[lengths]
         free_slots = (curve_slots - self._protected[lengths, None]) * self._table.heads
         kept_by_slots = np.zeros((len(ranked), self._table.size + 1))
         np.cumsum(ranked[:, ::-1], axis=-1, out=kept_by_slots[:, 1:])
-        rows = np.arange(len(ranked))[:, None]
+        kept_on_curve = np.take_along_axis(kept_by_slots, free_slots, axis=1)
         info = {
             "utility_kept": (kept / self._weight_sum[lengths] + protected) / total,
             "utility_total": total,
-            "curve": (kept_by_slots[rows, free_slots] + protected[:, None]) / total[:, None],
+            "curve": (kept_on_curve + protected[:, None]) / total[:, None],
             "curve_slots": curve_slots,
         }
         return state, kept / self._best[decisions], np.ones(len(scores), bool), info
 
-    def outcome(self, state: EpisodeState, row: int, scores: NDArray[np.float32] | None) -> Outcome:
-        """What to render of one environment after the action `scores` `[N]`; None before the first action."""
-        decision, heads = int(self.decision[state.episode[row]]), self._table.heads
-        length = self._length_index[decision]
-        utility = to_head_order(self._utility[decision][None], heads)[0]
-        evictable = to_head_order(self._evictable[length][None], heads)[0]
-        if scores is None:
-            cached = to_head_order(self._is_token(length)[None], heads)
-            return Outcome(["all"], cached, cached, evictable, utility, [float("nan")], "of best")
-        kept = self._kept_on_curve(decision, np.asarray(scores, np.float32))
-        best = self._kept_on_curve(decision, utility) & (utility > 0)
-        best_utility = (best * utility).sum(-1, dtype=np.float64)
-        kept_utility = (kept * utility).sum(-1, dtype=np.float64)
-        shares = np.divide(kept_utility, best_utility, out=np.full_like(kept_utility, np.nan), where=best_utility > 0)
-        budgets = zip(CURVE, self._curve_slots[length], strict=True)
-        labels = [f"1/{round(1 / share)} = {slots}" for share, slots in budgets]
-        return Outcome(labels, kept, best, evictable, utility, shares.tolist(), "of best")
+    def outcome(self, state: EpisodeState, row: int, scores: NDArray[np.float32] | None) -> dict[str, Any]:
+        """What the action `scores` `[N]` did in environment `row`; None before the first action.
 
-    def _kept_on_curve(self, decision: int, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
-        """The slots that stay at each budget of the curve, `[budgets, N]`; `scores` and result as observed."""
-        length, heads = self._length_index[decision], self._table.heads
+        Returns:
+            Fields of a :class:`~kv_gym.envs.rendering.Frame`, slots as `[rows, N]` or `[N]`; `evictable` for its
+            `protected`.
+        """
+        decision = int(self.decision[state.episode[row]])
+        length, utility = self._table.length_index[decision], self._utility[decision]
         evictable = self._evictable[length]
-        order = ascending(to_time_order(scores[None], heads), evictable[None])[0]
-        kept = np.repeat((self._is_token(length) & ~evictable)[None], len(CURVE), axis=0)
-        for row, budget in enumerate(self._curve_slots[length]):
-            kept[row, order[len(order) - (budget - self._protected[length]) * heads :]] = True
-        return to_head_order(kept, heads)
+        if scores is None:
+            kept = best = self._table.is_token[length][None]
+            labels, shares = ["all"], [float("nan")]
+        else:
+            kept = self._kept_on_curve(length, np.asarray(scores, np.float32))
+            best = self._kept_on_curve(length, utility) & (utility > 0)
+            best_utility = (best * utility).sum(-1, dtype=np.float64)
+            kept_utility = (kept * utility).sum(-1, dtype=np.float64)
+            shares = np.divide(
+                kept_utility, best_utility, out=np.full_like(kept_utility, np.nan), where=best_utility > 0
+            ).tolist()
+            budgets = zip(CURVE, self._curve_slots[length], strict=True)
+            labels = [f"1/{round(1 / share)} = {slots}" for share, slots in budgets]
+        return {
+            "labels": labels, "kept": kept, "best": best, "evictable": evictable, "utility": utility,
+            "shares": shares, "measure": "of best",
+        }  # fmt: skip
 
-    def _is_token(self, length: int) -> NDArray[np.bool_]:
-        return np.arange(self._table.size) < self._lengths[length] * self._table.heads
+    def _kept_on_curve(self, length: int, scores: NDArray[np.float32]) -> NDArray[np.bool_]:
+        """The slots that stay at each budget of the curve, `[budgets, N]`."""
+        evictable = np.repeat(self._evictable[length][None], len(CURVE), axis=0)
+        counts = (self._curve_slots[length] - self._protected[length]) * self._table.heads
+        ranked = top_slots(np.repeat(scores[None], len(CURVE), axis=0), evictable, counts, self._table)
+        return ranked | (self._table.is_token[length] & ~evictable)
 
 
 class EvictionMode:
@@ -202,6 +174,7 @@ class EvictionMode:
         continuation: `[E]` int64, index of the continuation that each episode replays.
         blocks: `[E]` int64, blocks of that continuation, the steps of the episode.
         keys: for each reset option (`sequence`, `head`, `continuation`) its value in every episode, `[E]` int64.
+        picture_rows: rows that a picture has room for: the start, and the blocks of the longest continuation.
         keeps_history: whether a picture shows the earlier decisions of the episode too.
     """
 
@@ -219,11 +192,9 @@ class EvictionMode:
         """Read the attention of every block of every continuation; arguments as for :class:`RankingMode`."""
         self._table = table
         self._sinks, self._recent, self._budget = sinks, recent, parse_budget(budget)
-        self._cuts: dict[tuple[int, int], int] = {}  # (tokens, new tokens) -> row of the two lists below
-        evictable: list[NDArray[np.bool_]] = []
-        capacity: list[int] = []
+        cuts: dict[tuple[int, int], int] = {}  # (tokens, new tokens) -> row of evictable and capacity
         attention: list[np.ndarray] = []  # one row per (decision, continuation, block)
-        cut: list[int] = []
+        cut_of: list[int] = []
         episodes: list[tuple[int, int, int, int]] = []
         for i, sequence in enumerate(sequences):
             decisions = np.flatnonzero(table.sequence == i)
@@ -233,26 +204,19 @@ class EvictionMode:
                 rows = np.zeros((blocks, len(table.head_ids), table.tokens), np.float32)
                 rows[..., :n] = np.moveaxis(future[table.head_ids], -1, 0)
                 # [decisions, blocks, N]: the rows of an episode lie one after another
-                rows = rows.reshape(blocks, len(decisions), table.size).swapaxes(0, 1)
-                for decision, of_decision in zip(decisions.tolist(), rows, strict=True):
-                    episodes.append((decision, c, blocks, len(cut)))
-                    attention.append(to_time_order(of_decision, table.heads))
-                    for block in range(blocks):
-                        key = n, block * continuation.block
-                        if key not in self._cuts:
-                            self._cuts[key] = len(capacity)
-                            slots, count = self._cut(*key)
-                            evictable.append(slots)
-                            capacity.append(count)
-                        cut.append(self._cuts[key])
-        self._attention = np.concatenate(attention) if attention else np.zeros((0, table.size), np.float32)
-        self._cut_of = np.array(cut, np.int64)
+                attention.extend(rows.reshape(blocks, len(decisions), table.size).swapaxes(0, 1))
+                for decision in decisions.tolist():
+                    episodes.append((decision, c, blocks, len(cut_of)))
+                    cut_of += [cuts.setdefault((n, b * continuation.block), len(cuts)) for b in range(blocks)]
+        evictable, capacity = zip(*(self._cut(n, new) for n, new in cuts), strict=True) if cuts else ((), ())
         self._evictable = np.array(evictable).reshape(-1, table.size)
         self._capacity = np.array(capacity, np.int64)
-        self._total, self._losable = np.zeros(len(cut)), np.zeros(len(cut))
-        for row, which in enumerate(cut):  # row by row, because this is the largest array
+        self._cut_of = np.array(cut_of, np.int64)
+        self._attention = np.concatenate(attention) if attention else np.zeros((0, table.size), np.float32)
+        self._total, self._losable = np.zeros(len(cut_of)), np.zeros(len(cut_of))
+        for row, cut in enumerate(cut_of):  # row by row, because this is the largest array
             self._total[row] = self._attention[row].astype(np.float64).sum()
-            self._attention[row] *= self._evictable[which]
+            self._attention[row] *= self._evictable[cut]
             self._losable[row] = self._attention[row].astype(np.float64).sum()
         columns = np.array(episodes, np.int64).reshape(-1, 4)
         can_lose = [self._losable[first : first + blocks].any() for _, _, blocks, first in episodes]
@@ -262,36 +226,27 @@ class EvictionMode:
             "head": table.head[self.decision],
             "continuation": self.continuation,
         }
+        self.picture_rows = 1 + int(self.blocks.max(initial=0))
 
     def _cut(self, n: int, new: int) -> tuple[NDArray[np.bool_], int]:
         """The evictable slots `[N]`, and how many of them stay, `new` tokens after a context of `n`."""
-        heads, budget = self._table.heads, slots_after(self._budget, n)
+        budget = slots_after(self._budget, n)
         sinks, latest = protection(budget, self._sinks, max(self._recent, new))
         # the new tokens are the most recent ones: they come first, the rest of the window reaches into the context
-        cached_new = min(new, latest)
         protected = protected_positions(n, n + new, sinks, min(self._recent, latest))
-        evictable = np.zeros(self._table.size, bool)
-        evictable[: n * heads] = np.repeat(~protected, heads)
-        return evictable, (budget - cached_new - int(protected.sum())) * heads
+        room = budget - min(new, latest) - int(protected.sum())
+        return self._table.per_slot(~protected), room * self._table.heads
 
     def full_cache(self, episodes: NDArray[np.int64]) -> NDArray[np.bool_]:
-        """The cache at the start, `[B, N]` bool in time order: every token of the context."""
-        slots = self._table.length[self.decision[episodes]] * self._table.heads
-        return np.arange(self._table.size) < slots[:, None]
+        """The cache at the start, `[B, N]` bool: every token of the context."""
+        return self._table.is_token[self._table.length_index[self.decision[episodes]]]
 
     def start(self, episodes: NDArray[np.int64]) -> EpisodeState:
         """The beginning of B episodes."""
         return EpisodeState(episodes, np.zeros(len(episodes), np.int64), self.full_cache(episodes))
 
-    def mask(self, state: EpisodeState) -> NDArray[np.bool_]:
-        """The slots that are still cached, `[B, N]` in the observation's order."""
-        assert state.cached is not None
-        return to_head_order(state.cached, self._table.heads)
-
-    def step(
-        self, state: EpisodeState, scores: NDArray[np.float32]
-    ) -> tuple[EpisodeState, np.ndarray, NDArray[np.bool_], dict[str, np.ndarray]]:
-        """State, rewards `[B]` float64, which episodes ended `[B]`, and info, for `scores` `[B, N]` as observed."""
+    def step(self, state: EpisodeState, scores: NDArray[np.float32]) -> Step:
+        """Cut the cache by `scores` `[B, N]`, and let the next block attend to it."""
         assert state.cached is not None
         cached, rewards, info = self.evict(state.episode, state.block, state.cached, scores)
         after = EpisodeState(state.episode, state.block + 1, cached)
@@ -304,13 +259,13 @@ class EvictionMode:
         cached: NDArray[np.bool_],
         scores: NDArray[np.float32],
     ) -> tuple[NDArray[np.bool_], np.ndarray, dict[str, np.ndarray]]:
-        """Cut the cache to the budget, then let the next block attend to it.
+        """Cut the cache to the budget, then let a block attend to it.
 
         Args:
             episodes: `[B]` int64.
             block: `[B]` int64, the block that is about to attend.
-            cached: `[B, N]` bool in time order.
-            scores: `[B, N]` in the observation's order.
+            cached: `[B, N]` bool.
+            scores: `[B, N]`, higher = keep.
 
         Returns:
             The slots still cached, rewards `[B]` float64, and info.
@@ -318,8 +273,7 @@ class EvictionMode:
         rows = self._first_row[episodes] + block
         cut = self._cut_of[rows]
         evictable = self._evictable[cut]
-        scores = to_time_order(scores, self._table.heads)
-        cached = cached & (top_slots(scores, evictable & cached, self._capacity[cut]) | ~evictable)
+        cached = cached & (top_slots(scores, evictable & cached, self._capacity[cut], self._table) | ~evictable)
         kept = np.multiply(self._attention[rows], cached, dtype=np.float64).sum(-1)
         losable, total = self._losable[rows], self._total[rows]
         protected = total - losable
@@ -340,12 +294,12 @@ class EvictionMode:
         Args:
             episodes: `[B]` int64.
             block: `[B]` int64, the block that is about to attend.
-            cached: `[B, N]` bool in time order.
+            cached: `[B, N]` bool.
             highest: the most attention of any block instead of the sum over blocks (Golden Eviction).
 
         Returns:
             The evictable slots `[B, N]` bool, how many of them stay `[B]`, and the attention that `block` and all
-            later ones pay to each slot while it is not protected, `[B, N]` float32; all in time order.
+            later ones pay to each slot while it is not protected, `[B, N]` float32.
         """
         rows = self._first_row[episodes] + block
         cut = self._cut_of[rows]
@@ -357,16 +311,10 @@ class EvictionMode:
             utility = np.maximum(utility, more) if highest else utility + more
         return self._evictable[cut] & cached, self._capacity[cut], utility
 
-    @property
-    def picture_rows(self) -> int:
-        """Rows that a picture has room for: the start, and the blocks of the longest continuation."""
-        return 1 + int(self.blocks.max(initial=0))
-
-    def outcome(self, state: EpisodeState, row: int, scores: NDArray[np.float32] | None) -> Outcome:
-        """What to render of one environment, whose `state` is the one after the last action."""
+    def outcome(self, state: EpisodeState, row: int, scores: NDArray[np.float32] | None) -> dict[str, Any]:
+        """What the last cut did in environment `row`; as :meth:`RankingMode.outcome`."""
         assert state.cached is not None
-        heads, first = self._table.heads, self._first_row[state.episode[row]]
-        block, cached = int(state.block[row]), state.cached[row]
+        first, block, cached = self._first_row[state.episode[row]], int(state.block[row]), state.cached[row]
         utility = self._attention[first : first + self.blocks[state.episode[row]]].sum(0)
         evictable = best = cached
         label, share = "start", float("nan")
@@ -374,70 +322,58 @@ class EvictionMode:
             attending = first + block - 1
             cut = self._cut_of[attending]
             evictable, losable = self._evictable[cut], self._losable[attending]
-            best = top_slots(utility[None], evictable[None], self._capacity[cut][None])[0] & (utility > 0)
+            best = top_slots(utility[None], evictable[None], self._capacity[[cut]], self._table)[0] & (utility > 0)
             kept = np.multiply(self._attention[attending], cached, dtype=np.float64).sum()
             label, share = f"block {block}", float(kept / losable) if losable > 0 else float("nan")
-        kept_slots, best_slots, ranked, shown_utility = (
-            to_head_order(array[None], heads) for array in (cached, best, evictable, utility)
-        )
-        return Outcome([label], kept_slots, best_slots, ranked[0], shown_utility[0], [share], "reward")
+        return {
+            "labels": [label], "kept": cached[None], "best": best[None], "evictable": evictable, "utility": utility,
+            "shares": [share], "measure": "reward",
+        }  # fmt: skip
 
 
-def to_time_order(slots: np.ndarray, heads: int) -> np.ndarray:
-    """`[B, heads * N]` with one head after the other, to `[B, N * heads]` with one token after the other."""
-    if heads == 1:
-        return slots
-    return slots.reshape(len(slots), heads, -1).swapaxes(1, 2).reshape(len(slots), -1)
-
-
-def to_head_order(slots: np.ndarray, heads: int) -> np.ndarray:
-    """The inverse of :func:`to_time_order`."""
-    if heads == 1:
-        return slots
-    return slots.reshape(len(slots), -1, heads).swapaxes(1, 2).reshape(len(slots), -1)
-
-
-def _order_keys(scores: NDArray[np.float32], evictable: NDArray[np.bool_]) -> NDArray[np.int64]:
-    """Integers that order like (evictable, score, index): sorting them is much faster than a stable argsort."""
+def _order_keys(
+    scores: NDArray[np.float32], evictable: NDArray[np.bool_], table: ObservationTable
+) -> NDArray[np.int64]:
+    """Integers that order like (evictable, score, age): sorting them is much faster than a stable argsort."""
     if not np.isfinite(scores).all():
         raise UserError("the action holds a score that is not finite; expected numbers, best within [-1, 1]")
     # adding zero makes -0.0 the same as 0.0
     keys = ordered(torch.from_numpy(np.where(evictable, scores + np.float32(0.0), np.float32(-np.inf)))).numpy()
     keys <<= 32
-    keys |= np.arange(scores.shape[-1])
+    keys |= table.time_of_slot
     return keys
 
 
-def ascending(scores: NDArray[np.float32], evictable: NDArray[np.bool_]) -> NDArray[np.int64]:
+def ascending(scores: NDArray[np.float32], evictable: NDArray[np.bool_], table: ObservationTable) -> NDArray[np.int64]:
     """Indices `[B, N]` of every row's slots by rising score: slots that are not evictable, then the first to go.
 
     The reverse of the order of `kv_gym.budgets.keep_order`: ties go to the newer token.
 
     Args:
-        scores: `[B, N]` float32 in time order, higher = keep.
+        scores: `[B, N]` float32, higher = keep.
         evictable: `[B, N]` bool, the slots that are ranked: cached and not protected.
+        table: says which slot is older.
 
     Raises:
         UserError: a score is not finite.
     """
-    keys = _order_keys(scores, evictable)
+    keys = _order_keys(scores, evictable, table)
     keys.sort(axis=-1)
     keys &= 0xFFFFFFFF
-    return keys
+    return keys if table.heads == 1 else table.slot_of_time[keys]
 
 
 def top_slots(
-    scores: NDArray[np.float32], evictable: NDArray[np.bool_], counts: NDArray[np.int64]
+    scores: NDArray[np.float32], evictable: NDArray[np.bool_], counts: NDArray[np.int64], table: ObservationTable
 ) -> NDArray[np.bool_]:
-    """The `counts` `[B]` (from 1) evictable slots of each row with the highest scores, `[B, N]` bool.
+    """The `counts` `[B]` evictable slots of each row with the highest scores, `[B, N]` bool, or all where fewer are.
 
-    All of them where fewer are evictable. These are the last slots of :func:`ascending`, found without a full sort of
-    the indices.
+    These are the last slots of :func:`ascending`, found without sorting the indices.
     """
-    keys = _order_keys(scores, evictable)
+    keys = _order_keys(scores, evictable, table)
     size = keys.shape[-1]
-    lowest = np.sort(keys, axis=-1)[np.arange(len(keys)), np.maximum(size - counts, 0)]
-    return evictable & (keys >= lowest[:, None])
+    lowest = np.sort(keys, axis=-1)[np.arange(len(keys)), np.clip(size - counts, 0, size - 1)]
+    return evictable & (keys >= lowest[:, None]) & (counts > 0)[:, None]
 
 
 def protection(budget: int, sinks: int, recent: int) -> tuple[int, int]:

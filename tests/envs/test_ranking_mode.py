@@ -9,6 +9,7 @@ from env_traces import context, one_head, random_contexts
 import kv_gym  # noqa: F401
 from kv_gym.budgets import keep_order
 from kv_gym.cache_view import CacheView
+from kv_gym.envs.observations import ObservationTable
 from kv_gym.envs.rewards import ascending
 from kv_gym.errors import UserError
 
@@ -152,7 +153,8 @@ def test_order_is_that_of_the_budgets_package():
     shield = rng.random((5, 12)) < 0.2
     view = CacheView.of(torch.zeros(5, 1, 12, 1), torch.zeros(5, 1, 12, 1))
     expected = keep_order(torch.from_numpy(scores)[:, None], view, torch.from_numpy(shield)[:, None])[:, 0].numpy()
-    ours = ascending(scores, ~shield)[:, ::-1]
+    table = ObservationTable([one_head(np.ones(12))])
+    ours = ascending(scores, ~shield, table)[:, ::-1]
     for row in range(5):
         count = int((~shield[row]).sum())
         assert ours[row, :count].tolist() == expected[row, 12 - count :].tolist()
