@@ -18,7 +18,6 @@ from typing import Annotated, Any
 
 import typer
 
-Model = Annotated[str, typer.Option("--model", help="Folder or hub id of a transformers decoder, or `reference`.")]
 Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ...")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (float32 on CPU), float32, bfloat16 or float16.")]
 
@@ -225,8 +224,10 @@ def verb(
         options = [_option(name, each, name in arguments, rename.get(name)) for name, each in generated.items()]
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         if has_model:
-            optional = not source.parameters["model"].required
-            own = [_parameter("model", Model, None if optional else _NO_DEFAULT), *own]
+            model = source.parameters["model"]
+            text = " ".join(filter(None, (model.help, "Folder, hub id, or `reference`.")))
+            info = typer.Option("--model", help=text, show_default=False)
+            own = [_parameter("model", Annotated[str, info], _NO_DEFAULT if model.required else None), *own]
             options += [_parameter("device", Device, "cpu"), _parameter("dtype", Dtype, "auto")]
         options = [*own, *options]
         options.sort(key=lambda option: (option.default is not _NO_DEFAULT, option.name == "progress"))
@@ -234,7 +235,7 @@ def verb(
         def command(**values: Any) -> None:
             load = tuple(values[name] for name in ("model", "device", "dtype")) if has_model else None
             given = {name: value for name, value in values.items() if name in generated and value is not None}
-            given = {name: _value(name, generated[name], value) for name, value in given.items()}
+            given = {name: _value(generated[name], value) for name, value in given.items()}
             body(Call(source, {**defaults, **given}, load), **{name: values[name] for name in own_names})
 
         command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
@@ -269,7 +270,7 @@ def _parameter(name: str, annotation: Any, default: Any = _NO_DEFAULT) -> inspec
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=default, annotation=annotation)
 
 
-def _value(name: str, source: OptionSource, value: Any) -> Any:
+def _value(source: OptionSource, value: Any) -> Any:
     if source.kind is list and isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
-    return None if (name, value) == ("split", "all") else value
+    return value

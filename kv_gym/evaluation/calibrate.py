@@ -33,7 +33,10 @@ def calibrate(
     recent: int | None = None,
     progress: bool = True,
 ) -> Calibrated:
-    """Find, for each share, the score at which a context keeps that share of its slots on average.
+    """Find score thresholds on traces, for `calibrated:FILE`.
+
+    For each share of the tokens, this is the score at which a context keeps that share of its slots on average. With
+    fixed thresholds a long prompt can be cut layer by layer while it is read.
 
     One scalar per share for the whole model: heads and contexts that score higher keep more. Thresholds on a sum of
     attention, as of ``h2o``, hold for contexts of about the same length as these. Learned scores say whether they
@@ -41,12 +44,13 @@ def calibrate(
     one network made them all, and how far the share strays is measured here and stored.
 
     Args:
-        policy: its scores must compare across heads, and from context to context.
-        traces: a trace set or its folder; contexts without continuations will do.
-        shares: budgets, as shares of the tokens.
-        out: file to write, for ``allocation="calibrated:<file>"``.
-        split: of the traces, ``train`` or ``test``; None takes all.
-        sinks, recent: protection; None means the policy's own. Use the same when decoding.
+        policy: name, class path or folder of a policy whose scores compare across heads, and from context to context.
+        traces: trace set or its folder; continuations are not needed.
+        shares: of the tokens, such as ``0.25`` or ``1/8``.
+        out: file to write, for the allocation ``calibrated:FILE``.
+        split: of the traces, ``train`` or ``test``; ``all`` takes every context. In Python, so does None.
+        sinks: first tokens that are always kept, by default the policy's own number; use the same when decoding.
+        recent: last tokens that are always kept, by default the policy's own number; use the same when decoding.
         progress: show a bar.
 
     Returns:
@@ -70,7 +74,7 @@ def calibrate(
         refuse_unwritable(out)
     trace_set = open_traces(traces)
     _refuse_other_model(chosen, trace_set)
-    part = trace_set.select(split=split) if split else trace_set
+    part = trace_set if split in (None, "all") else trace_set.select(split=split)
     if not wanted or not len(part):
         what = "no share" if not wanted else f"no context in split {split!r}"
         raise UserError(f"there is {what} to calibrate for; give at least one of each")

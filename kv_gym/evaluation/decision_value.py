@@ -71,7 +71,7 @@ def decision_value(
         baseline: the policy that would act otherwise, such as ``snapkv``.
         traces: a trace set or its folder.
         budgets: slots per head or shares, see :func:`kv_gym.budgets.parse_budget`.
-        split: of the traces, ``train`` or ``test``; None takes all.
+        split: of the traces, ``train`` or ``test``; None or ``all`` takes every context.
         sinks, recent: protection for every policy, the baseline and the oracle; None means each one's own.
         allocations: who gets the slots; every policy meets every one of them.
         baseline_allocation: the baseline's; None means the same as the policy's. Its total is the same, unless a rule

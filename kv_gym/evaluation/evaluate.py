@@ -42,23 +42,27 @@ def evaluate(
     json: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
-    """Compare policies; give either `traces` (replay) or `model` and `tasks` (live).
+    """Compare policies on traces (replay) or with a model (live).
+
+    Give either `traces`, or `model` with `tasks`.
 
     Args:
-        policies: names, class paths, exported folders or policy objects; a mapping gives them names for the rows.
-        budgets: slots per head or shares, see :func:`kv_gym.budgets.parse_budget`.
-        traces: a trace set or its folder.
-        model: a transformers decoder.
+        policies: names, class paths such as ``my_policy:Peak``, or folders of trained policies. In Python, also policy
+            objects, and a mapping that names them for the rows.
+        budgets: slots per head or shares of the tokens, such as ``64``, ``0.25`` or ``1/8``.
+        traces: trace set to replay, or its folder.
+        model: transformers decoder that answers the tasks.
         tasks: names or files as :func:`kv_gym.evaluation.tasks.parse_tasks` reads them, such as ``questions.jsonl``;
             or a list (or data set) of questions as the lines of such a file are, of contexts with questions, or of
             whole tasks.
         tokenizer: of the model; needed where tasks are text.
-        split: of the traces, ``train`` or ``test``; None or ``all`` takes every context.
-        sinks, recent: protection for every policy; None means each policy's own.
-        allocations: who gets the slots, see :func:`kv_gym.budgets.parse_allocation`; every policy meets all that can
-            use its scores.
-        evicted: what becomes of evicted pairs, ``drop``, ``merge``, ``bits:4`` ...; every policy meets every one. Live
-            only: replay knows what is kept, not what a model makes of it.
+        split: of the traces, ``train`` or ``test``; ``all`` takes every context. In Python, so does None.
+        sinks: first tokens that every policy keeps; by default each policy's own number.
+        recent: last tokens that every policy keeps; by default each policy's own number.
+        allocations: who gets the slots: ``uniform``, ``global``, ``global:NORMALISATION`` ...; every policy is measured
+            with all that can use its scores.
+        evicted: what becomes of evicted pairs: ``drop``, ``merge``, ``merge:values``, ``bits:4`` ...; every policy is
+            measured with each. Only with a model, because replay knows what is kept and not what a model makes of it.
         json: file to write the result to.
         progress: show a bar.
 

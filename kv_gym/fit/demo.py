@@ -20,10 +20,12 @@ STEPS = 300
 
 
 def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True) -> Path:
-    """Record, train, compare, export, decode; writes report, TensorBoard log and policy into `out`.
+    """Run the main job on the bundled reference model.
+
+    Record, train, compare, export, decode; writes report, TensorBoard log and policy into `out`.
 
     Args:
-        out: folder; made or refilled.
+        out: folder to write.
         seed: of the training contexts and of the policy.
         progress: show progress bars.
 

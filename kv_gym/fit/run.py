@@ -56,26 +56,30 @@ def fit(
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
-    """Find the smallest cache with which a model still does what the data ask of it.
+    """Train a policy and find the smallest budget that suffices.
 
+    The cache is fitted to a model and a file of prompts: it is the smallest with which the model still does what the
+    data ask of it, within the tolerance.
     Records what the training contexts' continuations attend to, trains a policy, walks down the budgets as long as the
     loss against the full cache on validation contexts is within the tolerance, and measures what was chosen on test
     contexts, which choose nothing. Contexts are cut before their question is seen. Interrupted anywhere, the same call
     goes on; finished phases are not repeated.
 
     Args:
-        model: a transformers decoder.
-        data: a file, or ``reference``; see :func:`kv_gym.fit.data.read_data`.
+        model: transformers decoder.
+        data: JSON lines with context, question and answer, or context and continuations; a text file; or ``reference``,
+            the bundled task. See :func:`kv_gym.fit.data.read_data`.
         out: folder, new or of the same fit: ``policy/`` (exported), ``fit.json`` (all figures), ``README.md`` (the
             card), ``traces/`` and ``training/`` (the log).
         tokenizer: of the model; needed for text.
         tolerance: what may be lost, by the upper end of its 95 % interval: share of the questions for data with
             answers (0.01 is one point of accuracy), nats per token for continuations and text.
-        agent: what is trained; see :func:`kv_gym.training.train`.
+        agent: what is trained, see :func:`kv_gym.training.train`.
         allocation: who gets the slots; by default ``global`` where the agent's scores allow it, else ``uniform``.
-        budgets: shares of the cache to try, from the largest down.
+        budgets: shares of the tokens to try, from the largest down; by default 1/2 to 1/90.
         count: contexts to train on, at most.
-        tokens, continuation_tokens: length of a text's windows and of what follows them.
+        tokens: length of the windows that a text is cut into, by default 512.
+        continuation_tokens: length of what follows each window, by default 64.
         seed: of the policy, and of the reference task's training contexts.
         progress: show phases and bars on stderr.
         **settings: replace those of the agent.

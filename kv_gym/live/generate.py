@@ -53,11 +53,30 @@ def generate(
     write: Callable[[str], object] = lambda _: None,
     evicted: str = "drop",
 ) -> Generated:
-    """Continue a prompt greedily with an :class:`EvictingCache`; `write` is given the text as it comes.
+    """Generate text with an evicting cache.
+
+    The prompt is continued greedily with an :class:`~kv_gym.live.EvictingCache`.
+
+    Args:
+        model: transformers decoder.
+        tokenizer: of the model.
+        prompt: text to continue.
+        policy: name, class path such as ``my_policy:Peak``, or folder of a trained policy.
+        budget: slots per head or share of the tokens, such as ``64``, ``0.25`` or ``1/8``.
+        trigger: when to evict: ``prefill``, ``every:K``, ``block:K`` or ``lagged:K``.
+        allocation: who gets the slots: ``uniform``, ``global``, ``global:NORMALISATION`` ...
+        max_new_tokens: how many tokens to generate, at most.
+        write: is called with the text as it comes.
+        evicted: what becomes of evicted pairs: ``drop``, ``merge``, ``merge:values``, ``bits:4`` ...
+
+    Returns:
+        The text, and what the cache held at the end.
 
     Raises:
-        UserError: an empty prompt, or whatever the cache refuses.
+        UserError: an empty prompt, no token to generate, or whatever the cache refuses.
     """
+    if max_new_tokens < 1:
+        raise UserError(f"max_new_tokens is {max_new_tokens}; expected a number from 1")
     if not prompt.strip():
         raise UserError("the prompt is empty; give some text to go on with")
     inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)

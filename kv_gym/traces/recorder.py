@@ -47,23 +47,25 @@ def record(
     recipe: Mapping[str, Any] | None = None,
     hidden: bool = False,
 ) -> TraceSet:
-    """Record prompts into a trace set; run again after an interruption, it records what is missing.
+    """Record what a model's later queries attend to.
+
+    Run again after an interruption, it records what is missing.
 
     Args:
-        model: a transformers decoder on the attention interface; its attention is watched while this runs.
-        prompts: what to record.
-        out: folder of the trace set; new, empty, or begun by the same recording.
+        model: transformers decoder to record.
+        prompts: contexts with continuations.
+        out: folder of the trace set: new, empty, or begun by the same recording.
         tokenizer: whose hash the manifest is to carry, or None.
-        window: last queries of each context to keep.
-        stats: policies with memory, names or objects, whose statistics over the context's queries to take.
-        blocks: at most so many blocks of queries per continuation.
-        shard_size: sequences per file; as many are lost, at most, when a run is killed.
+        window: how many of the last queries of each context to keep.
+        stats: policies with memory whose statistics over the context's queries to record.
+        blocks: blocks of queries per continuation, at most.
+        shard_size: contexts per file; as many are lost, at most, when a run is killed.
         storage: ``auto`` keeps keys, values and queries in the type the model computes in, ``float32`` widens them.
         device: where to move the model first, such as ``cuda``; None leaves it where it is.
         progress: show a progress bar on stderr.
         recipe: plain JSON data that says how the prompts were made; a resumed recording must have the same.
-        hidden: keep what every recorded layer's attention receives of the context too, `[layers, tokens, width]`:
-            often more than keys and values together.
+        hidden: keep hidden states too, ``[layers, tokens, width]``, for agents that learn from them such as ``kvzap``:
+            often more bytes than keys and values together.
 
     Returns:
         The whole set, what was there before included.

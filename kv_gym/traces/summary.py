@@ -18,10 +18,13 @@ from kv_gym.traces.sequence import Sequence
 
 
 def info(path: str | Path | None = None) -> dict[str, Any]:
-    """What a trace set holds, without reading its arrays; plain JSON data.
+    """Show what a trace set holds, without reading its arrays.
 
     Args:
-        path: as for :func:`~kv_gym.traces.open_traces`.
+        path: folder or file; by default the bundled sample.
+
+    Returns:
+        Plain JSON data.
 
     Raises:
         UserError: no readable trace set.
@@ -56,10 +59,12 @@ def info(path: str | Path | None = None) -> dict[str, Any]:
 
 
 def validate(path: str | Path | None = None) -> dict[str, Any]:
-    """Read a whole trace set, check it against the schema and compute every hash again.
+    """Read a whole trace set and check it.
+
+    Arrays are checked against the schema, and every hash is computed again.
 
     Args:
-        path: as for :func:`~kv_gym.traces.open_traces`.
+        path: folder or file; by default the bundled sample.
 
     Returns:
         How much was checked: sequences, arrays, bytes, and the set's hash.
@@ -86,16 +91,18 @@ def show(
     tokenizer=None,
     out: str | Path | None = None,
 ) -> Group:
-    """What the future uses of one context: the tokens that the oracle keeps in one head at some budgets.
+    """Show one context and the tokens that later queries use.
+
+    These are the tokens that the oracle keeps in one head at some budgets.
 
     Args:
-        path: as for :func:`~kv_gym.traces.open_traces`.
-        sequence: id or number of the sequence.
+        path: folder or file; by default the bundled sample.
+        sequence: id or number of the context.
         layer: number of the recorded layer.
-        head: KV head; without both, the head that looks hardest at single tokens beyond the first four.
-        budgets: slots per head or shares.
+        head: KV head; by default the one with most attention to single tokens beyond the first four.
+        budgets: slots per head or shares of the tokens.
         tokenizer: to show text; without one the recorded model's is looked for on this machine, else ids are shown.
-        out: PNG file to write, with the attention of all layers and heads; see :func:`kv_gym.traces.picture.picture`.
+        out: PNG file to write, with the attention in all layers and heads.
 
     Returns:
         A rich renderable: dropped tokens are dots, kept ones stand out.

@@ -105,7 +105,9 @@ def train(
 
 
 def export(policy: str | Path | Scorer, out: str | Path) -> Path:
-    """Check a trained policy and write its weights, description and card into a folder of its own.
+    """Write a trained policy into a folder of its own.
+
+    It is checked, and written as weights, description and card.
 
     Args:
         policy: a trained policy, its folder, or its id on the Hugging Face Hub.

@@ -45,15 +45,17 @@ REPLAYED_AT_ONCE = 8  # contexts of a batch of replay
 def leaderboard(
     spec: str | Path | Mapping | Spec, out: str | Path = "results", workers: int = 1, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """Measure all that a specification asks for and that `out` does not hold yet.
+    """Measure policies x budgets x allocations x tasks x seeds.
 
+    What a specification asks for and `out` does not hold yet is measured.
     Each context is read once and forked for every configuration. An interruption loses at most the batches under way;
     the same call goes on. A cell that is finished is never measured again, until something changes that its result
     depends on (:mod:`kv_gym.evaluation.leaderboard.identity`).
 
     Args:
-        spec: a YAML file, or the same as plain data, see :mod:`kv_gym.evaluation.leaderboard.spec`.
-        out: folder for ``rows.jsonl`` and what is needed to go on.
+        spec: YAML file with model, tasks, budgets, policies ..., see :mod:`kv_gym.evaluation.leaderboard.spec`. In
+            Python, also the same as plain data.
+        out: folder for ``rows.jsonl`` and what is needed to go on; run again to resume.
         workers: processes, each with one thread for tensors.
         progress: show bars.
 

@@ -25,13 +25,16 @@ def report(
     notes: str = "",
     tokens: dict | None = None,
 ) -> Path:
-    """Write a report.
+    """Write results as a page, or as a folder with pictures too.
+
+    The page is one file that needs no network.
 
     Args:
-        results: of :func:`~kv_gym.evaluation.report.reading.read_results`, or results of
+        results: files of results (``.json``, ``.jsonl``), or folders of them. In Python, what
+            :func:`~kv_gym.evaluation.report.reading.read_results` made of them, or results of
             :func:`kv_gym.evaluation.evaluate`.
-        out: a file ``*.html`` for the page alone, or a folder for ``report.md``, ``report.html`` and pictures: one of
-            quality over budget and one of what it costs, for each task.
+        out: file that ends in ``.html`` for the page alone, or folder for ``report.md``, ``report.html`` and pictures:
+            for each task one of quality over budget and one of what it costs.
         title: of the page and of the Markdown file.
         notes: Markdown that follows the table.
         tokens: of :func:`~kv_gym.evaluation.report.tokens.token_view`, for the page.
