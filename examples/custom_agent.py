@@ -1,4 +1,4 @@
-"""An agent of your own: a small scorer of keys and values, trained by REINFORCE with a group baseline in PyTorch.
+"""A custom agent: a small scorer of keys and values, trained by REINFORCE with a group baseline in PyTorch.
 
 Run: ``python examples/custom_agent.py`` (bundled sample).
 """
@@ -18,7 +18,7 @@ def inputs(observation: dict) -> torch.Tensor:  # [environments, slots, 2 d]
     return torch.cat([torch.from_numpy(observation[name]) for name in ("key", "value")], -1)
 
 
-def judge(traces: list, score) -> float:
+def mean_reward(traces: list, score) -> float:
     """Mean reward of a scoring function over every head of every context."""
     env = gym.make_vec("KVEvict-v0", num_envs=1, traces=traces, order="sequential")
     observation, _ = env.reset(seed=0)
@@ -52,8 +52,8 @@ def main() -> None:
         optimizer.step()
         if step % 50 == 0:
             print(f"step {step}: training reward {reward.mean():.3f}")
-    print(f"held out, learned: {judge([held_out], lambda seen: scorer(inputs(seen)).detach().numpy()):.3f}")
-    print(f"held out, smallest keys: {judge([held_out], lambda seen: -(seen['key'] ** 2).sum(-1)):.3f}")
+    print(f"held out, learned: {mean_reward([held_out], lambda batch: scorer(inputs(batch)).detach().numpy()):.3f}")
+    print(f"held out, smallest keys: {mean_reward([held_out], lambda batch: -(batch['key'] ** 2).sum(-1)):.3f}")
 
 
 if __name__ == "__main__":

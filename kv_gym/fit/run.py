@@ -265,9 +265,7 @@ def _of_whole_tokens(budgets: list[float], data: FitData) -> list[float]:
 
 def _rule(agent: str, allocation: str | None, settings: Mapping[str, Any]) -> str:
     """The allocation's name; refused here if the agent's scores will not allow it."""
-    kind = learner_class(agent)
-    chosen = agent_settings(agent, **settings)
-    comparable = kind.calibrated or getattr(chosen, "ranking", "head") == "joint"
+    comparable = learner_class(agent).scores_comparable(agent_settings(agent, **settings))
     if allocation is None:
         return "global" if comparable else "uniform"
     rule = parse_allocation(allocation)

@@ -121,6 +121,11 @@ class GroupLearner(Learner):
     settings_class: ClassVar[type[Settings]] = GRPOSettings
     settings: GRPOSettings
 
+    @classmethod
+    def scores_comparable(cls, settings: Settings) -> bool:
+        """One ranking of all heads makes their scores comparable."""
+        return getattr(settings, "ranking", "head") == "joint"
+
     def update_reference(self, step: int) -> None:
         """Copy the policy as the reference at step 0 and every `refresh` steps."""
         if step % self.settings.refresh == 0:
@@ -151,7 +156,6 @@ class GRPO(GroupLearner, ContextLearner):
 
     def prepare(self, sequences: list[Sequence]) -> None:
         """Leave protected slots out: there is nothing to decide about them."""
-        self.calibrated = self.settings.ranking == "joint"
         super().prepare(sequences)
         self.contexts = [context.without_protected(*self.settings.protect) for context in self.contexts]
 

@@ -197,6 +197,7 @@ class Learner(ABC):
     ):
         self.settings, self.seed, self.network = settings, seed, network
         self.from_scratch, self.model = from_scratch, model
+        self.calibrated = self.scores_comparable(settings)
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             network.parameters(), lr=settings.rate, weight_decay=settings.weight_decay
         )
@@ -205,6 +206,11 @@ class Learner(ABC):
     def resolve_settings(cls, settings: Settings, has_model: bool) -> Settings:
         """Settings with every choice made that depends on whether the model is given."""
         return settings
+
+    @classmethod
+    def scores_comparable(cls, settings: Settings) -> bool:
+        """Whether one threshold may cut the scores of all heads; :attr:`calibrated` unless settings decide."""
+        return cls.calibrated
 
     @classmethod
     def model_requirement(cls, settings: Settings) -> str:
