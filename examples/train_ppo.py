@@ -1,4 +1,4 @@
-"""Stable-Baselines3's PPO learns to rank a KV cache: train, save, load, evaluate on other contexts, export for live use.
+"""PPO of Stable-Baselines3 learns to rank a KV cache: train, save, load, evaluate on other contexts, export a policy.
 
 Run: ``python examples/train_ppo.py`` (bundled sample), ``tensorboard --logdir runs/ppo`` to watch. The default number
 of steps shows that everything works; ``--steps 40000`` and traces of your own show it learn. ``kv-gym train ppo`` does
