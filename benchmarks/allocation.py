@@ -23,9 +23,10 @@ from kv_gym.evaluation.report import merged
 from kv_gym.evaluation.rows import result, write_json
 from kv_gym.evaluation.tasks import reference_tasks, tasks_hash
 from kv_gym.markdown import pipe_table
+from kv_gym.models import load_model
 from kv_gym.reference import MODEL
 from kv_gym.reference.prompts import reference_prompts
-from kv_gym.traces import load_model, open_traces, record
+from kv_gym.traces import open_traces, record
 
 TASK, TOKENS = "multi_key", 512
 BUDGETS = (1 / 8, 1 / 16, 1 / 32)

@@ -13,9 +13,9 @@ from kv_gym.evaluation.measure import measure
 from kv_gym.evaluation.rows import result, write_json
 from kv_gym.evaluation.tasks import parse_tasks
 from kv_gym.files import MODEL
+from kv_gym.models import load_model
 from kv_gym.reference.generator import TASKS
 from kv_gym.reference.heldout import LENGTHS
-from kv_gym.traces import load_model
 
 
 def main() -> None:

@@ -26,11 +26,11 @@ from kv_gym.evaluation.guard_metrics import auroc, guarded_answers, recall_at, t
 from kv_gym.evaluation.rows import result, write_json
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, reference_tasks
 from kv_gym.live import EvictingCache, Guard, PolicyGroup
+from kv_gym.models import load_model
 from kv_gym.policies import make_policy
 from kv_gym.reference import MODEL
 from kv_gym.reference.generator import make_context
 from kv_gym.reference.tokenizer import encode, word_ids
-from kv_gym.traces import load_model
 
 TASKS = ("multi_key", "single")
 ARMS = (  # policy, budget, evicted: a good share of answers is wrong

@@ -54,7 +54,7 @@ def view_for(policy: Policy, tokens: int) -> CacheView:
     return replace(view, state=policy.initial_state(view)) if isinstance(policy, StatefulPolicy) else view
 
 
-def attention_of(view: CacheView) -> torch.Tensor:
+def attention_modules(view: CacheView) -> torch.Tensor:
     """What a block of new queries might pay, `[1, query_heads, BLOCK, tokens]`."""
     tokens = view.keys.shape[2]
     shape = (1, KV_HEADS * GROUP, BLOCK, tokens)
@@ -79,7 +79,7 @@ def measure(policy: Policy, lengths: tuple[int, ...], repeats: int, patience: fl
         view = view_for(policy, tokens)
         row["score_ms"][tokens] = milliseconds(lambda v=view: policy.score(v), repeats, patience)
     if isinstance(policy, StatefulPolicy) and view.state:
-        paid = attention_of(view)
+        paid = attention_modules(view)
         watch = policy.observe if policy.repetition is None else partial(policy.observe_again, hidden=None)
         row["observe_ms"] = milliseconds(lambda: watch(view, paid, view.state), repeats, patience)
     row["ratio"] = row["score_ms"][lengths[-1]] / row["score_ms"][lengths[-2]]

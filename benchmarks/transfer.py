@@ -23,8 +23,8 @@ from kv_gym.evaluation.rows import read_result, result, write_json
 from kv_gym.evaluation.statistics import mean_interval
 from kv_gym.evaluation.tasks import reference_tasks
 from kv_gym.markdown import pipe_table
+from kv_gym.models import load_model
 from kv_gym.reference import MODEL
-from kv_gym.traces import load_model
 from kv_gym.training import train
 
 AGENTS = ("end_to_end",)

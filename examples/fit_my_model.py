@@ -9,8 +9,8 @@ import torch
 
 from kv_gym.fit import fit, load_fit
 from kv_gym.fit.data import read_data
+from kv_gym.models import load_model
 from kv_gym.reference import MODEL
-from kv_gym.traces import load_model
 
 
 def answer(model, cache, context: list[int], question: list[int], size: int) -> list[int]:

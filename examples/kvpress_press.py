@@ -13,8 +13,8 @@ from transformers import DynamicCache
 
 from kv_gym.evaluation.tasks import reference_tasks
 from kv_gym.interop import PolicyPress
+from kv_gym.models import load_model
 from kv_gym.reference import MODEL
-from kv_gym.traces import load_model
 
 
 def main(policies, ratio=0.75, contexts=4):

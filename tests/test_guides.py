@@ -17,8 +17,9 @@ from kv_gym.cli import app
 from kv_gym.evaluation.tasks import parse_tasks, read_tasks
 from kv_gym.evaluation.tasks.names import _KINDS
 from kv_gym.files import MODEL
+from kv_gym.models import load_model
 from kv_gym.policies.scoring.inputs import INPUTS
-from kv_gym.traces import load_model, prompts_from_jsonl
+from kv_gym.traces import prompts_from_jsonl
 from kv_gym.training.joint import LOSSES
 from kv_gym.training.targets import TARGETS
 

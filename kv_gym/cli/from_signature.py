@@ -179,7 +179,7 @@ class Call:
 def load_named_model(name: str, device: str, dtype: str) -> tuple[Any, Any]:
     """The model and tokenizer of a folder, a hub id, or `reference`."""
     from kv_gym.files import MODEL
-    from kv_gym.models.loading import load_model
+    from kv_gym.models import load_model
 
     return load_model(MODEL if name == "reference" else name, device=device, dtype=dtype)
 

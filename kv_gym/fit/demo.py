@@ -36,9 +36,10 @@ def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True) ->
     from kv_gym.evaluation.report import COLUMNS, merged, table
     from kv_gym.evaluation.report.charts import altair
     from kv_gym.evaluation.tasks import reference_tasks
+    from kv_gym.models import load_model
     from kv_gym.reference import MODEL
     from kv_gym.reference.prompts import reference_prompts, reference_recipe
-    from kv_gym.traces import load_model, record
+    from kv_gym.traces import record
     from kv_gym.training import train
 
     out, console, began = Path(out), Console(), time.monotonic()

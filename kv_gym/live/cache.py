@@ -28,8 +28,8 @@ from kv_gym.live.layer_state import MAX_PENDING, LayerState
 from kv_gym.live.saving import SavedCache, write_cache
 from kv_gym.live.tiers import RecordingLayer, Tier
 from kv_gym.models.attention import attach, detach, full_layers
-from kv_gym.models.hidden_states import listen, unlisten
-from kv_gym.models.second_reading import read_again
+from kv_gym.models.hidden_states import attach_hidden_state_hooks, remove_hidden_state_hooks
+from kv_gym.models.second_reading import run_second_reading
 from kv_gym.policies import Policy, StatefulPolicy
 
 _NO_DRAFTS = (
@@ -194,7 +194,7 @@ class EvictingCache(Cache):
         unread = states[0].unread
         if isinstance(policy, StatefulPolicy) and policy.repetition and unread is not None and unread.shape[1]:
             by_index = {state.index: state for state in states}
-            read_again(self.model, policy, unread, by_index, self.layers, self.seen)
+            run_second_reading(self.model, policy, unread, by_index, self.layers, self.seen)
             states[0].unread = None
 
     def restore(self) -> None:
@@ -480,7 +480,7 @@ class EvictingCache(Cache):
     def _attach(self) -> None:
         attach(self.model)
         if self.config.needs_hidden:
-            listen(self.model)
+            attach_hidden_state_hooks(self.model)
         # alive until called: by detach, or when the cache is collected
         self._attachment = weakref.finalize(
             self, _detach, self.model, self._output_hook(), self.config.needs_hidden
@@ -587,7 +587,7 @@ def _storage_bytes(tensors: Iterable[Tensor]) -> int:
 def _detach(model, hook: RemovableHandle | None, needs_hidden: bool) -> None:
     detach(model)
     if needs_hidden:
-        unlisten(model)
+        remove_hidden_state_hooks(model)
     if hook is not None:
         hook.remove()
 

@@ -18,9 +18,9 @@ from kv_gym.errors import UserError
 from kv_gym.live.guard import Guard
 from kv_gym.live.rope_shift import RopeShift
 from kv_gym.live.tiers import Drop, LowPrecision, Merge, MergeValues, RecordingTier, Tier, parse_tier
-from kv_gym.models.attention import full_layers, refuse_unserved
+from kv_gym.models.attention import full_layers, refuse_unsupported
 from kv_gym.models.fingerprint import Fingerprint
-from kv_gym.models.hidden_states import refuse_unheard
+from kv_gym.models.hidden_states import full_attention_modules
 from kv_gym.policies import Policy, StatefulPolicy, make_policy
 
 POSITIONS = ("original", "cache")
@@ -160,7 +160,7 @@ class CacheConfig:
         positions: str | None = None,
     ) -> CacheConfig:
         """Settings as users give them; arguments and errors are those of :class:`~kv_gym.live.EvictingCache`."""
-        refuse_unserved(model)
+        refuse_unsupported(model)
         chosen = make_policy(policy)
         return cls(
             model,
@@ -412,7 +412,7 @@ def _refuse_unfit(policy: Policy, model) -> None:
             "once, when it arrives, and keeps none, so expected a policy whose score of a token never changes"
         )
     if policy.needs_hidden:
-        refuse_unheard(model)
+        full_attention_modules(model)
     fingerprint = getattr(policy, "fingerprint", None)
     if fingerprint is not None:
         fingerprint.refuse_other(Fingerprint.of(model), f"policy {policy.name!r}", type(model).__name__)

@@ -16,8 +16,8 @@ from kv_gym.live.config import CacheConfig
 from kv_gym.live.layer_state import LayerState
 from kv_gym.live.ragged_attention import attend_ragged, causal_mask
 from kv_gym.live.slots import EqualSlots, RaggedSlots
-from kv_gym.models.attention import AttentionCall, hand_over
-from kv_gym.models.hidden_states import received
+from kv_gym.models.attention import AttentionCall, observe_next_attention
+from kv_gym.models.hidden_states import current_hidden_states
 
 PrefillChunk = slice | Tensor
 
@@ -90,7 +90,7 @@ class EvictingLayer(CacheLayerMixin):
             )
         self.lazy_initialization(keys)
         self.seen += keys.shape[2]
-        hidden = received(self.state.index) if self.state.config.needs_hidden else None
+        hidden = current_hidden_states(self.state.index) if self.state.config.needs_hidden else None
         chunks = self._chunks(keys)
         if len(chunks) == 1 and isinstance(chunks[0], slice) and isinstance(self.state.slots, EqualSlots):
             self.state.append(keys, values, None, hidden)
@@ -99,7 +99,7 @@ class EvictingLayer(CacheLayerMixin):
         else:
             # attention takes them in chunk by chunk, or head by head: what is returned here is not what it reads
             self._new = keys, values, hidden
-        hand_over(self)
+        observe_next_attention(self)
         return keys, values
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
@@ -136,7 +136,7 @@ class EvictingLayer(CacheLayerMixin):
                 self.state.append(keys, values, token_mask, hidden)
             slots = self.state.visible_slots()
             if isinstance(slots, RaggedSlots):
-                dropout = call.rest.get("dropout", 0.0)
+                dropout = call.kwargs.get("dropout", 0.0)
                 outputs.append(attend_ragged(query, slots, call.scaling, token_mask, dropout))
             else:
                 visible = replace(call, query=query, key=slots.data("keys"), value=slots.data("values"))

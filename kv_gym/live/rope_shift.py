@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from kv_gym.errors import UserError
 from kv_gym.live.slots import EqualSlots, Slots
-from kv_gym.models.attention import attention_of
+from kv_gym.models.attention import attention_modules
 
 # angles that depend on the position alone, in proportion
 _LINEAR_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
@@ -35,7 +35,7 @@ class RopeShift:
     """
 
     def __init__(self, model):
-        kind, attention = type(model).__name__, next(iter(attention_of(model).values()))
+        kind, attention = type(model).__name__, next(iter(attention_modules(model).values()))
         self._rotary: nn.Module | None = getattr(model.base_model, "rotary_emb", None)
         self._apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         if self._rotary is None or self._apply is None:

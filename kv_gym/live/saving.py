@@ -34,7 +34,7 @@ from kv_gym.live.layer import EvictingLayer
 from kv_gym.live.layer_state import LayerState
 from kv_gym.live.slots import EqualSlots, RaggedSlots, Slots
 from kv_gym.live.tiers import Drop
-from kv_gym.models.attention import attention_of
+from kv_gym.models.attention import attention_modules
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.policies import Policy, current_name, list_policies, make_policy
 
@@ -183,7 +183,7 @@ class SavedCache:
         appended = _count(header["loose"], seen)
         if not rows or set(header["layers"]) != {str(index) for index in range(len(layers))}:
             raise self._damaged("it has other layers than the model")
-        modules, names = attention_of(model), set(self._stored.keys())
+        modules, names = attention_modules(model), set(self._stored.keys())
         for index, layer in enumerate(layers):
             part = _SavedLayer(self, index, names, next(modules[index].parameters()).device)
             names -= {f"{index}.{name}" for name in part.shapes}

@@ -7,6 +7,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from kv_gym.errors import UserError
@@ -24,6 +25,8 @@ class Fingerprint:
         layers: indices of the layers with full attention.
         query_heads, kv_heads, head_dim: sizes of one layer.
     """
+
+    __pydantic_config__ = ConfigDict(extra="forbid", strict=True)
 
     architecture: str
     weights: str
@@ -55,24 +58,32 @@ class Fingerprint:
 
     @classmethod
     def from_json(cls, data: dict) -> Fingerprint:
-        """Rebuild from :meth:`to_json`; a missing or extra field is a UserError."""
+        """Rebuild from :meth:`to_json`.
+
+        Raises:
+            UserError: a field is missing, unknown or of another type.
+        """
         try:
-            return cls(**{**data, "layers": tuple(data["layers"])})
-        except (TypeError, KeyError):
-            raise UserError("the model fingerprint in the file is damaged; expected one written by kv_gym") from None
+            return TypeAdapter(cls).validate_json(json.dumps(data))
+        except ValidationError as error:
+            field = error.errors()[0]["loc"][:1]
+            reason = f"its field {str(field[0])[:60]!r} is not as expected" if field else "it holds no fields"
+            raise UserError(
+                f"the model fingerprint in the file is damaged: {reason}; expected one written by kv_gym"
+            ) from None
 
     def to_json(self) -> dict:
         """Plain JSON data."""
         return {**asdict(self), "layers": list(self.layers)}
 
-    def refuse_other(self, other: Fingerprint, what: str, that: str) -> None:
-        """Raise a UserError naming the first difference: `what` has this fingerprint, `that` the other."""
+    def refuse_other(self, other: Fingerprint, owner: str, other_owner: str) -> None:
+        """Raise a UserError naming the first difference: `owner` has this fingerprint, `other_owner` the other."""
         for field in ("kv_heads", "head_dim", "query_heads", "layers", "architecture", "rope", "weights"):
             mine, theirs = getattr(self, field), getattr(other, field)
             if mine != theirs:
                 shown = ("weights hash", mine[:12], theirs[:12]) if field == "weights" else (field, mine, theirs)
                 raise UserError(
-                    f"{what} was made for a model with {shown[0]} {shown[1]}, and {that} has {shown[2]}: "
+                    f"{owner} was made for a model with {shown[0]} {shown[1]}, and {other_owner} has {shown[2]}: "
                     "use the model it was made for, or make it anew for this one"
                 )
 

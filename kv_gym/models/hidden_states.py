@@ -1,61 +1,81 @@
-"""What attention layers receive, caught on its way in: for recorders, and for caches whose policy reads it.
+"""Hooks that show a cache the hidden states that each attention layer receives.
 
 transformers hands a layer's keys and values to the cache while its attention module runs. Hooks on these modules, set
-by :func:`listen` and removed by as many :func:`unlisten`, hold the module's input for just that long; whoever is given
-the keys asks for it with :func:`received`. No input outlives its module's call.
+by :func:`attach_hidden_state_hooks` and removed by as many :func:`remove_hidden_state_hooks`, keep the module's input
+for just that long; the cache asks for it with :func:`current_hidden_states`. No input outlives its module's call.
 """
 
 from __future__ import annotations
 
 import threading
 import weakref
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from kv_gym.errors import UserError
-from kv_gym.models.attention import attention_of, full_layers
-
-_present = threading.local()
-_heard: weakref.WeakKeyDictionary[nn.Module, _Ears] = weakref.WeakKeyDictionary()
+from kv_gym.models.attention import attention_modules, full_layers
 
 
-def listen(model) -> None:
-    """Hold the input of every full-attention module of `model` while it runs; counted.
+@dataclass
+class _Hooks:
+    """The hooks on one model's attention modules, and how many callers asked for them."""
+
+    handles: list[RemovableHandle]
+    count: int = 0
+
+
+_current = threading.local()  # input: (layer index, hidden states) of the attention module that runs on this thread
+_hooks: weakref.WeakKeyDictionary[nn.Module, _Hooks] = weakref.WeakKeyDictionary()
+
+
+def attach_hidden_state_hooks(model) -> None:
+    """Keep the input of every full-attention module of `model` while the module runs; counted.
 
     Raises:
         UserError: no attention module is where decoders have it.
     """
-    if model not in _heard:
-        _heard[model] = _Ears(refuse_unheard(model))
-    _heard[model].count += 1
+    if model not in _hooks:
+        handles = []
+        for module in full_attention_modules(model):
+            handles.append(module.register_forward_pre_hook(_keep_input, with_kwargs=True))
+            handles.append(module.register_forward_hook(_drop_input, always_call=True))  # a failed forward drops it too
+        _hooks[model] = _Hooks(handles)
+    _hooks[model].count += 1
 
 
-def refuse_unheard(model) -> list[nn.Module]:
-    """The full-attention modules of a model, or a UserError where a layer's is not where decoders have it."""
-    modules = attention_of(model)
-    wanted = full_layers(model.config.get_text_config())
-    if missing := [i for i in wanted if i not in modules]:
+def remove_hidden_state_hooks(model) -> None:
+    """Undo one :func:`attach_hidden_state_hooks`; the last one removes the hooks."""
+    if model not in _hooks:
+        return
+    _hooks[model].count -= 1
+    if _hooks[model].count == 0:
+        for handle in _hooks.pop(model).handles:
+            handle.remove()
+
+
+def full_attention_modules(model) -> list[nn.Module]:
+    """The full-attention modules of a model, in the order of its layers.
+
+    Raises:
+        UserError: no attention module is where decoders have it.
+    """
+    modules = attention_modules(model)
+    layers = full_layers(model.config.get_text_config())
+    if missing := [i for i in layers if i not in modules]:
         raise UserError(
             f"layer {missing[0]} of {type(model).__name__} has no attention module where decoders have it, so its "
             "hidden states cannot be seen: use a policy that needs none"
         )
-    return [modules[i] for i in wanted]
+    return [modules[i] for i in layers]
 
 
-def unlisten(model) -> None:
-    """Undo one :func:`listen`; the last one removes the hooks."""
-    if model not in _heard:
-        return
-    _heard[model].count -= 1
-    if _heard[model].count == 0:
-        for hook in _heard.pop(model).hooks:
-            hook.remove()
+def current_hidden_states(layer: int) -> Tensor:
+    """The hidden states `[batch, new_tokens, width]` that came in with the keys of a layer.
 
-
-def received(layer: int) -> Tensor:
-    """The hidden states `[batch, m, D]` that came in with the keys of a layer; to be asked while its attention runs.
+    To be called while the layer's attention runs.
 
     Args:
         layer: the layer's index in the model.
@@ -63,30 +83,18 @@ def received(layer: int) -> Tensor:
     Raises:
         UserError: another layer's attention runs on this thread, or none.
     """
-    held = getattr(_present, "held", None)
-    if held is None or held[0] != layer:
+    index, hidden = getattr(_current, "input", None) or (None, None)
+    if index != layer or hidden is None:
         raise UserError(
             f"the keys of layer {layer} came without its hidden states: give the cache to the model it was made for"
         )
-    return held[1]
+    return hidden
 
 
-class _Ears:
-    """The hooks on one model's attention modules, and how many asked for them."""
-
-    def __init__(self, modules: list[nn.Module]):
-        self.count = 0
-        self.hooks: list[RemovableHandle] = []
-        for module in modules:
-            self.hooks.append(module.register_forward_pre_hook(_take, with_kwargs=True))
-            # a forward that raises lets go too
-            self.hooks.append(module.register_forward_hook(_drop, always_call=True))
-
-
-def _take(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
+def _keep_input(module: nn.Module, args: tuple, kwargs: dict[str, Any]) -> None:
     hidden = kwargs["hidden_states"] if "hidden_states" in kwargs else args[0]
-    _present.held = module.layer_idx, hidden.detach()
+    _current.input = module.layer_idx, hidden.detach()
 
 
-def _drop(module: nn.Module, args: tuple, output: Any) -> None:
-    _present.held = None
+def _drop_input(module: nn.Module, args: tuple, output: Any) -> None:
+    _current.input = None

@@ -1,68 +1,133 @@
-"""Load a transformers decoder and its tokenizer the way recording and live decoding need them."""
+"""Load a transformers decoder and its tokenizer the way recording and live decoding need them.
+
+Nothing that is loaded can run code: weights are safetensors only, and ``trust_remote_code`` is off everywhere.
+"""
 
 from __future__ import annotations
 
 import hashlib
 import json
+import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from torch import Tensor
 
 from kv_gym.errors import UserError
-from kv_gym.models.attention import refuse_unserved
+from kv_gym.files import MODEL
+from kv_gym.models.attention import refuse_unsupported
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
+_TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "spiece.model",
+)
+_HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "auto") -> tuple[Any, Any]:
-    """A model in evaluation mode and its tokenizer, or None where it has none. Weights are safetensors only.
+    """A model in evaluation mode and its tokenizer. Code that comes with a model is never run.
 
     Args:
         path_or_id: a folder, from which nothing but local files is read, or a model's name on the Hub.
         device: such as ``cpu`` or ``cuda``; None takes CUDA where there is one.
         dtype: ``float32``, ``float16``, ``bfloat16``, or ``auto``: float32 on a CPU, the checkpoint's own on CUDA.
 
+    Returns:
+        The model, and its tokenizer, or None where it comes without the files of one.
+
     Raises:
-        UserError: no such model, device or dtype, or a model that kv_gym cannot serve.
+        UserError: no such model, device or dtype, missing weights, files that cannot be read, or a model that kv_gym
+            does not support.
     """
     from transformers import AutoConfig, AutoModelForCausalLM, logging
 
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; expected one of {', '.join(_DTYPES)}")
-    place = usable_device(device)
+    target = usable_device(device)
     local = Path(path_or_id).is_dir()
     if local and not (Path(path_or_id) / "config.json").is_file():
         raise UserError(f"folder {path_or_id} holds no config.json; expected a model that save_pretrained wrote")
-    if not local and (Path(path_or_id).exists() or str(path_or_id).count("/") > 1 or str(path_or_id).startswith(".")):
+    if not local and (Path(path_or_id).exists() or not _HUB_NAME.fullmatch(str(path_or_id))):
         raise UserError(f"there is no model folder {path_or_id}; expected one with config.json, or a name on the Hub")
     logging.disable_progress_bar()  # its bar would stand between ours
-    wanted = "float32" if dtype == "auto" and place.type == "cpu" else dtype
+    verbosity = logging.get_verbosity()
+    logging.set_verbosity_error()  # what is missing is said below, in one sentence
+    wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     try:
-        config = AutoConfig.from_pretrained(path_or_id, local_files_only=local)
-        model = AutoModelForCausalLM.from_pretrained(
-            path_or_id, config=config, dtype=wanted, local_files_only=local, use_safetensors=True,
-            attn_implementation="sdpa",
+        config = AutoConfig.from_pretrained(path_or_id, local_files_only=local, trust_remote_code=False)
+        model, report = AutoModelForCausalLM.from_pretrained(
+            path_or_id, config=config, dtype=wanted, local_files_only=local, trust_remote_code=False,
+            use_safetensors=True, attn_implementation="sdpa", output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as error:
-        reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else type(error).__name__
-        missing = "" if local else " (and there is no folder of this name)"
-        raise UserError(f"cannot load model {path_or_id}{missing}: {reason}") from None
-    refuse_unserved(model)
-    model.to(place)  # type: ignore[arg-type]  # transformers' wrapper hides the argument from mypy
-    return model.eval(), _tokenizer(path_or_id, local)
+    except Exception as error:  # of a damaged folder, transformers lets through whatever its parts raise
+        hub = "" if local else " (and there is no folder of this name)"
+        raise UserError(f"cannot load model {path_or_id}{hub}: {_reason(error)}") from None
+    finally:
+        logging.set_verbosity(verbosity)
+    if missing := sorted(report["missing_keys"]):
+        named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
+        raise UserError(
+            f"model {path_or_id} comes without the weights {named}, which would be random numbers: copy all of its "
+            "files, or save it again with save_pretrained"
+        )
+    refuse_unsupported(model)
+    model.to(target)  # type: ignore[arg-type]  # transformers' wrapper hides the argument from mypy
+    return model.eval(), _load_tokenizer(path_or_id, local)
 
 
-def usable_device(device: str | None) -> torch.device:
-    """A device that is there; None takes CUDA where there is one."""
+def _load_tokenizer(path_or_id: str | Path, local: bool) -> Any:
+    from transformers import AutoTokenizer
+
+    # transformers 5.2 makes up a tokenizer of three words where a folder has none
+    if local and not any(any(Path(path_or_id).glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
+        return None
     try:
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    except RuntimeError:
-        raise UserError(f"device {device!r} is not known; expected cpu, cuda or cuda:N") from None
-    if place.type == "cuda" and (place.index or 0) >= torch.cuda.device_count():
-        raise UserError(f"device {device!r} is not there ({torch.cuda.device_count()} CUDA devices found); use cpu")
-    return place
+        return AutoTokenizer.from_pretrained(path_or_id, local_files_only=local, trust_remote_code=False)
+    except Exception as error:  # the tokenizers library raises nothing more special
+        if not local and not _on_hub(str(path_or_id), _TOKENIZER_FILES):
+            return None  # a model may come without one: prompts are then given as token ids
+        raise UserError(
+            f"the tokenizer of model {path_or_id} cannot be read: {_reason(error)}; repair its files, or upgrade "
+            "transformers if a newer version wrote them"
+        ) from None
+
+
+def _on_hub(name: str, files: Sequence[str]) -> bool:
+    """Whether a model on the Hub, or its copy in the Hub's cache, has one of these files."""
+    from transformers.utils import cached_file
+
+    quiet = {"_raise_exceptions_for_missing_entries": False, "_raise_exceptions_for_connection_errors": False}
+    return any(cached_file(name, file, **quiet) is not None for file in files)
+
+
+def recorded_tokenizer(name: str, wanted: str) -> Any:
+    """The tokenizer with the hash `wanted`, where it is on this machine, else None; never a download.
+
+    Args:
+        name: what a trace set calls its model. Only a name of the Hub's form is looked up, in the Hub's cache: the
+            set may be a stranger's, and no path that it names is opened.
+        wanted: what :func:`tokenizer_hash` gave.
+    """
+    if not wanted:
+        return None
+    from transformers import AutoTokenizer
+
+    is_path = Path(name).exists() or not _HUB_NAME.fullmatch(name)
+    for source in (MODEL,) if is_path else (MODEL, name):
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
+        except Exception:  # as in `_load_tokenizer`
+            continue
+        if tokenizer_hash(tokenizer) == wanted:
+            return tokenizer
+    return None
 
 
 def tokenizer_hash(tokenizer) -> str:
@@ -74,13 +139,43 @@ def tokenizer_hash(tokenizer) -> str:
     return hashlib.sha256(rules.encode()).hexdigest()
 
 
-def _tokenizer(path_or_id: str | Path, local: bool) -> Any:
-    from transformers import AutoTokenizer
+def usable_device(device: str | None) -> torch.device:
+    """A device that exists; None takes CUDA where there is one.
 
-    # transformers 5.2 makes up a tokenizer of three words where a folder has none
-    if local and not any(any(Path(path_or_id).glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
-        return None
+    Raises:
+        UserError: an unknown or missing device.
+    """
     try:
-        return AutoTokenizer.from_pretrained(path_or_id, local_files_only=local)
-    except (OSError, ValueError, KeyError, ImportError):
-        return None  # a model may come without one: prompts are then given as token ids
+        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    except RuntimeError:
+        raise UserError(f"device {device!r} is not known; expected cpu, cuda or cuda:N") from None
+    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device {device!r} is not there ({torch.cuda.device_count()} CUDA devices found); use cpu")
+    return found
+
+
+def token_rows(model, rows: Sequence[Sequence[int]]) -> Tensor:
+    """Token ids `[rows, tokens]` int64 on the model's device.
+
+    Args:
+        model: a transformers decoder.
+        rows: lists of one length.
+
+    Raises:
+        UserError: an id that the model has no embedding for, which would end in an error of the device.
+    """
+    vocabulary = model.config.get_text_config().vocab_size
+    largest = max((max(row) for row in rows if row), default=0)
+    smallest = min((min(row) for row in rows if row), default=0)
+    if largest >= vocabulary or smallest < 0:
+        wrong = largest if largest >= vocabulary else smallest
+        raise UserError(
+            f"a text holds token id {wrong} and the model knows ids below {vocabulary}, from 0: make its ids "
+            "with the tokenizer of this model"
+        )
+    return torch.tensor([list(row) for row in rows], dtype=torch.int64, device=model.device)
+
+
+def _reason(error: Exception) -> str:
+    first, *more = str(error).strip().splitlines() or [type(error).__name__]
+    return f"{first} {more[0].strip()}"[:300] if first.endswith(":") and more else first[:300]

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.models.repetition import Repetition
+from kv_gym.models.context_repetition import ContextRepetition
 
 
 @dataclass(frozen=True, eq=False)  # its dataclasses compare settings; one with weights equals itself alone
@@ -60,7 +60,7 @@ class Policy(ABC):
         return 0
 
     @property
-    def repetition(self) -> Repetition | None:
+    def repetition(self) -> ContextRepetition | None:
         """How the context must be read again before it is scored; None: it need not be.
 
         Such a policy has its state from :meth:`StatefulPolicy.observe_again` alone. Recordings hold it, and a live

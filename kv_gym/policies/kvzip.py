@@ -20,7 +20,7 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.models.repetition import Repetition
+from kv_gym.models.context_repetition import ContextRepetition
 from kv_gym.policies.base import StatefulPolicy
 
 
@@ -55,9 +55,9 @@ class KVzip(StatefulPolicy):
             raise UserError(f"kvzip got instruction={self.instruction!r}; expected token ids, such as '17 4 256'")
 
     @property
-    def repetition(self) -> Repetition:
+    def repetition(self) -> ContextRepetition:
         words = tuple(map(int, self.instruction.split()))
-        return Repetition(self.chunk, self.overlap, self.sinks, words, self.projected)
+        return ContextRepetition(self.chunk, self.overlap, self.sinks, words, self.projected)
 
     def initial_state(self, view: CacheView) -> dict[str, Tensor]:
         return {"paid": view.keys.new_zeros(view.keys.shape[:3]).float()}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.models.repetition import Repetition
+from kv_gym.models.context_repetition import ContextRepetition
 from kv_gym.policies.base import Policy, StatefulPolicy
 from kv_gym.policies.registry import make_policy
 
@@ -61,7 +61,7 @@ class Over(StatefulPolicy):
         return self.base.protection
 
     @property
-    def repetition(self) -> Repetition | None:
+    def repetition(self) -> ContextRepetition | None:
         return self.base.repetition
 
     def initial_state(self, view: CacheView) -> dict[str, Tensor]:

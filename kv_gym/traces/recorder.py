@@ -14,11 +14,10 @@ import torch
 
 from kv_gym import __version__
 from kv_gym.errors import UserError
-from kv_gym.models.attention import attach, detach, refuse_unserved
+from kv_gym.models.attention import attach, detach, refuse_unsupported
 from kv_gym.models.fingerprint import Fingerprint
-from kv_gym.models.hidden_states import listen, unlisten
-from kv_gym.models.loading import tokenizer_hash, usable_device
-from kv_gym.models.token_ids import token_rows
+from kv_gym.models.hidden_states import attach_hidden_state_hooks, remove_hidden_state_hooks
+from kv_gym.models.loading import token_rows, tokenizer_hash, usable_device
 from kv_gym.policies.base import Policy, StatefulPolicy
 from kv_gym.policies.registry import make_policy
 from kv_gym.traces.prompts import Prompt
@@ -74,7 +73,7 @@ def record(
         UserError: a model that cannot be served, settings or prompts that are not usable, or a folder that holds
             something else; nothing half-written stays behind.
     """
-    refuse_unserved(model)
+    refuse_unsupported(model)
     listed = list(prompts)
     if not listed:
         raise UserError("there are no prompts to record; expected at least one")
@@ -128,7 +127,7 @@ def record_sequence(
     Raises:
         UserError: a model or settings that are not usable.
     """
-    refuse_unserved(model)
+    refuse_unsupported(model)
     with _watched(model, hidden):
         return _sequence(model, prompt, window, _policies(stats), blocks, hidden)
 
@@ -242,14 +241,14 @@ def _watched(model, hidden: bool = False) -> Iterator[None]:
     training = model.training
     attach(model)
     if hidden:
-        listen(model)
+        attach_hidden_state_hooks(model)
     try:
         model.eval()
         yield
     finally:
         model.train(training)
         if hidden:
-            unlisten(model)
+            remove_hidden_state_hooks(model)
         detach(model)
 
 

@@ -12,14 +12,11 @@ from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.models.attention import AttentionCall, full_layers, hand_over
-from kv_gym.models.hidden_states import received
-from kv_gym.models.second_reading import read_again
+from kv_gym.models.attention import AttentionCall, full_layers, observe_next_attention
+from kv_gym.models.hidden_states import current_hidden_states
+from kv_gym.models.second_reading import run_second_reading
 from kv_gym.policies.base import StatefulPolicy
 from kv_gym.policies.scoring.block_schedule import observe_blocks
-
-# arguments of an attention function that change the weights in a way that is not followed here
-_UNFOLLOWED = ("softcap", "s_aux", "position_bias")
 
 
 class RecordingLayer(DynamicLayer):
@@ -52,21 +49,11 @@ class RecordingLayer(DynamicLayer):
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store as usual, and ask to see the attention that follows."""
         keys, values = super().update(key_states, value_states, *args, **kwargs)
-        hand_over(self)
+        observe_next_attention(self)
         return keys, values
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """The model's own attention; what is recorded is computed beside it.
-
-        Raises:
-            UserError: the layer weighs its keys in a way that could not be computed again.
-        """
-        for name in _UNFOLLOWED:
-            if call.rest.get(name) is not None:
-                raise UserError(
-                    f"{type(call.module).__name__} changes its attention weights by {name!r}, which kv_gym does not "
-                    "follow: its recorded attention would be wrong"
-                )
+        """The model's own attention; what is recorded is computed beside it."""
         output = call.run()
         if self.block is None:
             self._take_context(call)
@@ -88,7 +75,7 @@ class RecordingLayer(DynamicLayer):
         n = call.key.shape[2]
         self.context, self.scaling = n, call.scaling
         self.queries = call.query[:, :, max(0, n - self.window) :].clone()
-        self.hidden = received(self.layer) if self.hears else None
+        self.hidden = current_hidden_states(self.layer) if self.hears else None
         view = CacheView.of(call.key, call.value, budget=n, layer=self.layer, scaling=call.scaling)
         for name, policy in self.policies.items():
             self.stats[name] = observe_blocks(policy, view, call.query, policy.initial_state(view))
@@ -144,7 +131,7 @@ class RecordingCache(Cache):
                 for layer in held.values():
                     layer.reader = name
                 text = torch.stack((ids, torch.arange(ids.shape[1], device=ids.device)[None]), -1)
-                read_again(model, policy, text, held, self.layers, ids.shape[1])
+                run_second_reading(model, policy, text, held, self.layers, ids.shape[1])
 
     @contextmanager
     def continuing(self, rows: int, block: int) -> Iterator[None]:

@@ -11,7 +11,7 @@ from rich.text import Text
 
 from kv_gym.budgets import format_budget, parse_budget, select
 from kv_gym.errors import UserError
-from kv_gym.models.loading import tokenizer_hash
+from kv_gym.models.loading import recorded_tokenizer
 from kv_gym.policies.oracle import Oracle
 from kv_gym.traces.reader import TraceSet, open_traces
 from kv_gym.traces.sequence import Sequence
@@ -175,23 +175,7 @@ def _kept_words(words: list[str], kept: list[bool]) -> Text:
 
 def tokenizer_of(traces: TraceSet) -> Any:
     """The recorded model's tokenizer where it is on this machine, else None; never a download."""
-    wanted = traces.manifest["tokenizer"]
-    if not wanted:
-        return None
-    from transformers import AutoTokenizer
-
-    from kv_gym.files import MODEL
-
-    for place in (MODEL, traces.manifest.get("model", "")):
-        if not place:
-            continue
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(place, local_files_only=True)
-        except (OSError, ValueError, KeyError, ImportError):
-            continue
-        if tokenizer_hash(tokenizer) == wanted:
-            return tokenizer
-    return None
+    return recorded_tokenizer(traces.manifest.get("model", ""), traces.manifest["tokenizer"])
 
 
 def _count(names) -> dict[str, int]:

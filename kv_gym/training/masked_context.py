@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kv_gym.errors import UserError
-from kv_gym.models.attention import AttentionCall, attach, detach, full_layers, hand_over
+from kv_gym.models.attention import AttentionCall, attach, detach, full_layers, observe_next_attention
 from kv_gym.traces.sequence import Sequence
 
 
@@ -86,7 +86,7 @@ class MaskedContextLayer(CacheLayerMixin):
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """The continuations' own keys and values, as they are."""
-        hand_over(self)
+        observe_next_attention(self)
         return key_states, value_states
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, None]:

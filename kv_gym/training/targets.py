@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.errors import UserError
-from kv_gym.models.attention import attention_of, output_projection
+from kv_gym.models.attention import attention_modules, output_projection
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.masked_context import (
     RecordedContexts,
@@ -107,7 +107,7 @@ def output_roots(model) -> dict[int, Tensor]:
     heads = getattr(config, "num_key_value_heads", None) or config.num_attention_heads
     d = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     roots = {}
-    for layer, module in attention_of(model).items():
+    for layer, module in attention_modules(model).items():
         slices = output_projection(module, config.num_attention_heads, d).double().cpu()  # [Hq, d, D]
         gram = (slices @ slices.transpose(1, 2)).unflatten(0, (heads, -1)).mean(1)
         squares, directions = torch.linalg.eigh(gram)

@@ -136,7 +136,9 @@ def test_what_is_finished_is_not_measured_again(place, tmp_path, counted, monkey
     first = leaderboard(spec_of(place), tmp_path, progress=False)
     assert [size for size, _ in counted] == [8, 2]
     counted.clear()
-    monkeypatch.setattr("kv_gym.traces.load_model", lambda *_, **__: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(
+        "kv_gym.evaluation.leaderboard.run.load_model", lambda *_, **__: pytest.fail("a model was loaded")
+    )
     assert leaderboard(spec_of(place), tmp_path, progress=False) == first
     assert counted == []
 

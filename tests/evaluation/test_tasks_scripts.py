@@ -26,7 +26,7 @@ NATIVE = {"prefill": "prefill", "turn": "prefill"}  # else the trigger of the ta
 
 @pytest.fixture(scope="module")
 def model():
-    from kv_gym.traces import load_model
+    from kv_gym.models import load_model
 
     return load_model(MODEL)[0]
 
@@ -118,8 +118,8 @@ def test_batched_runs_equal_a_plain_loop_over_tokens(model, tasks, name, policy)
 def test_all_arms_of_a_policy_share_its_second_reading(model, tasks, monkeypatch):
     from kv_gym.live import cache as live
 
-    readings, read_again = [], live.read_again
-    monkeypatch.setattr(live, "read_again", lambda *given: (readings.append(1), read_again(*given)))
+    readings, read_again = [], live.run_second_reading
+    monkeypatch.setattr(live, "run_second_reading", lambda *given: (readings.append(1), read_again(*given)))
     task, kvzip = tasks["multi_key"], make_policy("kvzip")
     batch = task.batches()[0]
     configurations = [

@@ -5,8 +5,8 @@ from pathlib import Path
 
 from kv_gym.evaluation import evaluate
 from kv_gym.evaluation.tasks import reference_tasks
+from kv_gym.models import load_model
 from kv_gym.reference import MODEL
-from kv_gym.traces import load_model
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "kvpress_press.py"
 

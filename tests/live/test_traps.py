@@ -21,7 +21,7 @@ from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 import kv_gym
 from kv_gym import EvictingCache, make_policy
 from kv_gym.errors import UserError
-from kv_gym.models.attention import PREFIX, SERVED, full_layers, refuse_unserved
+from kv_gym.models.attention import PREFIX, SUPPORTED, full_layers, refuse_unsupported
 from kv_gym.policies import Policy, policy_class
 
 EXACT = {"rtol": 0, "atol": 1e-5}
@@ -156,7 +156,7 @@ def test_trap_7_the_switched_attention_keeps_masks(attention):
     with EvictingCache(model):
         assert model.config._attn_implementation == PREFIX + attention
         assert torch.equal(padded_run(model, DynamicCache(), ids, mask, [10, 2])[mask.bool()], expected[mask.bool()])
-    for name in SERVED:
+    for name in SUPPORTED:
         assert ALL_MASK_ATTENTION_FUNCTIONS[PREFIX + name] is ALL_MASK_ATTENTION_FUNCTIONS[name]
         assert ALL_MASK_ATTENTION_FUNCTIONS[name] is before[name]  # nothing of transformers' own was replaced
 
@@ -284,7 +284,7 @@ def test_trap_11_layers_of_other_kinds_are_left_alone():
     model = tiny()
     model.config.num_kv_shared_layers = 1
     with pytest.raises(UserError, match="share keys and values"):
-        refuse_unserved(model)
+        refuse_unsupported(model)
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global:rank"])

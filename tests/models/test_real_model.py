@@ -57,8 +57,9 @@ def test_it_goes_on_with_a_story_from_a_quarter_of_the_cache():
 def test_live_and_replay_keep_the_same_tokens(traces):
     from kv_gym import EvictingCache
     from kv_gym.budgets import protection_for, select
+    from kv_gym.models import load_model
     from kv_gym.policies import make_policy
-    from kv_gym.traces import load_model, open_traces
+    from kv_gym.traces import open_traces
 
     model, _ = load_model(MODEL)
     sequence = open_traces(traces)[0]

@@ -11,9 +11,10 @@ import torch
 
 from kv_gym import list_policies, make_policy
 from kv_gym.budgets import cut, parse_allocation, uniform
-from kv_gym.models.attention import attention_of, output_projection
+from kv_gym.models import load_model
+from kv_gym.models.attention import attention_modules, output_projection
 from kv_gym.reference import MODEL
-from kv_gym.traces import load_model, open_traces
+from kv_gym.traces import open_traces
 
 NAMES = [name for name in list_policies() if name != "scorer"]
 SETTINGS = {"lagkv": {"lag": 32}}  # the usual 128 needs more than 257 tokens to compare any
@@ -82,7 +83,7 @@ def sample():
     """The sample's whole context, and the output projections of the model that it was recorded from."""
     sequence, (model, _) = open_traces()[0], load_model(MODEL, device="cpu", dtype="float32")
     size = sequence.queries.shape[1], sequence.queries.shape[3]
-    return sequence, [output_projection(attention_of(model)[layer], *size) for layer in sequence.layers]
+    return sequence, [output_projection(attention_modules(model)[layer], *size) for layer in sequence.layers]
 
 
 @pytest.fixture(scope="module")

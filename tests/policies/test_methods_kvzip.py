@@ -10,7 +10,7 @@ from second_reading_reference import paid_when_repeated
 from kv_gym import CacheView, EvictingCache, make_policy
 from kv_gym.errors import UserError
 from kv_gym.live import PolicyGroup
-from kv_gym.models.repetition import Repetition
+from kv_gym.models.context_repetition import ContextRepetition
 from kv_gym.traces import Prompt
 from kv_gym.traces.recorder import record_sequence
 
@@ -66,14 +66,14 @@ def test_the_projected_order_by_hand():
 
 def test_chunks_by_hand():
     text = torch.tensor([[-1, -1, 10, 11, 12], [20, 21, 22, 23, 24]])
-    one, two, three = Repetition(2, 1, 4, (7,)).chunks(text, (1,))
+    one, two, three = ContextRepetition(2, 1, 4, (7,)).chunks(text, (1,))
     assert one[0].tolist() == [[7, 10, 11], [7, 20, 21]]
     assert two[0].tolist() == [[7, 11, 12, -1], [7, 21, 22, 23]]
     assert three[0].tolist() == [[-1, -1, -1], [7, 23, 24]]
     assert [(chunk[1].tolist(), chunk[2].tolist()) for chunk in (one, two, three)] == [
         ([0, 0], [2, 2]), ([2, 2], [3, 4]), ([3, 4], [3, 5]),
     ]  # fmt: skip
-    assert Repetition(9, 0, 4).chunks(text[1:], (1,))[0][0].tolist() == [[1, 20, 21, 22, 23, 24]]
+    assert ContextRepetition(9, 0, 4).chunks(text[1:], (1,))[0][0].tolist() == [[1, 20, 21, 22, 23, 24]]
 
 
 @pytest.mark.parametrize("settings", SETTINGS, ids=str)

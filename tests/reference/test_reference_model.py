@@ -37,7 +37,7 @@ def test_it_recalls_what_held_out_contexts_say(task, tokens):
     from kv_gym.evaluation.configurations import full_cache
     from kv_gym.evaluation.measure import measure
     from kv_gym.evaluation.tasks import parse_tasks
-    from kv_gym.traces import load_model
+    from kv_gym.models import load_model
 
     with torch.no_grad():
         row = measure(load_model(MODEL)[0], parse_tasks(f"{task}:{tokens}:unseen"), [full_cache()])[0]

@@ -13,14 +13,13 @@ from typer.testing import CliRunner
 
 from kv_gym.cli import app
 from kv_gym.errors import UserError
+from kv_gym.models import load_model
 from kv_gym.traces import (
     Prompt,
     info,
-    load_model,
     open_traces,
     prompts_from_text,
     record,
-    record_sequence,
     show,
     validate,
 )
@@ -144,37 +143,6 @@ def test_show_draws_a_picture(recorded, tmp_path):
             picture(traces[number], ["$"] * len(traces[number].tokens), out)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
     assert picture(traces[0], ["$^{", "\n", "a" * 99] * 8, tmp_path / "odd.png").stat().st_size > 1000
-
-
-def test_models_that_cannot_be_loaded(tmp_path):
-    for place, reason in [
-        (tmp_path / "missing", "no model folder"),
-        (tmp_path, "holds no config.json"),
-        ("./missing", "no model folder"),
-        ("nobody/no-such-model", "cannot load model nobody/no-such-model"),
-    ]:
-        with pytest.raises(UserError, match=reason):
-            load_model(place)
-    tiny_model().save_pretrained(tmp_path / "tiny")
-    with pytest.raises(UserError, match="dtype 'int8'"):
-        load_model(tmp_path / "tiny", dtype="int8")
-    with pytest.raises(UserError, match="device 'toaster'"):
-        load_model(tmp_path / "tiny", device="toaster")
-    (tmp_path / "tiny" / "model.safetensors").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="cannot load model"):
-        load_model(tmp_path / "tiny", device="cpu")
-
-
-def test_a_saved_model_records_the_same(tmp_path):
-    model = tiny_model()
-    for parameter in model.parameters():  # `model.bfloat16()` would round the rotary frequencies as well
-        parameter.data = parameter.data.bfloat16()
-    model.save_pretrained(tmp_path / "tiny")
-    loaded, tokenizer = load_model(tmp_path / "tiny", device="cpu")
-    assert tokenizer is None
-    assert loaded.dtype == torch.float32, "float32 on a CPU, whatever the checkpoint holds"
-    prompt = some_prompt((6,), context=24)
-    np.testing.assert_array_equal(record_sequence(loaded, prompt).keys, record_sequence(model.float(), prompt).keys)
 
 
 @pytest.mark.skipif(not (STORIES.is_dir() and NOVEL.is_file()), reason=f"no pretrained model and novel under {DATA}")

@@ -11,10 +11,11 @@ import argparse
 from dataclasses import replace
 from pathlib import Path
 
+from kv_gym.models import load_model
 from kv_gym.policies import list_policies, make_policy
 from kv_gym.reference import MODEL
 from kv_gym.reference.prompts import reference_prompts
-from kv_gym.traces import load_model, record_sequence, validate
+from kv_gym.traces import record_sequence, validate
 from kv_gym.traces.recorder import manifest_of
 from kv_gym.traces.writer import TraceWriter
 

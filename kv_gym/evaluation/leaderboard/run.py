@@ -36,8 +36,9 @@ from kv_gym.evaluation.rows import complete, result
 from kv_gym.evaluation.tasks import Task, parse_tasks
 from kv_gym.evaluation.tasks.replay import ReplayTask
 from kv_gym.live import CacheConfig
+from kv_gym.models import load_model
 from kv_gym.policies import Policy
-from kv_gym.traces import TraceSet, load_model, open_traces
+from kv_gym.traces import TraceSet, open_traces
 
 REPLAYED_AT_ONCE = 8  # contexts of a batch of replay
 

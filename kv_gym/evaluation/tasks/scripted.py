@@ -20,7 +20,7 @@ from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.script import Aside, Script, alike, scripts_hash
 from kv_gym.live import EvictingCache
-from kv_gym.models.token_ids import token_rows
+from kv_gym.models.loading import token_rows
 
 AT_ONCE = 64  # questions asked together: each holds a copy of its context's cache
 

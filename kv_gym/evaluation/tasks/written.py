@@ -18,7 +18,7 @@ from kv_gym.evaluation.configurations import Configuration, cache_for, fork_for
 from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.scripted import bytes_held
-from kv_gym.models.token_ids import token_rows
+from kv_gym.models.loading import token_rows
 
 
 @dataclass(frozen=True)

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView, attention_weights
-from kv_gym.models.repetition import BLOCK
+from kv_gym.models.context_repetition import QUERY_BLOCK
 from kv_gym.policies.base import StatefulPolicy
 
 
 def observe_blocks(
-    policy: StatefulPolicy, view: CacheView, queries: Tensor, state: Mapping[str, Tensor], block: int = BLOCK
+    policy: StatefulPolicy, view: CacheView, queries: Tensor, state: Mapping[str, Tensor], block: int = QUERY_BLOCK
 ) -> dict[str, Tensor]:
     """The policy's state after the last q queries, shown to it as if their tokens had arrived `block` at a time.
 
