@@ -62,7 +62,7 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
     wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     try:
         config = AutoConfig.from_pretrained(path_or_id, local_files_only=local, trust_remote_code=False)
-        model, report = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             path_or_id, config=config, dtype=wanted, local_files_only=local, trust_remote_code=False,
             use_safetensors=True, attn_implementation="sdpa", output_loading_info=True,
         )  # fmt: skip
@@ -71,6 +71,7 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
         raise UserError(f"cannot load model {path_or_id}{hub}: {_reason(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
+    model, report = loaded
     if missing := sorted(report["missing_keys"]):
         named = ", ".join(missing[:3]) + (f" and {len(missing) - 3} more" if len(missing) > 3 else "")
         raise UserError(
@@ -78,8 +79,7 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
             "files, or save it again with save_pretrained"
         )
     refuse_unsupported(model)
-    model.to(target)  # type: ignore[arg-type]  # transformers' wrapper hides the argument from mypy
-    return model.eval(), _load_tokenizer(path_or_id, local)
+    return model.to(target).eval(), _load_tokenizer(path_or_id, local)
 
 
 def _load_tokenizer(path_or_id: str | Path, local: bool) -> Any:
