@@ -283,7 +283,7 @@ def test_nothing_of_a_hidden_state_is_held():
         cache.compress()
         slot = (8 + 8) * 8 + 8 + 4  # a float64 key and value, the position, the score
         assert cache.nbytes() == 3 * HEADS * 8 * slot
-    assert hidden_states._present.held is None
+    assert hidden_states._current.input is None
 
 
 def test_scores_go_to_a_file_and_come_back(tmp_path):
@@ -325,9 +325,9 @@ def test_a_forward_that_raises_leaves_no_hook_and_no_state():
     with pytest.raises(ZeroDivisionError):
         feed(model, tokens(1, 20), cache)
     failing.remove()
-    assert hidden_states._present.held is None
+    assert hidden_states._current.input is None
     feed(model, tokens(1, 20), None)  # the decoder's own last hook goes with the next forward
-    assert hooks_of(model) == before and hidden_states._present.held is None
+    assert hooks_of(model) == before and hidden_states._current.input is None
 
 
 def test_keys_without_a_model_are_refused():
