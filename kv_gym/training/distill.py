@@ -30,7 +30,7 @@ class DistillSettings(Settings):
 
 
 class Distill(LossLearner):
-    """Descends :func:`~kv_gym.training.losses.pairwise_hinge` against the golden order, head by head."""
+    """Pairwise ranking of each head's slots in the order of Golden Eviction."""
 
     settings_class = DistillSettings
     settings: DistillSettings

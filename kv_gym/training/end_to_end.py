@@ -53,7 +53,7 @@ class EndToEndSettings(Settings):
 
 
 class EndToEnd(Learner):
-    """Descends the divergence of the cut cache's predictions from the full cache's.
+    """Trains the scores through the frozen model, by the divergence of the cut cache's predictions from the full's.
 
     The scoring networks stay on the CPU; contexts, gates and continuations move to the model's device.
     """

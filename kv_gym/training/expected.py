@@ -14,7 +14,7 @@ from kv_gym.training.plackett_luce import expected_rank_cost
 
 
 class Expected(LossLearner):
-    """Descends :func:`~kv_gym.training.plackett_luce.expected_rank_cost`, the mean over contexts and heads.
+    """Each head ranks its own slots, by the exact gradient of the expected rank cost.
 
     Every slot is compared with at most 128 others, drawn anew at every step (an unbiased estimate).
     """

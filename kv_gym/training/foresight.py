@@ -43,7 +43,7 @@ class ForesightSettings(GRPOSettings):
 
 
 class Foresight(GroupLearner):
-    """Two stages on one network."""
+    """Learns the order of Golden Eviction first, then from its own evictions by GRPO."""
 
     settings_class = ForesightSettings
     settings: ForesightSettings

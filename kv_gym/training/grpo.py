@@ -152,7 +152,7 @@ class GroupLearner(Learner):
 
 
 class GRPO(GroupLearner, ContextLearner):
-    """GRPO on decisions at the end of contexts."""
+    """Group-relative policy optimisation of sampled rankings, stage by stage."""
 
     def prepare(self, sequences: list[Sequence]) -> None:
         """Leave protected slots out: there is nothing to decide about them."""

@@ -63,7 +63,7 @@ class JointSettings(Settings):
 
 
 class Joint(LossLearner):
-    """Descends the loss of its settings over all slots of each drawn context."""
+    """One ranking over all slots of the model, so that one threshold can cut all heads."""
 
     settings_class = JointSettings
     calibrated = True

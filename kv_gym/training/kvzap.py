@@ -44,7 +44,7 @@ class KVzapSettings(Settings):
 
 
 class KVzap(LossLearner):
-    """Descends the mean squared error of scores against the natural logarithm of the utility."""
+    """Every head regresses the logarithm of a slot's utility from the token's hidden state."""
 
     settings_class = KVzapSettings
     calibrated = True

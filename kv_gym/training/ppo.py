@@ -50,7 +50,7 @@ class PPOSettings(Settings):
 
 
 class RankingPPO(Learner):
-    """One step: a rollout, and SB3's updates on it."""
+    """PPO of Stable-Baselines3 on KVEvict-v0, with rankings as actions; a step is a rollout and its updates."""
 
     settings_class = PPOSettings
     settings: PPOSettings

@@ -37,7 +37,7 @@ class RLOOSettings(Settings):
 
 
 class RLOO(LossLearner):
-    """Descends the score-function estimate of the expected cost ratio."""
+    """Each head ranks its own slots, by sampled rankings with a leave-one-out baseline (KVP)."""
 
     settings_class = RLOOSettings
     settings: RLOOSettings
