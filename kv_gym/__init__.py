@@ -22,6 +22,8 @@ _HOMES = {
     "export": "kv_gym.training",
     "generate": "kv_gym.live",
     "report": "kv_gym.evaluation",
+    "leaderboard": "kv_gym.evaluation.leaderboard",
+    "calibrate": "kv_gym.evaluation",
 }
 
 __all__ = ["__version__", *_HOMES]

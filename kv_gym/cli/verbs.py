@@ -70,7 +70,7 @@ def _record(
     typer.echo(f"{len(call(prompts=listed, recipe=recipe))} contexts in {call['out']}")
 
 
-@verb(app, "kv_gym.training.train", arguments=("agent",), kinds={"traces": str})
+@verb(app, "kv_gym.training.train", arguments=("agent",))
 def _train(
     call: Call,
     steps: Steps = None,
@@ -92,7 +92,7 @@ def _train(
     "kv_gym.evaluation.evaluate",
     rename={"allocations": "allocation"},
     defaults={"budgets": ["0.5", "0.25", "0.125"]},
-    kinds={"policies": list, "traces": str},
+    kinds={"policies": list},
 )
 def _evaluate(
     call: Call,
@@ -168,7 +168,6 @@ def _leaderboard(
     arguments=("policy",),
     rename={"shares": "budgets"},
     defaults={"shares": ["1/2", "1/4", "1/8", "1/16", "1/32"]},
-    kinds={"traces": str},
 )
 def _calibrate(call: Call) -> None:
     from kv_gym.budgets import format_budget

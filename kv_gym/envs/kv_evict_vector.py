@@ -40,6 +40,7 @@ class KVEvictVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         "render_fps": FRAMES_PER_SECOND,
         "autoreset_mode": AutoresetMode.SAME_STEP,
     }
+    autoreset_mode = AutoresetMode.SAME_STEP
 
     def __init__(
         self,

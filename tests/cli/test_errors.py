@@ -36,7 +36,7 @@ def test_the_process_itself_exits_with_2_and_one_line(tmp_path):
         (OSError("unable to lock file"), "unable to lock file"),
     ],
 )
-def test_what_the_system_refuses_is_one_line(monkeypatch, capsys, error, sentence):
+def test_errors_of_the_operating_system_are_one_line(monkeypatch, capsys, error, sentence):
     def refused():
         raise error
 
@@ -74,19 +74,19 @@ BUDGETS = {"0": "not above zero", "-0.5": "not above zero", "1.5": "share above 
 
 @pytest.mark.parametrize("budget", BUDGETS)
 def test_unusable_budgets(sample, budget):
-    code, said = run("evaluate", "--traces", sample, "--policies", "keydiff", f"--budgets={budget}")
-    assert code == 2 and BUDGETS[budget] in said
+    code, message = run("evaluate", "--traces", sample, "--policies", "keydiff", f"--budgets={budget}")
+    assert code == 2 and BUDGETS[budget] in message
 
 
 def test_an_unknown_policy_gets_a_suggestion(sample):
-    code, said = run("evaluate", "--traces", sample, "--policies", "keydif")
-    assert code == 2 and "did you mean 'keydiff'?" in said
+    code, message = run("evaluate", "--traces", sample, "--policies", "keydif")
+    assert code == 2 and "did you mean 'keydiff'?" in message
 
 
 def test_an_oracle_without_a_future(tiny_model, tmp_path):
     (tmp_path / "tasks.jsonl").write_text('{"context_ids": [1, 2], "question_ids": [3], "answer_ids": [4]}')
-    code, said = run("evaluate", "--model", tiny_model, "--tasks", tmp_path / "tasks.jsonl", "--policies", "oracle")
-    assert code == 2 and "oracle" in said and "traces" in said
+    code, message = run("evaluate", "--model", tiny_model, "--tasks", tmp_path / "tasks.jsonl", "--policies", "oracle")
+    assert code == 2 and "oracle" in message and "traces" in message
 
 
 def test_a_policy_of_another_model(tiny_model, tmp_path):
@@ -96,10 +96,10 @@ def test_a_policy_of_another_model(tiny_model, tmp_path):
     other = Fingerprint("llama", "a" * 64, "{}", layers=(0,), query_heads=2, kv_heads=2, head_dim=4)
     Scorer(GroupedScorer(2, 4, 8), other, (8, 8)).save_pretrained(tmp_path / "policy")
     (tmp_path / "tasks.jsonl").write_text('{"context_ids": [1, 2], "question_ids": [3], "answer_ids": [4]}')
-    code, said = run(
+    code, message = run(
         "evaluate", "--model", tiny_model, "--tasks", tmp_path / "tasks.jsonl", "--policies", tmp_path / "policy"
     )
-    assert code == 2 and "kv_heads 2" in said and "has 1" in said
+    assert code == 2 and "kv_heads 2" in message and "has 1" in message
 
 
 @pytest.mark.parametrize(
@@ -107,29 +107,29 @@ def test_a_policy_of_another_model(tiny_model, tmp_path):
 )
 def test_unusable_prompts_leave_nothing_behind(tiny_model, tmp_path, line):
     (tmp_path / "prompts.jsonl").write_text(line + "\n")
-    code, said = run(
+    code, message = run(
         "record", "--model", tiny_model, "--prompts", tmp_path / "prompts.jsonl", "--out", tmp_path / "out"
     )
-    assert code == 2 and said.startswith("kv-gym: ") and said.count("\n") == 1
+    assert code == 2 and message.startswith("kv-gym: ") and message.count("\n") == 1
     assert not (tmp_path / "out").exists()
 
 
 def test_record_wants_one_source(tiny_model, tmp_path):
-    code, said = run("record", "--model", tiny_model, "--out", tmp_path / "out")
-    assert code == 2 and "exactly one of" in said and not (tmp_path / "out").exists()
+    code, message = run("record", "--model", tiny_model, "--out", tmp_path / "out")
+    assert code == 2 and "exactly one of" in message and not (tmp_path / "out").exists()
 
 
 def test_a_model_that_is_not_there(tmp_path):
-    code, said = run("record", "--model", tmp_path / "none", "--tasks", "reference", "--out", tmp_path / "out")
-    assert code == 2 and said.count("\n") == 1 and not (tmp_path / "out").exists()
+    code, message = run("record", "--model", tmp_path / "none", "--tasks", "reference", "--out", tmp_path / "out")
+    assert code == 2 and message.count("\n") == 1 and not (tmp_path / "out").exists()
 
 
 def test_an_unknown_agent_and_a_foreign_folder(sample, tmp_path):
-    code, said = run("train", "jiont", "--traces", sample, "--out", tmp_path / "out")
-    assert code == 2 and "joint" in said and not (tmp_path / "out").exists()
+    code, message = run("train", "jiont", "--traces", sample, "--out", tmp_path / "out")
+    assert code == 2 and "joint" in message and not (tmp_path / "out").exists()
     (tmp_path / "mine.txt").write_text("mine")
-    code, said = run("train", "joint", "--traces", sample, "--out", tmp_path)
-    assert code == 2 and "name a new folder" in said
+    code, message = run("train", "joint", "--traces", sample, "--out", tmp_path)
+    assert code == 2 and "name a new folder" in message
     assert [file.name for file in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -150,48 +150,50 @@ def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
 
 
 def test_a_split_that_the_traces_lack(sample):
-    code, said = run("evaluate", "--traces", sample, "--policies", "keydiff", "--split", "val")
-    assert code == 2 and "no context in split 'val' (splits there: 'test', 'train')" in said
+    code, message = run("evaluate", "--traces", sample, "--policies", "keydiff", "--split", "val")
+    assert code == 2 and "no context in split 'val' (splits there: 'test', 'train')" in message
 
 
 def test_traces_and_a_model_at_once(sample):
     both = ("evaluate", "--traces", sample, "--model", "reference", "--policies", "keydiff")
     for arguments in (both, (*both, "--tasks", "multi_key:64"), ("evaluate", "--policies", "keydiff")):
-        code, said = run(*arguments)
-        assert code == 2 and "either on --traces or on a --model with --tasks" in said
+        code, message = run(*arguments)
+        assert code == 2 and "either on --traces or on a --model with --tasks" in message
 
 
-def test_a_recording_of_nothing(tmp_path):
-    code, said = run("record", "--model", "reference", "--tasks", "reference", "--count", 0, "--out", tmp_path / "out")
-    assert code == 2 and "'--count'" in said and not (tmp_path / "out").exists()
+def test_a_recording_of_no_context(tmp_path):
+    code, message = run(
+        "record", "--model", "reference", "--tasks", "reference", "--count", 0, "--out", tmp_path / "out"
+    )
+    assert code == 2 and "'--count'" in message and not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("name", ["a.pdf", "a.md", "a.htm"])
 def test_a_report_of_another_kind(sample, tmp_path, name):
     rows = tmp_path / "rows.json"
     run("evaluate", "--traces", sample, "--policies", "keydiff", "--json", rows, "--no-progress")
-    code, said = run("report", rows, "--out", tmp_path / name)
-    assert code == 2 and "name one that ends in .html, or a folder" in said and not (tmp_path / name).exists()
+    code, message = run("report", rows, "--out", tmp_path / name)
+    assert code == 2 and "name one that ends in .html, or a folder" in message and not (tmp_path / name).exists()
 
 
 def test_text_in_words_that_the_model_does_not_know(tmp_path):
     (tmp_path / "text.txt").write_text("Ceci n'est pas une pipe " * 200)
-    code, said = run("record", "--model", "reference", "--text", tmp_path / "text.txt", "--out", tmp_path / "out")
-    assert code == 2 and "unknown to the model's tokenizer" in said and not (tmp_path / "out").exists()
+    code, message = run("record", "--model", "reference", "--text", tmp_path / "text.txt", "--out", tmp_path / "out")
+    assert code == 2 and "unknown to the model's tokenizer" in message and not (tmp_path / "out").exists()
 
 
 def test_a_result_that_cannot_be_written_is_refused_before_the_work(sample, tmp_path):
-    code, said = run("evaluate", "--traces", sample, "--policies", "keydiff", "--json", tmp_path)
-    assert code == 2 and "is a folder" in said
+    code, message = run("evaluate", "--traces", sample, "--policies", "keydiff", "--json", tmp_path)
+    assert code == 2 and "is a folder" in message
 
 
 def test_a_failed_evaluation_leaves_the_earlier_result(sample, tmp_path):
     file = tmp_path / "result.json"
     assert run("evaluate", "--traces", sample, "--policies", "keydiff", "--json", file, "--no-progress")[0] == 0
-    earlier = file.read_text()
-    assert json.loads(earlier)["rows"]
+    before = file.read_text()
+    assert json.loads(before)["rows"]
     assert run("evaluate", "--traces", sample, "--policies", "keydiff,nothing", "--json", file)[0] == 2
-    assert file.read_text() == earlier and [f.name for f in tmp_path.iterdir()] == ["result.json"]
+    assert file.read_text() == before and [f.name for f in tmp_path.iterdir()] == ["result.json"]
 
 
 DAMAGE = {
@@ -212,12 +214,12 @@ def test_damaged_traces(sample, tmp_path, name):
         ["trace", "validate", tmp_path / "traces"],
         ["evaluate", "--traces", tmp_path / "traces", "--policies", "keydiff"],
     ):
-        code, said = run(*verb)
-        assert code == 2 and said.startswith("kv-gym: ") and said.count("\n") == 1
+        code, message = run(*verb)
+        assert code == 2 and message.startswith("kv-gym: ") and message.count("\n") == 1
 
 
 @pytest.mark.parametrize(
-    ("given", "answer"),
+    ("given", "expected"),
     [
         ("steps", "expected NAME=VALUE"),
         ("contexts=[", "expected a value as in agents/*.yml"),
@@ -226,7 +228,7 @@ def test_damaged_traces(sample, tmp_path, name):
         ("contexts=two", "contexts is 'two'"),
     ],
 )
-def test_settings_that_cannot_be(sample, tmp_path, given, answer):
-    code, said = run("train", "joint", "--traces", sample, "--out", tmp_path / "out", "--set", given)
-    assert code == 2 and answer in said and said.count("\n") == 1
+def test_unusable_settings(sample, tmp_path, given, expected):
+    code, message = run("train", "joint", "--traces", sample, "--out", tmp_path / "out", "--set", given)
+    assert code == 2 and expected in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()

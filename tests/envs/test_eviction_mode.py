@@ -78,9 +78,9 @@ def test_joint_by_hand():
 def test_a_budget_above_the_length_evicts_nothing():
     env = gym.make("KVEvict-v0", traces=random_contexts(), budget=1000)
     env.reset(seed=0)
-    over = False
-    while not over:
-        _, reward, over, _, info = env.step(env.action_space.sample())
+    terminated = False
+    while not terminated:
+        _, reward, terminated, _, info = env.step(env.action_space.sample())
         assert reward == 1.0 and info["utility_kept"] == 1.0
 
 
@@ -91,7 +91,7 @@ def test_long_joint_rows_lose_nothing_either():
 
 
 @dataclass(frozen=True)
-class Given(Policy):
+class FixedScores(Policy):
     """Scores from outside."""
 
     scores: torch.Tensor | None = None
@@ -112,7 +112,7 @@ def test_the_first_cut_is_that_of_the_budgets_package(budget, sinks, recent):
         observation, *_ = env.step(scores)
         slots = budget if isinstance(budget, int) else int(16 * budget)
         view = CacheView.of(torch.zeros(1, 1, 16, 4), torch.zeros(1, 1, 16, 4), budget=slots)
-        kept = select(Given(torch.from_numpy(scores)[None, None]), view, sinks, recent)[0, 0]
+        kept = select(FixedScores(torch.from_numpy(scores)[None, None]), view, sinks, recent)[0, 0]
         assert observation["mask"].astype(bool).tolist() == kept.tolist()
 
 
@@ -123,9 +123,9 @@ def test_continuations_are_episodes_of_their_own():
     for continuation in (0, 1):
         _, info = env.reset(options={"continuation": continuation})
         assert info["continuation"] == continuation
-        steps, over = 0, False
-        while not over:
-            over = env.step(np.zeros(4, np.float32))[2]
+        steps, terminated = 0, False
+        while not terminated:
+            terminated = env.step(np.zeros(4, np.float32))[2]
             steps += 1
         lengths.append(steps)
     assert lengths == [1, 3]

@@ -36,17 +36,17 @@ def test_train_ppo(traces, tmp_path, capsys):
         "train_ppo.py", "--traces", traces / "train", "--eval-traces", traces / "test", "--out", tmp_path,
         "--steps", 512, "--num-envs", 4,
     )  # fmt: skip
-    trained, fresh = re.findall(r": (0\.\d{3})$", capsys.readouterr().out, re.MULTILINE)
-    assert 0 < float(fresh) <= 1 and 0 < float(trained) <= 1
+    trained, untrained = re.findall(r": (0\.\d{3})$", capsys.readouterr().out, re.MULTILINE)
+    assert 0 < float(untrained) <= 1 and 0 < float(trained) <= 1
     assert (tmp_path / "agent.zip").is_file() and list(tmp_path.glob("PPO_1/events.out.tfevents.*"))
 
 
 def test_custom_agent(traces, capsys):
     run("custom_agent.py", "--traces", traces / "train", "--steps", 201)
-    said = capsys.readouterr().out
-    first, *_, last = (float(number) for number in re.findall(r"training reward (0\.\d{3})", said))
+    output = capsys.readouterr().out
+    first, *_, last = (float(number) for number in re.findall(r"training reward (0\.\d{3})", output))
     assert 0 < first < last < 1  # it learns
-    assert re.search(r"held out, learned: 0\.\d{3}", said) and "held out, smallest keys" in said
+    assert re.search(r"held out, learned: 0\.\d{3}", output) and "held out, smallest keys" in output
 
 
 @pytest.mark.parametrize("example", ["train_ppo.py", "custom_agent.py"])

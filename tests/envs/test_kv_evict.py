@@ -1,4 +1,4 @@
-"""What Gymnasium and Stable-Baselines3 expect, determinism, and what a user may get wrong."""
+"""The scalar environment: the checkers of Gymnasium and Stable-Baselines3, observations, seeds, and errors."""
 
 import warnings
 from dataclasses import replace
@@ -24,7 +24,7 @@ SETTINGS = [
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_gymnasium_has_nothing_to_say(settings):
+def test_the_gymnasium_checker_is_silent(settings):
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         warnings.filterwarnings("ignore", "no window can be opened here")  # render_mode="human" without a display
@@ -34,14 +34,14 @@ def test_gymnasium_has_nothing_to_say(settings):
 
 
 @pytest.mark.parametrize("settings", SETTINGS)
-def test_sb3_only_wonders_at_two_dimensions(settings):
-    with warnings.catch_warnings(record=True) as told:
+def test_the_sb3_checker_only_warns_about_unconventional_shapes(settings):
+    with warnings.catch_warnings(record=True) as warned:
         warnings.simplefilter("always")
         check_env_sb3(gym.make("KVEvict-v0", traces=random_contexts(), **settings))
-    assert told and all("unconventional shape" in str(one.message) for one in told)
+    assert warned and all("unconventional shape" in str(one.message) for one in warned)
 
 
-def test_the_observation_is_the_recording():
+def test_observations_show_what_was_recorded():
     traces = random_contexts()
     env = gym.make("KVEvict-v0", traces=traces, features=("knorm",)).unwrapped
     observation, info = env.reset(options={"sequence": 1, "head": 2})
@@ -56,7 +56,7 @@ def test_the_observation_is_the_recording():
     np.testing.assert_allclose(observation["features"][:9, 0], norms, rtol=1e-5)
 
 
-def test_joint_shows_head_after_head():
+def test_joint_observations_show_head_after_head():
     (trace,) = random_contexts(lengths=(9,))
     observation, _ = gym.make("KVEvict-v0", traces=[trace], heads="joint").reset()
     np.testing.assert_array_equal(observation["key"], trace.keys.reshape(36, 4))
@@ -92,7 +92,7 @@ def test_sequential_order_walks_through_all_heads():
     assert pairs == [(s, h) for s in range(3) for h in range(4)] + [(0, 0)]
 
 
-def test_returned_arrays_are_the_users_own():
+def test_returned_arrays_are_copies():
     env = gym.make("KVEvict-v0", traces=random_contexts())
     first, _ = env.reset(options={"sequence": 0, "head": 1})
     kept = first["key"].copy()
@@ -103,7 +103,7 @@ def test_returned_arrays_are_the_users_own():
 
 @pytest.mark.filterwarnings("ignore:.*render_mode")  # Gymnasium warns before we refuse
 @pytest.mark.parametrize(
-    ("settings", "said"),
+    ("settings", "message"),
     [
         ({"traces": []}, "holds no context"),
         ({"heads": [(7, 0)]}, r"head \(7, 0\) is not in the traces"),
@@ -123,13 +123,13 @@ def test_returned_arrays_are_the_users_own():
         ({"traces": random_contexts(continuations=0)}, "record them with continuations"),
     ],
 )
-def test_what_cannot_be_used_is_refused_in_one_sentence(settings, said):
-    with pytest.raises(UserError, match=said) as refusal:
+def test_what_cannot_be_used_is_refused_in_one_sentence(settings, message):
+    with pytest.raises(UserError, match=message) as error:
         gym.make("KVEvict-v0", **({"traces": random_contexts()} | settings))
-    assert "\n" not in str(refusal.value)
+    assert "\n" not in str(error.value)
 
 
-def test_reset_options_that_fit_nothing_are_refused():
+def test_reset_options_without_a_matching_episode_are_refused():
     env = gym.make("KVEvict-v0", traces=random_contexts())
     with pytest.raises(UserError, match="no episode has sequence 3"):
         env.reset(options={"sequence": 3})
@@ -137,7 +137,7 @@ def test_reset_options_that_fit_nothing_are_refused():
         env.reset(options={"layer": 0})
 
 
-def test_steps_outside_an_episode_and_wrong_shapes_are_refused():
+def test_steps_outside_an_episode_and_actions_of_wrong_shape_are_refused():
     env = gym.make("KVEvict-v0", traces=random_contexts()).unwrapped
     with pytest.raises(UserError, match="call reset first"):
         env.step(env.action_space.sample())
@@ -149,16 +149,21 @@ def test_steps_outside_an_episode_and_wrong_shapes_are_refused():
         env.step(env.action_space.sample())
 
 
-class Words:
-    """Just enough of a tokenizer."""
+class Tokenizer:
+    """Names every token by its id."""
 
     def convert_ids_to_tokens(self, ids):
         return [f"w{token}" for token in ids]
 
 
-def test_text_shows_who_stays_at_each_budget():
+def test_text_shows_which_tokens_stay_at_each_budget():
     env = gym.make(
-        "KVEvict-v0", traces=[one_head([0.4, 0.1, 0.3, 0.2])], sinks=0, recent=0, render_mode="ansi", tokenizer=Words()
+        "KVEvict-v0",
+        traces=[one_head([0.4, 0.1, 0.3, 0.2])],
+        sinks=0,
+        recent=0,
+        render_mode="ansi",
+        tokenizer=Tokenizer(),
     )
     env.reset()
     assert "w10 w11 w12 w13" in env.render()

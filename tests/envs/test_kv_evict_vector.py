@@ -15,20 +15,20 @@ from kv_gym.errors import UserError
 SETTINGS = [{}, {"heads": "joint", "sinks": 3}, {"budget": 4}, {"budget": 0.5, "heads": "joint"}, {"index": True}]
 
 
-def ragged():
+def uneven_traces():
     """Continuations of one and of three blocks, so that episodes end at different times."""
     return random_contexts() + random_contexts(lengths=(16,), queries=2, seed=9)
 
 
 def test_make_vec_gives_the_native_batch():
-    env = gym.make_vec("KVEvict-v0", num_envs=6, traces=ragged(), group=3)
+    env = gym.make_vec("KVEvict-v0", num_envs=6, traces=uneven_traces(), group=3)
     assert isinstance(env, KVEvictVectorEnv)
     assert env.metadata["autoreset_mode"] == AutoresetMode.SAME_STEP
     assert env.observation_space["key"].shape == (6, 16, 4) and env.action_space.shape == (6, 16)
 
 
-def scalar_twin(settings, infos, row):
-    env = gym.make("KVEvict-v0", traces=ragged(), **settings).unwrapped
+def scalar_environment(settings, infos, row):
+    env = gym.make("KVEvict-v0", traces=uneven_traces(), **settings).unwrapped
     names = ("sequence", "head", "continuation") if "budget" in settings else ("sequence", "head")
     observation, info = env.reset(options={name: int(infos[name][row]) for name in names})
     return env, observation, info
@@ -36,32 +36,32 @@ def scalar_twin(settings, infos, row):
 
 @pytest.mark.parametrize("settings", SETTINGS)
 def test_every_reward_is_that_of_the_scalar_environment(settings):
-    batch = gym.make_vec("KVEvict-v0", num_envs=5, traces=ragged(), **settings)
+    batch = gym.make_vec("KVEvict-v0", num_envs=5, traces=uneven_traces(), **settings)
     observations, infos = batch.reset(seed=4)
-    twins = [scalar_twin(settings, infos, row) for row in range(5)]
+    scalars = [scalar_environment(settings, infos, row) for row in range(5)]
     rng = np.random.default_rng(0)
     ended = 0
     for _ in range(8):
-        for row, (_, observation, _) in enumerate(twins):
+        for row, (_, observation, _) in enumerate(scalars):
             for name, array in observation.items():
                 np.testing.assert_array_equal(observations[name][row], array)
         actions = rng.uniform(-1, 1, batch.action_space.shape).round(1).astype(np.float32)
         observations, rewards, terminations, truncations, infos = batch.step(actions)
         assert observations in batch.observation_space and not truncations.any()
-        for row, (env, _, _) in enumerate(twins):
+        for row, (env, _, _) in enumerate(scalars):
             observation, reward, terminated, _, info = env.step(actions[row])
             assert (rewards[row], bool(terminations[row])) == (reward, terminated)
-            told = infos["final_info"] if terminated else infos
+            final = infos["final_info"] if terminated else infos
             for name, number in info.items():
-                assert told[f"_{name}"][row]
-                np.testing.assert_array_equal(told[name][row], number)
-            twins[row] = (env, observation, info)
+                assert final[f"_{name}"][row]
+                np.testing.assert_array_equal(final[name][row], number)
+            scalars[row] = (env, observation, info)
             if terminated:
                 ended += 1
                 assert infos["_final_obs"][row] and infos["_final_info"][row]
                 for name, array in observation.items():
                     np.testing.assert_array_equal(infos["final_obs"][row][name], array)
-                twins[row] = scalar_twin(settings, infos, row)
+                scalars[row] = scalar_environment(settings, infos, row)
             else:
                 assert "_final_obs" not in infos or not infos["_final_obs"][row]
     assert ended >= 5
@@ -69,13 +69,13 @@ def test_every_reward_is_that_of_the_scalar_environment(settings):
 
 @pytest.mark.parametrize("settings", [{}, {"budget": 4}, {"heads": "joint"}])
 def test_a_group_starts_in_one_state(settings):
-    env = gym.make_vec("KVEvict-v0", num_envs=6, group=3, traces=ragged(), index=True, **settings)
+    env = gym.make_vec("KVEvict-v0", num_envs=6, group=3, traces=uneven_traces(), index=True, **settings)
     env.reset(seed=1)
     starts = set()
     for _ in range(12):
-        observations, _, over, _, _ = env.step(env.action_space.sample())
-        np.testing.assert_array_equal(over.reshape(2, 3), over[::3, None].repeat(3, 1))
-        for group in np.flatnonzero(over[::3]):
+        observations, _, ended, _, _ = env.step(env.action_space.sample())
+        np.testing.assert_array_equal(ended.reshape(2, 3), ended[::3, None].repeat(3, 1))
+        for group in np.flatnonzero(ended[::3]):
             copies = slice(3 * group, 3 * group + 3)
             for array in observations.values():
                 assert (array[copies] == array[copies][:1]).all()
@@ -84,7 +84,7 @@ def test_a_group_starts_in_one_state(settings):
 
 
 def test_sequential_batches_deal_every_head_once():
-    env = gym.make_vec("KVEvict-v0", num_envs=4, traces=ragged(), order="sequential")
+    env = gym.make_vec("KVEvict-v0", num_envs=4, traces=uneven_traces(), order="sequential")
     _, infos = env.reset(seed=0)
     shown = []
     for _ in range(4):
@@ -94,7 +94,7 @@ def test_sequential_batches_deal_every_head_once():
 
 
 def test_options_for_all_or_for_each_group():
-    env = gym.make_vec("KVEvict-v0", num_envs=4, group=2, traces=ragged())
+    env = gym.make_vec("KVEvict-v0", num_envs=4, group=2, traces=uneven_traces())
     _, infos = env.reset(options={"sequence": 2})
     assert infos["sequence"].tolist() == [2] * 4
     _, infos = env.reset(options={"sequence": [1, 0], "head": 3})
@@ -105,7 +105,7 @@ def test_options_for_all_or_for_each_group():
 
 @pytest.mark.parametrize("settings", [{}, {"budget": 4}, {"budget": 0.5, "heads": "joint"}])
 def test_an_observation_comes_back_from_its_decision(settings):
-    env = gym.make_vec("KVEvict-v0", num_envs=4, traces=ragged(), index=True, **settings)
+    env = gym.make_vec("KVEvict-v0", num_envs=4, traces=uneven_traces(), index=True, **settings)
     observations, _ = env.reset(seed=2)
     for _ in range(3):
         again = env.slots(observations["decision"], observations["mask"])
@@ -116,7 +116,7 @@ def test_an_observation_comes_back_from_its_decision(settings):
 
 
 def test_a_seed_fixes_the_batch_and_arrays_are_new():
-    env = gym.make_vec("KVEvict-v0", num_envs=4, traces=ragged())
+    env = gym.make_vec("KVEvict-v0", num_envs=4, traces=uneven_traces())
     first, _ = env.reset(seed=3)
     actions = np.zeros(env.action_space.shape, np.float32)
     after = env.step(actions)[0]
@@ -130,13 +130,13 @@ def test_a_seed_fixes_the_batch_and_arrays_are_new():
 
 def test_sizes_that_do_not_fit_are_refused():
     with pytest.raises(UserError, match="multiple of the group"):
-        gym.make_vec("KVEvict-v0", num_envs=4, group=3, traces=ragged())
+        gym.make_vec("KVEvict-v0", num_envs=4, group=3, traces=uneven_traces())
     with pytest.raises(UserError, match="call reset first"):
-        gym.make_vec("KVEvict-v0", num_envs=2, traces=ragged()).step(np.zeros((2, 16), np.float32))
+        gym.make_vec("KVEvict-v0", num_envs=2, traces=uneven_traces()).step(np.zeros((2, 16), np.float32))
 
 
 def test_every_environment_is_rendered():
-    env = gym.make_vec("KVEvict-v0", num_envs=2, traces=ragged(), render_mode="ansi")
+    env = gym.make_vec("KVEvict-v0", num_envs=2, traces=uneven_traces(), render_mode="ansi")
     env.reset(options={"sequence": [0, 1]})
     env.step(env.action_space.sample())
     first, second = env.render()

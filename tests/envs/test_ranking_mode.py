@@ -1,4 +1,4 @@
-"""Ranking mode: rewards by hand on four tokens, and against a slow loop over budgets."""
+"""Ranking mode: rewards by hand on four tokens, and against a slow loop terminated budgets."""
 
 import gymnasium as gym
 import numpy as np
@@ -23,7 +23,7 @@ def play(traces, scores, **settings):
 
 
 def test_two_budgets_by_hand():
-    # budgets 1 and 2 weigh 1 and 1/2: rank 0 is worth 3/2, rank 1 is worth 1/2
+    # budgets 1 and 2 weigh 1 and 1/2: rank 0 is utility 3/2, rank 1 is utility 1/2
     reward, info = play([one_head([0.4, 0.1, 0.3, 0.2])], [-0.5, -1, 1, 0.5], sinks=0, recent=0)
     assert reward == pytest.approx((0.3 * 1.5 + 0.2 * 0.5) / (0.4 * 1.5 + 0.3 * 0.5))
     assert info["utility_kept"] == pytest.approx((0.3 * 1.5 + 0.2 * 0.5) / 1.5)
@@ -45,16 +45,16 @@ def test_chosen_budgets_by_hand():
     assert reward == pytest.approx((3 * 0.3 + (0.3 + 0.2 + 0.4)) / (3 * 0.4 + (0.4 + 0.3 + 0.2)))
 
 
-@pytest.mark.parametrize(("favourite", "worth"), [(1, 0.1), (2, 0.3), (3, 0.2)])
-def test_protected_tokens_stay_and_pay_nothing(favourite, worth):
+@pytest.mark.parametrize(("kept_token", "utility"), [(1, 0.1), (2, 0.3), (3, 0.2)])
+def test_protected_tokens_stay_and_earn_no_reward(kept_token, utility):
     # the largest budget is 2, so that one token is protected, the sink; of the others one stays at budget 2
     scores = np.full(4, -1.0)
-    scores[favourite] = 0.0
-    scores[0] = -1.0 if favourite == 1 else 1.0  # the sink's own score does not matter
+    scores[kept_token] = 0.0
+    scores[0] = -1.0 if kept_token == 1 else 1.0  # the sink's own score does not matter
     reward, info = play([one_head([0.5, 0.1, 0.3, 0.2])], scores, sinks=1, recent=1)
-    assert reward == pytest.approx(worth / 0.3)
-    assert info["utility_kept"] == pytest.approx((0.5 + worth) / 1.1)
-    np.testing.assert_allclose(info["curve"], [(0.5 + worth) / 1.1, *[0.5 / 1.1] * 4], rtol=1e-6)
+    assert reward == pytest.approx(utility / 0.3)
+    assert info["utility_kept"] == pytest.approx((0.5 + utility) / 1.1)
+    np.testing.assert_allclose(info["curve"], [(0.5 + utility) / 1.1, *[0.5 / 1.1] * 4], rtol=1e-6)
 
 
 def test_joint_ranking_by_hand():
@@ -79,22 +79,22 @@ def test_utility_is_the_mean_over_continuations():
 
 
 def slow_reward(utility, scores, sinks, recent, weights):
-    """Loop over budgets, `utility` and `scores` `[heads, n]`."""
+    """Loop terminated budgets, `utility` and `scores` `[heads, n]`."""
     heads, n = utility.shape
     largest = max(1, n // 2)
     sinks = min(sinks, largest // 2)
     recent = min(recent, largest // 2 - sinks)
-    shield = {t for t in range(n) if t < sinks or t >= n - recent}
-    free = [(h, t) for h in range(heads) for t in range(n) if t not in shield]
+    protected = {t for t in range(n) if t < sinks or t >= n - recent}
+    free = [(h, t) for h in range(heads) for t in range(n) if t not in protected]
     ranked = sorted(free, key=lambda slot: (scores[slot], slot[1], slot[0]), reverse=True)
     perfect = sorted(free, key=lambda slot: -utility[slot])
-    got = best = 0.0
-    for budget in range(len(shield) + 1, largest + 1):
+    kept = best = 0.0
+    for budget in range(len(protected) + 1, largest + 1):
         weight = 1 / budget if weights == "log" else 1.0
-        room = (budget - len(shield)) * heads
-        got += weight * sum(utility[slot] for slot in ranked[:room])
-        best += weight * sum(utility[slot] for slot in perfect[:room])
-    return got / best
+        slots = (budget - len(protected)) * heads
+        kept += weight * sum(utility[slot] for slot in ranked[:slots])
+        best += weight * sum(utility[slot] for slot in perfect[:slots])
+    return kept / best
 
 
 @pytest.mark.parametrize("weights", ["log", "uniform"])
@@ -116,7 +116,7 @@ def test_rewards_equal_a_loop_over_budgets(weights, sinks, recent):
 
 
 @pytest.mark.parametrize("heads", ["all", "joint"])
-def test_the_best_ranking_is_worth_exactly_one(heads):
+def test_the_best_ranking_earns_exactly_one(heads):
     traces = random_contexts(lengths=(40,))
     env = gym.make("KVEvict-v0", traces=traces, heads=heads, utility="attention_mean")
     _, info = env.reset(seed=3)
@@ -136,28 +136,28 @@ def test_padding_changes_nothing(heads, budget):
     padded = gym.make("KVEvict-v0", traces=traces, heads=heads, budget=budget, max_tokens=25)
     options = {"head": -1 if heads == "joint" else 2}
     plain.reset(seed=0, options=options), padded.reset(seed=0, options=options)
-    over = False
-    while not over:
+    terminated = False
+    while not terminated:
         scores = rng.uniform(-1, 1, (plain.action_space.shape[0] // 16, 16)).astype(np.float32)
-        wide = np.concatenate((scores, np.ones((len(scores), 9), np.float32)), 1)
-        _, reward, over, _, info = plain.step(scores.ravel())
-        seen, padded_reward, _, _, padded_info = padded.step(wide.ravel())
+        padded_scores = np.concatenate((scores, np.ones((len(scores), 9), np.float32)), 1)
+        _, reward, terminated, _, info = plain.step(scores.ravel())
+        seen, padded_reward, _, _, padded_info = padded.step(padded_scores.ravel())
         assert padded_reward == pytest.approx(reward, rel=1e-12)
         assert padded_info["utility_kept"] == pytest.approx(info["utility_kept"], rel=1e-12)
         assert not seen["mask"].reshape(-1, 25)[:, 16:].any()
 
 
-def test_order_is_that_of_the_budgets_package():
+def test_the_order_is_that_of_the_budgets_package():
     rng = np.random.default_rng(0)
     scores = rng.integers(-2, 3, (5, 12)).astype(np.float32)
-    shield = rng.random((5, 12)) < 0.2
+    protected = rng.random((5, 12)) < 0.2
     view = CacheView.of(torch.zeros(5, 1, 12, 1), torch.zeros(5, 1, 12, 1))
-    expected = keep_order(torch.from_numpy(scores)[:, None], view, torch.from_numpy(shield)[:, None])[:, 0].numpy()
+    expected = keep_order(torch.from_numpy(scores)[:, None], view, torch.from_numpy(protected)[:, None])[:, 0].numpy()
     table = ObservationTable([one_head(np.ones(12))])
-    ours = ascending(scores, ~shield, table)[:, ::-1]
+    order = ascending(scores, ~protected, table)[:, ::-1]
     for row in range(5):
-        count = int((~shield[row]).sum())
-        assert ours[row, :count].tolist() == expected[row, 12 - count :].tolist()
+        count = int((~protected[row]).sum())
+        assert order[row, :count].tolist() == expected[row, 12 - count :].tolist()
 
 
 def test_heads_without_utility_are_never_shown():
@@ -185,11 +185,11 @@ def test_golden_returns_of_v0():
     returns = []
     for settings in ({}, {"heads": "joint", "sinks": 2}, {"budget": 0.25}, {"budget": 6, "heads": "joint"}):
         env = gym.make("KVEvict-v0", traces=traces, order="sequential", **settings)
-        total, over = 0.0, True
+        total, terminated = 0.0, True
         for _ in range(9):
-            if over:
+            if terminated:
                 env.reset()
-            _, reward, over, _, _ = env.step(rng.uniform(-1, 1, env.action_space.shape).astype(np.float32))
+            _, reward, terminated, _, _ = env.step(rng.uniform(-1, 1, env.action_space.shape).astype(np.float32))
             total += reward
         returns.append(total)
     assert returns == pytest.approx(

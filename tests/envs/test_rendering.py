@@ -1,4 +1,4 @@
-"""Pictures of the environment: what is drawn is what stayed, every frame has one size, and windows are optional."""
+"""Rendering: pictures show what stayed, all frames have one size, and windows are optional."""
 
 import warnings
 from importlib.util import find_spec
@@ -28,7 +28,7 @@ from kv_gym.envs.rendering import (
 )
 
 
-def made(traces, mode="rgb_array", **settings):
+def make(traces, mode="rgb_array", **settings):
     return gym.make("KVEvict-v0", traces=traces, render_mode=mode, **settings)
 
 
@@ -38,8 +38,8 @@ def row_colours(image, row, tokens, height=24):
     return [tuple(image[y, LEFT + int((token + 0.5) * PLOT_WIDTH / tokens)].tolist()) for token in range(tokens)]
 
 
-def test_lanes_show_who_stays_and_who_should():
-    env = made([one_head([0.4, 0.1, 0.3, 0.2, 0.0, 0.6, 0.1, 0.9])], sinks=1, recent=1)
+def test_rows_show_which_tokens_stay_and_which_should():
+    env = make([one_head([0.4, 0.1, 0.3, 0.2, 0.0, 0.6, 0.1, 0.9])], sinks=1, recent=1)
     env.reset()
     before = env.render()
     assert row_colours(before, 0, 8) == [PROTECTED, *[KEPT] * 6, PROTECTED]
@@ -54,19 +54,19 @@ def test_lanes_show_who_stays_and_who_should():
     assert row_colours(image, 1, 8) == [PROTECTED, *[EVICTED] * 6, PROTECTED]
 
 
-def test_bars_are_as_high_as_tokens_are_worth():
-    env = made([one_head([0.5, 0.125, 0.375, 0.25, 0.0, 0.625, 0.125, 1.0])], sinks=0, recent=0)
+def test_the_height_of_a_bar_is_the_utility():
+    env = make([one_head([0.5, 0.125, 0.375, 0.25, 0.0, 0.625, 0.125, 1.0])], sinks=0, recent=0)
     env.reset()
     image = env.render()
     base = rendering.TITLE_HEIGHT + rendering.WORD_HEIGHT + rendering.BAR_HEIGHT
-    zone = image[base - rendering.BAR_HEIGHT : base, LEFT : LEFT + PLOT_WIDTH]
+    bars = image[base - rendering.BAR_HEIGHT : base, LEFT : LEFT + PLOT_WIDTH]
     # left of the middle, where a word's stem is
-    heights = [(zone[:, int((token + 0.3) * PLOT_WIDTH / 8)] == rendering.BAR).all(-1).sum() for token in range(8)]
+    heights = [(bars[:, int((token + 0.3) * PLOT_WIDTH / 8)] == rendering.BAR).all(-1).sum() for token in range(8)]
     assert rendering.BAR_HEIGHT == 72 and heights == [36, 9, 27, 18, 0, 45, 9, 72]
 
 
-def test_an_episode_of_blocks_grows_downwards():
-    env = made([context(np.random.default_rng(0).random((1, 1, 8, 3)))], budget=4, sinks=0, recent=0)
+def test_each_block_adds_a_row():
+    env = make([context(np.random.default_rng(0).random((1, 1, 8, 3)))], budget=4, sinks=0, recent=0)
     env.reset()
     kept = []
     for block in range(3):
@@ -86,14 +86,14 @@ def test_an_episode_of_blocks_grows_downwards():
     "settings", [{}, {"heads": "joint"}, {"budget": 4}, {"budget": 0.5, "heads": "joint"}], ids=str
 )
 def test_all_frames_have_one_even_size(settings):
-    env = made(random_contexts(lengths=(16, 9, 1100)), **settings)
+    env = make(random_contexts(lengths=(16, 9, 1100)), **settings)
     sizes = set()
     for sequence in range(3):
         env.reset(seed=0, options={"sequence": sequence})
         sizes.add(env.render().shape)
-        over = False
-        while not over:
-            _, _, over, _, _ = env.step(env.action_space.sample())
+        terminated = False
+        while not terminated:
+            _, _, terminated, _, _ = env.step(env.action_space.sample())
             image = env.render()
             sizes.add(image.shape)
     assert image.dtype == np.uint8 and len(sizes) == 1
@@ -104,7 +104,7 @@ def test_all_frames_have_one_even_size(settings):
 def test_a_joint_decision_is_the_mean_colour_of_its_heads():
     future = np.zeros((1, 2, 4, 1), np.float32)
     future[0, :, :, 0] = [[0.4, 0.1, 0.2, 0.3], [0.4, 0.1, 0.2, 0.3]]
-    env = made([context(future)], heads="joint", sinks=0, recent=0)
+    env = make([context(future)], heads="joint", sinks=0, recent=0)
     env.reset()
     # half of 8 slots: the first head keeps all, the second nothing; the best are tokens 0 and 3 of both
     env.step(np.array([1, 0.9, 0.8, 0.7, -1, -1, -1, -1], np.float32))
@@ -114,25 +114,25 @@ def test_a_joint_decision_is_the_mean_colour_of_its_heads():
         np.testing.assert_allclose(colours[token], np.mean(pair, 0), atol=1)
 
 
-def test_words_of_the_bundled_traces_are_known():
+def test_the_tokenizer_of_the_bundled_traces_is_found():
     env = gym.make("KVEvict-v0", render_mode="ansi")
     env.reset(seed=0, options={"sequence": 1})
     assert "<bos>" in env.render()
     image = gym.make("KVEvict-v0", render_mode="rgb_array")
     image.reset(seed=0, options={"sequence": 1})
     top = image.render()[rendering.TITLE_HEIGHT : rendering.TITLE_HEIGHT + rendering.WORD_HEIGHT - 4]
-    # the first word, read from below, over the first of 65 tokens
+    # the first word, read from below, terminated the first of 65 tokens
     ink = draw_text("<bos>", rendering.SMALL_FONT_SIZE, vertical=True)
     left = LEFT + int(0.5 * PLOT_WIDTH / 65) - ink.shape[1] // 2
     shown = top[-ink.shape[0] :, left : left + ink.shape[1], 0]
     assert np.corrcoef(shown.ravel().astype(float), ink.ravel())[0, 1] < -0.99
 
 
-def test_batches_render_every_environment_and_finish_an_episode_first():
+def test_a_batch_renders_every_environment_and_shows_the_episode_that_ended():
     env = gym.make_vec(
         "KVEvict-v0", num_envs=2, traces=random_contexts(lengths=(9,)), budget=4, render_mode="rgb_array"
     )
-    scalar = [made(random_contexts(lengths=(9,)), budget=4) for _ in range(2)]
+    scalar = [make(random_contexts(lengths=(9,)), budget=4) for _ in range(2)]
     env.reset(options={"sequence": 0, "head": [0, 3], "continuation": 1})
     for one, head in zip(scalar, (0, 3), strict=True):
         one.reset(options={"sequence": 0, "head": head, "continuation": 1})
@@ -147,26 +147,26 @@ def test_batches_render_every_environment_and_finish_an_episode_first():
     assert tile(env.render()).shape[2] == 3
 
 
-def test_tiles_keep_their_pixels():
+def test_tiles_keep_the_pixels_of_pictures():
     pictures = [np.full((2, 4, 3), number, np.uint8) for number in range(3)]
-    whole = tile(pictures)
-    assert whole.shape == (6, 4, 3) and whole[:, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
-    whole = tile([np.full((4, 2, 3), number, np.uint8) for number in range(3)])
-    assert whole.shape == (8, 4, 3) and whole[::4, ::2, 0].tolist() == [[0, 1], [2, 255]]
+    grid = tile(pictures)
+    assert grid.shape == (6, 4, 3) and grid[:, 0, 0].tolist() == [0, 0, 1, 1, 2, 2]
+    grid = tile([np.full((4, 2, 3), number, np.uint8) for number in range(3)])
+    assert grid.shape == (8, 4, 3) and grid[::4, ::2, 0].tolist() == [[0, 1], [2, 255]]
 
 
-def test_without_a_display_a_window_is_one_sentence():
-    env = made(random_contexts(), mode="human")
-    with pytest.warns(UserWarning, match="no window can be opened here") as said:
+def test_without_a_display_there_is_one_warning():
+    env = make(random_contexts(), mode="human")
+    with pytest.warns(UserWarning, match="no window can be opened here") as warned:
         env.reset(seed=0)
         env.step(env.action_space.sample())
         env.reset()
-    assert [str(one.message) for one in said if "window" in str(one.message)] == [NO_WINDOW]
+    assert [str(one.message) for one in warned if "window" in str(one.message)] == [NO_WINDOW]
     assert env.render() is None
     env.close()
 
 
-def test_a_toolkit_that_fails_is_the_same_sentence(monkeypatch):
+def test_a_toolkit_that_fails_gives_the_same_warning(monkeypatch):
     def no_display(*_, **__):
         raise RuntimeError("no $DISPLAY")
 
@@ -184,7 +184,7 @@ def test_a_window_shows_every_frame_until_it_is_closed(monkeypatch):
     monkeypatch.setattr(Figure, "show", lambda self: None)
     shown = []
     monkeypatch.setattr(FigureCanvasAgg, "start_event_loop", lambda self, seconds: shown.append(seconds))
-    env = made(random_contexts(), mode="human")
+    env = make(random_contexts(), mode="human")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         env.reset(seed=0)
@@ -203,8 +203,8 @@ def test_a_window_shows_every_frame_until_it_is_closed(monkeypatch):
         assert not pyplot.get_fignums()
 
 
-def test_metadata_tells_what_can_be_rendered():
-    env = made(random_contexts())
+def test_metadata_lists_the_render_modes():
+    env = make(random_contexts())
     assert env.metadata["render_modes"] == ["ansi", "rgb_array", "human"] and env.metadata["render_fps"] > 0
 
 
@@ -213,17 +213,17 @@ def test_metadata_tells_what_can_be_rendered():
 def test_videos_can_be_recorded(tmp_path):
     from gymnasium.wrappers import RecordVideo
 
-    env = RecordVideo(made(random_contexts(), budget=4), str(tmp_path), episode_trigger=lambda episode: True)
+    env = RecordVideo(make(random_contexts(), budget=4), str(tmp_path), episode_trigger=lambda episode: True)
     env.reset(seed=0)
-    over = False
-    while not over:
-        _, _, over, _, _ = env.step(env.action_space.sample())
+    terminated = False
+    while not terminated:
+        _, _, terminated, _, _ = env.step(env.action_space.sample())
     env.close()
     (video,) = tmp_path.glob("*.mp4")
     assert video.read_bytes()[4:8] == b"ftyp" and video.stat().st_size > 2000
 
 
-def test_letters_are_set_cut_and_shortened():
+def test_text_is_drawn_cut_and_shortened():
     ink = draw_text("code", 13)
     assert ink.shape == draw_text("code", 13, vertical=True).T.shape and ink.min() >= 0 and ink.max() <= 1 and ink.any()
     np.testing.assert_array_equal(np.rot90(ink), draw_text("code", 13, vertical=True))
