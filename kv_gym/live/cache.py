@@ -26,7 +26,7 @@ from kv_gym.live.guard import Guard, GuardMonitor
 from kv_gym.live.layer import EvictingLayer, copy_layer
 from kv_gym.live.layer_state import MAX_PENDING, LayerState
 from kv_gym.live.saving import SavedCache, write_cache
-from kv_gym.live.tiers import RecordingLayer, Tier
+from kv_gym.live.tiers import Tier, TierRecorder
 from kv_gym.models.attention import attach, detach, full_layers
 from kv_gym.models.hidden_states import attach_hidden_state_hooks, remove_hidden_state_hooks
 from kv_gym.models.second_reading import run_second_reading
@@ -37,6 +37,8 @@ _NO_DRAFTS = (
     "would evict by them: generate without drafts, or into an empty cache of budget 1.0, and fork() that one with "
     "another budget"
 )
+
+_RENAMED = {"net": "monitor", "eviction": "config", "read_again": "run_second_reading", "adopt_budget": "set_budget"}
 
 
 class EvictingCache(Cache):
@@ -102,8 +104,9 @@ class EvictingCache(Cache):
         positions: str | None = None,
     ):
         self.config = CacheConfig.parse(
-            model, policy, budget, allocation, trigger, sinks, recent, evicted, guard, offload, positions
-        )
+            model, policy=policy, budget=budget, allocation=allocation, trigger=trigger, sinks=sinks, recent=recent,
+            evicted=evicted, guard=guard, offload=offload, positions=positions,
+        )  # fmt: skip
         self._initial_budget = self.config.budget
         self.monitor = None if guard is None else GuardMonitor(guard)
         text_config = model.config.get_text_config()
@@ -162,7 +165,7 @@ class EvictingCache(Cache):
 
     def layer_signals(self) -> list[Tensor]:
         """What the guard measured at the last forward, `[batch]` for each layer that it averages."""
-        tiers = [state.tier for state in self._states if isinstance(state.tier, RecordingLayer)]
+        tiers = [state.tier for state in self._states if isinstance(state.tier, TierRecorder)]
         return [tier.signal for tier in tiers if tier.signal is not None]
 
     # what it does
@@ -365,12 +368,8 @@ class EvictingCache(Cache):
 
     def after_forward(self) -> None:
         """A forward ended: check the guard's signal, and evict now if that needs all layers to have read it."""
-        if self.monitor is not None and not self.monitor.guard.reads_output:
-            layers = self.monitor.guard.layers
-            tiers = [state.tier for state in self._states if layers is None or state.ordinal in layers]
-            signals = [tier.signal for tier in tiers if isinstance(tier, RecordingLayer) and tier.signal is not None]
-            if signals:
-                self._check_guard(torch.stack([signal.to(signals[0].device) for signal in signals]).mean(0))
+        if self.monitor is not None and (signals := self.layer_signals()):
+            self._check_guard(torch.stack([signal.to(signals[0].device) for signal in signals]).mean(0))
         if self.config.evicts_after_forward:
             rows_to_evict = self._states[0].rows_to_evict()
             if any(rows_to_evict):
@@ -496,7 +495,7 @@ class EvictingCache(Cache):
             cache, logits = this(), getattr(output, "logits", None)
             if cache is not None and cache is kwargs.get("past_key_values") and logits is not None:
                 tier = cache._states[0].tier  # follows the rows of the batch
-                assert isinstance(tier, RecordingLayer)
+                assert isinstance(tier, TierRecorder)
                 cache._check_guard(tier.measure_output(logits[:, -1].detach()))
 
         return self.model.register_forward_hook(read_output, with_kwargs=True)
@@ -505,29 +504,21 @@ class EvictingCache(Cache):
         if not self.seen:
             raise UserError("the cache is empty: run the model with past_key_values=cache first")
 
-    # names of 0.1, for one version
 
-    @property
-    def net(self) -> GuardMonitor | None:
-        """Deprecated name of `monitor`."""
-        _warn_renamed("EvictingCache.net", "monitor")
-        return self.monitor
+def _deprecated(old: str, new: str) -> property:
+    def read(cache: EvictingCache) -> Any:
+        warnings.warn(
+            f"EvictingCache.{old} is now called {new}; the old name goes with the next version",
+            DeprecationWarning,
+            stacklevel=2,
+        )
+        return getattr(cache, new)
 
-    @property
-    def eviction(self) -> CacheConfig:
-        """Deprecated name of `config`."""
-        _warn_renamed("EvictingCache.eviction", "config")
-        return self.config
+    return property(read, doc=f"Deprecated name of `{new}`.")
 
-    def read_again(self) -> None:
-        """Deprecated name of :meth:`run_second_reading`."""
-        _warn_renamed("EvictingCache.read_again", "run_second_reading")
-        self.run_second_reading()
 
-    def adopt_budget(self, budget: str | int | float) -> None:
-        """Deprecated name of :meth:`set_budget`."""
-        _warn_renamed("EvictingCache.adopt_budget", "set_budget")
-        self.set_budget(budget)
+for _old, _new in _RENAMED.items():
+    setattr(EvictingCache, _old, _deprecated(_old, _new))
 
 
 def new_token_mask(mask: Tensor | None, seen: int, tokens_seen: Sequence[int]) -> Tensor | None:
@@ -590,7 +581,3 @@ def _detach(model, hook: RemovableHandle | None, needs_hidden: bool) -> None:
         remove_hidden_state_hooks(model)
     if hook is not None:
         hook.remove()
-
-
-def _warn_renamed(old: str, new: str) -> None:
-    warnings.warn(f"{old} is now called {new}; the old name goes with the next version", DeprecationWarning, 3)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import re
 import warnings
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -118,9 +118,9 @@ class CacheConfig:
         model: the transformers decoder.
         policy: scores the slots.
         budget: slots per KV head, or share of the tokens seen when the trigger fires.
+        sinks, recent: first and last tokens that always stay.
         allocation: who gets the slots.
         trigger: when to evict.
-        sinks, recent: first and last tokens that always stay.
         evicted: what becomes of evicted pairs.
         guard: what is measured at every forward, or None.
         offload: whether evicted pairs are copied to the host.
@@ -134,79 +134,37 @@ class CacheConfig:
     model: Any = field(repr=False, compare=False)
     policy: Policy
     budget: Budget
-    allocation: Allocation
-    trigger: Trigger
     sinks: int
     recent: int
-    evicted: Tier
+    allocation: Allocation = field(default_factory=lambda: parse_allocation("uniform"))
+    trigger: Trigger = Trigger()
+    evicted: Tier = field(default_factory=Drop)
     guard: Guard | None = None
     offload: bool = False
     positions: str = "original"
     checked: tuple[Policy, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
-    def parse(
-        cls,
-        model,
-        policy: str | Path | Policy,
-        budget: str | int | float,
-        allocation: str | Allocation = "uniform",
-        trigger: str = "prefill",
-        sinks: int | None = None,
-        recent: int | None = None,
-        evicted: str | Tier = "drop",
-        guard: Guard | None = None,
-        offload: bool = False,
-        positions: str | None = None,
-    ) -> CacheConfig:
-        """Settings as users give them; arguments and errors are those of :class:`~kv_gym.live.EvictingCache`."""
-        refuse_unsupported(model)
-        chosen = make_policy(policy)
-        return cls(
-            model,
-            chosen,
-            parse_budget(budget),
-            parse_allocation(allocation),
-            Trigger.parse(trigger),
-            *protection_for(chosen, sinks, recent),
-            parse_tier(evicted),
-            guard,
-            offload,
-            chosen.positions if positions is None else positions,
-        )
+    def parse(cls, model, **settings: Any) -> CacheConfig:
+        """Settings as users give them: those of :class:`~kv_gym.live.EvictingCache`, by name.
 
-    def fork(
-        self,
-        policy: str | Path | Policy | None = None,
-        budget: str | int | float | None = None,
-        allocation: str | Allocation | None = None,
-        sinks: int | None = None,
-        recent: int | None = None,
-        evicted: str | Tier | None = None,
-        guard: Guard | None = None,
-        positions: str | None = None,
-    ) -> CacheConfig:
+        None stands for the default, which for protection and positions is the policy's own.
+        """
+        refuse_unsupported(model)
+        return cls(model, **_parsed(settings))
+
+    def fork(self, **changes: Any) -> CacheConfig:
         """These settings with changes, validated as new ones are.
 
-        Arguments are those of :meth:`~kv_gym.live.EvictingCache.fork`; None leaves a setting as it is, but another
-        policy brings its own protection and positions.
+        Args:
+            **changes: as for :meth:`parse`. None leaves a setting as it is, but another policy brings its own
+                protection and positions.
 
         Raises:
             UserError: settings that do not fit, or that need what a cache with these settings did not keep.
         """
-        changes: dict[str, Any] = {"budget": parse_budget(budget)} if budget is not None else {}
-        if policy is not None:
-            chosen = changes["policy"] = make_policy(policy)
-            changes["sinks"], changes["recent"] = protection_for(chosen, None, None)
-            changes["positions"] = chosen.positions
-        if allocation is not None:
-            changes["allocation"] = parse_allocation(allocation)
-        if evicted is not None:
-            changes["evicted"] = parse_tier(evicted)
-        given = {"sinks": sinks, "recent": recent, "guard": guard, "positions": positions}
-        changes |= {name: value for name, value in given.items() if value is not None}
         checked = {id(known): known for known in (*self.checked, *self.tracked_policies)}
-        changed = replace(self, checked=tuple(checked.values()), **changes)
+        changed = replace(self, checked=tuple(checked.values()), **_parsed(changes))
         self._refuse_what_was_not_kept(changed)
         return changed
 
@@ -398,6 +356,25 @@ class CacheConfig:
                 f"now after {seen}: its choice may be poor",
                 stacklevel=2,
             )
+
+
+_PARSERS: dict[str, Callable[[Any], Any]] = {
+    "policy": make_policy,
+    "budget": parse_budget,
+    "allocation": parse_allocation,
+    "trigger": Trigger.parse,
+    "evicted": parse_tier,
+}
+
+
+def _parsed(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Objects for names and texts, without what is None; a policy brings its own protection and positions."""
+    given = {name: value for name, value in settings.items() if value is not None}
+    parsed = {name: _PARSERS[name](value) if name in _PARSERS else value for name, value in given.items()}
+    if "policy" in parsed:
+        sinks, recent = parsed["policy"].protection
+        parsed = {"sinks": sinks, "recent": recent, "positions": parsed["policy"].positions} | parsed
+    return parsed
 
 
 def _refuse_unfit(policy: Policy, model) -> None:

@@ -13,8 +13,8 @@ from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.slots import EqualSlots, Slots, concatenate
-from kv_gym.live.tiers import EvictedPairs, RecordingLayer
-from kv_gym.live.tiers.base import copy_optional, select_optional
+from kv_gym.live.tiers import EvictedPairs, TierRecorder
+from kv_gym.live.tiers.base import select_rows
 from kv_gym.models.attention import output_projection
 from kv_gym.policies import StatefulPolicy
 from kv_gym.policies.scoring.block_schedule import observe_blocks
@@ -48,7 +48,7 @@ class LayerState:
     def __init__(self, index: int, ordinal: int, config: CacheConfig):
         self.index, self.ordinal, self.config = index, ordinal, config
         self.slots: Slots = EqualSlots()
-        self.tier = config.layer_tier.begin()
+        self.tier = config.layer_tier.begin(ordinal)
         self.tokens_seen: list[int] = []
         self.evicted_at: list[int | None] = []
         self.appended, self.record_past = 0, False
@@ -78,26 +78,22 @@ class LayerState:
             counts, self.appended = token_mask.sum(1).tolist(), 0
         positions = self._next_positions(m, token_mask, keys.device).expand(batch, heads, m)
         self.tokens_seen = [seen + count for seen, count in zip(self.tokens_seen, counts, strict=True)]
-        self._store(keys, values, positions, token_mask, self._slack(), hidden)
+        pairs = {"keys": keys, "values": values, "positions": positions}
+        self._store(pairs, token_mask, self._slack(), hidden)
 
     def _store(
-        self,
-        keys: Tensor,
-        values: Tensor,
-        positions: Tensor,
-        token_mask: Tensor | None,
-        slack: int,
-        hidden: Tensor | None = None,
+        self, pairs: dict[str, Tensor], token_mask: Tensor | None, slack: int, hidden: Tensor | None = None
     ) -> None:
-        """Append slots, with the initial state and the stored scores of their tokens."""
-        new = dict(zip(SLOT_BUFFERS, (keys, values, positions), strict=True))
+        """Append keys, values and positions, with the initial state and the stored scores of their tokens."""
+        new, positions = dict(pairs), pairs["positions"]
         config = self.config
         if config.stateful_policies or config.stored_scores:
             valid = torch.ones_like(positions, dtype=torch.bool)
             if token_mask is not None and token_mask.dim() == 2:
                 valid &= token_mask[:, None].to(valid.device)
-            seen, budget = _per_row(self.tokens_seen, keys.device), self._view_budget(None, valid)
-            view = CacheView(keys, values, positions, valid, seen, budget, self.index, self.scaling, hidden=hidden)
+            seen, budget = _per_row(self.tokens_seen, valid.device), self._view_budget(None, valid)
+            about = valid, seen, budget, self.index, self.scaling
+            view = CacheView(pairs["keys"], pairs["values"], positions, *about, hidden=hidden)
             for i, policy in config.stateful_policies:
                 new |= {f"{i}/{name}": tensor for name, tensor in policy.initial_state(view).items()}
             new |= {name: policy.score(view).float() for name, policy in config.stored_scores.items()}
@@ -154,6 +150,7 @@ class LayerState:
         Where the tokens may still be taken back that waits until it is clear that they stay: see
         :meth:`observe_pending`.
         """
+        assert self.scaling is not None
         self.tier.measure(query, token_mask, self.slots, self.scaling, self.evicted_at)
         if self.config.depends_on_queries:
             may_wait = self.record_past or query.shape[2] <= MAX_PENDING
@@ -295,8 +292,7 @@ class LayerState:
         if stored and not self.config.allocation.needs_queries:
             # nobody reads keys and values where scores are stored
             filled, valid = self.slots.padded(("positions", "scores"))
-            scores = filled["scores"]
-            nothing = scores[..., None][..., :0]
+            nothing, scores = filled["scores"][..., None][..., :0], filled["scores"]
             seen, budget = _per_row(self.tokens_seen, valid.device), self._view_budget(rows_to_evict, valid)
             view = CacheView(nothing, nothing, filled["positions"], valid, seen, budget, self.index)
         else:
@@ -329,7 +325,7 @@ class LayerState:
             return
         filled, valid = self.slots.padded(SLOT_BUFFERS)
         keys, values, positions = (filled[name] for name in SLOT_BUFFERS)
-        pairs = EvictedPairs(keys, values, positions, valid, kept, most, equal, self._slack(), trim, self.ordinal)
+        pairs = EvictedPairs(keys, values, positions, valid, kept, most, equal, self._slack(), trim)
         for name, tensor in (self.tier.take(pairs) or {}).items():
             self.slots.write(name, tensor)
 
@@ -342,7 +338,7 @@ class LayerState:
         Raises:
             UserError: the cache was made without ``offload=True``.
         """
-        if not isinstance(self.tier, RecordingLayer) or self.tier.host is None:
+        if not isinstance(self.tier, TierRecorder) or self.tier.host is None:
             raise UserError("there is no copy of what was evicted: give offload=True to the cache")
         self.observe_pending()
         copies = self.tier.take_back()
@@ -350,9 +346,9 @@ class LayerState:
             return
         filled, real = copies
         device = self.slots.buffers["keys"].device
-        keys, values, positions = (filled[name].to(device) for name in SLOT_BUFFERS)
+        pairs = {name: filled[name].to(device) for name in SLOT_BUFFERS}
         self.appended = 0  # the newest tokens are no longer the last ones
-        self._store(keys, values, positions, None if bool(real.all()) else real.cpu(), 0)
+        self._store(pairs, None if bool(real.all()) else real.cpu(), 0)
 
     # taking tokens back
 
@@ -392,7 +388,7 @@ class LayerState:
         chosen = rows.tolist()
         self.tokens_seen = [self.tokens_seen[row] for row in chosen]
         self.evicted_at = [self.evicted_at[row] for row in chosen]
-        self.unread, self.queries = select_optional(self.unread, rows), select_optional(self.queries, rows)
+        self.unread, self.queries = select_rows(self.unread, rows), select_rows(self.queries, rows)
 
     def fork(self, config: CacheConfig) -> LayerState:
         """An independent copy with other settings; it takes along only what their policies need."""
@@ -410,8 +406,8 @@ class LayerState:
         if not self.tokens_seen:
             return twin
         twin.slots = self.slots.clone(self._buffers_for(config))
-        if config.needs_second_reading:
-            twin.unread = copy_optional(self.unread)
+        if self.unread is not None and config.needs_second_reading:
+            twin.unread = self.unread.clone()
         if self.queries is not None and config.num_queries:
             twin.queries = self.queries[:, :, -config.num_queries :].clone()
         if config.scores_on_arrival and "scores" not in twin.slots.buffers:

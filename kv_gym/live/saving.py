@@ -183,137 +183,102 @@ class SavedCache:
         appended = _count(header["loose"], seen)
         if not rows or set(header["layers"]) != {str(index) for index in range(len(layers))}:
             raise self._damaged("it has other layers than the model")
-        modules, names = attention_modules(model), set(self._stored.keys())
+        modules = attention_modules(model)
+        names = {int(name.partition(".")[0]) for name in self._stored.keys()}  # noqa: SIM118
+        if names - set(range(len(layers))):
+            raise self._damaged("it has tensors of layers that the model does not have")
         for index, layer in enumerate(layers):
-            part = _SavedLayer(self, index, names, next(modules[index].parameters()).device)
-            names -= {f"{index}.{name}" for name in part.shapes}
+            about = header["layers"][str(index)]
+            tensors = self._read_layer(index, next(modules[index].parameters()).device)
             if not isinstance(layer, EvictingLayer):
-                part.restore_window(layer, len(rows), seen)
+                self._restore_window(layer, about, tensors, len(rows), seen)
                 continue
             state = layer.state
             state.tokens_seen, state.evicted_at, state.appended = list(rows), list(evicted_at), appended
-            part.restore_state(state, seen)
+            self._restore_state(state, about, tensors, seen)
             state.use_output_projection(modules[index], self.fingerprint.query_heads, self.fingerprint.head_dim)
             layer.seen = seen
             layer.lazy_initialization(state.slots.buffers["keys"])
-        if names:
-            raise self._damaged(f"nobody knows its tensor {min(names)}")
 
-    def _damaged(self, why: object) -> UserError:
-        return _damaged(self.file, why)
+    def _read_layer(self, index: int, device: torch.device) -> dict[str, Tensor]:
+        """The tensors of a layer, without the layer in their names."""
+        tensors, prefix = {}, f"{index}."
+        for name in self._stored.keys():  # noqa: SIM118
+            if name.startswith(prefix):
+                tensor = self._stored.get_tensor(name)
+                if tensor.is_floating_point() and bool(tensor.isnan().any()):
+                    raise self._damaged(f"{name} holds NaN")
+                tensors[name.removeprefix(prefix)] = tensor.to(device, copy=True)  # on a CPU it is a view of the file
+        return tensors
 
-
-class _SavedLayer:
-    """One layer of a file: its entry in the header, and the shapes of its tensors."""
-
-    def __init__(self, cache: SavedCache, index: int, names: set[str], device: torch.device):
-        self._cache, self._prefix, self._device = cache, f"{index}.", device
-        self._about = cache.header["layers"][str(index)]
-        self.shapes = {
-            name.removeprefix(self._prefix): list(cache._stored.get_slice(name).get_shape())
-            for name in names
-            if name.startswith(self._prefix)
-        }
-
-    def _read(self, name: str) -> Tensor:
-        tensor = self._cache._stored.get_tensor(self._prefix + name)
-        if tensor.is_floating_point() and bool(tensor.isnan().any()):
-            raise self._damaged(f"{self._prefix}{name} holds numbers that are none")
-        return tensor.to(self._device, copy=True)  # on a CPU it is a view of the file
-
-    def _damaged(self, why: object) -> UserError:
-        return self._cache._damaged(why)
-
-    def restore_state(self, state: LayerState, seen: int) -> None:
+    def _restore_state(self, state: LayerState, about: dict[str, Any], tensors: dict[str, Tensor], seen: int) -> None:
         """Fill the state of an evicting layer, whose counts of tokens are there already."""
-        scaling = self._about["scaling"]
-        if type(scaling) is not float or not 0 < scaling < 1e6:
-            raise ValueError(f"a factor of {scaling!r} on products")
-        state.scaling = scaling
-        state.slots = self._slots(state)
-        others = {name for name in self.shapes if not name.startswith("slots.")} - {"lengths", "capacities"}
-        if "unread" in others:
-            state.unread = self._unread(state, seen)
-        self._restore_queries(state, others - {"unread"})
+        state.scaling = about["scaling"]
+        if type(state.scaling) is not float or not 0 < state.scaling < 1e6:
+            raise ValueError(f"a factor of {state.scaling!r} on products")
+        expected = self._expected_tensors(state, tensors, seen)
+        if tensors.keys() != expected.keys():
+            raise self._damaged(f"a layer holds {sorted(tensors)} and its settings need {sorted(expected)}")
+        for name, (shape, dtype) in expected.items():
+            found = list(tensors[name].shape)
+            sizes = zip(found, shape, strict=False)
+            if len(found) != len(shape) or not all(size in ([n] if isinstance(n, int) else n) for size, n in sizes):
+                raise self._damaged(f"{name} has shape {found}")
+            if tensors[name].dtype != dtype:
+                raise self._damaged(f"{name} are of {tensors[name].dtype}")
+        # in the order in which a cache has them
+        buffers = {name.removeprefix("slots."): tensors[name] for name in expected if name.startswith("slots.")}
+        if not all(bool(buffers[name].isfinite().all()) for name in ("keys", "values")):
+            raise self._damaged("keys or values are not finite")
+        if "lengths" in tensors:
+            lengths, capacities = tensors["lengths"].cpu(), tensors["capacities"].cpu()
+            if bool(((lengths < 0) | (lengths > capacities) | (capacities > len(buffers["keys"]))).any()):
+                raise self._damaged("lengths of heads that do not fit their room")
+            if int(capacities.sum()) != len(buffers["keys"]):
+                raise self._damaged("room of heads that is not that of the tensors")
+            state.slots = RaggedSlots(buffers, lengths, capacities)
+        else:
+            length = _count(about["length"], buffers["keys"].shape[2])
+            state.slots = EqualSlots(buffers, length, about["foreign"] is True)
+        state.queries, state.unread = tensors.get("queries"), tensors.get("unread")
+        if state.unread is not None:
+            counts = (state.unread[..., 0] >= 0).sum(1).tolist()
+            too_many = any(count > row for count, row in zip(counts, state.tokens_seen, strict=True))
+            if too_many or bool((state.unread >= MAX_TOKENS).any()):
+                raise self._damaged("tokens that were never seen")
         self._check_positions(state.slots, state.tokens_seen)
-        if min(state.slots.counts().min().item(), state.appended) < state.appended:
+        if int(state.slots.counts().min()) < state.appended:
             raise self._damaged("a head holds fewer tokens than came since the last eviction")
 
-    def _slots(self, state: LayerState) -> Slots:
-        rows, heads = len(state.tokens_seen), self._cache.fingerprint.kv_heads
-        shapes = {
-            name.removeprefix("slots."): shape for name, shape in self.shapes.items() if name.startswith("slots.")
-        }
-        expected = self._expected_buffers(state)
-        if set(shapes) != set(expected):
-            raise self._damaged(f"a layer holds {sorted(shapes)} and its policy needs {sorted(expected)}")
-        ragged = "lengths" in self.shapes
-        if ragged:
-            if self.shapes["lengths"] != [rows, heads] or self.shapes["capacities"] != [rows, heads]:
-                raise self._damaged("lengths of heads that the model does not have")
-            lengths, capacities = self._read("lengths").cpu(), self._read("capacities").cpu()
-            total = shapes["keys"][0]
-            whole = lengths.dtype == capacities.dtype == torch.int64
-            if not whole or bool(((lengths < 0) | (lengths > capacities) | (capacities > total)).any()):
-                raise self._damaged("lengths of heads that do not fit their room")
-            front, matches = [total], int(capacities.sum()) == total
-        else:
-            length = _count(self._about["length"], MAX_TOKENS)
-            front = [rows, heads, shapes["keys"][2]]
-            matches = length <= front[2]
-        if not matches or any(shape != [*front, *expected[name][0]] for name, shape in shapes.items()):
-            raise self._damaged("its tensors have other sizes than its header says")
-        buffers = {name: self._read(f"slots.{name}") for name in expected}  # in the order in which a cache has them
-        for name, tensor in buffers.items():
-            dtype = expected[name][1] or buffers["keys"].dtype
-            if tensor.dtype != dtype or not buffers["keys"].is_floating_point():
-                raise self._damaged(f"{name} are of {tensor.dtype}")
-        if any(not bool(buffers[name].isfinite().all()) for name in ("keys", "values")):
-            raise self._damaged("keys or values are not finite")
-        if ragged:
-            return RaggedSlots(buffers, lengths, capacities)
-        return EqualSlots(buffers, length, self._about["foreign"] is True)
-
-    def _expected_buffers(self, state: LayerState) -> dict[str, tuple[list[int], torch.dtype | None]]:
-        """Name of every buffer that the layer must have -> its sizes beyond the slots, dtype (None: that of keys)."""
-        heads, d = self._cache.fingerprint.kv_heads, self._cache.fingerprint.head_dim
+    def _expected_tensors(
+        self, state: LayerState, tensors: dict[str, Tensor], seen: int
+    ) -> dict[str, tuple[list[int | range], torch.dtype]]:
+        """Name of every tensor that the layer must have -> its shape, where a range leaves a size open, and dtype."""
+        model, config, rows = self.fingerprint, state.config, len(state.tokens_seen)
+        heads, d = model.kv_heads, model.head_dim
+        dtype = tensors["slots.keys"].dtype
+        if not dtype.is_floating_point:
+            raise self._damaged(f"keys are of {dtype}")
         keys, positions = torch.zeros(1, heads, 1, d), torch.zeros(1, heads, 1, dtype=torch.int64)
         valid, one = torch.ones_like(positions, dtype=torch.bool), torch.ones(1, dtype=torch.int64)
         view = CacheView(keys, keys, positions, valid, one, one.expand(1, heads), state.index, state.scaling)
-        expected: dict[str, tuple[list[int], torch.dtype | None]] = {
-            "keys": ([d], None), "values": ([d], None), "positions": ([], torch.int64)
-        }  # fmt: skip
-        for i, policy in state.config.stateful_policies:
+        buffers = {"keys": ([d], dtype), "values": ([d], dtype), "positions": ([], torch.int64)}
+        for i, policy in config.stateful_policies:
             for name, tensor in policy.initial_state(view).items():
-                expected[f"{i}/{name}"] = list(tensor.shape[3:]), tensor.dtype
-        return expected | {name: ([], torch.float32) for name in state.config.stored_scores}
-
-    def _unread(self, state: LayerState, seen: int) -> Tensor:
-        """The tokens that a second reading has yet to repeat."""
-        rows, shape = state.tokens_seen, self.shapes["unread"]
-        if not state.config.needs_second_reading or state.ordinal or shape != [len(rows), shape[1], 2]:
-            raise self._damaged(f"tokens of shape {shape} that nobody reads again")
-        unread = self._read("unread")
-        counts = (unread[..., 0] >= 0).sum(1).tolist() if unread.dtype == torch.int64 else [seen + 1]
-        too_many = shape[1] > seen or any(count > row for count, row in zip(counts, rows, strict=True))
-        if too_many or bool((unread >= MAX_TOKENS).any()):
-            raise self._damaged("tokens that were never seen")
-        return unread
-
-    def _restore_queries(self, state: LayerState, names: set[str]) -> None:
-        if names - {"queries"}:
-            raise self._damaged(f"nobody knows its tensor {min(names)}")
-        wanted = state.config.num_queries
-        if bool(names) != bool(wanted):
-            raise self._damaged("the last queries are missing, or there and not needed")
-        if wanted:
-            shape, fingerprint = self.shapes["queries"], self._cache.fingerprint
-            outer = [len(state.tokens_seen), fingerprint.query_heads, fingerprint.head_dim]
-            if len(shape) != 4 or [*shape[:2], shape[3]] != outer or not 0 < shape[2] <= wanted:
-                raise self._damaged(f"queries of shape {shape}")
-            state.queries = self._read("queries")
-            if state.queries.dtype != state.slots.buffers["keys"].dtype:
-                raise self._damaged(f"queries are of {state.queries.dtype}")
+                buffers[f"{i}/{name}"] = list(tensor.shape[3:]), tensor.dtype
+        buffers |= {name: ([], torch.float32) for name in config.stored_scores}
+        expected: dict[str, tuple[list[int | range], torch.dtype]] = {}
+        size = tensors["slots.keys"].shape
+        front = [size[0]] if "lengths" in tensors else [rows, heads, size[2]]
+        for name, (inner, kind) in buffers.items():
+            expected[f"slots.{name}"] = [*front, *inner], kind
+        if "lengths" in tensors:
+            expected |= {name: ([rows, heads], torch.int64) for name in ("lengths", "capacities")}
+        if config.num_queries:
+            expected["queries"] = [rows, model.query_heads, range(1, config.num_queries + 1), d], dtype
+        if "unread" in tensors and config.needs_second_reading and state.ordinal == 0:
+            expected["unread"] = [rows, range(seen + 1), 2], torch.int64
+        return expected
 
     def _check_positions(self, slots: Slots, tokens_seen: Sequence[int]) -> None:
         """Refuse unless every head holds distinct tokens that its row has seen."""
@@ -329,17 +294,20 @@ class _SavedLayer:
         if bool((both[1:] == both[:-1]).any()):
             raise self._damaged("a head holds a token twice")
 
-    def restore_window(self, layer: Any, rows: int, seen: int) -> None:
+    def _restore_window(
+        self, layer: Any, about: dict[str, Any], tensors: dict[str, Tensor], rows: int, seen: int
+    ) -> None:
         """Fill a layer of transformers' own, with the tokens of its window."""
-        shape = self.shapes["window.keys"]
-        matches = set(self.shapes) == {"window.keys", "window.values"} and shape == self.shapes["window.values"]
-        if not matches or shape[0] != rows:
+        keys, values = tensors.pop("window.keys"), tensors.pop("window.values")
+        if tensors or keys.shape != values.shape or len(keys) != rows:
             raise self._damaged("the window of a layer has other sizes than its header says")
-        keys, values = self._read("window.keys"), self._read("window.values")
         layer.lazy_initialization(keys, values)
-        if self._about["seen"] != seen or keys.shape[2] != min(seen, layer.sliding_window - 1):
+        if about["seen"] != seen or keys.shape[2] != min(seen, layer.sliding_window - 1):
             raise self._damaged(f"a window of {keys.shape[2]} tokens after {seen}")
         layer.keys, layer.values, layer.cumulative_length = keys, values, seen
+
+    def _damaged(self, why: object) -> UserError:
+        return _damaged(self.file, why)
 
 
 def _describe_policy(policy: Policy) -> dict[str, Any]:

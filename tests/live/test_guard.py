@@ -176,7 +176,7 @@ def test_low_precision_pairs_return_in_full():
             if number == 3:
                 cache.restore()
                 reference.changed.clear()
-                assert cache.layers[0].state.tier.stored is None
+                assert cache.layers[0].state.tier.inner.stored is None
 
 
 @pytest.mark.parametrize("evicted", ["drop", "bits:4"])

@@ -5,6 +5,7 @@ The simplest tier drops them. No paper.
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -29,7 +30,6 @@ class EvictedPairs:
         equal: every head loses equally many, and holds equally many.
         slack: slots by which buffers grow.
         trim: keep no room for pairs to come.
-        ordinal: which of the evicting layers it is, from 0.
     """
 
     keys: Tensor
@@ -41,7 +41,6 @@ class EvictedPairs:
     equal: bool
     slack: int
     trim: bool = False
-    ordinal: int = 0
 
     @property
     def evicted(self) -> Tensor:
@@ -79,24 +78,21 @@ class LayerTier:
 
     Class attributes:
         drops: nothing is done with evicted pairs, so nobody needs to say which are evicted.
+        row_tensors: names of attributes, tensors `[batch, ...]` or None, that are stored beside `stored`.
 
     Attributes:
         stored: pairs that later queries see beside the full-precision slots, in the tier's own form; None: none yet.
     """
 
     drops: ClassVar[bool] = False
+    row_tensors: ClassVar[tuple[str, ...]] = ()
     stored: Slots | None = None
 
     def observe(self, query: Tensor, token_mask: Tensor | None) -> None:
         """See the queries `[batch, query_heads, m, d]` of new tokens; `token_mask [batch, m]` bool: no padding."""
 
     def measure(
-        self,
-        query: Tensor,
-        token_mask: Tensor | None,
-        slots: Slots,
-        scaling: float | None,
-        evicted_at: Sequence[int | None],
+        self, query: Tensor, token_mask: Tensor | None, slots: Slots, scaling: float, evicted_at: Sequence[int | None]
     ) -> None:
         """See the same queries right after their attention to `slots`, even if they may be taken back.
 
@@ -125,6 +121,7 @@ class LayerTier:
         """Every tensor that is stored, for the count of bytes."""
         if self.stored is not None:
             yield from self.stored.buffers.values()
+        yield from (tensor for name in self.row_tensors if (tensor := getattr(self, name)) is not None)
 
     def host_tensors(self) -> Iterator[Tensor]:
         """What is stored in the host's memory and counted apart."""
@@ -134,11 +131,16 @@ class LayerTier:
         """Keep the rows `rows [new batch]` int64 of the batch, in that order."""
         if self.stored is not None:
             self.stored.select_rows(rows)
+        for name in self.row_tensors:
+            setattr(self, name, select_rows(getattr(self, name), rows))
 
     def fork(self) -> LayerTier:
         """An independent copy."""
-        twin = type(self)()
+        twin = copy.copy(self)
         twin.stored = None if self.stored is None else self.stored.clone()
+        for name in self.row_tensors:
+            tensor = getattr(self, name)
+            setattr(twin, name, None if tensor is None else tensor.clone())
         return twin
 
 
@@ -159,14 +161,14 @@ class Tier(ABC):
         """What tables and the command line call it."""
 
     @abstractmethod
-    def begin(self) -> LayerTier:
-        """What a layer starts with."""
+    def begin(self, ordinal: int = 0) -> LayerTier:
+        """What the evicting layer `ordinal`, counted from 0, starts with."""
 
     def refuse_unfit(self, config) -> None:  # noqa: B027
         """Raise a UserError for a model (its text configuration) whose heads this tier cannot serve."""
 
     def begin_after(self, previous: LayerTier, ordinal: int, empty: bool, complete: bool) -> LayerTier:
-        """What a layer of a fork starts with, when the cache before had another tier.
+        """What a layer of a fork starts with, where the cache before had another tier.
 
         Args:
             previous: the layer's tier before.
@@ -187,7 +189,7 @@ class Tier(ABC):
                 f"evicted={self.name!r} needs the queries of the whole context, which the cache did not see: make "
                 "it with that setting"
             )
-        return self.begin()
+        return self.begin(ordinal)
 
 
 @dataclass(frozen=True)
@@ -196,7 +198,7 @@ class Drop(Tier):
 
     name = "drop"
 
-    def begin(self) -> LayerTier:
+    def begin(self, ordinal: int = 0) -> LayerTier:
         return DroppingLayer()
 
 
@@ -206,11 +208,6 @@ class DroppingLayer(LayerTier):
     drops = True
 
 
-def copy_optional(tensor: Tensor | None) -> Tensor | None:
-    """An independent copy of a tensor that may not be there yet."""
-    return None if tensor is None else tensor.clone()
-
-
-def select_optional(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
+def select_rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
     """The rows `rows [new batch]` of a tensor `[batch, ...]` that may not be there yet."""
     return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))

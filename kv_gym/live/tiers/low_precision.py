@@ -7,7 +7,6 @@ takes half a head). The balancer of a head is fixed when it first evicts, from a
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,7 +14,7 @@ from torch import Tensor
 
 from kv_gym.errors import UserError
 from kv_gym.live.slots import Slots
-from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier, copy_optional, select_optional
+from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier
 from kv_gym.live.tiers.quantiser import dequantise, quantise
 
 BITS = (2, 4, 8)
@@ -68,14 +67,14 @@ class LowPrecision(Tier):
                 "choose another LowPrecision(bits, group)"
             )
 
-    def begin(self) -> LayerTier:
+    def begin(self, ordinal: int = 0) -> LayerTier:
         return QuantisedLayer(self)
 
     def begin_after(self, previous: LayerTier, ordinal: int, empty: bool, complete: bool) -> LayerTier:
         largest = previous.largest_query if isinstance(previous, QuantisedLayer) else None
         layer = super().begin_after(previous, ordinal, empty or largest is not None, complete)
-        if self.balanced and isinstance(layer, QuantisedLayer):
-            layer.largest_query = copy_optional(largest)
+        if self.balanced and largest is not None and isinstance(layer, QuantisedLayer):
+            layer.largest_query = largest.clone()
         return layer
 
     def nbytes(self, d: int) -> int:
@@ -84,16 +83,19 @@ class LowPrecision(Tier):
 
 
 class QuantisedLayer(LayerTier):
-    """The evicted pairs of one layer: packed codes and float16 grids of keys and values.
+    """The evicted pairs of one layer: packed codes and float16 grids of keys and values, or of one of them.
 
     Attributes:
         settings: bits and groups.
+        names: ``keys``, ``values`` or both.
         largest_query: `[batch, query_heads, d]`, largest size of each query channel so far; only with a balancer.
         balance: `[batch, kv_heads, d]`, what keys are multiplied by; 0 where a head has evicted nothing yet.
     """
 
-    def __init__(self, settings: LowPrecision):
-        self.settings = settings
+    row_tensors = ("largest_query", "balance")
+
+    def __init__(self, settings: LowPrecision, names: tuple[str, ...] = ("keys", "values")):
+        self.settings, self.names = settings, names
         self.largest_query: Tensor | None = None
         self.balance: Tensor | None = None
 
@@ -108,12 +110,13 @@ class QuantisedLayer(LayerTier):
         self.largest_query = largest if self.largest_query is None else torch.maximum(self.largest_query, largest)
 
     def take(self, pairs: EvictedPairs) -> None:
-        keys, values = pairs.select(pairs.keys, pairs.values)
-        group = min(self.settings.group, keys.shape[-1])
-        if self.settings.balanced:
-            keys = keys * self._fixed_balance(pairs)[:, :, None]
+        group = min(self.settings.group, pairs.keys.shape[-1])
+        balance = self._fixed_balance(pairs) if self.settings.balanced else None
         new = {}
-        for name, numbers in (("keys", keys), ("values", values)):
+        for name in self.names:
+            (numbers,) = pairs.select(getattr(pairs, name))
+            if name == "keys" and balance is not None:
+                numbers = numbers * balance[:, :, None]
             new[f"{name}_codes"], new[f"{name}_grid"] = quantise(numbers, self.settings.bits, group)
         self.stored = pairs.append_to(self.stored, new)
 
@@ -132,7 +135,7 @@ class QuantisedLayer(LayerTier):
     def visible(self, dtype: torch.dtype) -> Slots | None:
         if self.stored is None:
             return None
-        return self.stored.with_data({name: self._dequantised(self.stored, name, dtype) for name in ("keys", "values")})
+        return self.stored.with_data({name: self._dequantised(self.stored, name, dtype) for name in self.names})
 
     def keys(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Keys alone, `[batch, kv_heads, longest, d]`, and which are real; None: none yet."""
@@ -147,18 +150,3 @@ class QuantisedLayer(LayerTier):
         if name == "keys" and self.balance is not None:
             numbers /= stored.per_slot(self.balance.masked_fill(self.balance == 0, 1)).to(dtype)
         return numbers
-
-    def tensors(self) -> Iterator[Tensor]:
-        yield from super().tensors()
-        yield from (tensor for tensor in (self.largest_query, self.balance) if tensor is not None)
-
-    def select_rows(self, rows: Tensor) -> None:
-        super().select_rows(rows)
-        self.largest_query = select_optional(self.largest_query, rows)
-        self.balance = select_optional(self.balance, rows)
-
-    def fork(self) -> QuantisedLayer:
-        twin = QuantisedLayer(self.settings)
-        twin.stored = None if self.stored is None else self.stored.clone()
-        twin.largest_query, twin.balance = copy_optional(self.largest_query), copy_optional(self.balance)
-        return twin

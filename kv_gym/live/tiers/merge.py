@@ -7,7 +7,6 @@ section on dynamic token merging, and its code for the running threshold); for v
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -16,7 +15,7 @@ from torch.nn import functional as F
 
 from kv_gym.errors import UserError
 from kv_gym.live.slots import take
-from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier, copy_optional, select_optional
+from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier
 
 CHUNK = 256  # evicted keys whose similarities to all survivors are held at a time
 
@@ -48,7 +47,7 @@ class Merge(Tier):
         if not 0 <= self.decay <= 1:
             raise UserError(f"the threshold's decay is {self.decay}; expected a number from 0 to 1")
 
-    def begin(self) -> LayerTier:
+    def begin(self, ordinal: int = 0) -> LayerTier:
         return MergingLayer(self)
 
 
@@ -62,7 +61,7 @@ class MergeValues(Tier):
 
     name = "merge:values"
 
-    def begin(self) -> LayerTier:
+    def begin(self, ordinal: int = 0) -> LayerTier:
         return ValueMergingLayer()
 
 
@@ -73,6 +72,8 @@ class MergingLayer(LayerTier):
         settings: the decay.
         threshold: `[batch, kv_heads]`, NaN where a head has evicted nothing yet; None before the first eviction.
     """
+
+    row_tensors = ("threshold",)
 
     def __init__(self, settings: Merge):
         self.settings = settings
@@ -92,18 +93,6 @@ class MergingLayer(LayerTier):
             name: _averaged(tensor, take(tensor, indices), nearest, weights, math.e)
             for name, tensor in (("keys", pairs.keys), ("values", pairs.values))
         }
-
-    def tensors(self) -> Iterator[Tensor]:
-        if self.threshold is not None:
-            yield self.threshold
-
-    def select_rows(self, rows: Tensor) -> None:
-        self.threshold = select_optional(self.threshold, rows)
-
-    def fork(self) -> MergingLayer:
-        twin = MergingLayer(self.settings)
-        twin.threshold = copy_optional(self.threshold)
-        return twin
 
 
 class ValueMergingLayer(LayerTier):

@@ -11,9 +11,8 @@ from torch import Tensor
 from kv_gym.errors import UserError
 from kv_gym.live.guard import Guard, LayerAttention, attention_signal, output_signal
 from kv_gym.live.slots import Slots
-from kv_gym.live.tiers.base import Drop, EvictedPairs, LayerTier, Tier, copy_optional, select_optional
+from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier
 from kv_gym.live.tiers.low_precision import LowPrecision, QuantisedLayer
-from kv_gym.live.tiers.quantiser import dequantise, quantise
 
 
 @dataclass(frozen=True)
@@ -58,40 +57,48 @@ class RecordingTier(Tier):
         if self.sketch_bits:
             LowPrecision(self.sketch_bits).refuse_unfit(config)
 
-    def begin(self) -> LayerTier:
-        return RecordingLayer(self, self.tier.begin())
+    def begin(self, ordinal: int = 0) -> LayerTier:
+        return TierRecorder(self, self.tier.begin(ordinal), ordinal)
 
     def begin_after(self, previous: LayerTier, ordinal: int, empty: bool, complete: bool) -> LayerTier:
-        before = previous if isinstance(previous, RecordingLayer) else RecordingLayer(RecordingTier(Drop()), previous)
-        if not complete and self.sketch_bits and self.guard is not None and self.guard.covers(ordinal):
-            known = before.settings.guard is not None and before.settings.guard.covers(ordinal)
-            if not known or before.settings.sketch_bits != self.sketch_bits:
-                raise UserError(
-                    f"signal {self.guard.signal!r} needs the keys of all that was evicted, and the cache did not "
-                    "sketch them: fork with this guard before the first eviction"
-                )
-        same = isinstance(previous, RecordingLayer) and previous.settings.tier == self.tier
-        inner = before.inner.fork() if same else self.tier.begin_after(before.inner, ordinal, empty, complete)
-        return before.fork_into(self, inner)
+        before = previous if isinstance(previous, TierRecorder) else None
+        inner = previous if before is None else before.inner
+        same = before is not None and before.settings.tier == self.tier
+        inner = inner.fork() if same else self.tier.begin_after(inner, ordinal, empty, complete)
+        recorder = TierRecorder(self, inner, ordinal)
+        if recorder.sketch is not None and not complete and (before is None or not before.sketches_like(recorder)):
+            assert self.guard is not None
+            raise UserError(
+                f"signal {self.guard.signal!r} needs the keys of all that was evicted, and the cache did not sketch "
+                "them: fork with this guard before the first eviction"
+            )
+        if before is not None:
+            recorder.continue_from(before)
+        return recorder
 
 
-class RecordingLayer(LayerTier):
+class TierRecorder(LayerTier):
     """One layer of a tier with a recorder.
 
     Attributes:
-        inner: the tier's own.
-        sketch: evicted keys for the guard, or None.
+        settings: the tier with its recorder.
+        inner: the tier's own layer.
+        guard: what is measured of this layer's attention or of the output, or None.
+        sketch: evicted keys in a few bits, for the guard, or None.
         host: copies of evicted pairs in the host's memory, or None.
-        signal: `[batch]`, what the guard measured of this layer at the last forward; None or NaN: nothing yet.
-        measured: whether the guard averages this layer; known from its first eviction on.
+        signal: `[batch]`, what the guard measured at the last forward; None or NaN: nothing yet.
         entropies: `[batch, 2]`, sum and number of the output's entropies so far; layer 0 alone.
     """
 
-    def __init__(self, settings: RecordingTier, inner: LayerTier):
+    row_tensors = ("signal", "entropies")
+
+    def __init__(self, settings: RecordingTier, inner: LayerTier, ordinal: int):
+        guard = settings.guard
         self.settings, self.inner = settings, inner
-        self.sketch = KeySketch(settings.sketch_bits) if settings.sketch_bits else None
+        self.guard = guard if guard is not None and (guard.reads_output or guard.covers(ordinal)) else None
+        bits = settings.sketch_bits if self.guard is not None else None
+        self.sketch = QuantisedLayer(LowPrecision(bits), ("keys",)) if bits else None
         self.host = HostCopies() if settings.offload else None
-        self.measured = True
         self.signal: Tensor | None = None
         self.entropies: Tensor | None = None
 
@@ -101,121 +108,88 @@ class RecordingLayer(LayerTier):
         return self.inner.drops and self.sketch is None and self.host is None
 
     @property
-    def stored(self) -> Slots | None:  # type: ignore[override]
-        """What the tier stores."""
-        return self.inner.stored
+    def _parts(self) -> dict[str, LayerTier]:
+        parts = {"inner": self.inner, "sketch": self.sketch, "host": self.host}
+        return {name: part for name, part in parts.items() if part is not None}
 
     def observe(self, query: Tensor, token_mask: Tensor | None) -> None:
         self.inner.observe(query, token_mask)
 
     def measure(
-        self,
-        query: Tensor,
-        token_mask: Tensor | None,
-        slots: Slots,
-        scaling: float | None,
-        evicted_at: Sequence[int | None],
+        self, query: Tensor, token_mask: Tensor | None, slots: Slots, scaling: float, evicted_at: Sequence[int | None]
     ) -> None:
-        guard = self.settings.guard
-        if guard is None or guard.reads_output or not self.measured or all(at is None for at in evicted_at):
+        if self.guard is None or self.guard.reads_output or all(at is None for at in evicted_at):
             return
         visible = isinstance(self.inner, QuantisedLayer)
         source = self.inner if isinstance(self.inner, QuantisedLayer) else self.sketch
         evicted = None if source is None else source.keys(query.dtype)
-        assert scaling is not None
         filled, real = slots.padded(("keys", "positions"))
         at = torch.tensor([at or 0 for at in evicted_at], device=query.device)
-        layer = LayerAttention(
-            query, token_mask, filled["keys"], filled["positions"], real, scaling, at, evicted, visible
-        )
-        self.signal = attention_signal(guard.signal, layer, self.signal)
+        keys, positions = filled["keys"], filled["positions"]
+        layer = LayerAttention(query, token_mask, keys, positions, real, scaling, at, evicted, visible)
+        self.signal = attention_signal(self.guard.signal, layer, self.signal)
 
     def measure_output(self, logits: Tensor) -> Tensor:
         """The guard's signal `[batch]` of the model's output `[batch, vocabulary]` for the next token."""
-        assert self.settings.guard is not None
-        name = self.settings.guard.signal
+        assert self.guard is not None
         mean = None if self.entropies is None else self.entropies[:, 0] / self.entropies[:, 1]
-        if name == "entropy_rise":
+        if self.guard.signal == "entropy_rise":
             entropy = output_signal("entropy", logits, None)
             more = torch.stack((entropy, torch.ones_like(entropy)), 1)
             self.entropies = more if self.entropies is None else self.entropies + more
-        return output_signal(name, logits, mean)
+        return output_signal(self.guard.signal, logits, mean)
 
     def take(self, pairs: EvictedPairs) -> dict[str, Tensor] | None:
-        guard = self.settings.guard
-        self.measured = guard is None or guard.covers(pairs.ordinal)
-        if self.sketch is not None and self.measured:
+        if self.sketch is not None:
             self.sketch.take(pairs)
         if self.host is not None:
             self.host.take(pairs)
         return self.inner.take(pairs)
 
+    def take_back(self) -> tuple[dict[str, Tensor], Tensor] | None:
+        """The host's copies, padded, and which are real; nothing is stored of them here any more. None: none yet."""
+        copies = None if self.host is None or self.host.stored is None else self.host.stored.padded()
+        for part in self._parts.values():
+            part.stored = None
+        return copies
+
     def visible(self, dtype: torch.dtype) -> Slots | None:
         return self.inner.visible(dtype)
 
     def tensors(self) -> Iterator[Tensor]:
-        yield from self.inner.tensors()
-        if self.sketch is not None:
-            yield from self.sketch.tensors()
-        yield from (tensor for tensor in (self.signal, self.entropies) if tensor is not None)
+        yield from super().tensors()
+        for name, part in self._parts.items():
+            if name != "host":
+                yield from part.tensors()
 
     def host_tensors(self) -> Iterator[Tensor]:
-        if self.host is not None:
-            yield from self.host.tensors()
-
-    def take_back(self) -> tuple[dict[str, Tensor], Tensor] | None:
-        """The host's copies, padded, and which are real; nothing is stored of them here any more. None: none yet."""
-        copies = None if self.host is None or self.host.stored is None else self.host.stored.padded()
-        self.inner.stored = None
-        for recorder in (self.sketch, self.host):
-            if recorder is not None:
-                recorder.stored = None
-        return copies
+        return iter(()) if self.host is None else self.host.tensors()
 
     def select_rows(self, rows: Tensor) -> None:
-        for layer in (self.inner, self.sketch, self.host):
-            if layer is not None:
-                layer.select_rows(rows)
-        self.signal, self.entropies = select_optional(self.signal, rows), select_optional(self.entropies, rows)
+        super().select_rows(rows)
+        for part in self._parts.values():
+            part.select_rows(rows)
 
-    def fork(self) -> RecordingLayer:
-        return self.fork_into(self.settings, self.inner.fork())
+    def fork(self) -> LayerTier:
+        twin = super().fork()
+        for name, part in self._parts.items():
+            setattr(twin, name, part.fork())
+        return twin
 
-    def fork_into(self, settings: RecordingTier, inner: LayerTier) -> RecordingLayer:
-        """A copy of what is recorded, with another tier's layer or guard."""
-        twin = RecordingLayer(settings, inner)
-        if self.sketch is not None and self.sketch.bits == settings.sketch_bits:
-            twin.sketch = self.sketch.fork()
+    def sketches_like(self, other: TierRecorder) -> bool:
+        """Whether evicted keys were sketched here as they would be there."""
+        return self.sketch is not None and other.sketch is not None and self.sketch.settings == other.sketch.settings
+
+    def continue_from(self, before: TierRecorder) -> None:
+        """Take along copies of what was recorded with another tier or guard, as far as it fits."""
+        twin = before.fork()
+        assert isinstance(twin, TierRecorder)
+        if before.sketches_like(self):
+            self.sketch = twin.sketch
         if self.host is not None and twin.host is not None:
-            twin.host = self.host.fork()
-        if settings.guard == self.settings.guard:
-            twin.measured = self.measured
-            twin.signal, twin.entropies = copy_optional(self.signal), copy_optional(self.entropies)
-        return twin
-
-
-class KeySketch(LayerTier):
-    """The keys of evicted pairs in a few bits, to see whether a query would have found one of them."""
-
-    def __init__(self, bits: int):
-        self.bits = bits
-
-    def take(self, pairs: EvictedPairs) -> None:
-        (keys,) = pairs.select(pairs.keys)
-        codes, grid = quantise(keys, self.bits, min(LowPrecision.group, keys.shape[-1]))
-        self.stored = pairs.append_to(self.stored, {"codes": codes, "grid": grid})
-
-    def keys(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
-        """Keys `[batch, kv_heads, longest, d]` and which are real, or None where nothing was evicted."""
-        if self.stored is None:
-            return None
-        filled, real = self.stored.padded()
-        return dequantise(filled["codes"], filled["grid"], self.bits, dtype), real
-
-    def fork(self) -> KeySketch:
-        twin = KeySketch(self.bits)
-        twin.stored = None if self.stored is None else self.stored.clone()
-        return twin
+            self.host = twin.host
+        if self.settings.guard == before.settings.guard:
+            self.signal, self.entropies = twin.signal, twin.entropies
 
 
 class HostCopies(LayerTier):
@@ -227,8 +201,3 @@ class HostCopies(LayerTier):
     def take(self, pairs: EvictedPairs) -> None:
         keys, values, positions = (tensor.cpu() for tensor in pairs.select(pairs.keys, pairs.values, pairs.positions))
         self.stored = pairs.append_to(self.stored, {"keys": keys, "values": values, "positions": positions})
-
-    def fork(self) -> HostCopies:
-        twin = HostCopies()
-        twin.stored = None if self.stored is None else self.stored.clone()
-        return twin
