@@ -44,13 +44,22 @@ INTERNALS = {
 }
 
 
+def module_of(file):
+    """`kv_gym/live/cache.py` is module `kv_gym.live.cache`; `kv_gym/live/__init__.py` is module `kv_gym.live`."""
+    parts = ("kv_gym", *file.relative_to(PACKAGE).with_suffix("").parts)
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
 def part_of(file):
     """`kv_gym/live/cache.py` is part `live`; `kv_gym/errors.py` is part `errors`."""
     return file.relative_to(PACKAGE).with_suffix("").parts[0]
 
 
 def imports(file):
-    """Every `(module, name or None)` that a file imports, inside functions too; relative imports made absolute."""
+    """Every `(module, name or None)` that a file imports; relative imports made absolute.
+
+    Imports inside functions and under `if TYPE_CHECKING:` count as any other.
+    """
     found = []
     for node in ast.walk(ast.parse(file.read_text())):
         if isinstance(node, ast.Import):
@@ -97,25 +106,40 @@ def test_imports_run_one_way():
     assert not upward
 
 
+def modules_imported(file, modules):
+    """Those of `modules` that a file imports: `from kv_gym.live import slots` is an import of `kv_gym.live.slots`."""
+    found = {f"{module}.{name}" if f"{module}.{name}" in modules else module for module, name in imports(file)}
+    return found & modules - {module_of(file)}
+
+
+def circles(graph):
+    """The circles in which the nodes of a graph (name -> names) lead to one another, one for each start."""
+    done = set()
+
+    def circle_from(node, path):
+        if node in path:
+            return [*path[path.index(node) :], node]
+        if node in done:
+            return None
+        for other in sorted(graph.get(node, ())):
+            if found := circle_from(other, [*path, node]):
+                return found
+        done.add(node)
+        return None
+
+    return [circle for node in sorted(graph) if (circle := circle_from(node, []))]
+
+
 def test_parts_import_each_other_in_no_circle():
     graph = {}
     for file in FILES:
         graph.setdefault(part_of(file), set()).update(parts_imported(file))
-    done = set()
+    assert not circles(graph)
 
-    def circle_from(part, path):
-        if part in path:
-            return [*path[path.index(part) :], part]
-        if part in done:
-            return None
-        for other in sorted(graph.get(part, ())):
-            if found := circle_from(other, [*path, part]):
-                return found
-        done.add(part)
-        return None
 
-    circles = [circle for part in sorted(graph) if (circle := circle_from(part, []))]
-    assert not circles, " -> ".join(circles[0])
+def test_modules_import_each_other_in_no_circle():
+    modules = {module_of(file) for file in FILES}
+    assert not circles({module_of(file): modules_imported(file, modules) for file in FILES})
 
 
 def test_only_attention_live_and_recording_know_the_inside_of_transformers():
@@ -173,7 +197,7 @@ def test_a_policy_is_one_file_with_its_source_and_one_frozen_dataclass(file):
 
 
 def test_the_rules_can_fail(tmp_path, monkeypatch):
-    """The reader above sees imports inside functions, relative ones and lazy names."""
+    """The reader above sees imports inside functions or for types alone, relative ones and lazy names."""
     monkeypatch.setitem(globals(), "PACKAGE", tmp_path)
     (tmp_path / "budgets").mkdir()
     (tmp_path / "envs").mkdir()
@@ -182,6 +206,14 @@ def test_the_rules_can_fail(tmp_path, monkeypatch):
         "def f():\n    from kv_gym.envs import x\n    from ..live import y\n    from kv_gym import evaluate, envs\n"
     )
     assert parts_imported(file) == {"envs", "live", "kv_gym.evaluate"}
+    file.write_text("from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from kv_gym.envs import right\n")
+    other = tmp_path / "envs" / "right.py"
+    other.write_text("import kv_gym.budgets.wrong\nfrom . import page\n")
+    names = {"kv_gym.budgets.wrong", "kv_gym.envs", "kv_gym.envs.right"}
+    assert modules_imported(file, names) == {"kv_gym.envs.right"}
+    assert modules_imported(other, names) == {"kv_gym.budgets.wrong", "kv_gym.envs"}
+    graph = {module_of(each): modules_imported(each, names) for each in (file, other)}
+    assert circles(graph)[0] == ["kv_gym.budgets.wrong", "kv_gym.envs.right", "kv_gym.budgets.wrong"]
     file.write_text(
         "import pickle, torch, numpy as np\ntorch.load(f)\n"
         "np.load(f, allow_pickle=flag)\ntorch.load(f, weights_only=True)\n"

@@ -290,9 +290,14 @@ class Runner:
             task.refuse_unfit(config)
         else:
             CacheConfig.parse(
-                self.model, config.policy, config.budget, config.allocation, "prefill", config.sinks, config.recent,
-                config.evicted,
-            )  # fmt: skip
+                self.model,
+                policy=config.policy,
+                budget=config.budget,
+                allocation=config.allocation,
+                sinks=config.sinks,
+                recent=config.recent,
+                evicted=config.evicted,
+            )
 
     def _measure(
         self, task: Task, batch: int, able: Sequence[tuple[Cell, Policy]], lines: list[dict], failures: dict[str, str]
