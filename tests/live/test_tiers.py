@@ -366,7 +366,7 @@ def test_evaluate_compares_fates():
                     nll.append(-sum(likelihood[i, t] for i, t in enumerate(question.answer_ids)) / len(likelihood))
         assert row["nll"] == pytest.approx(float(sum(nll) / 2), abs=1e-5)
     assert "| h2o, uniform, bits:8 | 5 |" in markdown(data["rows"])
-    with pytest.raises(UserError, match="replay only knows what is kept"):
+    with pytest.raises(UserError, match="replay knows what is kept"):
         evaluate(["h2o"], [5], traces=TraceSet.__new__(TraceSet), evicted=["merge"], progress=False)
 
 
