@@ -134,8 +134,9 @@ def _plain(text: str) -> str:
 
 def _as_help(text: str) -> str:
     """One line that begins with a capital and ends with a full stop; sentences for Python alone are left out."""
-    line = re.sub(r"(?<=[.;]) In Python,? [^.;]*[.;]?", "", " ".join(_plain(text).split())).rstrip(".;")
-    return line[:1].upper() + line[1:] + "." if line else ""
+    line = re.sub(r"(?<=[.;]) In Python,? .*?[.;](?= |$)", "", " ".join(_plain(text).split()))
+    line = line if line.endswith("...") else line.rstrip(".;") + "."
+    return line[:1].upper() + line[1:] if len(line) > 1 else ""
 
 
 class Call:
@@ -273,4 +274,4 @@ def _parameter(name: str, annotation: Any, default: Any = _NO_DEFAULT) -> inspec
 def _value(source: OptionSource, value: Any) -> Any:
     if source.kind is list and isinstance(value, str):
         return [part.strip() for part in value.split(",") if part.strip()]
-    return value
+    return str(value) if source.kind is Path else value  # functions compare some paths with words, such as `reference`

@@ -46,7 +46,7 @@ def calibrate(
     Args:
         policy: name, class path or folder of a policy whose scores compare across heads, and from context to context.
         traces: trace set or its folder; continuations are not needed.
-        shares: of the tokens, such as ``0.25`` or ``1/8``.
+        shares: shares of the tokens, such as ``0.25`` or ``1/8``.
         out: file to write, for the allocation ``calibrated:FILE``.
         split: of the traces, ``train`` or ``test``; ``all`` takes every context. In Python, so does None.
         sinks: first tokens that are always kept, by default the policy's own number; use the same when decoding.

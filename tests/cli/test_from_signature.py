@@ -30,11 +30,12 @@ def weigh(
 
     Args:
         model: a transformers decoder.
-        name: who; see :func:`kv_gym.policies.make_policy`. In Python, an object too.
+        name: who; see :func:`kv_gym.policies.make_policy`. In Python, what :func:`kv_gym.policies.make_policy` made,
+            or an object.
         out: file to write ``x`` to,
             on two lines.
         budgets, count: how much.
-        rate: by default none.
+        rate: ``low``, ``high`` ...
         bar: show it.
         **settings: more.
 
@@ -73,7 +74,7 @@ def test_the_source_is_read_without_an_import(package):
     assert texts == {
         "model": "A transformers decoder.", "name": "Who; see `kv_gym.policies.make_policy`.",
         "out": "File to write `x` to, on two lines.", "budgets": "How much.", "count": "How much.",
-        "rate": "By default none.", "bar": "Show it.",
+        "rate": "`low`, `high` ...", "bar": "Show it.",
     }  # fmt: skip
     assert [name for name, parameter in source.parameters.items() if parameter.required] == ["model", "name", "out"]
     with pytest.raises(LookupError, match="has no function weight"):
@@ -101,7 +102,7 @@ def run(package):
 def test_what_is_not_given_is_left_to_the_function(run):
     done, given = run("x", "--model", "m", "--out", "y")
     model = ("m", "cpu", "auto")
-    assert given == {"model": model, "name": "x", "out": Path("y"), "count": 5, "settings": 2}
+    assert given == {"model": model, "name": "x", "out": "y", "count": 5, "settings": 2}
     assert done.stdout == "y knorm\n"
 
 
@@ -110,7 +111,7 @@ def test_values_are_converted_by_the_annotation(run):
     _, given = run("x", *options)
     assert given.pop("model") == ("m", "cuda", "auto")
     assert given == {
-        "name": "x", "out": Path("y"), "budgets": ["1/4", "12%"], "rate": 0.5, "fast": True, "split": "all", "count": 5,
+        "name": "x", "out": "y", "budgets": ["1/4", "12%"], "rate": 0.5, "fast": True, "split": "all", "count": 5,
         "settings": 4,
     }  # fmt: skip
 
