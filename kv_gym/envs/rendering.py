@@ -154,11 +154,10 @@ class Renderer:
 
 def _stored_tokenizer(traces: Any) -> Any:
     from kv_gym.traces import TraceSet, open_traces
-    from kv_gym.traces.summary import tokenizer_of
 
     if traces is None or isinstance(traces, str | Path):
         traces = open_traces(traces)
-    return tokenizer_of(traces) if isinstance(traces, TraceSet) else None
+    return traces.tokenizer() if isinstance(traces, TraceSet) else None
 
 
 def as_text(frame: Frame, words: list[str]) -> str:

@@ -176,6 +176,28 @@ def token_rows(model, rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([list(row) for row in rows], dtype=torch.int64, device=model.device)
 
 
+def text_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a text, without any token that the tokenizer sets before or behind it.
+
+    Raises:
+        UserError: most of the text is unknown to the tokenizer.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
+    if unknown > len(ids) / 2:
+        raise UserError(
+            f"{unknown} of {len(ids)} tokens are unknown to the model's tokenizer; expected text in the words that it "
+            "was made for"
+        )
+    return ids
+
+
+def beginning_ids(tokenizer) -> list[int]:
+    """The token that the tokenizer sets before a text, if any; an end token that it may add is left out."""
+    ids = list(tokenizer("")["input_ids"])
+    return ids[:1] if ids[:1] == [tokenizer.bos_token_id] else []
+
+
 def _reason(error: Exception) -> str:
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
     return f"{first} {more[0].strip()}"[:300] if first.endswith(":") and more else first[:300]

@@ -8,21 +8,20 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
+import numpy as np
+
 from kv_gym.errors import UserError
-from kv_gym.files import bundled
+from kv_gym.files import bundled, parse_json, read_json, validated
 from kv_gym.models.fingerprint import Fingerprint
-from kv_gym.traces import safe_hdf5 as checked
-from kv_gym.traces.schema import (
-    Entry,
-    check_manifest,
-    read_entry,
-    read_sequence,
-    refuse_other_manifest,
-    verify_sequence,
-)
-from kv_gym.traces.sequence import Sequence
+from kv_gym.models.loading import recorded_tokenizer
+from kv_gym.traces import safe_hdf5
+from kv_gym.traces.schema import Entry, arrays_of, check_manifest, digest_of, refuse_other_manifest
+from kv_gym.traces.sequence import Continuation, Sequence, StoredHiddenStates
 
 MANIFEST = "manifest.json"
+_STATE_TYPES = ("float32", "float64", "int64")
+_EXPECTED = "expected a manifest that `kv-gym record` wrote"
 
 
 def open_traces(path: str | Path | TraceSet | None = None) -> TraceSet:
@@ -36,16 +35,16 @@ def open_traces(path: str | Path | TraceSet | None = None) -> TraceSet:
     """
     if isinstance(path, TraceSet):
         return path
-    place = bundled("traces") if path is None else Path(path)
-    if place.is_file():
-        manifest, entries = read_shard(place)
-    elif not place.is_dir():
-        raise UserError(f"there are no traces at {place}; expected a folder or file that `kv-gym record` wrote")
+    location = bundled("traces") if path is None else Path(path)
+    if location.is_file():
+        manifest, entries = _read_shard(location)
+    elif not location.is_dir():
+        raise UserError(f"there are no traces at {location}; expected a folder or file that `kv-gym record` wrote")
     else:
-        manifest = read_manifest(place)
-        entries = read_shards(place, manifest)
+        manifest = read_manifest(location)
+        entries = read_shards(location, manifest)
         if not entries:
-            raise UserError(f"the trace set {place} holds no whole shard yet: let `kv-gym record` finish one")
+            raise UserError(f"the trace set {location} holds no whole shard yet: let `kv-gym record` finish one")
     return TraceSet(sorted(entries, key=lambda entry: (entry.ordinal, entry.id)), manifest)
 
 
@@ -66,16 +65,16 @@ class TraceSet:
         return len(self.entries)
 
     def __getitem__(self, key: int | str) -> Sequence:
-        """The sequence at a place or with an id.
+        """The sequence with a number or an id.
 
         Raises:
             UserError: no such id, or a damaged file.
-            IndexError: no such place.
+            IndexError: no such number.
         """
-        entry = self.entries[self._place(key)]
-        with checked.opened(entry.path) as file:
-            group = checked.group_at(file, f"sequences/{entry.id}")
-            return read_sequence(group, self.fingerprint, self.manifest["dtype"])
+        entry = self.entries[self._position(key)]
+        with safe_hdf5.open_file(entry.path) as file:
+            group = safe_hdf5.open_group(file, f"sequences/{entry.id}")
+            return _read_sequence(group, self.fingerprint, self.manifest["dtype"])
 
     def __iter__(self) -> Iterator[Sequence]:
         return (self[i] for i in range(len(self)))
@@ -112,18 +111,22 @@ class TraceSet:
         """All sequences, in memory."""
         return list(self)
 
+    def tokenizer(self) -> Any:
+        """The recorded model's tokenizer where it is on this machine, else None; never a download."""
+        return recorded_tokenizer(self.manifest.get("model", ""), self.manifest["tokenizer"])
+
     def verify(self, key: int | str) -> int:
         """Read a sequence, compute all its hashes again, and return the number of its arrays.
 
         Raises:
             UserError: the first defect found.
         """
-        entry = self.entries[self._place(key)]
+        entry = self.entries[self._position(key)]
         self[key]
-        with checked.opened(entry.path) as file:
-            return verify_sequence(checked.group_at(file, f"sequences/{entry.id}"))
+        with safe_hdf5.open_file(entry.path) as file:
+            return _verify_sequence(safe_hdf5.open_group(file, f"sequences/{entry.id}"))
 
-    def _place(self, key: int | str) -> int:
+    def _position(self, key: int | str) -> int:
         if isinstance(key, str):
             if key not in self._index:
                 raise UserError(f"there is no sequence {key!r}; the first of {len(self)} is {self.ids[:1]}")
@@ -136,11 +139,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST
     if not path.is_file():
         raise UserError(f"folder {folder} has no {MANIFEST}; expected a trace set that `kv-gym record` wrote")
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path} cannot be read ({error}); expected JSON that `kv-gym record` wrote") from None
-    return check_manifest(data, str(path))
+    return check_manifest(read_json(path, _EXPECTED), str(path))
 
 
 def read_shards(folder: Path, manifest: dict[str, Any]) -> list[Entry]:
@@ -151,24 +150,109 @@ def read_shards(folder: Path, manifest: dict[str, Any]) -> list[Entry]:
     """
     entries: dict[str, Entry] = {}
     for path in sorted(folder.glob("*.h5")):
-        own, found = read_shard(path)
-        refuse_other_manifest(manifest, own, f"{folder} (compared with its {path.name})")
-        for entry in found:
+        if path.name.startswith("."):  # such as ._x.h5, where macOS keeps attributes of x.h5
+            continue
+        shard_manifest, shard_entries = _read_shard(path)
+        refuse_other_manifest(manifest, shard_manifest, f"{folder} (compared with its {path.name})")
+        for entry in shard_entries:
             if entry.id in entries:
                 raise UserError(f"sequence {entry.id} is in {entries[entry.id].path} and in {path}: remove one of them")
             entries[entry.id] = entry
     return list(entries.values())
 
 
-def read_shard(path: Path) -> tuple[dict[str, Any], list[Entry]]:
+def _read_shard(path: Path) -> tuple[dict[str, Any], list[Entry]]:
     """Manifest and entries of one shard."""
-    with checked.opened(path) as file:
+    with safe_hdf5.open_file(path) as file:
         if "manifest" not in file.attrs:
             raise UserError(f"{path} is HDF5 and no trace file; expected one that `kv-gym record` wrote")
-        try:
-            manifest = json.loads(checked.text_attribute(file, "manifest"))
-        except ValueError as error:
-            raise UserError(f"{path} has a damaged manifest ({error}): remove it and record again") from None
-        manifest = check_manifest(manifest, str(path))
-        sequences = checked.group_at(file, "sequences")
-        return manifest, [read_entry(sequences, name, path) for name in sequences]
+        manifest = parse_json(safe_hdf5.text_attribute(file, "manifest"), f"{path}, its manifest", _EXPECTED)
+        check_manifest(manifest, str(path))
+        sequences = safe_hdf5.open_group(file, "sequences")
+        return manifest, [_read_entry(sequences, name, path) for name in sequences]
+
+
+def _read_entry(parent: h5py.Group, name: str, path: Path) -> Entry:
+    """What a shard says of the sequence `name`, its arrays left unread."""
+    group = safe_hdf5.open_group(parent, name)
+    numbers = {key: safe_hdf5.integer_attribute(group, key) for key in ("ordinal", "tokens")}
+    texts = {key: safe_hdf5.text_attribute(group, key) for key in ("task", "split", "text_hash", "prompt", "digest")}
+    count = len(safe_hdf5.member_names(group, "continuation"))
+    data = {"path": path, "id": name, "continuations": count, **numbers, **texts}
+    return validated(Entry, data, f"{path}:sequences/{ascii(name)[1:-1]}")
+
+
+def _read_sequence(group: h5py.Group, fingerprint: Fingerprint, dtype: str) -> Sequence:
+    """One sequence, every array of it checked against the schema.
+
+    Args:
+        group: as :meth:`kv_gym.traces.writer.Shard.add` left it.
+        fingerprint: of the recorded model.
+        dtype: the type the model computed in.
+
+    Raises:
+        UserError: anything that does not fit.
+    """
+    heads, query_heads, d = fingerprint.kv_heads, fingerprint.query_heads, fingerprint.head_dim
+    layers, n = len(fingerprint.layers), safe_hdf5.integer_attribute(group, "tokens")
+    context = safe_hdf5.open_group(group, "context")
+    slots = (layers, heads, n)
+
+    def floats(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
+        return safe_hdf5.read_float32(safe_hdf5.open_dataset(context, name, safe_hdf5.FLOAT_TYPES, shape))
+
+    keys = floats("keys", (*slots, d))
+    has_queries, has_hidden = (safe_hdf5.has_member(context, name) for name in ("queries", "hidden"))
+    return Sequence(
+        id=group.name.rpartition("/")[2],
+        tokens=safe_hdf5.read_array(context, "tokens", ("int64",), (n,)),
+        keys=keys,
+        values=floats("values", (*slots, d)),
+        queries=(
+            floats("queries", (layers, query_heads, None, d))
+            if has_queries
+            else np.zeros((layers, query_heads, 0, d), np.float32)
+        ),
+        continuations=tuple(
+            _read_continuation(safe_hdf5.open_group(group, f"continuation/{name}"), slots)
+            for name in safe_hdf5.member_names(group, "continuation")
+        ),
+        layers=fingerprint.layers,
+        scaling=safe_hdf5.float_attributes(group, "scaling", layers),
+        stats={
+            policy: {
+                state: safe_hdf5.read_array(context, f"stats/{policy}/{state}", _STATE_TYPES, (*slots, -1))
+                for state in safe_hdf5.member_names(safe_hdf5.open_group(context, "stats"), policy)
+            }
+            for policy in safe_hdf5.member_names(context, "stats")
+        },
+        task=safe_hdf5.text_attribute(group, "task"),
+        split=safe_hdf5.text_attribute(group, "split"),
+        text_hash=safe_hdf5.text_attribute(group, "text_hash"),
+        dtype=dtype,
+        hidden=StoredHiddenStates.in_context(context, layers, n) if has_hidden else None,
+    )
+
+
+def _read_continuation(group: h5py.Group, slots: tuple[int, ...]) -> Continuation:
+    tokens = safe_hdf5.read_array(group, "tokens", ("int64",), (None,))
+    block = safe_hdf5.integer_attribute(group, "block")
+    if not len(tokens) or not block:
+        raise UserError(f"{group.file.filename}:{group.name} is empty; expected at least one token and a block of one")
+    future = safe_hdf5.read_array(group, "future", ("float32",), (*slots, -(-len(tokens) // block), 2))
+    if future.min() < 0:
+        raise UserError(f"{group.file.filename}:{group.name}/future is negative; expected attention received")
+    return Continuation(tokens, future, block)
+
+
+def _verify_sequence(group: h5py.Group) -> int:
+    """Compute every hash of a sequence again and return the number of its arrays."""
+    arrays = arrays_of(group)
+    for data in arrays.values():
+        if safe_hdf5.sha256(data[()]) != safe_hdf5.text_attribute(data, "sha256"):
+            raise UserError(
+                f"{data.file.filename}:{data.name} fails its checksum: the file is damaged, record it again"
+            )
+    if digest_of(group) != safe_hdf5.text_attribute(group, "digest"):
+        raise UserError(f"{group.file.filename}:{group.name} fails its digest: its attributes were changed")
+    return len(arrays)

@@ -67,15 +67,15 @@ def record(
             often more bytes than keys and values together.
 
     Returns:
-        The whole set, what was there before included.
+        The whole set, with what the folder already held.
 
     Raises:
-        UserError: a model that cannot be served, settings or prompts that are not usable, or a folder that holds
+        UserError: a model that is not supported, settings or prompts that are not usable, or a folder that holds
             something else; nothing half-written stays behind.
     """
     refuse_unsupported(model)
-    listed = list(prompts)
-    if not listed:
+    prompts = list(prompts)
+    if not prompts:
         raise UserError("there are no prompts to record; expected at least one")
     if window < 0 or blocks < 1 or shard_size < 1:
         raise UserError(
@@ -83,8 +83,8 @@ def record(
         )
     if device is not None:
         model.to(usable_device(device))
-    policies = _policies(stats)
-    longest = max(len(p.context_ids) + max(map(len, p.continuation_ids), default=0) for p in listed)
+    policies = _stateful_policies(stats)
+    longest = max(len(p.context_ids) + max(map(len, p.continuation_ids), default=0) for p in prompts)
     limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if limit and longest > limit:
         warnings.warn(
@@ -93,15 +93,15 @@ def record(
             stacklevel=2,
         )
     settings = {"window": window, "stats": list(policies), "blocks": blocks} | ({"hidden": True} if hidden else {})
-    manifest = manifest_of(model, tokenizer, storage, settings, recipe)
+    manifest = make_manifest(model, tokenizer, storage, settings, recipe)
     writer = TraceWriter(out, manifest)
-    missing = writer.missing(listed)
-    with _watched(model, hidden), _progress(progress, len(listed), len(listed) - len(missing)) as advance:
+    missing = writer.missing(prompts)
+    with _attached(model, hidden), _progress_bar(progress, len(prompts), len(prompts) - len(missing)) as advance:
         for start in range(0, len(missing), shard_size):
             group = missing[start : start + shard_size]
             with writer.shard(group[0][0], [prompt.id for _, prompt in group]) as shard:
                 for ordinal, prompt in group:
-                    shard.add(_sequence(model, prompt, window, policies, blocks, hidden), ordinal)
+                    shard.add(_record_prompt(model, prompt, window, policies, blocks, hidden), ordinal)
                     advance()
     return open_traces(out)
 
@@ -128,11 +128,11 @@ def record_sequence(
         UserError: a model or settings that are not usable.
     """
     refuse_unsupported(model)
-    with _watched(model, hidden):
-        return _sequence(model, prompt, window, _policies(stats), blocks, hidden)
+    with _attached(model, hidden):
+        return _record_prompt(model, prompt, window, _stateful_policies(stats), blocks, hidden)
 
 
-def manifest_of(
+def make_manifest(
     model, tokenizer, storage: str, settings: Mapping[str, Any], recipe: Mapping[str, Any] | None
 ) -> dict[str, Any]:
     """How a trace set is recorded, as plain JSON data.
@@ -148,8 +148,8 @@ def manifest_of(
         UserError: an unknown storage, one that would round what was computed, or a recipe that is no JSON.
     """
     dtype = str(model.dtype).removeprefix("torch.")
-    own = "float32" if dtype == "float64" else dtype
-    if storage not in ("auto", "float32", own):
+    exact = "float32" if dtype == "float64" else dtype
+    if storage not in ("auto", "float32", exact):
         raise UserError(
             f"storage {storage!r} is not usable for a model that computes in {dtype}; choose auto or float32"
         )
@@ -167,18 +167,18 @@ def manifest_of(
         "fingerprint": Fingerprint.of(model).to_json(),
         "tokenizer": tokenizer_hash(tokenizer),
         "dtype": dtype,
-        "storage": own if storage == "auto" else storage,
+        "storage": exact if storage == "auto" else storage,
         **plain,
         "versions": {"kv_gym": __version__, **{name: version(name) for name in ("torch", "transformers", "h5py")}},
     }
 
 
-def _sequence(
+def _record_prompt(
     model, prompt: Prompt, window: int, policies: Mapping[str, StatefulPolicy], blocks: int, hidden: bool
 ) -> Sequence:  # fmt: skip
     cache = RecordingCache(model, window, policies, hidden)
     _forward(model, [prompt.context_ids], cache)
-    cache.read_again(model, token_rows(model, [prompt.context_ids]))
+    cache.run_second_readings(model, token_rows(model, [prompt.context_ids]))
     layers = cache.recorded
     arrays = {
         name: torch.stack([getattr(layer, name)[0] for layer in layers]).float().cpu().numpy()
@@ -211,19 +211,19 @@ def _continuations(model, prompt: Prompt, cache: RecordingCache, blocks: int) ->
     by_length: dict[int, list[int]] = {}
     for i, ids in enumerate(prompt.continuation_ids):
         by_length.setdefault(len(ids), []).append(i)
-    done: dict[int, Continuation] = {}
+    recorded: dict[int, Continuation] = {}
     for length, members in by_length.items():
         at_once = max(1, _BATCHED_TOKENS // (len(prompt.context_ids) + length))
         block = -(-length // min(blocks, -(-length // 16)))  # 16 queries a block, or as many as `blocks` allow
         for start in range(0, len(members), at_once):
             batch = members[start : start + at_once]
             rows = [prompt.continuation_ids[i] for i in batch]
-            with cache.continuing(len(batch), block):
+            with cache.continuation(len(batch), block):
                 _forward(model, rows, cache)
-                received = torch.stack(cache.received, 1).cpu().numpy()
+                futures = torch.stack(cache.futures, 1).cpu().numpy()
             for row, i in enumerate(batch):
-                done[i] = Continuation(_tokens(prompt.continuation_ids[i]), received[row], block)
-    return tuple(done[i] for i in range(len(done)))
+                recorded[i] = Continuation(_tokens(prompt.continuation_ids[i]), futures[row], block)
+    return tuple(recorded[i] for i in range(len(recorded)))
 
 
 def _tokens(ids: list[int]):
@@ -237,8 +237,8 @@ def _forward(model, ids: list[list[int]], cache: RecordingCache) -> None:
 
 
 @contextmanager
-def _watched(model, hidden: bool = False) -> Iterator[None]:
-    training = model.training
+def _attached(model, hidden: bool = False) -> Iterator[None]:
+    was_training = model.training
     attach(model)
     if hidden:
         attach_hidden_state_hooks(model)
@@ -246,13 +246,13 @@ def _watched(model, hidden: bool = False) -> Iterator[None]:
         model.eval()
         yield
     finally:
-        model.train(training)
+        model.train(was_training)
         if hidden:
             remove_hidden_state_hooks(model)
         detach(model)
 
 
-def _policies(stats: Iterable[str | Policy]) -> dict[str, StatefulPolicy]:
+def _stateful_policies(stats: Iterable[str | Policy]) -> dict[str, StatefulPolicy]:
     policies: dict[str, StatefulPolicy] = {}
     for given in stats:
         policy = make_policy(given)
@@ -263,7 +263,7 @@ def _policies(stats: Iterable[str | Policy]) -> dict[str, StatefulPolicy]:
 
 
 @contextmanager
-def _progress(shown: bool, total: int, done: int):
+def _progress_bar(shown: bool, total: int, done: int):
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

@@ -1,4 +1,4 @@
-"""The cache that records: transformers' own layers, of which the full-attention ones watch their attention."""
+"""The cache that records: transformers' own layers, of which the full-attention ones observe their attention."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ from kv_gym.policies.scoring.block_schedule import observe_blocks
 
 
 class RecordingLayer(DynamicLayer):
-    """A full-attention layer: first it takes a context's queries and statistics, then what continuations attend to.
+    """A full-attention layer that records a context's queries and statistics, then what continuations attend to.
 
     Attributes:
         queries: `[B, Hq, m, d]`, the last m queries of the context.
-        hidden: `[B, n, D]` what the attention received of the context, where that is asked for, else None.
+        hidden: `[B, n, D]` hidden states of the context, where they are recorded, else None.
         scaling: factor on query-key products.
         stats: policy name -> its state after the context.
-        received: `[B, H, n, K, 2]` float32 of the continuation that is running, as soon as it is known.
-        reader: the policy that is told of a second reading.
+        future: `[B, H, n, K, 2]` float32, attention that the context received from the last continuation.
+        rereading_policy: name of the policy whose state a second reading updates.
     """
 
-    def __init__(self, layer: int, window: int, policies: Mapping[str, StatefulPolicy], hears: bool = False):
+    def __init__(self, layer: int, window: int, policies: Mapping[str, StatefulPolicy], records_hidden: bool = False):
         super().__init__()
-        self.hears = hears
-        self.hidden: Tensor | None = None
         self.layer = layer
         self.window = window
         self.policies = policies
+        self.records_hidden = records_hidden
         self.block: int | None = None  # None while the context is read, then queries per block
-        self.context = 0
+        self.context_tokens = 0
         self.queries: Tensor | None = None
+        self.hidden: Tensor | None = None
         self.scaling = 0.0
         self.stats: dict[str, dict[str, Tensor]] = {}
-        self.received: Tensor | None = None
-        self.reader = ""
+        self.future: Tensor | None = None
+        self.rereading_policy = ""
 
     def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
         """Store as usual, and ask to see the attention that follows."""
@@ -56,26 +56,26 @@ class RecordingLayer(DynamicLayer):
         """The model's own attention; what is recorded is computed beside it."""
         output = call.run()
         if self.block is None:
-            self._take_context(call)
+            self._record_context(call)
         else:
-            self.received = attention_received(call.query, call.key, self.context, call.scaling, self.block)
+            self.future = attention_received(call.query, call.key, self.context_tokens, call.scaling, self.block)
         return output
 
     def view(self) -> CacheView:
-        """The context's slots, with the state of the policy that is being told of a second reading."""
+        """The context's slots, with the state of the policy that asked for the second reading."""
         assert self.keys is not None and self.values is not None
-        view = CacheView.of(self.keys, self.values, self.context, layer=self.layer, scaling=self.scaling)
-        return replace(view, state=self.stats[self.reader])
+        view = CacheView.of(self.keys, self.values, self.context_tokens, layer=self.layer, scaling=self.scaling)
+        return replace(view, state=self.stats[self.rereading_policy])
 
     def write_state(self, state: Mapping[str, Tensor]) -> None:
         """Replace that state."""
-        self.stats[self.reader] = dict(state)
+        self.stats[self.rereading_policy] = dict(state)
 
-    def _take_context(self, call: AttentionCall) -> None:
+    def _record_context(self, call: AttentionCall) -> None:
         n = call.key.shape[2]
-        self.context, self.scaling = n, call.scaling
+        self.context_tokens, self.scaling = n, call.scaling
         self.queries = call.query[:, :, max(0, n - self.window) :].clone()
-        self.hidden = current_hidden_states(self.layer) if self.hears else None
+        self.hidden = current_hidden_states(self.layer) if self.records_hidden else None
         view = CacheView.of(call.key, call.value, budget=n, layer=self.layer, scaling=call.scaling)
         for name, policy in self.policies.items():
             self.stats[name] = observe_blocks(policy, view, call.query, policy.initial_state(view))
@@ -88,7 +88,7 @@ class RecordingCache(Cache):
         model: a transformers decoder.
         window: how many of the context's last queries to keep.
         policies: policies with memory, by name, whose statistics to take over the context.
-        hidden: take the hidden states of the context (:mod:`kv_gym.models.hidden_states`).
+        hidden: record the hidden states of the context (:mod:`kv_gym.models.hidden_states`).
     """
 
     def __init__(self, model, window: int, policies: Mapping[str, StatefulPolicy], hidden: bool = False):
@@ -119,29 +119,32 @@ class RecordingCache(Cache):
         return recorded
 
     @property
-    def received(self) -> list[Tensor]:
-        """Of each full-attention layer, what the running continuation attended to: `[B, H, n, K, 2]` float32."""
-        return [layer.received for layer in self.recorded if layer.received is not None]
+    def futures(self) -> list[Tensor]:
+        """Attention that each full-attention layer's context received from the last continuation.
 
-    def read_again(self, model, ids: Tensor) -> None:
-        """Take the statistics of policies that want the context `ids [1, n]` read again."""
-        held = {layer.layer: layer for layer in self.recorded}
+        Each is `[B, H, n, K, 2]` float32, see :func:`attention_received`.
+        """
+        return [layer.future for layer in self.recorded if layer.future is not None]
+
+    def run_second_readings(self, model, ids: Tensor) -> None:
+        """Take the statistics of the policies that ask for a second reading of the context `ids [1, n]`."""
+        layers = {layer.layer: layer for layer in self.recorded}
         for name, policy in self.recorded[0].policies.items():
             if policy.repetition is not None:
-                for layer in held.values():
-                    layer.reader = name
+                for layer in layers.values():
+                    layer.rereading_policy = name
                 text = torch.stack((ids, torch.arange(ids.shape[1], device=ids.device)[None]), -1)
-                run_second_reading(model, policy, text, held, self.layers, ids.shape[1])
+                run_second_reading(model, policy, text, layers, self.layers, ids.shape[1])
 
     @contextmanager
-    def continuing(self, rows: int, block: int) -> Iterator[None]:
+    def continuation(self, rows: int, block: int) -> Iterator[None]:
         """Let `rows` continuations start from the context; afterwards the context is cached as before.
 
         Args:
             rows: batch size of the continuation.
-            block: its queries per block of `received`.
+            block: its queries per block of `future`.
         """
-        before = [dict(vars(layer)) for layer in self.layers]
+        attributes_before = [dict(vars(layer)) for layer in self.layers]
         try:
             for layer in self.layers:
                 for name in ("keys", "values"):  # expanded, not copied: the next `update` makes new tensors anyway
@@ -151,12 +154,12 @@ class RecordingCache(Cache):
                     layer.block = block
             yield
         finally:
-            for layer, attributes in zip(self.layers, before, strict=True):
+            for layer, attributes in zip(self.layers, attributes_before, strict=True):
                 vars(layer).update(attributes)
 
 
 def attention_received(queries: Tensor, keys: Tensor, context: int, scaling: float, block: int) -> Tensor:
-    """What each context slot received from a continuation: `[B, H, context, K, 2]` float32.
+    """Attention that each context slot received from a continuation: `[B, H, context, K, 2]` float32.
 
     The softmax is over all the keys that a query sees, those of earlier continuation tokens included. Attention is
     summed over the queries of each block; the last axis is the maximum (taken query by query) and the mean over the

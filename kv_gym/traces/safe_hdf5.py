@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import math
+import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,47 +16,63 @@ import numpy as np
 
 from kv_gym.errors import UserError
 
-CACHED = ("float32", "float16", "uint16")  # what a model computed; uint16 carries bfloat16, which HDF5 does not know
+FLOAT_TYPES = ("float32", "float16", "uint16")
+"""Types of what a model computed; uint16 holds bfloat16, which HDF5 does not know."""
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[h5py.File]:
-    """Open a file for reading; whatever HDF5 cannot read in it becomes a UserError that names the file."""
+def open_file(path: Path) -> Iterator[h5py.File]:
+    """Open a file for reading.
+
+    Raises:
+        UserError: what HDF5 cannot read in the file, also within the block. A file that cannot be opened now, such as
+            one that is being written or lies on a disk that fails, is not called damaged.
+    """
     if not path.is_file():
         raise UserError(f"there is no trace file {path}; expected one that `kv-gym record` wrote")
-    if not h5py.is_hdf5(path):
-        raise UserError(f"{path} is no HDF5 file; expected one that `kv-gym record` wrote")
     try:
+        with open(path, "rb"):
+            is_hdf5 = h5py.is_hdf5(path)
+        if not is_hdf5:
+            raise UserError(f"{path} is no HDF5 file; expected one that `kv-gym record` wrote")
         with h5py.File(path, "r") as file:
             yield file
     except UserError:
         raise
     except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
-        reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
-        raise UserError(
-            f"{path} is damaged or cut short ({reason}): remove it and record again, what is whole is kept"
-        ) from None
+        raise UserError(f"{path} {_explained(error)}") from None
 
 
-def group_at(parent: h5py.Group, name: str) -> h5py.Group:
+def _explained(error: Exception) -> str:
+    """What an error says of a file: it cannot be read now, or it is damaged."""
+    reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
+    # of a failed read, HDF5 reports the system's error within its text
+    number = re.search(r"errno = (\d+)", str(error))
+    code = getattr(error, "errno", None) or (int(number[1]) if number else 0)
+    if code:
+        return f"cannot be read now ({os.strerror(code)}): close the program that writes to it, or check its disk"
+    return f"is damaged or cut short ({reason}): remove it and record again, what is whole is kept"
+
+
+def open_group(parent: h5py.Group, name: str) -> h5py.Group:
     """A group that lies in the same file."""
-    found = _member(parent, name)
-    if not isinstance(found, h5py.Group):
+    member = _member(parent, name)
+    if not isinstance(member, h5py.Group):
         raise UserError(f"{_name(parent, name)} is no group; expected a trace file that `kv-gym record` wrote")
-    return found
+    return member
 
 
-def has(parent: h5py.Group, name: str) -> bool:
+def has_member(parent: h5py.Group, name: str) -> bool:
     """Whether a group has a member of this name; a link is not followed."""
     return parent.get(name, getlink=True) is not None
 
 
-def names_in(parent: h5py.Group, name: str) -> list[str]:
+def member_names(parent: h5py.Group, name: str) -> list[str]:
     """Names in an optional group, sorted; none where the group is missing."""
-    return sorted(group_at(parent, name)) if has(parent, name) else []
+    return sorted(open_group(parent, name)) if has_member(parent, name) else []
 
 
-def array_at(parent: h5py.Group, name: str, types: tuple[str, ...], shape: tuple[int | None, ...]) -> np.ndarray:
+def read_array(parent: h5py.Group, name: str, types: tuple[str, ...], shape: tuple[int | None, ...]) -> np.ndarray:
     """A whole array: its size is compared with the file's before memory is taken, its numbers must be finite.
 
     Args:
@@ -66,28 +84,33 @@ def array_at(parent: h5py.Group, name: str, types: tuple[str, ...], shape: tuple
     Raises:
         UserError: missing, linked, virtual, filtered, of another type or shape, larger than its file, or not finite.
     """
-    return _read(declared_at(parent, name, types, shape))
+    return _read(open_dataset(parent, name, types, shape))
 
 
-def declared_at(
+def open_dataset(
     parent: h5py.Group, name: str, types: tuple[str, ...], shape: tuple[int | None, ...]
 ) -> h5py.Dataset:  # fmt: skip
-    """The dataset of an array whose type and shape are as expected, its numbers unread; arguments of `array_at`."""
-    data = dataset_at(parent, name)
+    """A dataset of the expected type and shape, its numbers unread; arguments and errors of :func:`read_array`."""
+    data = plain_dataset(parent, name)
     where = _name(parent, name)
     if data.dtype.name not in types:
         raise UserError(f"{where} is of type {data.dtype}; expected {' or '.join(types)}")
-    open_end = shape[-1] == -1
-    wanted = shape[:-1] if open_end else shape
-    fits = len(data.shape) >= len(wanted) if open_end else len(data.shape) == len(wanted)
-    if not fits or any(w is not None and w != s for w, s in zip(wanted, data.shape, strict=False)):
+    more_axes = shape[-1] == -1
+    expected = shape[:-1] if more_axes else shape
+    fits = len(data.shape) >= len(expected) if more_axes else len(data.shape) == len(expected)
+    if not fits or any(e is not None and e != s for e, s in zip(expected, data.shape, strict=False)):
         shown = ", ".join("any" if w is None else "..." if w == -1 else str(w) for w in shape)
         raise UserError(f"{where} has shape {list(data.shape)}; expected [{shown}]")
     return data
 
 
-def widened(data: h5py.Dataset, part: int | None = None) -> np.ndarray:
-    """Numbers of a dataset of :data:`CACHED` type as float32, finite: all, or what lies at `part` of its first axis."""
+def read_float32(data: h5py.Dataset, part: int | None = None) -> np.ndarray:
+    """The numbers of a dataset of one of :data:`FLOAT_TYPES`, finite, as float32.
+
+    Args:
+        data: the dataset.
+        part: index on its first axis; None reads all.
+    """
     array = _read(data, part)
     if array.dtype == np.uint16:
         if text_attribute(data, "type") != "bfloat16":
@@ -100,7 +123,7 @@ def widened(data: h5py.Dataset, part: int | None = None) -> np.ndarray:
     return wide
 
 
-def dataset_at(parent: h5py.Group, name: str) -> h5py.Dataset:
+def plain_dataset(parent: h5py.Group, name: str) -> h5py.Dataset:
     """A dataset whose bytes lie in the same file, with a checksum as its only filter; nothing is read yet."""
     data = _member(parent, name)
     where = _name(parent, name)
@@ -136,7 +159,7 @@ def text_attribute(owner: h5py.Group | h5py.Dataset, name: str) -> str:
     return _attribute(owner, name, str)
 
 
-def whole_attribute(owner: h5py.Group | h5py.Dataset, name: str) -> int:
+def integer_attribute(owner: h5py.Group | h5py.Dataset, name: str) -> int:
     """An integer attribute, at least 0."""
     value = int(_attribute(owner, name, np.integer))
     if value < 0:
@@ -144,7 +167,7 @@ def whole_attribute(owner: h5py.Group | h5py.Dataset, name: str) -> int:
     return value
 
 
-def numbers_attribute(owner: h5py.Group, name: str, count: int) -> tuple[float, ...]:
+def float_attributes(owner: h5py.Group, name: str, count: int) -> tuple[float, ...]:
     """An attribute of `count` finite numbers."""
     value = np.asarray(_attribute(owner, name, np.ndarray))
     if value.shape != (count,) or value.dtype.kind != "f" or not np.isfinite(value).all():
@@ -163,21 +186,21 @@ def sha256(array: np.ndarray) -> str:
 def _attribute(owner: h5py.Group | h5py.Dataset, name: str, kind: type) -> Any:
     if name not in owner.attrs:
         raise UserError(f"{_name(owner)} has no attribute {name!r}; expected a trace file that `kv-gym record` wrote")
-    about = owner.attrs.get_id(name)
+    attribute = owner.attrs.get_id(name)
     # text of variable length lies in a heap without a checksum: HDF5 may loop for ever where that is damaged
-    plain = about.dtype.kind in "Siuf" and about.get_storage_size() <= owner.file.id.get_filesize()
+    plain = attribute.dtype.kind in "Siuf" and attribute.get_storage_size() <= owner.file.id.get_filesize()
     value = owner.attrs[name] if plain else None
     if isinstance(value, bytes):
         value = value.decode("utf-8")
     if value is None or not isinstance(value, kind):
-        raise UserError(f"attribute {name!r} of {_name(owner)} is of type {about.dtype}; expected {kind.__name__}")
+        raise UserError(f"attribute {name!r} of {_name(owner)} is of type {attribute.dtype}; expected {kind.__name__}")
     return value
 
 
 def _member(parent: h5py.Group, name: str) -> Any:
     first, _, rest = name.partition("/")
     if rest:  # step by step, so that no link hides in the middle of a path
-        return _member(group_at(parent, first), rest)
+        return _member(open_group(parent, first), rest)
     link = parent.get(name, getlink=True)
     if link is None:
         raise UserError(f"{_name(parent)} has no {name!r}; expected a trace file that `kv-gym record` wrote")
@@ -189,10 +212,8 @@ def _member(parent: h5py.Group, name: str) -> Any:
 def _read(data: h5py.Dataset, part: int | None = None) -> np.ndarray:
     try:
         array = data[()] if part is None else data[part]
-    except OSError:
-        raise UserError(
-            f"{_name(data)} cannot be read or fails its checksum: the file is damaged, record it again"
-        ) from None
+    except OSError as error:
+        raise UserError(f"{_name(data)} {_explained(error)}") from None
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise UserError(f"{_name(data)} holds NaN or infinite numbers; expected finite ones (did the model overflow?)")
     return array

@@ -1,11 +1,13 @@
-"""One recorded context in memory: what was cached, and what later queries attended to."""
+"""One recorded context: what was cached, and what later queries attended to."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 
+import h5py
 import numpy as np
 import torch
 
@@ -14,7 +16,7 @@ from kv_gym.budgets.budget import Budget
 from kv_gym.cache_view import CacheView, Future
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
-from kv_gym.traces.stored_hidden_states import StoredHidden
+from kv_gym.traces import safe_hdf5
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,44 @@ class Continuation:
         """Queries in each block, `[K]` int64."""
         starts = np.arange(self.future.shape[3]) * self.block
         return np.minimum(len(self.tokens) - starts, self.block)
+
+
+@dataclass(frozen=True)
+class StoredHiddenStates:
+    """Hidden states `[layers, tokens, width]` that stay on the disk: they are larger than all else in a trace.
+
+    ``stored[layer]`` reads one layer's `[tokens, width]` float32, checked, every time.
+
+    Attributes:
+        path: the shard.
+        group: name of the HDF5 group that holds them, as ``hidden``.
+        shape: recorded layers, tokens, width of the model.
+    """
+
+    path: Path
+    group: str
+    shape: tuple[int, int, int]
+
+    @classmethod
+    def in_context(cls, context: h5py.Group, layers: int, tokens: int) -> StoredHiddenStates:
+        """Hidden states of an open shard, if their type and shape are right; no number of them is read.
+
+        Raises:
+            UserError: another type or shape, links, filters, or a size beyond the file.
+        """
+        data = safe_hdf5.open_dataset(context, "hidden", safe_hdf5.FLOAT_TYPES, (layers, tokens, None))
+        return cls(Path(context.file.filename), context.name.lstrip("/"), data.shape)
+
+    def __getitem__(self, layer: int) -> np.ndarray:
+        """Hidden states of one recorded layer, `[tokens, width]` float32.
+
+        Raises:
+            UserError: the file is gone, damaged or another one, or a number is not finite.
+        """
+        with safe_hdf5.open_file(self.path) as file:
+            group = safe_hdf5.open_group(file, self.group)
+            data = safe_hdf5.open_dataset(group, "hidden", safe_hdf5.FLOAT_TYPES, self.shape)
+            return safe_hdf5.read_float32(data, layer)
 
 
 @dataclass(frozen=True)
@@ -71,12 +111,12 @@ class Sequence:
     split: str = "train"
     text_hash: str = ""
     dtype: str = "float32"
-    hidden: np.ndarray | StoredHidden | None = None
+    hidden: np.ndarray | StoredHiddenStates | None = None
 
     @cached_property
     def _expected(self) -> dict[str, np.ndarray]:
-        futures = [(c.future.sum(3) / len(c.tokens)) for c in self.continuations]
-        mean = np.mean(futures, axis=0) if futures else np.zeros((*self.keys.shape[:3], 2), np.float32)
+        utilities = [(c.future.sum(3) / len(c.tokens)) for c in self.continuations]
+        mean = np.mean(utilities, axis=0) if utilities else np.zeros((*self.keys.shape[:3], 2), np.float32)
         return {"max": mean[..., 0], "mean": mean[..., 1]}
 
     def utility(self, reduction: str = "max") -> np.ndarray:
@@ -123,7 +163,10 @@ class Sequence:
             UserError: the context was recorded without hidden states.
         """
         dtype = getattr(torch, self.dtype)  # values are exact in the recording's own type
-        as_tensor = lambda array: torch.from_numpy(np.ascontiguousarray(array))[None]  # noqa: E731
+
+        def as_tensor(array: np.ndarray) -> torch.Tensor:
+            return torch.from_numpy(np.ascontiguousarray(array))[None]
+
         view = CacheView.of(
             as_tensor(self.keys[layer]).to(dtype),
             as_tensor(self.values[layer]).to(dtype),

@@ -1,20 +1,30 @@
-"""Look at a trace set: what it holds, whether it is whole, and which tokens of a context its future uses."""
+"""Describe a trace set: what it holds, whether it is whole, which tokens of a context its future attends to."""
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence as Seq
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from rich.console import Group
 from rich.text import Text
 
 from kv_gym.budgets import format_budget, parse_budget, select
 from kv_gym.errors import UserError
-from kv_gym.models.loading import recorded_tokenizer
+from kv_gym.files import atomic_write
 from kv_gym.policies.oracle import Oracle
 from kv_gym.traces.reader import TraceSet, open_traces
 from kv_gym.traces.sequence import Sequence
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+WIDTH, ROW, HIGHEST = 15.0, 0.16, 24.0  # inches: of the picture, of a row, and of a heat map at most
+FIT = 110  # tokens whose words fit under a heat map; of more only those with the highest utility are named
+SMALLEST = 1e-4  # attention below it is all one colour
 
 
 def info(path: str | Path | None = None) -> dict[str, Any]:
@@ -38,8 +48,8 @@ def info(path: str | Path | None = None) -> dict[str, Any]:
         "tokens": sum(lengths),
         "longest": max(lengths, default=0),
         "continuations": sum(entry.continuations for entry in entries),
-        "splits": _count(entry.split for entry in entries),
-        "tasks": _count(entry.task for entry in entries),
+        "splits": dict(Counter(entry.split for entry in entries)),
+        "tasks": dict(Counter(entry.task for entry in entries)),
         "shards": len(shards),
         "bytes": sum(shard.stat().st_size for shard in shards),
         "model": manifest.get("model", ""),
@@ -74,7 +84,10 @@ def validate(path: str | Path | None = None) -> dict[str, Any]:
     """
     traces = open_traces(path)
     splits: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for entry in traces.entries:
+        if (other := digests.setdefault(entry.digest, entry.id)) != entry.id:
+            raise UserError(f"sequences {other} and {entry.id} are copies of one another: remove one of them")
         if entry.text_hash and splits.setdefault(entry.text_hash, entry.split) != entry.split:
             raise UserError(f"sequence {entry.id} shares its text with the other split: keep a document in one split")
     arrays = sum(traces.verify(i) for i in range(len(traces)))
@@ -112,33 +125,109 @@ def show(
             written.
     """
     traces = open_traces(path)
-    one = _find(traces, sequence)
-    if not one.continuations:
-        raise UserError(f"sequence {one.id} was recorded without continuations, so it has no future to show")
-    layer, head = _head(one, layer, head)
-    known = tokenizer or tokenizer_of(traces)
-    words = [str(i) for i in one.tokens] if known is None else known.convert_ids_to_tokens(one.tokens.tolist())
+    shown = _find(traces, sequence)
+    if not shown.continuations:
+        raise UserError(f"sequence {shown.id} was recorded without continuations, so it has no future to show")
+    layer, head = _head(shown, layer, head)
+    tokenizer = tokenizer or traces.tokenizer()
+    ids = shown.tokens.tolist()
+    words = [str(i) for i in ids] if tokenizer is None else tokenizer.convert_ids_to_tokens(ids)
     title = (
-        f"{one.id} ({one.task or 'no task'}, {one.split}): {len(words)} tokens, "
-        f"continuations: {len(one.continuations)}; "
-        f"layer {one.layers[layer]}, KV head {head}"
+        f"{shown.id} ({shown.task or 'no task'}, {shown.split}): {len(words)} tokens, "
+        f"continuations: {len(shown.continuations)}; "
+        f"layer {shown.layers[layer]}, KV head {head}"
     )
-    utility = torch.from_numpy(one.utility("max")[layer, head])
+    utility = torch.from_numpy(shown.utility("max")[layer, head])
     parts = [
         Text(title, style="bold"),
         Text("what the oracle keeps there, which sees the continuations; dots stand for what is dropped"),
     ]
     for budget in budgets:
-        view = one.view(layer, parse_budget(budget), oracle=True)
+        view = shown.view(layer, parse_budget(budget), oracle=True)
         kept = select(Oracle(), view, 0, 0)[0, head]
         share = float(utility[kept].sum() / utility.sum()) if float(utility.sum()) else 1.0
         parts.append(Text(f"\nbudget {format_budget(parse_budget(budget))}: utility kept {share:.3f}", style="bold"))
         parts.append(_kept_words(words, kept.tolist()))
     if out is not None:
-        from kv_gym.traces.picture import picture
-
-        parts.append(Text(f"\npicture of all layers and heads: {picture(one, words, out)}"))
+        parts.append(Text(f"\npicture of all layers and heads: {picture(shown, words, out)}"))
     return Group(*parts)
+
+
+def picture(sequence: Sequence, words: Seq[str], out: str | Path) -> Path:
+    """Draw what later queries attended to; :func:`figure` says what there is to see.
+
+    Args:
+        sequence: a context with at least one continuation.
+        words: `[n]` text of the tokens.
+        out: PNG file to write, whole or not at all.
+
+    Returns:
+        The file.
+
+    Raises:
+        UserError: no continuation, or a file that cannot be written or is no `.png`.
+    """
+    out = _writable(out)
+    drawing = figure(sequence, words)
+    with atomic_write(out) as part:
+        drawing.savefig(part, dpi=120, format="png")
+    return out
+
+
+def figure(sequence: Sequence, words: Seq[str]) -> Figure:
+    """Heat maps of one context, three axes from top to bottom.
+
+    Above, how much of the attention of all heads each token gets. In the middle the utility (mean over continuations
+    of the attention per query, the maximum over the KV head's query heads) of every slot: a row for each layer and
+    head, a column for each token, the scale logarithmic. Below, the mean over heads of the attention per query of
+    each block of each continuation.
+
+    Args:
+        sequence: a context with at least one continuation; L layers, H heads, n tokens.
+        words: `[n]` text of the tokens.
+
+    Raises:
+        UserError: no continuation.
+    """
+    from matplotlib.colors import LogNorm
+    from matplotlib.figure import Figure
+
+    if not sequence.continuations:
+        raise UserError(f"sequence {sequence.id} was recorded without continuations, so it has no future to draw")
+    utility = sequence.utility("max")
+    layers, heads, n = utility.shape
+    blocks = np.concatenate(
+        [c.future[..., 1].mean((0, 1)).T / c.block_queries[:, None] for c in sequence.continuations]
+    )  # [blocks of all continuations, n]
+    heights = ((1.6, layers * heads), (0.8, len(blocks)))  # at least so many inches, for so many rows
+    sizes = [1.1, *(min(HIGHEST, max(least, ROW * rows)) for least, rows in heights)]
+    drawing = Figure(figsize=(WIDTH, sum(sizes) + 2.2), layout="constrained")
+    top, middle, bottom = drawing.subplots(3, 1, sharex=True, height_ratios=sizes)
+    token_utility = utility.mean((0, 1))
+    top.bar(np.arange(n), token_utility, width=1.0 if n > 200 else 0.8, color="0.3")
+    top.set(ylabel="mean utility", xlim=(-0.5, n - 0.5))
+    top.set_title(
+        f"{sequence.id} ({sequence.task or 'no task'}, {sequence.split}): {n} tokens, {layers} layers of {heads} "
+        f"KV heads, continuations: {len(sequence.continuations)}",
+        fontsize=10, loc="left",
+    )  # fmt: skip
+    style = {"aspect": "auto", "interpolation": "nearest", "cmap": "magma_r"}
+    scale = LogNorm(SMALLEST, max(float(utility.max()), 10 * SMALLEST))
+    image = middle.imshow(utility.reshape(-1, n).clip(SMALLEST), norm=scale, **style)
+    bottom.imshow(blocks.clip(SMALLEST), norm=scale, **style)
+    middle.set_ylabel("layer, one row per KV head")
+    middle.set_yticks(np.arange(layers) * heads + (heads - 1) / 2, [str(layer) for layer in sequence.layers])
+    middle.hlines(np.arange(1, layers) * heads - 0.5, -0.5, n - 0.5, color="0.6", linewidth=0.6)
+    counts = [c.future.shape[3] for c in sequence.continuations]
+    first = np.cumsum([0, *counts[:-1]])
+    step = -(-len(counts) // max(1, int(sizes[2] / ROW)))  # as many numbers as there is height for
+    bottom.set_ylabel("continuation" if max(counts) == 1 else "continuation, its blocks")
+    middles = first + (np.array(counts) - 1) / 2
+    bottom.set_yticks(middles[::step], [str(number) for number in range(0, len(counts), step)])
+    bottom.hlines(first[1:] - 0.5, -0.5, n - 0.5, color="0.6", linewidth=0.6)
+    _name_tokens(bottom, words, token_utility)
+    drawing.colorbar(image, ax=[middle, bottom], label="attention per query", pad=0.01, fraction=0.03)
+    return drawing
 
 
 def _find(traces: TraceSet, sequence: str | int) -> Sequence:
@@ -157,9 +246,9 @@ def _head(sequence: Sequence, layer: int | None, head: int | None) -> tuple[int,
         raise UserError(f"there is no layer {layer}, head {head}; expected numbers below {layers} and {heads}")
     if layer is not None or head is not None:
         return layer or 0, head or 0
-    # the first tokens take attention whatever they say: a head is telling by what it looks at beyond them
-    telling = utility[..., 4:].topk(min(8, n - 4), -1).values.sum(-1) if n > 4 else utility.sum(-1)
-    best = int(telling.flatten().argmax())
+    # the first tokens receive attention whatever they mean: what a head attends to beyond them tells more
+    concentration = utility[..., 4:].topk(min(8, n - 4), -1).values.sum(-1) if n > 4 else utility.sum(-1)
+    best = int(concentration.flatten().argmax())
     return best // heads, best % heads
 
 
@@ -173,13 +262,33 @@ def _kept_words(words: list[str], kept: list[bool]) -> Text:
     return line
 
 
-def tokenizer_of(traces: TraceSet) -> Any:
-    """The recorded model's tokenizer where it is on this machine, else None; never a download."""
-    return recorded_tokenizer(traces.manifest.get("model", ""), traces.manifest["tokenizer"])
+def _writable(out: str | Path) -> Path:
+    out = Path(out)
+    if out.suffix.lower() != ".png":
+        raise UserError(f"{out} is no name of a picture; expected a file that ends in .png")
+    if out.is_dir():
+        raise UserError(f"{out} is a folder; name a file to write the picture to")
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {out.parent} ({error.strerror}); name another file") from None
+    return out
 
 
-def _count(names) -> dict[str, int]:
-    counts: dict[str, int] = {}
-    for name in names:
-        counts[name] = counts.get(name, 0) + 1
-    return counts
+def _name_tokens(axes, words: Seq[str], utility: np.ndarray) -> None:
+    """Words under all tokens where they fit, else under those with the highest utility that are far enough apart."""
+    n = len(words)
+    apart = n / FIT
+    named: list[int] = []
+    for token in np.argsort(-utility, kind="stable").tolist():
+        if all(abs(token - other) >= apart for other in named):
+            named.append(token)
+    named.sort()
+    axes.set_xticks(named, [_printable(words[token]) for token in named], rotation=90, fontsize=7)
+    axes.set_xlabel("token" if len(named) == n else f"token ({len(named)} of {n} are named: where most attention goes)")
+
+
+def _printable(word: str) -> str:
+    shown = "".join(letter if letter.isprintable() else "□" for letter in str(word))
+    # a dollar sign would begin a formula
+    return (shown if len(shown) <= 14 else shown[:13] + "…").replace("$", r"\$")

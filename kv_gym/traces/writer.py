@@ -1,4 +1,4 @@
-"""Write a trace set shard by shard, so that whatever bears a final name is whole and a killed run can go on."""
+"""Write a trace set shard by shard: a file with a final name is whole, and an interrupted recording can resume."""
 
 from __future__ import annotations
 
@@ -12,12 +12,15 @@ from pathlib import Path
 from typing import Any
 
 import h5py
+import numpy as np
+import torch
 
 from kv_gym.errors import UserError
-from kv_gym.traces import safe_hdf5 as checked
+from kv_gym.files import flush_to_disk
+from kv_gym.traces import safe_hdf5
 from kv_gym.traces.prompts import Prompt
 from kv_gym.traces.reader import MANIFEST, read_manifest, read_shards
-from kv_gym.traces.schema import Entry, prompt_hash, refuse_other_manifest, write_sequence
+from kv_gym.traces.schema import Entry, digest_of, prompt_hash, refuse_other_manifest
 from kv_gym.traces.sequence import Sequence
 
 _LARGEST_MANIFEST = 60_000  # bytes; an HDF5 attribute holds 64 KiB
@@ -46,14 +49,16 @@ class TraceWriter:
         if self.out.exists() and not self.out.is_dir():
             raise UserError(f"{self.out} is a file; expected a folder to write traces to")
         if (self.out / MANIFEST).exists():
-            there = read_manifest(self.out)
-            refuse_other_manifest(there, manifest, str(self.out))
-            self.entries = {entry.id: entry for entry in read_shards(self.out, there)}
-        elif self.out.is_dir() and any(not path.name.endswith(".tmp") for path in self.out.iterdir()):
+            existing = read_manifest(self.out)
+            refuse_other_manifest(existing, manifest, str(self.out))
+            self.entries = {entry.id: entry for entry in read_shards(self.out, existing)}
+        elif self.out.is_dir() and any(
+            not path.name.endswith(".tmp") and not path.name.startswith(".") for path in self.out.iterdir()
+        ):
             raise UserError(f"folder {self.out} is not empty and holds no trace set; choose another one")
 
     def missing(self, prompts: list[Prompt]) -> list[tuple[int, Prompt]]:
-        """The prompts that no whole shard holds yet, with their places.
+        """The prompts that no whole shard holds yet, each with its place among all prompts.
 
         Raises:
             UserError: an id twice, an id that was recorded from other tokens, or a document in both splits.
@@ -69,10 +74,10 @@ class TraceWriter:
                 raise UserError(
                     f"the text of prompt {prompt.id} is in both train and test; keep a document in one split"
                 )
-            held = self.entries.get(prompt.id)
-            if held is None:
+            entry = self.entries.get(prompt.id)
+            if entry is None:
                 missing.append((ordinal, prompt))
-            elif held.prompt != prompt_hash(prompt.context_ids, prompt.continuation_ids):
+            elif entry.prompt != prompt_hash(prompt.context_ids, prompt.continuation_ids):
                 raise UserError(f"{self.out} holds a sequence {prompt.id} of other tokens: record into another folder")
         return missing
 
@@ -88,18 +93,18 @@ class TraceWriter:
         self.out.mkdir(parents=True, exist_ok=True)
         self._remove_abandoned()
         name = f"shard-{first:06d}-{hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8]}.h5"
-        temporary = self.out / f"{name}.{_run()}.tmp"
+        temporary = self.out / f"{name}.{_writer_name()}.tmp"
         try:
             # the 1.10 layout guards its own structures by checksums; readers crash on damage in older ones
             with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
-                checked.set_text(file, manifest=self._text)
+                safe_hdf5.set_text(file, manifest=self._text)
                 yield Shard(file.create_group("sequences"), self.manifest["storage"])
-            _sync(temporary)
+            flush_to_disk(temporary)
             if not (self.out / MANIFEST).exists():
                 self._write_manifest()
             os.replace(temporary, self.out / name)
             if os.name != "nt":  # the rename itself must reach the disk
-                _sync(self.out)
+                flush_to_disk(self.out)
         except BaseException:
             temporary.unlink(missing_ok=True)
             if new_folder and not any(self.out.iterdir()):
@@ -107,13 +112,13 @@ class TraceWriter:
             raise
 
     def _write_manifest(self) -> None:
-        temporary = self.out / f"{MANIFEST}.{_run()}.tmp"
+        temporary = self.out / f"{MANIFEST}.{_writer_name()}.tmp"
         temporary.write_text(json.dumps(self.manifest, indent=2) + "\n", encoding="utf-8")
-        _sync(temporary)
+        flush_to_disk(temporary)
         os.replace(temporary, self.out / MANIFEST)
 
     def _remove_abandoned(self) -> None:
-        """Unfinished files of runs that were killed on this machine; those of running ones are theirs."""
+        """Remove unfinished files of processes on this machine that have ended."""
         for path in self.out.glob("*.tmp"):
             host, _, process = path.name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
             if host == _host() and process.isdigit() and not _is_running(int(process)):
@@ -121,23 +126,65 @@ class TraceWriter:
 
 
 class Shard:
-    """An open shard."""
+    """An open shard.
+
+    Args:
+        group: its group of sequences.
+        storage: type of keys, values, queries and hidden states: ``float32``, ``float16`` or ``bfloat16``.
+    """
 
     def __init__(self, group: h5py.Group, storage: str):
         self._group = group
         self._storage = storage
 
     def add(self, sequence: Sequence, ordinal: int) -> None:
-        """Write one sequence.
+        """Write one sequence as a group of its own.
 
         Args:
-            sequence: what was recorded.
+            sequence: what was recorded; empty `queries` and `stats` and missing `hidden` are left out.
             ordinal: place in the order of the prompts.
         """
-        write_sequence(self._group, sequence, ordinal, self._storage)
+        group = self._group.create_group(sequence.id)
+        group.attrs.update(ordinal=ordinal, tokens=len(sequence.tokens), scaling=np.array(sequence.scaling, np.float64))
+        prompt = prompt_hash(sequence.tokens, [c.tokens for c in sequence.continuations])
+        texts = {"task": sequence.task, "split": sequence.split, "text_hash": sequence.text_hash, "prompt": prompt}
+        safe_hdf5.set_text(group, **texts)
+        context = group.create_group("context")
+        _write_array(context, "tokens", np.asarray(sequence.tokens, np.int64))
+        for name in ("keys", "values", "queries"):
+            array = getattr(sequence, name)
+            if array.size:
+                _write_array(context, name, self._stored(array), by_head=True)
+        if sequence.hidden is not None:
+            hidden = np.stack([sequence.hidden[layer] for layer in range(len(sequence.layers))])
+            _write_array(context, "hidden", self._stored(hidden), chunks=(1, *hidden.shape[1:]))
+        for policy, states in sequence.stats.items():
+            for state, array in states.items():
+                _write_array(context.require_group(f"stats/{policy}"), state, array)
+        for i, continuation in enumerate(sequence.continuations):
+            subgroup = group.create_group(f"continuation/{i:04d}")
+            subgroup.attrs["block"] = continuation.block
+            _write_array(subgroup, "tokens", np.asarray(continuation.tokens, np.int64))
+            _write_array(subgroup, "future", np.asarray(continuation.future, np.float32), by_head=True)
+        safe_hdf5.set_text(group, digest=digest_of(group))
+
+    def _stored(self, array: np.ndarray) -> np.ndarray:
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(getattr(torch, self._storage))
+        return tensor.view(torch.uint16).numpy() if self._storage == "bfloat16" else tensor.numpy()
 
 
-def _run() -> str:
+def _write_array(
+    group: h5py.Group, name: str, array: np.ndarray, by_head: bool = False, chunks: tuple[int, ...] | None = None
+) -> None:
+    whole = (1, 1, *array.shape[2:]) if by_head else array.shape
+    data = group.create_dataset(name, data=array, chunks=chunks or whole, fletcher32=True)
+    safe_hdf5.set_text(data, sha256=safe_hdf5.sha256(array))
+    if array.dtype == np.uint16:
+        safe_hdf5.set_text(data, type="bfloat16")
+
+
+def _writer_name() -> str:
+    """Host and process, so that a later run knows whose an unfinished file is."""
     return f"{_host()}-{os.getpid()}"
 
 
@@ -157,11 +204,3 @@ def _is_running(process: int) -> bool:
     except PermissionError:
         return True
     return True
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

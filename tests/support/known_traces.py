@@ -4,7 +4,7 @@ import numpy as np
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from kv_gym.traces import Continuation, Sequence
-from kv_gym.traces.recorder import manifest_of
+from kv_gym.traces.recorder import make_manifest
 from kv_gym.traces.writer import TraceWriter
 
 LAYERS, HEADS, TOKENS, DIM, BLOCKS = 2, 2, 40, 4, 3
@@ -36,7 +36,7 @@ def write_known_traces(folder, contexts=24, training=16, hidden=True):
         vocab_size=8, hidden_size=16, intermediate_size=8, num_hidden_layers=LAYERS, num_attention_heads=HEADS,
         num_key_value_heads=HEADS, head_dim=DIM,
     )  # fmt: skip
-    manifest = manifest_of(LlamaForCausalLM(config), None, "auto", {"window": 1, "stats": [], "blocks": BLOCKS}, None)
+    manifest = make_manifest(LlamaForCausalLM(config), None, "auto", {"window": 1, "stats": [], "blocks": BLOCKS}, None)
     random = np.random.default_rng(0)
     mix = np.linalg.qr(np.random.default_rng(1).standard_normal((WIDTH, WIDTH)))[0].astype(np.float32)
     ids = [f"s{i}" for i in range(contexts)]

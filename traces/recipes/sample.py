@@ -16,7 +16,7 @@ from kv_gym.policies import list_policies, make_policy
 from kv_gym.reference import MODEL
 from kv_gym.reference.prompts import reference_prompts
 from kv_gym.traces import record_sequence, validate
-from kv_gym.traces.recorder import manifest_of
+from kv_gym.traces.recorder import make_manifest
 from kv_gym.traces.writer import TraceWriter
 
 SEED = 999
@@ -36,7 +36,7 @@ def main() -> None:
     # one policy for each: d2o's sums are h2o's, and a policy over another one has that one's
     remembered = {policy.statistics: policy for policy in policies if policy.statistics == policy.name}.values()
     recipe = {"command": "python traces/recipes/sample.py", "seed": SEED, "full": FULL, "light": LIGHT}
-    writer = TraceWriter(arguments.out, manifest_of(model, tokenizer, "auto", {"light": len(LIGHT)}, recipe))
+    writer = TraceWriter(arguments.out, make_manifest(model, tokenizer, "auto", {"light": len(LIGHT)}, recipe))
     prompts = []
     for i, (task, words, split) in enumerate((FULL, *LIGHT)):
         [prompt] = reference_prompts(task, words, count=1, continuations=8, seed=SEED - i)

@@ -15,7 +15,7 @@ from traced_models import PROMPTS, same, some_prompt, tiny_model
 
 from kv_gym.errors import UserError
 from kv_gym.traces import Prompt, open_traces, record, record_sequence, validate
-from kv_gym.traces.recorder import manifest_of
+from kv_gym.traces.recorder import make_manifest
 from kv_gym.traces.writer import TraceWriter
 
 
@@ -102,7 +102,7 @@ def test_hash_is_that_of_the_content_not_of_the_shards(recorded, tmp_path):
 
 def test_light_sequences_lie_beside_full_ones(tmp_path):
     model = tiny_model()
-    writer = TraceWriter(tmp_path / "set", manifest_of(model, None, "auto", {}, None))
+    writer = TraceWriter(tmp_path / "set", make_manifest(model, None, "auto", {}, None))
     with writer.shard(0, ["p0", "p1"]) as shard:
         shard.add(record_sequence(model, PROMPTS[0]), 0)
         shard.add(record_sequence(model, PROMPTS[1], window=0, stats=()), 1)
@@ -195,14 +195,14 @@ sys.path.insert(0, {support!r})
 from traced_models import PROMPTS, tiny_model
 from kv_gym.traces import record
 from kv_gym.traces import recorder as recording
-plain, done = recording._sequence, []
+plain, done = recording._record_prompt, []
 def slow(*rest):
     if len(done) == 3:
         print("now", flush=True)
         time.sleep(60)
     done.append(1)
     return plain(*rest)
-recording._sequence = slow
+recording._record_prompt = slow
 record(tiny_model(), PROMPTS, {out!r}, shard_size=2, window=4, progress=False, recipe={{"from": "noise"}})
 """
 

@@ -46,6 +46,15 @@ def test_text_and_ids(tmp_path):
     assert without_beginning.context_ids == [10, 11, 12]
 
 
+def test_null_means_absent(tmp_path):
+    nothing = dict.fromkeys(("context_ids", "continuation_ids", "task", "split", "id"))
+    plain, same = (
+        next(prompts_from_jsonl(jsonl(tmp_path, {"context": "abc", "continuations": ["d"]} | more), Letters()))
+        for more in ({}, nothing)
+    )
+    assert same == plain and (same.task, same.split) == ("", "train")
+
+
 def test_ids_follow_from_place_and_content(tmp_path):
     lines = [{"context_ids": [1, 2], "continuation_ids": [[3]]}, {"context_ids": [1, 2], "continuation_ids": [[4]]}]
     first = [prompt.id for prompt in prompts_from_jsonl(jsonl(tmp_path, *lines))]
@@ -60,7 +69,7 @@ def test_ids_follow_from_place_and_content(tmp_path):
 @pytest.mark.parametrize(
     ("line", "reason"),
     [
-        ("{", "line 2 is no JSON"),
+        ("{", "line 2: no JSON"),
         ("[1]", "line 2 is no JSON object"),
         ({"context": "abc"}, "line 2 has no 'continuations'"),
         ({"continuations": ["a"]}, "line 2 has no 'context'"),
@@ -75,6 +84,10 @@ def test_ids_follow_from_place_and_content(tmp_path):
         ({"context_ids": [1, -2], "continuation_ids": [[1]]}, "line 2 holds something else than lists"),
         ({"context_ids": [1, True], "continuation_ids": [[1]]}, "line 2 holds something else than lists"),
         ({"context_ids": [1], "continuation_ids": [[1]]}, "line 2: .* context of 1 tokens"),
+        (
+            {"context_ids": [1, 2], "continuation_ids": [[1]], "task": "a\nb"},
+            "line 2: .* control characters in its task",
+        ),
         ({"context_ids": [1, 2], "continuation_ids": [[1]], "split": "dev"}, "line 2: .* split 'dev'"),
         ({"context_ids": [1, 2], "continuation_ids": [[1]], "id": "../x"}, "line 2: prompt id '../x'"),
         ({"context_ids": [1, 2], "continuation_ids": [[1]], "id": "a"}, "line 2 has the id 'a' of line 1"),
@@ -87,12 +100,12 @@ def test_a_bad_line_is_named(line, reason, tmp_path):
 
 
 def test_files_that_hold_no_prompts(tmp_path):
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match="cannot be read"):
         list(prompts_from_jsonl(tmp_path / "missing.jsonl"))
     with pytest.raises(UserError, match="holds no prompt"):
         list(prompts_from_jsonl(jsonl(tmp_path, "", " ")))
     (tmp_path / "latin.jsonl").write_bytes(b"caf\xe9")
-    with pytest.raises(UserError, match="no UTF-8"):
+    with pytest.raises(UserError, match="line 1: not UTF-8"):
         list(prompts_from_jsonl(tmp_path / "latin.jsonl"))
     with pytest.raises(UserError, match="line 1 holds text and the model came without a tokenizer"):
         list(prompts_from_jsonl(jsonl(tmp_path, {"context": "abc", "continuations": ["a"]})))

@@ -2,6 +2,8 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import h5py
@@ -212,9 +214,10 @@ def change_manifest(shard, **changes):
         ({"version": "soon"}, "version 'soon'"),
         ({"format": "photos"}, "not the manifest"),
         ({"fingerprint": {"layers": [0]}}, "fingerprint in the file is damaged"),
-        ({"fingerprint": []}, "'fingerprint' is missing or no object"),
-        ({"recipe": None}, "'recipe' is missing"),
-        ({"dtype": "Tensor"}, "dtype 'Tensor'"),
+        ({"fingerprint": []}, r"fingerprint is \[\]; expected keys and values"),
+        ({"recipe": None}, "has no recipe; expected keys"),
+        ({"dtype": "Tensor"}, "dtype is 'Tensor'; expected 'float32', "),
+        ({"model": "\x1b[2J"}, "model is .*; expected a text without control characters"),
     ],
 )
 def test_a_manifest_that_cannot_be_used(changes, reason, shard):
@@ -234,7 +237,7 @@ def test_no_trace_set_at_all(tmp_path):
     with pytest.raises(UserError, match=r"has no manifest\.json"):
         open_traces(tmp_path)
     (tmp_path / "manifest.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"manifest\.json, line 1: no JSON"):
         open_traces(tmp_path)
     (tmp_path / "notes.h5").write_text("dear diary")
     with pytest.raises(UserError, match="no HDF5 file"):
@@ -243,6 +246,49 @@ def test_no_trace_set_at_all(tmp_path):
         file["x"] = [1, 2]
     with pytest.raises(UserError, match="HDF5 and no trace file"):
         open_traces(tmp_path / "foreign.h5")
+
+
+def test_a_file_that_is_being_written_is_not_called_damaged(shard):
+    script = f"import h5py, sys; f = h5py.File({str(shard)!r}, 'r+'); print('open', flush=True); sys.stdin.read()"
+    writer = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    with writer:
+        assert writer.stdout.readline() == b"open\n"
+        with pytest.raises(UserError, match=r"cannot be read now \(Resource temporarily unavailable\)") as refused:
+            open_traces(shard.parent)
+        assert "remove" not in str(refused.value)
+        writer.stdin.close()
+    assert len(open_traces(shard.parent)) == 1
+
+
+def test_hidden_files_of_other_programs_are_ignored(shard):
+    shard.with_name(f"._{shard.name}").write_bytes(b"\0\5\26\7")
+    assert validate(shard.parent)["sequences"] == 1
+
+
+@pytest.mark.parametrize(
+    ("attributes", "reason"),
+    [
+        ({"split": "dev"}, "split is 'dev'; expected 'train' or 'test'"),
+        ({"task": "\x1b[2J"}, "task is .* control char"),
+    ],
+)
+def test_texts_that_could_do_harm_on_a_terminal_are_refused(shard, attributes, reason):
+    with h5py.File(shard, "r+") as file:
+        set_text(file["sequences/p0"], **attributes)
+    with pytest.raises(UserError, match=f"sequences/p0: {reason}"):
+        open_traces(shard)
+
+
+def test_ids_are_checked_and_a_renamed_copy_is_found(shard):
+    with h5py.File(shard, "r+") as file:
+        file["sequences"].move("p0", "p\n0")
+    with pytest.raises(UserError, match=r"sequences/p\\n0: id is .*; expected up to 100 letters"):
+        open_traces(shard)
+    with h5py.File(shard, "r+") as file:
+        file["sequences"].move("p\n0", "p0")
+        file["sequences/p1"] = file["sequences/p0"]  # a hard link
+    with pytest.raises(UserError, match="sequences p0 and p1 are copies of one another"):
+        validate(shard)
 
 
 def test_sets_are_not_mixed(shard, tmp_path):

@@ -23,7 +23,7 @@ from kv_gym.traces import (
     show,
     validate,
 )
-from kv_gym.traces.picture import FIT, SMALLEST, figure, picture
+from kv_gym.traces.summary import FIT, SMALLEST, figure, picture
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 STORIES, NOVEL = DATA / "models" / "stories260K", DATA / "corpora" / "novels" / "Kipling_Kim_1901.txt"
