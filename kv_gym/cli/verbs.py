@@ -14,6 +14,7 @@ import typer
 
 from kv_gym.cli.from_signature import Call, Device, Dtype, load_named_model, verb
 from kv_gym.errors import UserError
+from kv_gym.files import atomic_write, parse_yaml
 
 app = typer.Typer(
     help="The gym for KV-cache eviction: record, replay, train, compare, export, decode.",
@@ -147,7 +148,6 @@ def _leaderboard(
     page: Annotated[Path | None, typer.Option(help="Markdown file to write the tables into.")] = None,
 ) -> None:
     from kv_gym.evaluation import leaderboard
-    from kv_gym.files import whole_file
 
     rows = call()
     refused = sum(bool(row.get("refused")) for row in rows)
@@ -157,7 +157,7 @@ def _leaderboard(
         for file in leaderboard.publish(rows, publish):
             typer.echo(f"{file}: {file.stat().st_size:,} bytes")
     if page is not None:
-        with whole_file(page) as part:
+        with atomic_write(page) as part:
             part.write_text(leaderboard.page(leaderboard.compact(rows)), encoding="utf-8")
         typer.echo(f"wrote {page}")
 
@@ -324,15 +324,10 @@ app.add_typer(trace, name="trace")
 
 def _settings(written: list[str] | None, **options: Any) -> dict[str, Any]:
     """Settings of an agent: ``NAME=VALUE`` with values as YAML, and those that have an option of their own."""
-    import yaml
-
     settings = {name: value for name, value in options.items() if value is not None}
     for text in written or ():
         name, equals, value = text.partition("=")
         if not equals or not name or name in settings:
             raise UserError(f"--set got {text!r}; expected NAME=VALUE, each name once, such as --set contexts=4")
-        try:
-            settings[name] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"--set got {text!r}; expected a value as in agents/*.yml, such as 4 or [0, 0]") from None
+        settings[name] = parse_yaml(value, f"--set {name}", "expected a value as in agents/*.yml, such as 4 or [0, 0]")
     return settings

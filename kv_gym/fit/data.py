@@ -11,6 +11,7 @@ from typing import Any
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, read_tasks, reference_tasks, tasks_hash
+from kv_gym.files import parse_json
 from kv_gym.traces.prompts import Prompt, prompts_from_jsonl, prompts_from_text
 
 REFERENCE = "reference"
@@ -130,8 +131,8 @@ def _kind(path: Path) -> str:
     except UnicodeDecodeError:
         raise UserError(f"{path} is no UTF-8 text; convert it first") from None
     try:
-        line = json.loads(first)
-    except ValueError:
+        line = parse_json(first, str(path))
+    except UserError:
         line = None
     names = set(line) if isinstance(line, dict) else set()
     if names & {"continuations", "continuation_ids"}:

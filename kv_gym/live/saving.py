@@ -28,7 +28,7 @@ from kv_gym.budgets import Allocation, parse_allocation
 from kv_gym.budgets.normalisation import NORMALISATIONS
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.files import whole_file
+from kv_gym.files import parse_json, whole_file
 from kv_gym.live.config import CacheConfig, PolicyGroup
 from kv_gym.live.layer import EvictingLayer
 from kv_gym.live.layer_state import LayerState
@@ -128,7 +128,8 @@ class SavedCache:
     """
 
     def __init__(self, file: Path, stored):
-        header = json.loads((stored.metadata() or {}).get("kv_gym", "{}"))
+        text = (stored.metadata() or {}).get("kv_gym", "{}")
+        header = parse_json(text, str(file), "expected a cache that EvictingCache.save wrote")
         if not isinstance(header, dict) or header.get("kind") != KIND:
             raise UserError(f"{file} holds no cache; expected one that EvictingCache.save wrote")
         if not isinstance(header["format"], int) or header["format"] > FORMAT:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import gzip
 import io
-import json
 import lzma
 import re
 from collections.abc import Callable, Iterator
@@ -15,6 +14,7 @@ from typing import IO
 import numpy as np
 
 from kv_gym.errors import UserError
+from kv_gym.files import parse_json
 from kv_gym.pages.requests import RequestTrace
 
 MOST_ACCESSES = 200_000_000
@@ -108,11 +108,11 @@ def _mooncake(path: Path) -> RequestTrace:
     starts, times, lines = [], [], []
     for number, text in _lines(path):
         try:
-            entry = json.loads(text)
+            entry = parse_json(text, str(path))
             blocks, stamp = entry["hash_ids"], entry.get("timestamp")
             valid = isinstance(blocks, list) and all(type(block) is int for block in blocks)
             valid = valid and (stamp is None or type(stamp) in (int, float))
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        except (ValueError, KeyError, TypeError, AttributeError):
             valid = False
         if not valid:
             raise _wrong(path, number, text, "a JSON object with hash_ids, a list of block numbers, and timestamp")

@@ -17,7 +17,7 @@ from torch import Tensor
 from kv_gym.budgets import format_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.measure import replay
-from kv_gym.files import whole_file
+from kv_gym.files import parse_json, whole_file
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.policies import StatefulPolicy, make_policy
 from kv_gym.policies.scorer import CHECKPOINT, GroupedScorer, Scorer, refuse_foreign
@@ -268,7 +268,7 @@ class Trainer:
 
     def _resume(self, file: Path, resume: bool | None) -> None:
         state = _read_checkpoint(file) if file.is_file() and resume is not False else {}
-        if not state or not self._matches(json.loads(state["identity"])):
+        if not state or not self._matches(parse_json(state["identity"], str(file))):
             if resume:
                 raise UserError(
                     f"{file.parent} holds no checkpoint of this agent with the same seed, settings, traces and start: "

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_gym.errors import UserError
+from kv_gym.files import MODEL, read_json
 from kv_gym.models.fingerprint import state_dict_hash
 from kv_gym.policies import Policy
 
@@ -46,7 +47,7 @@ def exported_hash(folder: str | Path) -> str:
 
     folder = Path(folder)
     try:
-        about = json.loads((folder / "policy.json").read_text())
+        about = read_json(folder / "policy.json")
         weights = hashlib.sha256((folder / "policy.safetensors").read_bytes()).hexdigest()
         about = {name: value for name, value in about.items() if name != "training"}
     except (OSError, ValueError, AttributeError):
@@ -76,8 +77,6 @@ def model_folder(name: str) -> Path:
     Raises:
         UserError: a hub id that was never fetched.
     """
-    from kv_gym.files import MODEL
-
     if name == "reference":
         return Path(MODEL)
     if Path(name).is_dir():

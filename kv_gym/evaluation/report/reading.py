@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,7 +10,7 @@ from kv_gym.budgets import budget_key
 from kv_gym.errors import UserError
 from kv_gym.evaluation.rows import EXPECTED, AblationRow, complete
 from kv_gym.evaluation.summary import CONFIGURATION
-from kv_gym.files import validated
+from kv_gym.files import read_json, read_json_lines, validated
 
 
 @dataclass
@@ -86,8 +85,11 @@ def read_results(paths: Iterable[str | Path]) -> Results:
 def _read(file: Path, results: Results, required: bool) -> bool:
     """Take in one file; False where it holds other things and is not `required` to."""
     try:
-        text = file.read_text(encoding="utf-8")
-        data = {"rows": _lines(text)} if file.suffix == ".jsonl" else json.loads(text)
+        if file.suffix == ".jsonl":
+            lines = read_json_lines(file, EXPECTED, partial_last_line=True, non_finite_as_null=True)
+            data = {"rows": [row for _, row in lines]}
+        else:
+            data = read_json(file, EXPECTED, non_finite_as_null=True)
         told = [_is_result(row) for row in data["rows"]]
         # a folder may hold measurements of other things beside
         usable = any(told) and (required or all(told))
@@ -116,9 +118,3 @@ def _is_result(row: dict) -> bool:
     if "variant" in row:
         return True
     return {"policy", "budget"} <= set(row) and bool({"accuracy", "utility_kept", "nll", "refused"} & set(row))
-
-
-def _lines(text: str) -> list[dict]:
-    """The rows of JSON lines; a last line without its end is one that is being written, or was interrupted."""
-    whole = text[: text.rfind("\n") + 1]
-    return [json.loads(line) for line in whole.splitlines() if line.strip()]
