@@ -261,7 +261,7 @@ def _token_view(loaded: tuple[Any, Any], policies: str, tasks: str, task: str, t
     if tasks == "reference":
         contexts = reference_tasks(task, tokens, number + 1)
         sample = next(islice(held_out(task, tokens).make(), number, None), None)
-        marked = None if sample is None else [i + 1 for i in sample.asked_values]  # <bos> stands before the words
+        marked = None if sample is None else [i + 1 for i in sample.fact_values]  # <bos> stands before the words
     else:
         contexts = read_tasks(tasks, tokenizer)
     if number >= len(contexts):

@@ -1,9 +1,9 @@
-"""The task generator: contexts of facts, look-alike facts and filler, and the questions asked of them.
+"""The task generator: contexts of facts, distractors and filler, and questions about the facts.
 
-A context of n tokens always holds n/32 askable facts ("code Alice 4 7 ."), as many look-alikes
-("size Bob 81 5 .": relations that nobody ever asks for), and filler sentences in which the same names,
-numbers and relation words occur. Questions repeat a key and expect its values. Everything is drawn with
-``random.Random(seed).random()``, whose stream Python guarantees, so that a seed names one text for ever.
+A context of n tokens always holds n/32 facts ("code Alice 4 7 ."), as many distractors ("size Bob 81 5 .": their
+relations are never asked for), and filler sentences in which the same names, numbers and relation words occur.
+Questions repeat a key and expect its values. All randomness is ``random.Random(seed).random()``, whose stream is the
+same in every version of Python, so that a seed always gives the same text.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ import random
 from dataclasses import dataclass
 
 from kv_gym.errors import UserError
-from kv_gym.reference import words as w
+from kv_gym.reference import tokenizer as w
 
 TASKS = ("single", "multi_key", "multi_value", "multi_query", "variable_tracking", "most_common", "dialogue")
-TOKENS_PER_FACT = 32  # the frozen density: one askable fact, and one look-alike, per 32 context tokens
-FIRST_HELD_OUT_SEED = 10**9  # training, of the model or of a policy, never draws a seed from here on
+TOKENS_PER_FACT = 32  # the frozen density: one fact and one distractor per 32 context tokens
+FIRST_HELD_OUT_SEED = 10**9  # training, of the model or of a policy, uses seeds below
+
+_FACT, _DISTRACTOR, _FILLER = range(3)  # kinds of sentences
 
 
 @dataclass(frozen=True)
 class Question:
-    """What is asked after the context, and the words that answer it."""
+    """A question after the context, and the words that answer it."""
 
     question: tuple[str, ...]
     answer: tuple[str, ...]
@@ -29,28 +31,36 @@ class Question:
 
 @dataclass(frozen=True)
 class Context:
-    """One generated text: its words, the questions, and where the values of both kinds of fact stand."""
+    """One generated text.
+
+    Attributes:
+        task: one of `TASKS`.
+        words: of the text.
+        questions: about it.
+        fact_values, distractor_values: indices in `words` of the values of facts and of distractors.
+    """
 
     task: str
     words: tuple[str, ...]
     questions: tuple[Question, ...]
-    asked_values: tuple[int, ...]
-    look_alike_values: tuple[int, ...]
+    fact_values: tuple[int, ...]
+    distractor_values: tuple[int, ...]
 
 
-class _Draw:
+class _Random:
     """Choices made from ``random()`` alone: the only method whose stream is guaranteed across versions."""
 
     def __init__(self, seed: int):
         self._random = random.Random(seed).random
 
-    def below(self, n: int) -> int:
+    def integer(self, n: int) -> int:
+        """From 0 to below `n`."""
         return int(self._random() * n)
 
-    def one(self, items):
-        return items[self.below(len(items))]
+    def choice(self, items):
+        return items[self.integer(len(items))]
 
-    def some(self, items, k: int) -> list:
+    def sample(self, items, k: int) -> list:
         """Up to `k` distinct items, in random order."""
         return self.shuffled(items)[:k]
 
@@ -59,7 +69,7 @@ class _Draw:
 
 
 _SLOTS = {
-    "N": w.NAMES, "#": w.NUMBERS, "R": w.ASKED_RELATIONS + w.UNASKED_RELATIONS, "T": w.THINGS, "P": w.PLACES,
+    "N": w.NAMES, "#": w.NUMBERS, "R": w.FACT_RELATIONS + w.DISTRACTOR_RELATIONS, "T": w.THINGS, "P": w.PLACES,
     "A": w.ADJECTIVES, "V": w.ACTIONS, "G": w.TRAVELS, "D": w.ADVERBS,
 }  # fmt: skip
 _TEMPLATES = [
@@ -93,116 +103,118 @@ def make_context(task: str, tokens: int, seed: int, questions: int = 4) -> Conte
         task: one of `TASKS`.
         tokens: context length, a multiple of 32 and at least 64.
         seed: names the text; the same arguments give the same text on every machine.
-        questions: how many questions to draw (a short context has fewer distinct ones).
+        questions: how many questions, at most (a short context has fewer distinct ones).
 
     Raises:
         UserError: an unknown task or a length that the density does not divide.
     """
-    refuse_unmade(task, tokens)
-    draw = _Draw(seed * len(TASKS) + TASKS.index(task))
+    refuse_unknown(task, tokens)
+    rng = _Random(seed * len(TASKS) + TASKS.index(task))
     n_facts = tokens // TOKENS_PER_FACT
-    asked, look_alikes = _facts(draw, task, n_facts)
-    sentences = [([*key, *value, "."], kind) for kind, facts in enumerate((asked, look_alikes)) for key, value in facts]
+    facts, distractors = _facts(rng, task, n_facts)
+    sentences = [([*key, *value, "."], _FACT) for key, value in facts]
+    sentences += [([*key, *value, "."], _DISTRACTOR) for key, value in distractors]
     used = sum(len(sentence) for sentence, _ in sentences)
-    frequent = draw.one(w.THINGS) if task == "most_common" else None
+    frequent = rng.choice(w.THINGS) if task == "most_common" else None
     if frequent is not None:
-        repeats = [[draw.one(w.NAMES), draw.one(w.ACTIONS), "the", frequent, "."] for _ in range(tokens // 64 + 3)]
+        repeats = [[rng.choice(w.NAMES), rng.choice(w.ACTIONS), "the", frequent, "."] for _ in range(tokens // 64 + 3)]
         repeats = repeats[: max(2, (tokens - used) // 12)]
-        sentences += [(sentence, 2) for sentence in repeats]
+        sentences += [(sentence, _FILLER) for sentence in repeats]
         used += sum(map(len, repeats))
-    sentences += [(sentence, 2) for sentence in _filler(draw, tokens - used)]
-    sentences = draw.shuffled(sentences)
+    sentences += [(sentence, _FILLER) for sentence in _filler(rng, tokens - used)]
+    sentences = rng.shuffled(sentences)
     if task == "dialogue":
-        sentences = _as_dialogue(draw, sentences, topics=tokens // 64)
-    return _assemble(draw, task, sentences, asked, frequent, questions)
+        sentences = _as_dialogue(rng, sentences, topics=tokens // 64)
+    return _assemble(rng, task, sentences, frequent, questions)
 
 
-def refuse_unmade(task: str, tokens: int) -> None:
-    """Raise a UserError for a task or a context length that is not made here."""
+def refuse_unknown(task: str, tokens: int) -> None:
+    """Raise a UserError for a task or a context length that the generator does not know."""
     if task not in TASKS:
         raise UserError(f"unknown reference task {task!r}; choose one of {', '.join(TASKS)}")
     if tokens % TOKENS_PER_FACT or tokens < 2 * TOKENS_PER_FACT:
         raise UserError(f"reference contexts have a multiple of {TOKENS_PER_FACT} tokens from 64 on, got {tokens}")
 
 
-def _facts(draw: _Draw, task: str, n: int):
-    """`n` askable facts and `n` look-alikes, each a (key, value) pair of word tuples."""
+def _facts(rng: _Random, task: str, n: int):
+    """`n` facts and `n` distractors, each a (key, value) pair of word tuples."""
     if task == "single":  # every fact has a name of its own: the name alone finds it
-        names = draw.some(w.NAMES, 2 * n)
-        keys = [(draw.one(w.ASKED_RELATIONS), name) for name in names[:n]]
-        other_keys = [(draw.one(w.UNASKED_RELATIONS), name) for name in names[n:]]
+        names = rng.sample(w.NAMES, 2 * n)
+        keys = [(rng.choice(w.FACT_RELATIONS), name) for name in names[:n]]
+        other_keys = [(rng.choice(w.DISTRACTOR_RELATIONS), name) for name in names[n:]]
     else:  # names are shared: only relation and name together find a fact
-        names = draw.some(w.NAMES, max(2, n // 2))
-        keys = draw.some([(relation, name) for relation in w.ASKED_RELATIONS for name in names], n)
-        other_keys = draw.some([(relation, name) for relation in w.UNASKED_RELATIONS for name in names], n)
+        names = rng.sample(w.NAMES, max(2, n // 2))
+        keys = rng.sample([(relation, name) for relation in w.FACT_RELATIONS for name in names], n)
+        other_keys = rng.sample([(relation, name) for relation in w.DISTRACTOR_RELATIONS for name in names], n)
     if task == "multi_value":  # half the keys have two values
         keys = keys[: (n + 1) // 2] + keys[: n // 2]
         other_keys = other_keys[: (n + 1) // 2] + other_keys[: n // 2]
 
-    def with_values(keys):
-        return [(key, tuple(draw.some(w.NUMBERS, 2))) for key in keys]
-
-    facts, others = with_values(keys), with_values(other_keys)
+    facts, others = ([(key, tuple(rng.sample(w.NUMBERS, 2))) for key in group] for group in (keys, other_keys))
     if task == "variable_tracking":  # half the facts point to another fact instead of holding numbers
-        facts, others = _chained(draw, facts), _chained(draw, others)
+        facts, others = _chained(rng, facts), _chained(rng, others)
     return facts, others
 
 
-def _chained(draw: _Draw, facts):
+def _chained(rng: _Random, facts):
     half = len(facts) // 2
-    return facts[:half] + [(key, draw.one(facts[:half])[0]) for key, _ in facts[half:]]
+    return facts[:half] + [(key, rng.choice(facts[:half])[0]) for key, _ in facts[half:]]
 
 
-def _filler(draw: _Draw, room: int) -> list[list[str]]:
-    """Sentences that fill exactly `room` words."""
+def _filler(rng: _Random, tokens: int) -> list[list[str]]:
+    """Sentences of exactly `tokens` words in all."""
     sentences = []
-    while room:
-        fitting = [t for t in _TEMPLATES if len(t) == room or len(t) <= room - _SHORTEST]
-        sentence = [draw.one(_SLOTS[word]) if word in _SLOTS else word for word in draw.one(fitting)]
+    while tokens:
+        fitting = [t for t in _TEMPLATES if len(t) == tokens or len(t) <= tokens - _SHORTEST]
+        sentence = [rng.choice(_SLOTS[word]) if word in _SLOTS else word for word in rng.choice(fitting)]
         sentences.append(sentence)
-        room -= len(sentence)
+        tokens -= len(sentence)
     return sentences
 
 
-def _as_dialogue(draw: _Draw, sentences, topics: int):
+def _as_dialogue(rng: _Random, sentences, topics: int):
     """The same sentences as turns of two speakers about one topic after another.
 
     A speaker stands in place of every other full stop; filler about things speaks of the topic's own thing.
     """
     speakers = ("user", "assistant")
-    things = draw.some(w.THINGS, topics)
+    things = rng.sample(w.THINGS, topics)
     turns = []
     for i, (sentence, kind) in enumerate(sentences):
-        if kind == 2:
+        if kind == _FILLER:
             thing = things[i * topics // len(sentences)]
             sentence = [thing if word in _THINGS else word for word in sentence]
         turns.append(([*sentence[:-1], speakers[i // 2 % 2]] if i % 2 else sentence, kind))
     return turns
 
 
-def _assemble(draw: _Draw, task: str, sentences, asked, frequent: str | None, n_questions: int) -> Context:
+def _assemble(rng: _Random, task: str, sentences, frequent: str | None, n_questions: int) -> Context:
     words: list[str] = []
     values: tuple[list[int], list[int]] = ([], [])
-    order = []  # askable facts as they appear: the order in which two values of one key are expected
+    facts = []  # as they appear: two values of one key are expected in this order
     for sentence, kind in sentences:
-        if kind < 2:
+        if kind != _FILLER:
             values[kind].extend((len(words) + 2, len(words) + 3))
-        if kind == 0:
-            order.append((tuple(sentence[:2]), tuple(sentence[2:4])))
+        if kind == _FACT:
+            facts.append((tuple(sentence[:2]), tuple(sentence[2:4])))
         words += sentence
     if task == "dialogue":  # questions reach back to earlier topics: none asks about the last one
-        order = [fact for fact, start in zip(order, values[0][::2], strict=True) if start < len(words) - 64] or order
-    found = _questions(draw, task, order, frequent)
-    return Context(task, tuple(words), tuple(found[:n_questions]), tuple(values[0]), tuple(values[1]))
+        facts = [
+            fact for fact, start in zip(facts, values[_FACT][::2], strict=True) if start < len(words) - 64
+        ] or facts
+    all_questions = _questions(rng, task, facts, frequent)
+    return Context(
+        task, tuple(words), tuple(all_questions[:n_questions]), tuple(values[_FACT]), tuple(values[_DISTRACTOR])
+    )
 
 
-def _questions(draw: _Draw, task: str, facts, frequent: str | None) -> list[Question]:
+def _questions(rng: _Random, task: str, facts, frequent: str | None) -> list[Question]:
     if task == "most_common":
         return [Question(("question", "common"), (str(frequent),))]
     by_key: dict[tuple[str, ...], tuple[str, ...]] = {}
     for key, value in facts:
         by_key[key] = by_key.get(key, ()) + value
-    keys = draw.shuffled(list(by_key))
+    keys = rng.shuffled(list(by_key))
     if task == "multi_value":
         keys = [key for key in keys if len(by_key[key]) == 4]
         return [Question(("question", "all", *key), by_key[key]) for key in keys]

@@ -1,4 +1,4 @@
-"""The held-out texts that results are reported on: fixed by seed, and pinned by hash.
+"""The held-out texts that results are reported on, fixed by seed and hash.
 
 ``heldout.json`` was written before the first policy was measured; a test recomputes every hash.
 """
@@ -11,12 +11,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, TASKS, Context, make_context, refuse_unmade
+from kv_gym.files import read_json
+from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, TASKS, Context, make_context, refuse_unknown
 
 FILE = Path(__file__).with_name("heldout.json")
 LENGTHS = (512, 1024)
 CONTEXTS = 64  # of each task and length
-MORE = (("multi_key", 512, 256),)  # longer sets that begin with the same contexts, for figures that need many questions
+LONGER_SETS = (("multi_key", 512, 256),)  # begin with the same contexts; for results that need many questions
 QUESTIONS = 8  # of each context, as far as it has so many
 
 
@@ -40,8 +41,8 @@ class HeldOut:
         """SHA-256 of all words, questions and answers."""
         digest = hashlib.sha256()
         for context in self.make():
-            asked = [(question.question, question.answer) for question in context.questions]
-            digest.update(json.dumps([context.words, asked]).encode())
+            questions = [(question.question, question.answer) for question in context.questions]
+            digest.update(json.dumps([context.words, questions]).encode())
         return digest.hexdigest()
 
 
@@ -56,8 +57,8 @@ def held_out(task: str, tokens: int, contexts: int | None = None) -> HeldOut:
     Raises:
         UserError: unknown task, or a length that the density does not divide.
     """
-    refuse_unmade(task, tokens)
-    pinned = [row for row in json.loads(FILE.read_text()) if (row["task"], row["tokens"]) == (task, tokens)]
+    refuse_unknown(task, tokens)
+    pinned = [row for row in read_json(FILE) if (row["task"], row["tokens"]) == (task, tokens)]
     if not pinned:
         return _unpinned(task, tokens)
     enough = [row for row in pinned if row["contexts"] >= (contexts or CONTEXTS)]
@@ -69,9 +70,9 @@ def _unpinned(task: str, tokens: int, contexts: int = CONTEXTS) -> HeldOut:
 
 
 def pin() -> None:
-    """Write ``heldout.json``: done before the first policy number (`MORE` later, and nothing before it changed)."""
-    sets = [_unpinned(task, tokens) for task in TASKS for tokens in LENGTHS] + [_unpinned(*more) for more in MORE]
-    rows = [asdict(one) | {"sha256": one.hash()} for one in sets]
+    """Write ``heldout.json``: done before the first policy was measured; `LONGER_SETS` were added later."""
+    sizes = [(task, tokens, CONTEXTS) for task in TASKS for tokens in LENGTHS] + list(LONGER_SETS)
+    rows = [asdict(texts) | {"sha256": texts.hash()} for texts in (_unpinned(*size) for size in sizes)]
     FILE.write_text("[\n" + ",\n".join(json.dumps(row) for row in rows) + "\n]\n")
 
 

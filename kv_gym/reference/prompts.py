@@ -45,17 +45,17 @@ def reference_prompts(
 
 
 def reference_recipe(task: str, tokens: int, continuations: int, split: str, seed: int) -> dict[str, object]:
-    """What a trace set of these prompts says of its making; the count is left out, so that a set can be extended."""
-    made = {"source": "reference", "task": task, "tokens": tokens, "continuations": continuations, "split": split}
-    return made | ({"seed": seed} if split == "train" else {})
+    """The recipe of a trace set of these prompts; the count is left out, so that a set can be extended."""
+    recipe = {"source": "reference", "task": task, "tokens": tokens, "continuations": continuations, "split": split}
+    return recipe | ({"seed": seed} if split == "train" else {})
 
 
 def _prompt(context: Context, name: str, split: str, continuations: int) -> Prompt:
-    asked = context.questions[:continuations]
+    questions = context.questions[:continuations]
     return Prompt(
         id=name,
         context_ids=[word_ids()["<bos>"], *encode(context.words)],
-        continuation_ids=[encode((*question.question, *question.answer, ".")) for question in asked],
+        continuation_ids=[encode((*question.question, *question.answer, ".")) for question in questions],
         task=context.task,
         split=split,
         text_hash=name,

@@ -1,7 +1,7 @@
 """Trains the reference model from the project's own generator: ``python -m kv_gym.reference.train``.
 
-A curriculum of context lengths. A quarter of every batch is one random segment repeated, which makes
-recall heads appear; the loss is cross-entropy on the answers plus 0.3 times that on every token.
+A curriculum of context lengths. A quarter of every batch is a random segment and its repetition, so that
+induction heads form; the loss is cross-entropy on the answers plus 0.3 times that on every token.
 Interrupted training resumes from the checkpoint in the output folder.
 """
 
@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from kv_gym.files import whole_file
+from kv_gym.files import atomic_write
 from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, make_context
 from kv_gym.reference.tokenizer import build_tokenizer, encode, word_ids
 
@@ -83,15 +83,15 @@ def make_batch(stage: Stage, rng: random.Random) -> tuple[torch.Tensor, torch.Te
 
 
 def batch_loss(decoder, head, ids: torch.Tensor, is_answer: torch.Tensor) -> tuple[torch.Tensor, float]:
-    """The training loss, and the share of answer tokens predicted right."""
+    """The training loss, and the share of answer tokens that are predicted."""
     with torch.autocast("cpu", torch.bfloat16):
         hidden = decoder(input_ids=ids[:, :-1], use_cache=False).last_hidden_state
         real = ids[:, 1:] != 0
         logits = head(hidden[real]).float()
     target, is_answer = ids[:, 1:][real], is_answer[:, 1:][real]
     losses = F.cross_entropy(logits, target, reduction="none")
-    right = (logits.detach()[is_answer].argmax(-1) == target[is_answer]).float().mean().item()
-    return losses[is_answer].mean() + 0.3 * losses.mean(), right
+    correct = (logits.detach()[is_answer].argmax(-1) == target[is_answer]).float().mean().item()
+    return losses[is_answer].mean() + 0.3 * losses.mean(), correct
 
 
 def rate_factor(step: int, total: int) -> float:
@@ -128,7 +128,7 @@ def train(
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
-    start, tokens, right = time.time(), 0, 0.0
+    start, tokens, accuracy = time.time(), 0, 0.0
     schedule = [stage for stage in stages for _ in range(stage.steps)]
     decoder = torch.compile(model.model, dynamic=True) if compiled else model.model
     while step < total:
@@ -144,14 +144,14 @@ def train(
         optimizer.step()
         step += 1
         tokens += ids.numel()
-        right += (share - right) / 20
+        accuracy += (share - accuracy) / 20
         if step % 50 == 0:
             speed = tokens / (time.time() - start)
             line = {"step": step, "tokens": schedule[step - 1].tokens, "loss": round(loss.item(), 3)}
-            print(json.dumps(line | {"right": round(right, 3), "tokens_per_s": round(speed)}), flush=True)
+            print(json.dumps(line | {"accuracy": round(accuracy, 3), "tokens_per_s": round(speed)}), flush=True)
         if step % save_every == 0 or step == total:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            with whole_file(checkpoint) as part:
+            with atomic_write(checkpoint) as part:
                 torch.save(state, part)
     model.bfloat16().save_pretrained(out / "model")
     build_tokenizer().save_pretrained(out / "model")

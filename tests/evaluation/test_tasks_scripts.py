@@ -16,8 +16,7 @@ from kv_gym.files import MODEL
 from kv_gym.live import EvictingCache
 from kv_gym.policies import make_policy
 from kv_gym.reference.generator import make_context
-from kv_gym.reference.tokenizer import build_tokenizer, encode
-from kv_gym.reference.words import vocabulary
+from kv_gym.reference.tokenizer import build_tokenizer, encode, vocabulary
 
 pytestmark = pytest.mark.skipif(not MODEL.is_dir(), reason="the reference model is not in this checkout")
 

@@ -8,7 +8,7 @@ from kv_gym.evaluation.tasks.generated import titled
 from kv_gym.evaluation.tasks.script import Answer, Script, Segment
 from kv_gym.evaluation.tasks.scripted import ScriptedTask
 from kv_gym.evaluation.tasks.wording import Wording
-from kv_gym.reference.words import vocabulary
+from kv_gym.reference.tokenizer import vocabulary
 
 STEP, SPAN = 16, 8  # tokens between cuts, and of an answer
 COPIES = 3

@@ -47,7 +47,7 @@ def dialogue(
 def facts(context: Context) -> list[tuple[int, Sequence[str], Sequence[str]]]:
     """The askable facts of a generated context: where the value ends, in words, and the words of key and value."""
     words = context.words
-    return [(at + 2, words[at - 2 : at], words[at : at + 2]) for at in context.asked_values[::2]]
+    return [(at + 2, words[at - 2 : at], words[at : at + 2]) for at in context.fact_values[::2]]
 
 
 def _script(id: str, context: Context, wording: Wording) -> Script:
