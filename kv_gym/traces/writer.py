@@ -63,7 +63,7 @@ class TraceWriter:
         Raises:
             UserError: an id twice, an id that was recorded from other tokens, or a document in both splits.
         """
-        splits = {entry.text_hash: entry.split for entry in self.entries.values()}
+        splits: dict[str, str] = {entry.text_hash: entry.split for entry in self.entries.values()}
         ids: set[str] = set()
         missing = []
         for ordinal, prompt in enumerate(prompts):
