@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kv_gym.evaluation.rows import FULL
+from kv_gym.markdown import pipe_table
 
 LEARNED = "learned"  # the name that rows of the trained policy carry
 _SNIPPET = """```python
@@ -23,58 +24,57 @@ def verdict(fit: Mapping[str, Any]) -> list[str]:
     Args:
         fit: as :func:`kv_gym.fit.fit` returns it, but for this.
     """
-    tolerance, at = fit["settings"]["tolerance"], share_of(fit["compared_at"])
+    tolerance, share = fit["settings"]["tolerance"], share_of(fit["compared_at"])
     allowed = f"{_amount(fit, tolerance)} (upper end of the 95 % interval)"
-    of_validation = [row for row in fit["rows"] if row["task"] == "validation" and row["policy"] == LEARNED]
-    full, test = (_one(fit, "test", name) for name in (FULL, LEARNED))
-    judged = f"{test['questions']} {_unit(fit)} of {test['n']} test contexts, which chose nothing"
-    told = (
-        f"{at} of the cache loses {_amount(fit, test['loss'])} on {judged}: {_quality(fit, test)} against "
-        f"{_quality(fit, full)} of the full cache, at most {_amount(fit, test['loss_upper'])}"
+    validation = [row for row in fit["rows"] if row["task"] == "validation" and row["policy"] == LEARNED]
+    full, test = (_row(fit, "test", name) for name in (FULL, LEARNED))
+    test_sentence = (
+        f"{share} of the cache loses {_amount(fit, test['loss'])} on {test['questions']} {_unit(fit)} of {test['n']} "
+        f"test contexts, which chose nothing: {_quality(fit, test)} against {_quality(fit, full)} of the full cache, "
+        f"at most {_amount(fit, test['loss_upper'])}"
     )
     if fit["budget"] < 1:
-        n, least = of_validation[0]["questions"], min(row["budget"] for row in of_validation)
-        end = ", and no smaller one was tried" if fit["budget"] == least else ""
-        said = [
-            f"The smallest cache within a loss of {allowed} on {n} validation {_unit(fit)} is {at}{end}.",
-            f"{told}.",
+        smallest = min(row["budget"] for row in validation)
+        end = ", and no smaller one was tried" if fit["budget"] == smallest else ""
+        sentences = [
+            f"The smallest cache within a loss of {allowed} on {validation[0]['questions']} validation {_unit(fit)} is "
+            f"{share}{end}.",
+            f"{test_sentence}.",
         ]
         if test["loss"] > tolerance:
-            said.append("The test contexts do not confirm the tolerance: expect the loss that they show.")
+            sentences.append("The test contexts do not confirm the tolerance: expect the loss that they show.")
     else:
-        said = [
+        sentences = [
             f"No budget below 1.0 stays within a loss of {allowed}, so the budget is 1.0 and nothing is evicted.",
-            f"The largest that was tried fails: {told}.",
+            f"The largest that was tried fails: {test_sentence}.",
         ]
-    lucky = [row["budget"] for row in of_validation if row["budget"] < fit["budget"] and row["loss_upper"] <= tolerance]
-    if lucky:
-        failed = max(row["budget"] for row in of_validation if row["loss_upper"] > tolerance)
-        said.append(
+    isolated = [r["budget"] for r in validation if r["budget"] < fit["budget"] and r["loss_upper"] <= tolerance]
+    if isolated:
+        failed = max(row["budget"] for row in validation if row["loss_upper"] > tolerance)
+        sentences.append(
             f"The walk down the budgets ended at {share_of(failed)}, the first not surely within the tolerance: that "
-            f"{', '.join(map(share_of, lucky))} would be does not count, since one of many tries may be lucky."
+            f"{', '.join(map(share_of, isolated))} would be does not count, since one of many tries may be lucky."
         )
     if fit["enough"]:
-        said.append(_without_training(fit))
-    return said
+        sentences.append(_without_training(fit))
+    return sentences
 
 
 def card(fit: Mapping[str, Any]) -> str:
     """The folder's README, in Markdown."""
     settings, tables = fit["settings"], []
+    columns = ["accuracy", "NLL"] if fit["measure"] == "accuracy" else ["NLL"]  # nobody repeats a text word by word
     for part, title in (("validation", "Validation contexts, which chose the budget"), ("test", "Test contexts")):
         rows = [row for row in fit["rows"] if row["task"] == part]
-        lines = "\n".join(_line(fit, row) for row in rows)
-        header = f"| policy | allocation | budget | {' | '.join(_cells(fit))} | loss | at most | cache bytes |"
-        columns = f"| --- | --- | ---: |{' ---: |' * len(_cells(fit))} ---: | ---: | ---: |"
-        about = f"{rows[0]['n']} contexts, {rows[0]['questions']} {_unit(fit)}"
-        tables.append(f"{title} ({about}):\n\n{header}\n{columns}\n{lines}\n")
+        head = ["policy", "allocation", "budget", *columns, "loss", "at most", "cache bytes"]
+        table = pipe_table(head, [_cells(row, columns) for row in rows], 2)
+        tables.append(f"{title} ({rows[0]['n']} contexts, {rows[0]['questions']} {_unit(fit)}):\n\n{table}\n")
     seconds = ", ".join(f"{phase} {spent:.0f}" for phase, spent in fit["seconds"].items())
     versions = ", ".join(f"{name} {version}" for name, version in fit["versions"].items())
     what = "share of the questions" if fit["measure"] == "accuracy" else "nats per token"
-    tabulated = "\n".join(tables)
-    found = "\n".join(f"- {line}" for line in fit["verdict"])
+    findings, tabulated = "\n".join(f"- {line}" for line in fit["verdict"]), "\n".join(tables)
     return (
-        f"# A KV cache of {share_of(fit['budget'])}\n\n{found}\n\n{_SNIPPET}\n\n{tabulated}\n"
+        f"# A KV cache of {share_of(fit['budget'])}\n\n{findings}\n\n{_SNIPPET}\n\n{tabulated}\n"
         f"Loss, against the full cache: {what}; at most: the upper end of its 95 % interval, paired by context. NLL: "
         "nats per token. Accuracy: greedy exact match of the whole answer. Cache bytes: of one compressed context; "
         "behind a plus the policy's weights.\n\n"
@@ -90,15 +90,16 @@ def card(fit: Mapping[str, Any]) -> str:
 
 def _without_training(fit: Mapping[str, Any]) -> str:
     """The sentence about heuristics that stay within the tolerance on the validation contexts too."""
-    rows = [_one(fit, "test", name) for name in fit["enough"]]
-    them = [
+    rows = [_row(fit, "test", name) for name in fit["enough"]]
+    names = [
         f"{row['policy']} ({row['allocation']}; on the test contexts it loses {_amount(fit, row['loss'])})"
         for row in rows
     ]
-    listed = f"{', '.join(them[:-1])} and {them[-1]}" if len(them) > 1 else them[0]
+    listed = f"{', '.join(names[:-1])} and {names[-1]}" if len(names) > 1 else names[0]
+    stay, these = ("stay", "these") if len(names) > 1 else ("stays", "this")
     also = " too" if fit["budget"] < 1 else ""
-    stays = f"{'stay' if len(them) > 1 else 'stays'} within the tolerance at {share_of(fit['compared_at'])}{also}"
-    return f"Without training, {listed} {stays}: {'these' if len(them) > 1 else 'this'} may be enough."
+    share = share_of(fit["compared_at"])
+    return f"Without training, {listed} {stay} within the tolerance at {share}{also}: {these} may be enough."
 
 
 def share_of(budget: float) -> str:
@@ -107,7 +108,7 @@ def share_of(budget: float) -> str:
     return f"1/{whole}" if whole > 1 and abs(1 / whole - budget) < 1e-9 else f"{budget:.4g}"
 
 
-def _one(fit: Mapping[str, Any], part: str, policy: str) -> dict[str, Any]:
+def _row(fit: Mapping[str, Any], part: str, policy: str) -> dict[str, Any]:
     return next(row for row in fit["rows"] if (row["task"], row["policy"]) == (part, policy))
 
 
@@ -123,16 +124,10 @@ def _quality(fit: Mapping[str, Any], row: Mapping[str, Any]) -> str:
     return f"{row['accuracy']:.1%}" if fit["measure"] == "accuracy" else f"{row['nll']:.4f}"
 
 
-def _cells(fit: Mapping[str, Any], row: Mapping[str, Any] | None = None) -> list[str]:
-    """A row's quality, or the names of these columns; nobody repeats a text word by word, so there it is NLL alone."""
-    nll = "NLL" if row is None else f"{row['nll']:.4f}"
-    accuracy = "accuracy" if row is None else f"{row['accuracy']:.1%}"
-    return [accuracy, nll] if fit["measure"] == "accuracy" else [nll]
-
-
-def _line(fit: Mapping[str, Any], row: Mapping[str, Any]) -> str:
+def _cells(row: Mapping[str, Any], columns: list[str]) -> list[str]:
+    quality = {"accuracy": f"{row['accuracy']:.1%}", "NLL": f"{row['nll']:.4f}"}
     weights = f" + {row['policy_bytes']:,}" if row["policy_bytes"] else ""
-    return (
-        f"| {row['policy']} | {row['allocation']} | {share_of(row['budget'])} | {' | '.join(_cells(fit, row))} | "
-        f"{row['loss']:.4f} | {row['loss_upper']:.4f} | {row['cache_bytes']:,.0f}{weights} |"
-    )
+    return [
+        row["policy"], row["allocation"], share_of(row["budget"]), *(quality[name] for name in columns),
+        f"{row['loss']:.4f}", f"{row['loss_upper']:.4f}", f"{row['cache_bytes']:,.0f}{weights}",
+    ]  # fmt: skip

@@ -99,14 +99,14 @@ def read_data(
     if kind == "text":
         source |= {"tokens": tokens or 512, "continuation_tokens": continuation_tokens or CONTINUATION_TOKENS}
         windows = prompts_from_text(data, tokenizer, source["tokens"], source["continuation_tokens"], 2 * count)
-        return _divided("nll", _continued(windows), count, source)
+        return _split("nll", _from_prompts(windows), count, source)
     if tokens is not None or continuation_tokens is not None:
         raise UserError(f"the lines of {data} have lengths of their own: leave tokens and continuation_tokens out")
     if kind == "questions":
-        measure, contexts = "accuracy", _joined(read_tasks(data, tokenizer))
+        measure, contexts = "accuracy", _merge_contexts(read_tasks(data, tokenizer))
     else:
-        measure, contexts = "nll", _continued(prompts_from_jsonl(data, tokenizer))
-    return _divided(measure, sorted(contexts, key=document_of), count, source)
+        measure, contexts = "nll", _from_prompts(prompts_from_jsonl(data, tokenizer))
+    return _split(measure, sorted(contexts, key=document_of), count, source)
 
 
 def document_of(context: TaskContext) -> str:
@@ -147,17 +147,17 @@ def _kind(path: Path) -> str:
     return "text"
 
 
-def _joined(contexts: Iterable[TaskContext]) -> list[TaskContext]:
-    """One context for every text, with all that is asked of it anywhere in the file."""
-    joined: dict[tuple[int, ...], TaskContext] = {}
+def _merge_contexts(contexts: Iterable[TaskContext]) -> list[TaskContext]:
+    """One context for every text, with all that is questions of it anywhere in the file."""
+    merged: dict[tuple[int, ...], TaskContext] = {}
     for context in contexts:
-        there = joined.get(context.context_ids)
-        asked = context.questions if there is None else (*there.questions, *context.questions)
-        joined[context.context_ids] = TaskContext(context.context_ids, tuple(dict.fromkeys(asked)), context.task)
-    return list(joined.values())
+        known = merged.get(context.context_ids)
+        questions = context.questions if known is None else (*known.questions, *context.questions)
+        merged[context.context_ids] = TaskContext(context.context_ids, tuple(dict.fromkeys(questions)), context.task)
+    return list(merged.values())
 
 
-def _continued(prompts: Iterable[Prompt]) -> list[TaskContext]:
+def _from_prompts(prompts: Iterable[Prompt]) -> list[TaskContext]:
     contexts = []
     for prompt in prompts:
         shortest = min(map(len, prompt.continuation_ids), default=0)
@@ -166,12 +166,12 @@ def _continued(prompts: Iterable[Prompt]) -> list[TaskContext]:
                 f"prompt {prompt.id} has a continuation of {shortest} tokens; expected at least one continuation and "
                 "2 tokens in each, because the first is foretold before anything is evicted"
             )
-        asked = tuple(TaskQuestion(tuple(ids[:1]), tuple(ids[1:])) for ids in prompt.continuation_ids)
-        contexts.append(TaskContext(tuple(prompt.context_ids), asked, prompt.task))
-    return _joined(contexts)
+        questions = tuple(TaskQuestion(tuple(ids[:1]), tuple(ids[1:])) for ids in prompt.continuation_ids)
+        contexts.append(TaskContext(tuple(prompt.context_ids), questions, prompt.task))
+    return _merge_contexts(contexts)
 
 
-def _divided(measure: str, contexts: Sequence[TaskContext], count: int, source: dict[str, Any]) -> FitData:
+def _split(measure: str, contexts: Sequence[TaskContext], count: int, source: dict[str, Any]) -> FitData:
     needed = sum(FEWEST.values())
     if len(contexts) < needed:
         raise UserError(

@@ -99,24 +99,24 @@ def fit(
     if learner_class(agent).needs_model:
         with frozen_model(model):  # refuses models that this agent cannot train through, before anything is recorded
             pass
-    read = read_data(data, tokenizer, count=count, tokens=tokens, continuation_tokens=continuation_tokens, seed=seed)
-    _refuse_too_few(read, tolerance, count)
-    shares = _of_whole_tokens(shares, read)
+    parts = read_data(data, tokenizer, count=count, tokens=tokens, continuation_tokens=continuation_tokens, seed=seed)
+    _refuse_too_few(parts, tolerance, count)
+    shares = _of_whole_tokens(shares, parts)
     fingerprint = Fingerprint.of(model)
     folder = FitFolder(
         out,
         {
             "tolerance": tolerance, "agent": agent, "allocation": rule, "budgets": shares, "seed": seed,
-            "agent settings": settings, "count": count, **read.source, "measure": read.measure, "data": read.hash,
+            "agent settings": settings, "count": count, **parts.source, "measure": parts.measure, "data": parts.hash,
             "model": fingerprint.weights,
         },
     )  # fmt: skip
     if not folder.state["finished"]:
-        _Fit(model, tokenizer, read, folder, rule, shares, fingerprint, progress).to_the_end(agent, seed, settings)
+        _Pipeline(model, tokenizer, parts, folder, rule, shares, fingerprint, progress).run(agent, seed, settings)
     return folder.state
 
 
-class _Fit:
+class _Pipeline:
     """The phases, each of which leaves its result in the folder."""
 
     def __init__(
@@ -135,7 +135,7 @@ class _Fit:
         self.budgets = budgets
         self.console = Console(stderr=True, quiet=not progress, highlight=False)
 
-    def to_the_end(self, agent: str, seed: int, settings: Mapping[str, Any]) -> None:
+    def run(self, agent: str, seed: int, settings: Mapping[str, Any]) -> None:
         """Do what is not done yet."""
         path = self.folder.path
         self._phase("full_cache", "Ask the model with its full cache", self._full_cache)
@@ -196,20 +196,20 @@ class _Fit:
         budget = smallest_sufficient_budget(
             (row["budget"], row["loss_upper"] <= tolerance) for row in rows if row["policy"] == LEARNED
         )
-        at = max(self.budgets) if budget is None else budget
+        compared = max(self.budgets) if budget is None else budget
         configurations = [
-            Configuration(name, heuristic, at, parse_allocation(rule))
+            Configuration(name, heuristic, compared, parse_allocation(rule))
             for name, rules in HEURISTICS.items()
             for heuristic in [make_policy(name)]
             for rule in rules
         ]
         best: dict[str, dict[str, Any]] = {}
         for row in self._measured("validation", configurations)[1:]:
-            there = best.setdefault(row["policy"], row)
-            if (row["loss_upper"], row["nll"]) < (there["loss_upper"], there["nll"]):
+            other = best.setdefault(row["policy"], row)
+            if (row["loss_upper"], row["nll"]) < (other["loss_upper"], other["nll"]):
                 best[row["policy"]] = row
         enough = [name for name, row in best.items() if row["loss_upper"] <= tolerance]
-        return {"rows": [*rows, *best.values()], "budget": budget, "compared_at": at, "enough": enough}
+        return {"rows": [*rows, *best.values()], "budget": budget, "compared_at": compared, "enough": enough}
 
     def _test(self, policy: Policy) -> dict[str, Any]:
         """Measure the learned policy, and each heuristic with the allocation that suited it, where the walk ended."""
@@ -283,9 +283,9 @@ def _refuse_too_few(data: FitData, tolerance: float, count: int) -> None:
     needed = contexts
     while least_provable(needed, needed * questions // contexts) > tolerance:
         needed += 1
-    there = len(data.train) + contexts + len(data.test)
+    total = len(data.train) + contexts + len(data.test)
     raise UserError(
-        f"{data.source['file']} gives {there} contexts, and about {contexts_for(needed, count)} are needed to tell a "
+        f"{data.source['file']} gives {total} contexts, and about {contexts_for(needed, count)} are needed to tell a "
         f"loss of {tolerance} (of {questions} questions that choose the budget, not losing one proves no less than "
         f"{least_provable(contexts, questions):.3f}): give more, ask more of each, or raise the tolerance"
     )

@@ -18,7 +18,7 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.configurations import full_cache
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
 from kv_gym.fit import fit, load_fit, run
-from kv_gym.fit.data import PARTS, _divided, read_data
+from kv_gym.fit.data import PARTS, _split, read_data
 from kv_gym.fit.loss import least_provable, lost_answers, lost_nats
 from kv_gym.policies import make_policy
 from kv_gym.traces import open_traces
@@ -466,7 +466,7 @@ def test_as_many_contexts_as_a_refusal_names_are_enough(asked):
     def judge(contexts):
         of_each = tuple(TaskQuestion((1,), (i,)) for i in range(asked))
         made = [TaskContext((i, 2), of_each) for i in range(contexts)]
-        run._refuse_too_few(_divided("accuracy", made, 160, {"file": "data"}), 0.01, 160)
+        run._refuse_too_few(_split("accuracy", made, 160, {"file": "data"}), 0.01, 160)
 
     with pytest.raises(UserError, match=r"data gives 40 contexts, and about \d+ are needed") as refused:
         judge(40)
