@@ -216,3 +216,71 @@ def test_policies_of_one_name_are_told_apart_by_a_mapping_alone():
         named_policies(windows)
     assert list(named_policies({"short": windows[0], "long": windows[1]}).values()) == windows
     assert list(named_policies(["h2o", "h2o", make_policy("snapkv"), make_policy("snapkv")])) == ["h2o", "snapkv"]
+
+
+def rows_of(tasks, model, **more):
+    return evaluate(["recency"], [8], model=model, tasks=tasks, progress=False, **more)["rows"]
+
+
+def test_tasks_are_read_from_a_file_and_from_lists_of_questions(model, contexts, tmp_path):
+    records = [
+        {"context_ids": list(c.context_ids), "question_ids": list(q.question_ids), "answer_ids": list(q.answer_ids)}
+        for c in contexts
+        for q in c.questions
+    ]
+    file = tmp_path / "questions.jsonl"
+    file.write_text("".join(json.dumps(record) + "\n" for record in records))
+    known = [(row["accuracy"], row["questions"], row["contexts"]) for row in rows_of(contexts, model)]
+    assert known[0][:2] == (0.5, 12)
+    for tasks in (file, str(file), [file], records, iter(records)):  # a data set iterates over records
+        assert [(row["accuracy"], row["questions"], row["contexts"]) for row in rows_of(tasks, model)] == known
+
+
+class Words:
+    """A tokenizer whose words are numbers."""
+
+    def __call__(self, text, **_):
+        return {"input_ids": [int(word) for word in text.split()]}
+
+
+def test_questions_in_text_need_a_tokenizer(model):
+    records = [{"context": "1 2 3 4 5 6 7 8 9 10", "question": "11", "answer": "12"}]
+    assert rows_of(records, model, tokenizer=Words())[0]["questions"] == 1
+    with pytest.raises(UserError, match="task 1 holds text and the model has no tokenizer; give context_ids or the"):
+        rows_of(records, model)
+
+
+@pytest.mark.parametrize(
+    ("tasks", "sentence"),
+    [
+        (None, "a model needs tasks"),
+        ([], "a model needs tasks"),
+        ("none.jsonl", "none.jsonl is not there"),
+        ([3], "tasks hold int; expected names, questions"),
+        ([{"question": "what?"}], "task 1 has no context"),
+    ],
+)
+def test_tasks_that_cannot_be_read_are_refused_and_not_left_out(model, tasks, sentence):
+    with pytest.raises(UserError, match=sentence):
+        rows_of(tasks, model)
+
+
+def test_python_has_messages_of_its_own(model, contexts):
+    traces = bundled("traces")
+    kept = [
+        [
+            row["utility_kept"]
+            for row in evaluate(["recency"], ["1/4"], traces=traces, split=split, progress=False)["rows"]
+        ]
+        for split in ("all", None)
+    ]
+    assert len(kept[0]) == 2 and kept[0] == kept[1]
+    for arguments in (
+        {"traces": traces, "evicted": ["merge"]},
+        {},
+        {"model": model},
+        {"traces": traces, "model": model},
+    ):
+        with pytest.raises(UserError) as refusal:
+            evaluate(["recency"], ["1/4"], progress=False, **arguments)
+        assert "--" not in str(refusal.value)

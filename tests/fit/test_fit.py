@@ -403,8 +403,8 @@ def test_an_interrupted_fit_goes_on_and_ends_alike(uninterrupted, model, questio
     before = {file: file.stat().st_mtime_ns for file in out.glob("traces/*.h5")}
     assert bool(before) == (phase != "record")
     calls = []
-    real_choice = run._Fit._choose
-    monkeypatch.setattr(run._Fit, "_choose", lambda fit, policy: calls.append(policy) or real_choice(fit, policy))
+    real_choice = run._Pipeline._choose
+    monkeypatch.setattr(run._Pipeline, "_choose", lambda fit, policy: calls.append(policy) or real_choice(fit, policy))
     again = fit(model, questions, out, tolerance=0.3, **FAST)
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert len(calls) == (phase not in ("tested", "card"))
