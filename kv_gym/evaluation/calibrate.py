@@ -16,6 +16,7 @@ from kv_gym.budgets.budget import slots_after
 from kv_gym.budgets.calibrated import Calibrated, identity, refuse_no_scale
 from kv_gym.budgets.selection import protection_within
 from kv_gym.errors import UserError
+from kv_gym.evaluation.evaluate import refuse_other_model, traces_in_split
 from kv_gym.evaluation.rows import refuse_unwritable, versions
 from kv_gym.policies import Policy, make_policy
 from kv_gym.traces import Sequence, TraceSet, open_traces
@@ -72,12 +73,10 @@ def calibrate(
     wanted = sorted({_share(share) for share in shares})
     if out is not None:
         refuse_unwritable(out)
-    trace_set = open_traces(traces)
-    _refuse_other_model(chosen, trace_set)
-    part = trace_set if split in (None, "all") else trace_set.select(split=split)
-    if not wanted or not len(part):
-        what = "no share" if not wanted else f"no context in split {split!r}"
-        raise UserError(f"there is {what} to calibrate for; give at least one of each")
+    if not wanted:
+        raise UserError("there is no share to calibrate for; give at least one, such as 1/8")
+    part = traces_in_split(traces, split)
+    refuse_other_model({chosen.name: chosen}, part.fingerprint, "the model of the traces")
     protection = protection_for(chosen, sinks, recent)
     scores = []
     with Progress(transient=True, disable=not progress) as bar:
@@ -90,11 +89,11 @@ def calibrate(
     )  # fmt: skip
     kept = realised(rule, chosen, part, wanted, *protection)
     about = {
-        "traces": trace_set.hash, "split": split or "all", "contexts": len(part), "protection": protection,
+        "traces": open_traces(traces).hash, "split": split or "all", "contexts": len(part), "protection": protection,
         "absolute": bool(getattr(chosen, "absolute", True)),
         "lengths": [min(each.shape[2] for each in scores), max(each.shape[2] for each in scores)],
         "kept_mean": kept.mean(0).tolist(), "kept_deviation": kept.std(0, correction=0).tolist(),
-        "model": trace_set.manifest.get("model"), "versions": versions(),
+        "model": part.manifest.get("model"), "versions": versions(),
     }  # fmt: skip
     rule = Calibrated(rule.policy, rule.layers, rule.kv_heads, rule.shares, rule.thresholds, json.dumps(about))
     return rule if out is None else Calibrated.read(rule.save(out))
@@ -141,9 +140,3 @@ def _share(budget: str | float) -> float:
     if isinstance(share, int):
         raise UserError(f"budget {budget} counts slots; thresholds belong to shares of the tokens, such as 1/8")
     return share
-
-
-def _refuse_other_model(policy: Policy, traces: TraceSet) -> None:
-    theirs = getattr(policy, "fingerprint", None)
-    if theirs is not None:
-        theirs.refuse_other(traces.fingerprint, f"policy {policy.name!r}", "the model of the traces")

@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictStr, model_validator
 
 from kv_gym.errors import UserError
-from kv_gym.files import validated, whole_file
+from kv_gym.files import atomic_write, read_json, read_json_lines, validated
 from kv_gym.policies import current_name
 
 FULL = "full_cache"  # the policy of rows where nothing is evicted
@@ -250,37 +250,21 @@ def read_result(file: str | Path) -> dict[str, Any]:
         UserError: the file is missing or no result, or a bad row, with file and line.
     """
     file = Path(file)
-    try:
-        text = file.read_text(encoding="utf-8")
-        data = {"rows": []} if file.suffix == ".jsonl" else json.loads(text)
-        if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
-            raise ValueError
-    except (OSError, ValueError, RecursionError):
-        raise UserError(f"{file} is no result file; {EXPECTED}") from None
     if file.suffix == ".jsonl":
-        return {"rows": [complete(row, where) for where, row in _lines(file, text)]}
-    return data | {"rows": [complete(row, f"{file}, row {n}") for n, row in enumerate(data["rows"], 1)]}
+        lines = read_json_lines(file, EXPECTED, partial_last_line=True, non_finite_as_null=True)
+        return {"rows": [complete(row, f"{file}, line {number}") for number, row in lines]}
+    data = read_json(file, EXPECTED, non_finite_as_null=True)
+    if not isinstance(data, dict) or not isinstance(data.get("rows"), list):
+        raise UserError(f"{file} is no result file; {EXPECTED}")
+    return data | {"rows": [complete(row, f"{file}, row {number}") for number, row in enumerate(data["rows"], 1)]}
 
 
-def _lines(file: Path, text: str) -> Iterable[tuple[str, Any]]:
-    lines = text.splitlines()
-    for number, line in enumerate(lines, 1):
-        where = f"{file}, line {number}"
-        try:
-            if line.strip():
-                yield where, json.loads(line)
-        except (ValueError, RecursionError):
-            if number == len(lines) and not text.endswith("\n"):
-                return
-            raise UserError(f"{where} is no row: it is no JSON; {EXPECTED}") from None
-
-
-def write_rows(file: str | Path, rows: Iterable[Mapping], separators: tuple[str, str] = (", ", ": ")) -> None:
-    """Write rows, or other mappings, as JSON lines; whole or not at all."""
+def write_rows(file: str | Path, rows: Iterable[Any], separators: tuple[str, str] = (", ", ": ")) -> None:
+    """Write rows, or other plain data, as JSON lines; whole or not at all."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
     text = "".join(json.dumps(row, separators=separators) + "\n" for row in rows)
-    with whole_file(file) as part:
+    with atomic_write(file) as part:
         part.write_text(text, encoding="utf-8")
 
 
@@ -310,7 +294,7 @@ def refuse_unwritable(file: str | Path) -> None:
         file.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot make folder {file.parent} ({error.strerror}); name another file") from None
-    trial = file.with_name(file.name + ".tmp")  # the name that `whole_file` writes to
+    trial = file.with_name(file.name + ".tmp")  # the name that `atomic_write` writes to
     try:
         trial.touch()
         trial.unlink()
@@ -322,6 +306,6 @@ def write_json(file: str | Path, data: dict) -> Path:
     """Write JSON whole or not at all."""
     file = Path(file)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as part:
+    with atomic_write(file) as part:
         part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return file

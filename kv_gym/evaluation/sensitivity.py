@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.errors import UserError
-from kv_gym.files import whole_file
+from kv_gym.evaluation.rows import write_rows
 from kv_gym.models.attention import full_layers
 
 
@@ -36,27 +35,25 @@ def layer_similarity(
         UserError: no context, or one that is not longer than a block.
     """
     layers = full_layers(model.config.get_text_config())
-    similar, compared = torch.zeros(len(layers), dtype=torch.float64), 0
+    similarity, compared = torch.zeros(len(layers), dtype=torch.float64), 0
     for context in contexts:
         blocks = len(context) // block
         if blocks < 2:
             raise UserError(f"a context has {len(context)} tokens; expected at least two blocks of {block}")
         ids = torch.tensor(context[: blocks * block], device=model.device)
-        places = torch.arange(len(ids), device=model.device)
-        whole = _keys(model, ids[None], places[None], layers)
+        positions = torch.arange(len(ids), device=model.device)
+        full_context = _keys(model, ids[None], positions[None], layers)
         # a row per block: attention inside of it, at the positions that it has in the text
-        apart = _keys(model, ids.view(blocks, block), places.view(blocks, block), layers)
-        for number, (full, alone) in enumerate(zip(whole, apart, strict=True)):
+        blockwise = _keys(model, ids.view(blocks, block), positions.view(blocks, block), layers)
+        for number, (full, alone) in enumerate(zip(full_context, blockwise, strict=True)):
             alone = alone.transpose(0, 1).flatten(1, 2)  # [kv_heads, tokens, d]
-            similar[number] += float(torch.cosine_similarity(full[0].double(), alone.double(), dim=-1).sum())
-        compared += whole[0][0, ..., 0].numel()
+            similarity[number] += float(torch.cosine_similarity(full[0].double(), alone.double(), dim=-1).sum())
+        compared += full_context[0][0, ..., 0].numel()
     if not compared:
         raise UserError("there is no context to measure layers on; give at least one")
-    result = (similar / compared).tolist()
+    result = (similarity / compared).tolist()
     if out is not None:
-        Path(out).parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(out) as part:
-            part.write_text(json.dumps(result) + "\n", encoding="utf-8")
+        write_rows(out, [result])
     return result
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation.rows import write_json
+from kv_gym.files import read_json
 from kv_gym.live import EvictingCache
 
 FILE = "fit.json"
@@ -86,20 +87,18 @@ def load_fit(model: Any, folder: str | Path, **settings: Any) -> EvictingCache:
 
 def _read(folder: Path) -> dict[str, Any]:
     file = folder / FILE
-    try:
-        state = json.loads(file.read_text())
-        known = state["format"] <= FORMAT
-        whole = isinstance(state["settings"], dict) and isinstance(state["seconds"], dict)
-        if state["finished"]:
-            whole = whole and isinstance(state["budget"], float) and isinstance(state["allocation"], str)
-    except FileNotFoundError:
-        raise UserError(f"{folder} holds no {FILE}; expected a folder that `kv-gym fit` wrote") from None
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file} is damaged ({error}): remove the folder and fit again") from None
-    if not known:
+    if not file.is_file():
+        raise UserError(f"{folder} holds no {FILE}; expected a folder that `kv-gym fit` wrote")
+    damaged = UserError(f"{file} is damaged: remove the folder and fit again")
+    state = read_json(file, "expected what `kv-gym fit` wrote: remove the folder and fit again")
+    if not isinstance(state, dict) or not isinstance(state.get("format"), int):
+        raise damaged
+    if state["format"] > FORMAT:
         raise UserError(f"{file} has format {state['format']}, newer than {FORMAT}: upgrade kv-gym")
-    if not whole:
-        raise UserError(f"{file} is damaged: remove the folder and fit again")
+    kinds: dict[str, type] = {"settings": dict, "seconds": dict, "finished": bool}
+    kinds |= {"budget": float, "allocation": str} if state.get("finished") else {}
+    if not all(isinstance(state.get(name), kind) for name, kind in kinds.items()):
+        raise damaged
     return state
 
 

@@ -378,14 +378,15 @@ def test_budgets_are_known_by_what_they_mean():
 
 def test_files_that_are_no_specification(tmp_path):
     for text, sentence in (
-        (": [", "no valid YAML"),
+        (": [", "line 1: no YAML"),
         ("- 1", "holds list"),
-        ("!!python/object:os.x {}", "no valid YAML"),
+        ("!!python/object:os.x {}", "tags are not read"),
+        ("tasks: &a [x]\nbudgets: *a", "aliases and anchors are not read"),
     ):
         (tmp_path / "spec.yml").write_text(text)
         with pytest.raises(UserError, match=sentence):
             read_spec(tmp_path / "spec.yml")
-    with pytest.raises(UserError, match="cannot read"):
+    with pytest.raises(UserError, match=r"none.yml cannot be read .*; expected a specification"):
         read_spec(tmp_path / "none.yml")
     (tmp_path / "rows.jsonl").write_text("[]\n")
     with pytest.raises(UserError, match="line 1 has no policy and budget"):

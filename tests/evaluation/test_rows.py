@@ -42,7 +42,7 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path):
     with pytest.raises(UserError, match=r"b.json, row 1: slots is 'many'; expected a list of numbers for each layer"):
         read_result(tmp_path / "b.json")
     (tmp_path / "c.jsonl").write_text('{"policy": "a", "budget": 1}\n{"pol\n{"policy": "a", "budget": 1}\n')
-    with pytest.raises(UserError, match=r"c.jsonl, line 2 is no row: it is no JSON"):
+    with pytest.raises(UserError, match=r"c.jsonl, line 2: no JSON"):
         read_rows(tmp_path / "c.jsonl")
 
 

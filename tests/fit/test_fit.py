@@ -502,7 +502,7 @@ def test_folders_of_others_are_left_alone(model, questions, tmp_path):
     with pytest.raises(UserError, match=r"holds no fit\.json; expected a folder that `kv-gym fit` wrote"):
         load_fit(model, tmp_path)
     (tmp_path / "fit.json").write_text('{"format": 1, "finished": true, "settings": {}, "seconds": {}}')
-    with pytest.raises(UserError, match="is damaged"):
+    with pytest.raises(UserError, match="remove the folder and fit again"):
         load_fit(model, tmp_path)
     (tmp_path / "fit.json").write_text('{"format": 2, "finished": false, "settings": {}, "seconds": {}}')
     with pytest.raises(UserError, match="newer than 1: upgrade kv-gym"):

@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation.rows import FULL
-from kv_gym.evaluation.summary import NULLS, smallest_budgets, summarise
+from kv_gym.evaluation.summary import CONFIGURATION, NULLS, smallest_budgets, summarise
 from kv_gym.markdown import pipe_table
 
-_ARM = ("policy", "allocation", "evicted", "sinks", "recent", "window", "trigger")
+_WITHOUT_BUDGET = tuple(name for name in CONFIGURATION if name != "budget")
 
 
 def page(rows: Iterable[Mapping], title: str = "Benchmark") -> str:
@@ -31,7 +31,7 @@ def page(rows: Iterable[Mapping], title: str = "Benchmark") -> str:
     out = [f"# {title}", "", *_about(rows)]
     for task in dict.fromkeys(line["task"] for line in lines):
         shown = [line for line in lines if line["task"] == task and _is_shown(line, lines)]
-        out += ["", f"## {_text(task)}", "", *_told(shown), "", *_accuracy(shown, smallest)]
+        out += ["", f"## {_text(task)}", "", *_overview(shown), "", *_accuracy(shown, smallest)]
         out += ["", *_details(shown), *_parts(shown)]
     out += _utility(rows) + _refused(rows) + _origin(rows)
     return "\n".join(out) + "\n"
@@ -71,7 +71,7 @@ def _is_shown(line: Mapping, lines: Sequence[Mapping]) -> bool:
     return not any(each["chosen_on_validation"] for each in same)
 
 
-def _told(lines: Sequence[Mapping]) -> list[str]:
+def _overview(lines: Sequence[Mapping]) -> list[str]:
     first = lines[0]
     full = next((line for line in lines if line["policy"] == FULL), None)
     right = (
@@ -86,18 +86,16 @@ def _told(lines: Sequence[Mapping]) -> list[str]:
 
 
 def _accuracy(lines: Sequence[Mapping], smallest: Mapping[tuple, float | None]) -> list[str]:
-    budgets = _budgets(lines)
-    configurations = _arms(lines)
+    budgets, configurations = _budgets(lines), _by_configuration(lines)
+    total = {key: sum(line["accuracy"] for line in by_budget.values()) for key, by_budget in configurations.items()}
     body = []
-    for configuration, at in sorted(configurations.items(), key=lambda item: -_sum(item[1], budgets)):
-        cells = [_percent(at[budget]["accuracy"]) if budget in at else "" for budget in budgets]
-        found = smallest.get((next(iter(at.values()))["task"], *configuration))
-        body.append([*_name(next(iter(at.values()))), *cells, "-" if found is None else format_budget(found)])
+    for key in sorted(configurations, key=lambda key: -total[key]):
+        by_budget = configurations[key]
+        first = next(iter(by_budget.values()))
+        cells = [_percent(by_budget[budget]["accuracy"]) if budget in by_budget else "" for budget in budgets]
+        sufficient = smallest.get((first["task"], *key))
+        body.append([*_name(first), *cells, "-" if sufficient is None else format_budget(sufficient)])
     return [pipe_table(["policy", "allocation", *map(format_budget, budgets), "smallest"], body, 2)]
-
-
-def _sum(at: Mapping[float, Mapping], budgets: Sequence[float]) -> float:
-    return sum(at[budget]["accuracy"] for budget in budgets if budget in at)
 
 
 def _details(lines: Sequence[Mapping]) -> list[str]:
@@ -106,9 +104,9 @@ def _details(lines: Sequence[Mapping]) -> list[str]:
     if not budgets:
         return []
     budget = budgets[len(budgets) // 2]
-    there = sorted((line for line in lines if line["budget"] == budget), key=lambda line: -line["accuracy"])
+    at_budget = sorted((line for line in lines if line["budget"] == budget), key=lambda line: -line["accuracy"])
     body = []
-    for line in there:
+    for line in at_budget:
         gain = line["gain"]
         body.append(
             [
@@ -118,7 +116,7 @@ def _details(lines: Sequence[Mapping]) -> list[str]:
                 f"{line['policy_bytes']:,.0f}" if line["policy_bytes"] else "", f"{line['milliseconds']:.0f}",
             ]
         )  # fmt: skip
-    best = next((line["gain"]["against"] for line in there if line["gain"]), None)
+    best = next((line["gain"]["against"] for line in at_budget if line["gain"]), None)
     against = f"; `gain` is the difference to {best}, the best heuristic there, paired over contexts" if best else ""
     head = ["policy", "allocation", "accuracy", "gain", "NLL", "cache bytes", "policy bytes", "ms"]
     return [
@@ -134,10 +132,10 @@ def _parts(lines: Sequence[Mapping]) -> list[str]:
     if not names or not budgets:
         return []
     budget = budgets[len(budgets) // 2]
-    there = [line for line in lines if line["budget"] == budget or line["policy"] == FULL]
+    shown = [line for line in lines if line["budget"] == budget or line["policy"] == FULL]
     body = [
         [*_name(line), *(_percent(_part(line["rows"], name)) for name in names)]
-        for line in sorted(there, key=lambda line: -line["accuracy"])
+        for line in sorted(shown, key=lambda line: -line["accuracy"])
     ]
     return [
         "",
@@ -148,8 +146,8 @@ def _parts(lines: Sequence[Mapping]) -> list[str]:
 
 
 def _part(rows: Sequence[Mapping], name: str) -> float:
-    found = [row["parts"][name] for row in rows]
-    return sum(part["correct"] for part in found) / sum(part["questions"] for part in found)
+    parts = [row["parts"][name] for row in rows]
+    return sum(part["correct"] for part in parts) / sum(part["questions"] for part in parts)
 
 
 def _utility(rows: Sequence[Mapping]) -> list[str]:
@@ -157,11 +155,11 @@ def _utility(rows: Sequence[Mapping]) -> list[str]:
     out = []
     for task in dict.fromkeys(line["task"] for line in lines):
         same = [line for line in lines if line["task"] == task]
-        budgets, configurations = _budgets(same), _arms(same)
-        body = []
-        for at in sorted(configurations.values(), key=lambda at: -sum(line["utility_kept"] for line in at.values())):
-            cells = [f"{at[budget]['utility_kept']:.3f}" if budget in at else "" for budget in budgets]
-            body.append([*_name(next(iter(at.values()))), *cells])
+        budgets, body = _budgets(same), []
+        configurations = _by_configuration(same).values()
+        for by_budget in sorted(configurations, key=lambda lines: -sum(x["utility_kept"] for x in lines.values())):
+            cells = [f"{by_budget[b]['utility_kept']:.3f}" if b in by_budget else "" for b in budgets]
+            body.append([*_name(next(iter(by_budget.values()))), *cells])
         out += [
             "", f"## Utility kept, {_text(task)}", "",
             f"Share of the recorded future attention on the slots that stay, {same[0]['n']:.0f} contexts; oracles see "
@@ -172,15 +170,12 @@ def _utility(rows: Sequence[Mapping]) -> list[str]:
 
 
 def _refused(rows: Sequence[Mapping]) -> list[str]:
-    found: dict[str, list[str]] = {}
+    refused: dict[str, list[str]] = {}
     for row in rows:
         if row.get("refused"):
-            who = f"{row['policy']}, {row['allocation']} ({row['task']})"
-            found.setdefault(row["refused"], []).append(who)
-    if not found:
-        return []
-    lines = [f"- {', '.join(dict.fromkeys(map(_text, who)))}: {_text(sentence)}" for sentence, who in found.items()]
-    return ["", "## Refused", "", *lines]
+            refused.setdefault(row["refused"], []).append(f"{row['policy']}, {row['allocation']} ({row['task']})")
+    lines = [f"- {', '.join(map(_text, dict.fromkeys(who)))}: {_text(why)}" for why, who in refused.items()]
+    return ["", "## Refused", "", *lines] if lines else []
 
 
 def _origin(rows: Sequence[Mapping]) -> list[str]:
@@ -202,13 +197,13 @@ def _budgets(lines: Sequence[Mapping]) -> list[float]:
     return sorted({line["budget"] for line in lines if line["policy"] != FULL}, reverse=True)
 
 
-def _arms(lines: Sequence[Mapping]) -> dict[tuple, dict[float, Mapping]]:
+def _by_configuration(lines: Sequence[Mapping]) -> dict[tuple, dict[float, Mapping]]:
     """Lines by configuration and budget, without the full cache."""
-    configurations: dict[tuple, dict[float, Mapping]] = {}
+    found: dict[tuple, dict[float, Mapping]] = {}
     for line in lines:
         if line["policy"] != FULL:
-            configurations.setdefault(tuple(line[name] for name in _ARM), {})[line["budget"]] = line
-    return configurations
+            found.setdefault(tuple(line[name] for name in _WITHOUT_BUDGET), {})[line["budget"]] = line
+    return found
 
 
 def _name(line: Mapping) -> tuple[str, str]:
@@ -231,5 +226,6 @@ def _points(share: float) -> str:
 
 
 def _text(text: str) -> str:
-    """Names and sentences of users as Markdown shows them literally."""
-    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>#|" else letter for letter in text)
+    """Names and sentences of users as Markdown shows them literally, on one line."""
+    plain = " ".join("".join(letter if letter.isprintable() else " " for letter in text).split())
+    return "".join(f"\\{letter}" if letter in "\\`*_{}[]<>#|" else letter for letter in plain)

@@ -10,7 +10,6 @@ batches under way.
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,6 +21,7 @@ from kv_gym.evaluation.leaderboard.identity import digest
 from kv_gym.evaluation.outcomes import from_json, measured_fields
 from kv_gym.evaluation.rows import read_rows, write_rows
 from kv_gym.evaluation.summary import NULLS
+from kv_gym.files import read_json_lines
 
 ROWS, STATE, BATCHES = "rows.jsonl", "state", "state/batches"
 ONCE = ("command", "versions", "tasks_hash", "model_hash")  # stand in the first row of each task, and where they change
@@ -96,13 +96,9 @@ def write_batch(folder: Path, number: int, lines: Sequence[dict]) -> Path:
 def _lines(file: Path) -> list[dict[str, Any]]:
     if not file.is_file():
         return []
-    lines = []
-    for number, text in enumerate(file.read_text(encoding="utf-8").splitlines(), 1):
-        try:
-            lines.append(json.loads(text))
-            lines[-1]["cell"]
-        except (ValueError, TypeError, KeyError, RecursionError):
-            raise UserError(f"{file}, line {number} was not written by a leaderboard; move the file away") from None
+    lines = [line for _, line in read_json_lines(file, "expected what a leaderboard wrote; move the file away")]
+    if not all(isinstance(line, dict) and "cell" in line for line in lines):
+        raise UserError(f"{file} was not written by a leaderboard; move the file away")
     return lines
 
 

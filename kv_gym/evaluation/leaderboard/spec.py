@@ -25,7 +25,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, Str
 
 from kv_gym.budgets import budget_key, parse_allocation, parse_budget
 from kv_gym.errors import UserError
-from kv_gym.files import validated
+from kv_gym.files import read_yaml, validated
 
 ALL = "all"
 OWN = "own"  # the protection that a policy brings
@@ -210,11 +210,4 @@ def read_spec(spec: str | Path | Mapping | Spec) -> Spec:
         return spec
     if isinstance(spec, Mapping):
         return validated(Spec, spec, "the specification")
-    import yaml
-
-    try:
-        return validated(Spec, yaml.safe_load(Path(spec).read_text(encoding="utf-8")), str(spec))
-    except OSError as error:
-        raise UserError(f"cannot read {spec} ({error.strerror}); expected a YAML file with tasks and budgets") from None
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{spec} is no valid YAML: {str(error).splitlines()[0]}") from None
+    return validated(Spec, read_yaml(spec, "expected a specification with tasks and budgets"), str(spec))
