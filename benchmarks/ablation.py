@@ -21,8 +21,8 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from ablation_bench import TOTALS, Bench, bench, work
 from ablation_rows import FIRST, NAMED, VARIANTS, Variant, chosen
+from ablation_runner import TOTALS, Runner, runner_of, work
 
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation.rows import read_result, result, write_json
@@ -83,14 +83,14 @@ def table(rows: list[dict[str, Any]]) -> str:
     more = ("mean", "difference", "utility kept", "difference", "seeds", "seconds")
     for what in dict.fromkeys(row["what"] for row in rows):
         body = []
-        arms = dict.fromkeys((row["row"], row["allocation"]) for row in rows if row["what"] == what)
-        for arm in arms:
-            at = {row["budget"]: row for row in rows if (row["row"], row["allocation"]) == arm}
+        configurations = dict.fromkeys((row["row"], row["allocation"]) for row in rows if row["what"] == what)
+        for configuration in configurations:
+            at = {row["budget"]: row for row in rows if (row["row"], row["allocation"]) == configuration}
             cells = [percent(at[total], "accuracy", "") for total in (*TOTALS, 0.0)]
             cells.append(percent(at[0.0], "difference", "difference_"))
             cells += [percent(at[0.0], f"utility_kept{end}", f"utility_kept{end}_") for end in ("", "_difference")]
             seconds = "" if at[0.0]["seconds"] is None else f"{at[0.0]['seconds']:.0f}"
-            body.append([*arm, *cells, str(at[0.0]["seeds"] or ""), seconds])
+            body.append([*configuration, *cells, str(at[0.0]["seeds"] or ""), seconds])
         lines += [f"\n**{what}**\n", pipe_table(["row", "allocation", *map(format_budget, TOTALS), *more], body, 2)]
     return "\n".join(lines) + "\n"
 
@@ -104,11 +104,11 @@ def percent(row: dict[str, Any], name: str, behind: str) -> str:
     return f"{100 * row[name]:{sign}.1f}" + ("" if half is None else f" ± {100 * half:.1f}")
 
 
-def summary(here: Bench, variants: list[Variant], seeds: int) -> list[dict[str, Any]]:
+def summary(runner: Runner, variants: list[Variant], seeds: int) -> list[dict[str, Any]]:
     """Rows of all that is done."""
     found: dict[str, dict[int, dict]] = {}
     for variant in variants:
-        files = {seed: here.place(variant, seed) / "rows.json" for seed in range(seeds)}
+        files = {seed: runner.place(variant, seed) / "rows.json" for seed in range(seeds)}
         found[variant.name] = {seed: read_result(file) for seed, file in files.items() if file.is_file()}
     rows = []
     for variant in (each for each in VARIANTS if found.get(each.name)):
@@ -122,7 +122,7 @@ def summary(here: Bench, variants: list[Variant], seeds: int) -> list[dict[str, 
         for rule in variant.rules:
             same = compared(found[variant.name], found[FIRST], rule)
             rows += [about | known(variant.name, rule) | row for row in same]
-    heuristics = {name: here.heuristic(name) for name in HEURISTICS}
+    heuristics = {name: runner.heuristic(name) for name in HEURISTICS}
     best = max(ATTENTION, key=lambda name: max_of(heuristics[name]))
     for name in (*(name for name in HEURISTICS if name not in ATTENTION), best):
         about = {"row": name, "what": "heuristics", "seeds": None, "seconds": None, "settings": None}
@@ -161,8 +161,8 @@ def main() -> None:
     shared = json.dumps(
         {name: str(value) if isinstance(value, Path) else value for name, value in vars(arguments).items()}
     )
-    here = bench(shared)
-    here.record_all(variants)
+    runner = runner_of(shared)
+    runner.record_all(variants)
 
     # all rows of a seed before the next seed; those that start from others when these are there
     first = [
@@ -183,12 +183,12 @@ def main() -> None:
                 print(line, end="\n" if line else "", flush=True)
             if left:
                 print(f"{left} of {len(jobs)} are left: run the same command again")
-    rows = summary(here, variants, arguments.seeds)
-    full = next(row for row in here.heuristic(HEURISTICS[0])["rows"] if row["policy"] == "full_cache")
+    rows = summary(runner, variants, arguments.seeds)
+    full = next(row for row in runner.heuristic(HEURISTICS[0])["rows"] if row["policy"] == "full_cache")
     about = {
         "full_cache": full["accuracy"], "questions": full["n"], "contexts": arguments.contexts,
-        "seeds": arguments.seeds, "tasks": tasks_hash(here.tasks), "traces": [
-            here.hash(here.folder(seed, False)) for seed in range(arguments.seeds)
+        "seeds": arguments.seeds, "tasks": tasks_hash(runner.tasks), "traces": [
+            runner.hash(runner.folder(seed, False)) for seed in range(arguments.seeds)
         ],
     }  # fmt: skip
     means = [row for row in rows if not row["budget"]]

@@ -14,13 +14,14 @@ RESULTS = Path(__file__).parent / "results"
 
 RENAMED_POLICIES = {"uniform_order": "random"}
 RENAMED_FIELDS = {"asked": "questions", "right": "correct"}  # of rows
+RENAMED_COLUMNS = {"arm": "configuration"}  # of measurements
 
 
 def convert(text: str, rows: bool) -> str:
-    """JSON or JSON lines with today's names, those of fields where it is `rows`; all else stays byte for byte."""
+    """JSON or JSON lines with today's names, those of rows where it holds `rows`; all else stays byte for byte."""
     for old, new in RENAMED_POLICIES.items():
         text = re.sub(f'"{old}"', f'"{new}"', text)
-    for old, new in RENAMED_FIELDS.items() if rows else ():
+    for old, new in (RENAMED_FIELDS if rows else RENAMED_COLUMNS).items():
         text = text.replace(f'"{old}":', f'"{new}":')
     return text
 

@@ -1,12 +1,12 @@
 """How long one decoding step takes with an evicting cache, against a cache that only ever held the budget.
 
 The floor is transformers' DynamicCache filled with just the budget: no policy, no eviction, nothing to decide. All
-arms decode in turns in one run, 16 steps a turn, and the table shows the median over turns of an arm's mean step and
-of its ratio to the floor in the same turn. Caches read the last ``budget + 512`` tokens of the context, in chunks:
-what was evicted before them costs nothing any more.
+configurations decode in turns in one run, 16 steps a turn, and the table shows the median over turns of a
+configuration's mean step and of its ratio to the floor in the same turn. Caches read the last ``budget + 512`` tokens
+of the context, in chunks: what was evicted before them costs nothing any more.
 
 The model is shaped like a small Llama (hidden 512, 8 layers, 8 query and 8 KV heads of 64) with random weights. With
-``--kvpress`` (in the environment of `make kvpress`) its decoding presses run as arms of their own.
+``--kvpress`` (in the environment of `make kvpress`) its decoding presses run as configurations of their own.
 
 Run: ``python benchmarks/decode_step.py --json benchmarks/results/decode_step.json``
 """
@@ -70,7 +70,7 @@ def plain(tokens: int) -> DynamicCache:
 
 
 class Plain:
-    """An arm with transformers' own cache, set back to its first length before every turn."""
+    """A configuration with transformers' own cache, set back to its first length before every turn."""
 
     def __init__(self, model, tokens: int, around=nullcontext):
         self.model, self.kept, self.around = model, plain(tokens), around
@@ -82,7 +82,7 @@ class Plain:
 
 
 class Evicting:
-    """An arm with an evicting cache, which stays at its budget however long it decodes."""
+    """A configuration with an evicting cache, which stays at its budget however long it decodes."""
 
     def __init__(self, model, policy, budget: int, interval: int, allocation: str = "uniform"):
         self.model = model
@@ -110,46 +110,46 @@ def learned(model) -> Scorer:
     return Scorer(network, Fingerprint.of(model), (1, 1 << 20), calibrated=True)
 
 
-def our_arms(model, budget: int) -> dict:
-    arms = {}
+def our_configurations(model, budget: int) -> dict:
+    configurations = {}
     for name in POLICIES:
         policy = learned(model) if name == "scorer" else name
         for interval in (1, STEPS):
-            arms[f"{name}, every {interval}"] = Evicting(model, policy, budget, interval)
-    arms["equal heads, every 16"] = Evicting(model, Taste(), budget, STEPS)
-    arms["ragged heads, every 16"] = Evicting(model, Taste(), budget, STEPS, "global")
-    return arms
+            configurations[f"{name}, every {interval}"] = Evicting(model, policy, budget, interval)
+    configurations["equal heads, every 16"] = Evicting(model, Taste(), budget, STEPS)
+    configurations["ragged heads, every 16"] = Evicting(model, Taste(), budget, STEPS, "global")
+    return configurations
 
 
-def kvpress_arms(model, budget: int) -> dict:
+def kvpress_configurations(model, budget: int) -> dict:
     from kvpress import DecodingPress, KeyDiffPress, KnormPress
 
-    arms = {}
+    configurations = {}
     for name, press in (("knorm", KnormPress()), ("keydiff", KeyDiffPress())):
         for interval in (1, STEPS):
             decoding = DecodingPress(base_press=press, compression_interval=interval, target_size=budget)
-            arms[f"kvpress {name}, every {interval}"] = Plain(model, budget, lambda d=decoding: d(model))
-    return arms
+            configurations[f"kvpress {name}, every {interval}"] = Plain(model, budget, lambda d=decoding: d(model))
+    return configurations
 
 
 @torch.no_grad()
 def compare(context: int, turns: int, kvpress: bool) -> list[dict]:
     model, budget = random_model(), context // 8
-    arms: dict = {"floor": Plain(model, budget), "full cache": Plain(model, context)}
-    arms |= our_arms(model, budget)
+    configurations: dict = {"floor": Plain(model, budget), "full cache": Plain(model, context)}
+    configurations |= our_configurations(model, budget)
     if kvpress:
-        arms |= kvpress_arms(model, budget)
-    took: dict[str, list[float]] = {name: [] for name in arms}
+        configurations |= kvpress_configurations(model, budget)
+    took: dict[str, list[float]] = {name: [] for name in configurations}
     for _ in range(turns):
-        for name, arm in arms.items():
-            took[name].append(arm.turn())
-    spread = arms["ragged heads, every 16"].cache.kept().double().mean((0, 1))
+        for name, configuration in configurations.items():
+            took[name].append(configuration.turn())
+    spread = configurations["ragged heads, every 16"].cache.kept().double().mean((0, 1))
     rows = []
     for name, times in took.items():
         base = took["equal heads, every 16" if name.startswith("ragged") else "floor"]
         ratios = [mine / other for mine, other in zip(times, base, strict=True)]
         rows.append({
-            "context": context, "budget": budget, "arm": name, "ms": 1e3 * statistics.median(times),
+            "context": context, "budget": budget, "configuration": name, "ms": 1e3 * statistics.median(times),
             "ratio": statistics.median(ratios), "to": "equal heads" if name.startswith("ragged") else "floor",
         })  # fmt: skip
     rows[-1 if not kvpress else list(took).index("ragged heads, every 16")]["head_sizes"] = [
@@ -166,12 +166,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     args = parser.parse_args()
     rows = []
-    print("| context | budget | arm | ms per step | ratio | to |\n|---|---|---|---|---|---|")
+    print("| context | budget | configuration | ms per step | ratio | to |\n|---|---|---|---|---|---|")
     for context in args.context:
         for row in compare(context, args.turns, args.kvpress):
             rows.append(row)
             print(
-                f"| {row['context']} | {row['budget']} | {row['arm']} | {row['ms']:.1f} | {row['ratio']:.2f} "
+                f"| {row['context']} | {row['budget']} | {row['configuration']} | {row['ms']:.1f} | {row['ratio']:.2f} "
                 f"| {row['to']} |"
             )
     if args.json:

@@ -41,45 +41,45 @@ def of_ablation(results: Path) -> str:
 def of_rl_gain(results: Path) -> str:
     """What reinforcement learning adds."""
     data = read(results / "rl_gain.json")
-    told = (
+    introduction = (
         f"What KVEvict-v0 pays in eviction mode at 1/4 on unseen dialogues, mean over {data['seeds']} training seeds, "
         "with half a 95 % interval; differences are paired by seed."
     )
-    return f"{told}\n\n{rl_gain.markdown(data['rows'], data['differences'])}"
+    return f"{introduction}\n\n{rl_gain.markdown(data['rows'], data['differences'])}"
 
 
 def of_transfer(results: Path) -> str:
     """Used on longer contexts than trained on."""
     data = read(results / "transfer.json")
-    told = (
+    introduction = (
         f"Percent right, one threshold over all slots, means over {data['seeds']} training seeds; the difference, in "
         "points, is that of the policy trained on 512 words to the one trained on 1,024, paired by seed, with half a "
         "95 % interval. The model itself was trained on up to 1,024 words."
     )
-    return f"{told}\n\n{transfer.markdown(data['differences'])}"
+    return f"{introduction}\n\n{transfer.markdown(data['differences'])}"
 
 
 def of_novels(results: Path) -> str:
     """Perplexity of a text."""
-    told = (
+    introduction = (
         "Nats per token of four held-out novels, read in blocks of 32 tokens with the cache cut after each, by a "
         "pretrained model of 260,000 parameters (stories, not novels, taught it: it makes little of a far context). "
         "Learned policies are means over training seeds on other novels, with the settings of their files; heuristics "
         "have what did best on another novel. Last: what the smallest cache costs against the full one, in nats, "
         "paired over stretches, with half a 95 % interval."
     )
-    return f"{told}\n\n{novels.markdown(read_rows(results / 'novels'))}"
+    return f"{introduction}\n\n{novels.markdown(read_rows(results / 'novels'))}"
 
 
 def of_both_decisions(results: Path) -> str:
     """One policy for prefill and decode."""
     rows = read_rows(results / "both_decisions")
     tables = [f"**{task}**\n\n{accuracy_table(rows, task)}" for task in sorted({row["task"] for row in rows})]
-    told = (
+    introduction = (
         "Percent right of `end_to_end` trained on decisions at the end of a prompt, in the midst of a text, and on "
         "half of each; means over three training seeds. Recall is cut once, the others as the text goes on."
     )
-    return "\n\n".join([told, *tables])
+    return "\n\n".join([introduction, *tables])
 
 
 SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {
@@ -93,12 +93,12 @@ SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {
 
 def findings(results: Path) -> str:
     """The page, of what lies in a folder of results; "" where that is nothing."""
-    there = [f"## {title}\n\n{of(results)}" for name, (title, of) in SECTIONS.items() if (results / name).exists()]
-    if not there:
+    sections = [f"## {title}\n\n{of(results)}" for name, (title, of) in SECTIONS.items() if (results / name).exists()]
+    if not sections:
         return ""
     head = (
         "# Findings\n\nThe headline is in [README.md](../README.md), all policies are in "
         "[BENCHMARK.md](../BENCHMARK.md). This page is written by `python benchmarks/publish.py` from `results/`; the "
         "commands are in [README.md](README.md)."
     )
-    return "\n\n".join([head, *there]) + "\n"
+    return "\n\n".join([head, *sections]) + "\n"

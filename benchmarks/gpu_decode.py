@@ -162,13 +162,13 @@ def main() -> None:
     with torch.device(device):
         model = LlamaForCausalLM(LlamaConfig(**(TINY if args.tiny else SHAPE))).to(torch.bfloat16).eval()
     speed = bandwidth(device, 1 << (24 if args.tiny else 32))
-    rows, arms = (
+    rows, configurations = (
         [],
         [("full", 1.0), *((kind, share) for kind in ("equal", "ragged") for share in (1 / 4, 1 / 8, 1 / 32))],
     )
     print("| context | cache | share | batch | ms per step | of the bound | tokens/s |\n|---|---|---|---|---|---|---|")
     for context in args.context:
-        for kind, share in arms:
+        for kind, share in configurations:
             found = [measured(model, kind, context, share, 1, args.steps, speed)]
             if device.type == "cuda":
                 found.append(largest_batch(model, kind, context, share, max(5, args.steps // 3), speed))

@@ -90,12 +90,14 @@ def way_to_the_oracle(lines: list[dict]) -> dict:
 
 def markdown(lines: list[dict], claims: dict) -> str:
     budgets = sorted({line["budget"] for line in lines if line["policy"] != "full_cache"}, reverse=True)
-    arms: dict[tuple, dict[float, dict]] = {}
+    configurations: dict[tuple, dict[float, dict]] = {}
     for line in lines:
         place = line["policy"], line["allocation"], line["sinks"], line["recent"], line["window"]
-        arms.setdefault(place, {})[line["budget"]] = line
+        configurations.setdefault(place, {})[line["budget"]] = line
     body = []
-    for (policy, rule, *_), found in sorted(arms.items(), key=lambda arm: -sum(x["accuracy"] for x in arm[1].values())):
+    for (policy, rule, *_), found in sorted(
+        configurations.items(), key=lambda configuration: -sum(x["accuracy"] for x in configuration[1].values())
+    ):
         if policy != "full_cache":
             cells = [_cell(found[budget]) if budget in found else "" for budget in budgets]
             body.append([policy, rule, *cells])
@@ -109,8 +111,8 @@ def markdown(lines: list[dict], claims: dict) -> str:
         out.append(f"- {ratio['policy']} to {ratio['against']}: {found} (asked: at most {ratio['asked']})")
     way = claims["way_to_the_oracle"]
     if way["mean"] is not None:
-        told = ", ".join(f"{total} {share:.0%}" for total, share in way["by_total"].items())
-        out.append(f"- {way['policy']}, way from the best heuristic to the oracle: {way['mean']:.1%} ({told})")
+        text = ", ".join(f"{total} {share:.0%}" for total, share in way["by_total"].items())
+        out.append(f"- {way['policy']}, way from the best heuristic to the oracle: {way['mean']:.1%} ({text})")
     return "\n".join(out)
 
 

@@ -94,14 +94,19 @@ def markdown(rows: list[dict]) -> str:
     Heuristics have the setting that did best on the validation novel, null hypotheses and learned policies all.
     """
     tuned = {row["policy"] for row in rows if row.get("chosen_on_validation")} - set(NULLS)
-    arms: dict[tuple[str, str], dict[float, dict[str, list[float]]]] = {}
+    configurations: dict[tuple[str, str], dict[float, dict[str, list[float]]]] = {}
     for row in rows:
         if row.get("contexts") and (row["policy"] not in tuned or row.get("chosen_on_validation")):
             ends = f", ends {row['sinks']} + {row['recent']}" if row["sinks"] is not None else ""
-            stretches = arms.setdefault((row["policy"], row["allocation"] + ends), {}).setdefault(row["budget"], {})
+            stretches = configurations.setdefault((row["policy"], row["allocation"] + ends), {}).setdefault(
+                row["budget"], {}
+            )
             for name, (_, asked, lost) in row["contexts"].items():
                 stretches.setdefault(f"{row['task']} {name}", []).append(lost / asked)
-    means = {arm: {b: {k: fmean(v) for k, v in of.items()} for b, of in found.items()} for arm, found in arms.items()}
+    means = {
+        configuration: {b: {k: fmean(v) for k, v in of.items()} for b, of in found.items()}
+        for configuration, found in configurations.items()
+    }
     (full,) = means.pop((FULL, "uniform")).values()
     budgets = sorted({budget for found in means.values() for budget in found}, reverse=True)
     body = []

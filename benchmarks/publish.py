@@ -106,16 +106,16 @@ def zoo(rows: Sequence[Mapping], trained: Path) -> str:
         about = policy.training
         seconds = f"{about['seconds']:.0f}" if "seconds" in about else "-"
         trained = (str(about["settings"]["steps"]), str(policy.network.hidden), f"{policy.nbytes():,}", seconds)
-        arms: dict[str, dict[float, Mapping]] = {}
+        configurations: dict[str, dict[float, Mapping]] = {}
         for line in lines:
             if line["learned"] and line["policy"] == folder.name:
-                arms.setdefault(line["allocation"], {})[line["budget"]] = line
-        for rule, at in sorted(arms.items()):
+                configurations.setdefault(line["allocation"], {})[line["budget"]] = line
+        for rule, at in sorted(configurations.items()):
             cells = [f"{100 * at[budget]['accuracy']:.1f}" if budget in at else "" for budget in SHOWN]
             enough = next(v for k, v in least.items() if (k[1], k[2]) == (folder.name, rule))
             found = format_budget(enough) if enough else "-"
             body.append([folder.name, ", ".join(policy.inputs), rule, *trained, *cells, found])
-        if not arms:
+        if not configurations:
             body.append([folder.name, ", ".join(policy.inputs), "", *trained, *[""] * (len(SHOWN) + 1)])
     head = (
         "agent",

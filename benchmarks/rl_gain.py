@@ -8,8 +8,8 @@ mode). Reported is what the environment pays on unseen dialogues.
 
 Arms from scratch take the same number of steps (`foresight`, on the same number of states a step; `joint` as its file
 says), those that go on from `joint` half as many. Where rankings are sampled each state is ranked `group` times: the
-table says how many rankings an arm has seen. Five seeds, differences paired by seed, 95 % intervals (Student's t).
-Goes on where it was interrupted.
+table says how many rankings a configuration has seen. Five seeds, differences paired by seed, 95 % intervals (Student's
+t). Goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ BLOCKS = 10  # that a continuation is recorded in, and a cut before each
 STEPS = 300
 UNSEEN = FIRST_HELD_OUT_SEED + 2_000_000
 SUPERVISED, MIXED, REINFORCED = {"distill": 1.0}, {"distill": 0.5}, {"distill": 0.0}
-ARMS: dict[str, tuple[dict, str | None]] = {
+CONFIGURATIONS: dict[str, tuple[dict, str | None]] = {
     "golden order": ({**SUPERVISED, "steps": STEPS}, None),
     "golden order, then RL": ({**MIXED, "steps": STEPS}, None),
     "RL from scratch": ({**REINFORCED, "steps": STEPS}, None),
@@ -63,11 +63,11 @@ def main() -> None:
     model, tokenizer = load_model(MODEL)
     unseen = dialogues(model, tokenizer, arguments.out / "unseen", UNSEEN, 32, "test").load()
     judge = OnPolicyStates(unseen, BUDGET, 1, 1)
-    paid: dict[str, list[float]] = {name: [] for name in ARMS}
+    paid: dict[str, list[float]] = {name: [] for name in CONFIGURATIONS}
     rankings: dict[str, int] = {}
     for seed in range(arguments.seeds):
         traces = dialogues(model, tokenizer, arguments.out / f"train-{seed}", seed * 1_000_000 + 700_000, 96, "train")
-        for name, (settings, start) in ARMS.items():
+        for name, (settings, start) in CONFIGURATIONS.items():
             folder = arguments.out / f"{name.replace(' ', '-').replace(',', '')}-{seed}"
             agent = "joint" if name == "joint" else "foresight"
             own = {} if name == "joint" else {"budget": BUDGET, "contexts": 2}
@@ -80,10 +80,11 @@ def main() -> None:
     bounds["golden order (sees the future)"] = judge.reward(None)
     differences = {f"{a} - {b}": paired(paid[a], paid[b]) for a, b in PAIRS}
     rows = [
-        {"arm": name, "budget": BUDGET, "reward": statistics.mean(values), "interval": mean_interval(values)[1],
+        {"configuration": name, "budget": BUDGET, "reward": statistics.mean(values),
+         "interval": mean_interval(values)[1],
          "rankings": rankings[name], "by_seed": values}
         for name, values in paid.items()
-    ] + [{"arm": name, "budget": BUDGET, "reward": value} for name, value in bounds.items()]  # fmt: skip
+    ] + [{"configuration": name, "budget": BUDGET, "reward": value} for name, value in bounds.items()]  # fmt: skip
     write_json(arguments.json, result(rows, differences=differences, seeds=arguments.seeds))
     print(markdown(rows, differences))
 
@@ -127,7 +128,7 @@ def markdown(rows: list[dict], differences: dict[str, dict]) -> str:
     for row in sorted(rows, key=lambda row: -row["reward"]):
         spread = f" +- {row['interval']:.3f}" if row.get("interval") is not None else ""
         seen = f"{row['rankings']:,}" if "rankings" in row else ""
-        body.append([row["arm"], f"{row['reward']:.3f}{spread}", seen])
+        body.append([row["configuration"], f"{row['reward']:.3f}{spread}", seen])
     apart = []
     for name, gap in differences.items():
         spread = "" if gap["interval"] is None else f" +- {gap['interval']:.3f}"

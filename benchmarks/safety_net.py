@@ -33,7 +33,7 @@ from kv_gym.reference.generator import make_context
 from kv_gym.reference.tokenizer import encode, word_ids
 
 TASKS = ("multi_key", "single")
-ARMS = (  # policy, budget, evicted: a good share of answers is wrong
+CONFIGURATIONS = (  # policy, budget, evicted: a good share of answers is wrong
     ("snapkv", 1 / 4, "drop"),
     ("h2o", 1 / 4, "drop"),
     ("streaming_llm", 1 / 4, "drop"),
@@ -63,9 +63,9 @@ def main() -> None:
         for seed in range(arguments.seeds)
     ]
     rows, safety = [], []
-    for arm in ARMS:
-        rows += signal_rows(arm, judged[arm], [each[arm] for each in calibration])
-        safety.append(restoring_row(arm, judged[arm], [each[arm] for each in calibration]))
+    for config in CONFIGURATIONS:
+        rows += signal_rows(config, judged[config], [each[config] for each in calibration])
+        safety.append(restoring_row(config, judged[config], [each[config] for each in calibration]))
     overhead = step_overhead(model)
     data = result(
         rows, restore=safety, guarded_step_over_plain_step=overhead, seeds=arguments.seeds,
@@ -89,7 +89,7 @@ def training_tasks(task: str, seed: int, count: int) -> list[TaskContext]:
 
 
 class Measured:
-    """What was measured of one arm: every entry of the lists is a tensor over the questions of one batch."""
+    """What was measured of one configuration: every entry of the lists is a tensor over the questions of one batch."""
 
     def __init__(self) -> None:
         self.right, self.full, self.restored = [], [], []
@@ -107,10 +107,10 @@ class Measured:
 @torch.no_grad()
 def measure(model, tasks: dict[str, list[TaskContext]], restoring: bool = False, at_once: int = 8) -> dict:
     """Arm -> what all signals of it say; with `restoring`, also what is right when everything is put back."""
-    policies = {name: make_policy(name) for name, _, _ in ARMS}
+    policies = {name: make_policy(name) for name, _, _ in CONFIGURATIONS}
     everything = make_policy("recency")
     panel = PolicyGroup((everything, *policies.values()))
-    measured = {arm: Measured() for arm in ARMS}
+    measured = {config: Measured() for config in CONFIGURATIONS}
     first = 0
     for contexts in tasks.values():
         for start in range(0, len(contexts), at_once):
@@ -120,19 +120,28 @@ def measure(model, tasks: dict[str, list[TaskContext]], restoring: bool = False,
                 model(input_ids=ids, past_key_values=cache, logits_to_keep=1)
                 with cache.fork(everything) as full:
                     right = guarded_answers(model, full, batch).correct
-                for arm in ARMS:
-                    _measure_arm(model, cache, policies[arm[0]], arm, batch, measured[arm], first, restoring)
-                    measured[arm].full.append(right)
+                for config in CONFIGURATIONS:
+                    _measure_configuration(
+                        model,
+                        cache,
+                        policies[config[0]],
+                        config,
+                        batch,
+                        measured[config],
+                        first,
+                        restoring,
+                    )
+                    measured[config].full.append(right)
             first += len(batch)
     return measured
 
 
-def _measure_arm(model, cache, policy, arm, batch, out: Measured, first: int, restoring: bool) -> None:
-    with cache.fork(policy, arm[1], evicted=arm[2], guard=Guard("missing")) as fork:
+def _measure_configuration(model, cache, policy, config, batch, out: Measured, first: int, restoring: bool) -> None:
+    with cache.fork(policy, config[1], evicted=config[2], guard=Guard("missing")) as fork:
         fork.compress()
         out.bytes["guarded"].append(fork.nbytes() / len(batch))
         out.bytes["host"].append(fork.host_nbytes() / len(batch))
-        for signal in SIGNALS[arm[2]]:
+        for signal in SIGNALS[config[2]]:
             with fork.fork(guard=Guard(signal)) as twin:
                 if signal == "entropy":
                     out.bytes["plain"].append(twin.nbytes() / len(batch))
@@ -186,9 +195,9 @@ def resamplings(measured: Measured):
         yield torch.cat([places[i] for i in drawn.tolist()])
 
 
-def signal_rows(arm, judged: Measured, calibration: list[Measured]) -> list[dict]:
-    """How well each signal tells the events of an arm: means with 95 % intervals."""
-    names = (*SIGNALS[arm[2]], ONE_LAYER, BOTH)
+def signal_rows(config, judged: Measured, calibration: list[Measured]) -> list[dict]:
+    """How well each signal tells the events of a configuration: means with 95 % intervals."""
+    names = (*SIGNALS[config[2]], ONE_LAYER, BOTH)
     made = [{name: values_of(name, judged, known) for name in names} for known in calibration]
     thresholds = [{name: calibrated(name, known) for name in names} for known in calibration]
     events, samples = judged.events(), list(resamplings(judged))
@@ -207,7 +216,7 @@ def signal_rows(arm, judged: Measured, calibration: list[Measured]) -> list[dict
             for measure_name, value in scored.items():
                 found[name][measure_name].append(value)
     return [
-        {"policy": arm[0], "budget": arm[1], "evicted": arm[2], "signal": name, "questions": len(events),
+        {"policy": config[0], "budget": config[1], "evicted": config[2], "signal": name, "questions": len(events),
          "events": int(events.sum())} | {k: interval(v) for k, v in found[name].items()}
         for name in names
     ]  # fmt: skip
@@ -219,10 +228,10 @@ def interval(values: list[float]) -> dict[str, float]:
     return {"mean": statistics.fmean(values), "low": low, "high": high}
 
 
-def restoring_row(arm, judged: Measured, calibration: list[Measured]) -> dict:
+def restoring_row(config, judged: Measured, calibration: list[Measured]) -> dict:
     """Accuracy when alarms of `missing` restore the context and the question is asked anew, mean over seeds."""
     right, restored = torch.cat(judged.right), torch.cat(judged.restored)
-    row = {"policy": arm[0], "budget": arm[1], "evicted": arm[2], "accuracy": float(right.double().mean()),
+    row = {"policy": config[0], "budget": config[1], "evicted": config[2], "accuracy": float(right.double().mean()),
            "full_cache": float(torch.cat(judged.full).double().mean()),
            "restored_as_full_cache": float((restored == torch.cat(judged.full)).double().mean())}  # fmt: skip
     for name in ("entropy", "missing"):

@@ -52,13 +52,13 @@ def validation_tasks(count: int) -> list[TaskContext]:
     return reference_tasks("multi_key", 512, count, VALIDATION_SEED)
 
 
-class Bench:
+class Runner:
     """What all variants share, in one process."""
 
     def __init__(self, arguments: argparse.Namespace):
         """Load the model and the questions."""
         torch.set_num_threads(1)
-        self.asked, self.out = arguments, arguments.out
+        self.arguments, self.out = arguments, arguments.out
         self.model, self.tokenizer = load_model(MODEL)
         self.tasks = validation_tasks(arguments.contexts)
         self._hashes: dict[Path, str] = {}
@@ -67,7 +67,7 @@ class Bench:
     def record_all(self, variants: list[Variant]) -> None:
         """Record what is missing, before workers share it: training contexts, again with hidden states if asked."""
         _ = self.validation
-        for seed in range(self.asked.seeds):
+        for seed in range(self.arguments.seeds):
             plain = training_contexts(self.model, self.tokenizer, self.folder(seed, False), ["multi_key"], seed)
             folder = self.folder(seed, True)
             there = len(open_traces(folder)) if any(folder.glob("*.h5")) else 0
@@ -76,15 +76,15 @@ class Bench:
 
     def folder(self, seed: int, hidden: bool) -> Path:
         """Where the training contexts of a seed are."""
-        return self.out / f"train-hidden-{seed}" if hidden else self.asked.traces / f"train-{seed}"
+        return self.out / f"train-hidden-{seed}" if hidden else self.arguments.traces / f"train-{seed}"
 
     @cached_property
     def validation(self) -> TraceSet:
         """The validation contexts, recorded."""
-        prompts = list(reference_prompts("multi_key", 512, self.asked.contexts, 8, "train", VALIDATION_SEED))
+        prompts = list(reference_prompts("multi_key", 512, self.arguments.contexts, 8, "train", VALIDATION_SEED))
         if [tuple(prompt.context_ids) for prompt in prompts] != [context.context_ids for context in self.tasks]:
             raise UserError(f"prompts of seed {VALIDATION_SEED} are not the contexts that validation asks about")
-        folder = self.out / f"validation-{self.asked.contexts}"
+        folder = self.out / f"validation-{self.arguments.contexts}"
         return record(self.model, prompts, folder, tokenizer=self.tokenizer, hidden=True, progress=False)
 
     def training(self, seed: int, hidden: bool) -> Loaded:
@@ -105,14 +105,21 @@ class Bench:
         """The folder of a variant and seed, named by all that its result depends on."""
         start = self.place(NAMED[variant.init], seed).name if variant.init else ""
         traces = self.hash(self.folder(seed, reads_hidden(variant)))
-        told = [variant.agent, variant.chosen(self.asked.steps), start, traces, tasks_hash(self.tasks), variant.rules]
-        digest = hashlib.sha256(json.dumps([*told, TOTALS]).encode()).hexdigest()[:10]
+        content = [
+            variant.agent,
+            variant.chosen(self.arguments.steps),
+            start,
+            traces,
+            tasks_hash(self.tasks),
+            variant.rules,
+        ]
+        digest = hashlib.sha256(json.dumps([*content, TOTALS]).encode()).hexdigest()[:10]
         return self.out / f"{variant.name.replace(' ', '_').replace(',', '')}-{seed}-{digest}"
 
     def policy(self, variant: Variant, seed: int) -> Scorer:
         """The trained policy: the zoo's where that is the same, else one of its own."""
         own = self.place(variant, seed) / "policy"
-        zoo = self.asked.traces / f"{variant.agent}-{seed}"
+        zoo = self.arguments.traces / f"{variant.agent}-{seed}"
         # what `joint` chooses its checkpoint by is no setting, so that an older one of the zoo would pass for the same
         reuse = variant == NAMED["end_to_end"] and (zoo / "policy.json").is_file()
         for folder in ([zoo] if reuse else []) + [own]:
@@ -120,7 +127,7 @@ class Bench:
                 return train(
                     variant.agent, self.training(seed, reads_hidden(variant)), folder, seed=seed, model=self.model,
                     init=self.place(NAMED[variant.init], seed) / "policy" if variant.init else None, progress=False,
-                    **variant.chosen(self.asked.steps),
+                    **variant.chosen(self.arguments.steps),
                 )  # fmt: skip
             except UserError:
                 if folder == own:
@@ -138,8 +145,8 @@ class Bench:
 
     def heuristic(self, name: str) -> dict[str, Any]:
         """Judge a heuristic, unless that was done."""
-        told = json.dumps([tasks_hash(self.tasks), TOTALS, HEURISTIC_RULES])
-        file = self.out / f"{name}-{hashlib.sha256(told.encode()).hexdigest()[:10]}.json"
+        text = json.dumps([tasks_hash(self.tasks), TOTALS, HEURISTIC_RULES])
+        file = self.out / f"{name}-{hashlib.sha256(text.encode()).hexdigest()[:10]}.json"
         if not file.is_file():
             rules = (*HEURISTIC_RULES, *(("ada", "global") if make_policy(name).comparable else ()))
             write_json(file, result(self.judge(make_policy(name), rules)))
@@ -165,20 +172,20 @@ def prompt_of(sequence: Sequence) -> Prompt:
 
 
 @cache
-def bench(arguments: str) -> Bench:
+def runner_of(arguments: str) -> Runner:
     """One for each process, since a model is loaded with it."""
     names = json.loads(arguments)
-    return Bench(argparse.Namespace(**names | {name: Path(names[name]) for name in ("out", "traces")}))
+    return Runner(argparse.Namespace(**names | {name: Path(names[name]) for name in ("out", "traces")}))
 
 
 def work(job: tuple[str, str, int, float]) -> str:
     """Do one job, of the arguments, a row's or a heuristic's name, a seed and when to start no more: what to print."""
     arguments, name, seed, until = job
-    here, began = bench(arguments), time.time()
+    runner, began = runner_of(arguments), time.time()
     if began > until:
         return ""
     if name in NAMED:
-        here.measure(NAMED[name], seed)
+        runner.measure(NAMED[name], seed)
     else:
-        here.heuristic(name)
+        runner.heuristic(name)
     return f"{name}, seed {seed}: {time.time() - began:.0f} s"
