@@ -93,6 +93,11 @@ class CacheView:
         """The same view for another budget `[B, H]`."""
         return replace(self, budget=budget)
 
+    def protected(self, sinks: int, recent: int) -> Tensor:
+        """Slots of the first `sinks` and last `recent` tokens, `[B, H, n]` bool; see :func:`protected_tokens`."""
+        first, last = (count[..., None] for count in protected_tokens(self.budget, sinks, recent))
+        return self.valid & ((self.positions < first) | (self.age < last))
+
     def attention(self, window: int | None = None) -> Tensor:
         """Attention of the last `window` queries over every visible slot, `[B, Hq, window, n]` float32.
 
@@ -139,3 +144,22 @@ def attention_weights(
 def group_mean(attention: Tensor, kv_heads: int) -> Tensor:
     """Mean over the query heads of each KV head: `[B, Hq, ...]` to `[B, H, ...]`."""
     return attention.unflatten(1, (kv_heads, -1)).mean(2)
+
+
+def protected_tokens(budget: int | Tensor, sinks: int, recent: int) -> tuple:
+    """How many of the first and of the last tokens a head protects: at most half its budget, recent ones give way.
+
+    Args:
+        budget: slots of a head, an int or an int64 tensor of any shape.
+        sinks: first tokens to protect, where there is room.
+        recent: last tokens to protect, where there is room.
+
+    Returns:
+        Two counts, ints or tensors shaped as `budget`.
+    """
+    half = budget // 2
+    if isinstance(half, Tensor):
+        kept_sinks = half.clamp(max=sinks)
+        return kept_sinks, (half - kept_sinks).clamp(max=recent)
+    first = min(half, sinks)
+    return first, min(half - first, recent)

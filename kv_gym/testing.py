@@ -26,7 +26,7 @@ def check_policy(
     tokens: int = 40,
     seed: int = 0,
 ) -> None:
-    """Check a policy on small random views: whole caches, one token, heads left ragged by evictions, padded rows.
+    """Check a policy on small random views: whole caches, one token, heads of different lengths, padded rows.
 
     Scores are `[batch, kv_heads, tokens]`, floating, finite and on the view's device; the same view gets the same
     scores and is not modified; rows do not influence one another; invalid slots influence nothing, whatever they
@@ -36,25 +36,27 @@ def check_policy(
 
     Args:
         policy: the object to check. It is given only what it declares (queries, hidden states, the future).
-        kv_heads, query_heads, head_dim: sizes of one layer; those of the model for a learned policy.
+        kv_heads: KV heads of one layer; of the model, for a learned policy.
+        query_heads: query heads of one layer.
+        head_dim: channels of one head.
         layers: indices of the layers to try.
         tokens: slots in the largest view.
         seed: of the random views.
 
     Raises:
-        AssertionError: in one sentence, the first promise that is not kept.
+        AssertionError: in one sentence, the first part of the contract that does not hold.
         UserError: what the policy itself refuses, such as head sizes it was not trained for.
     """
     _require(isinstance(policy, Policy), f"{policy!r} is no kv_gym.Policy")
     _check_declarations(policy)
     for layer in layers:
-        maker = _Maker(policy, kv_heads, query_heads, head_dim, layer, torch.Generator().manual_seed(seed))
-        for occasion, bare in (
-            ("a whole cache", maker.whole(2, tokens)),
-            ("one token", maker.whole(1, 1)),
-            ("ragged heads after evictions", maker.ragged(2, tokens)),
+        factory = _ViewFactory(policy, kv_heads, query_heads, head_dim, layer, torch.Generator().manual_seed(seed))
+        for case, plain in (
+            ("a whole cache", factory.whole(2, tokens)),
+            ("one token", factory.whole(1, 1)),
+            ("ragged heads after evictions", factory.ragged(2, tokens)),
         ):
-            _check_view(maker, bare, f"policy {policy.name!r} on {occasion}, layer {layer}")
+            _check_view(factory, plain, f"policy {policy.name!r} on {case}, layer {layer}")
 
 
 def _check_declarations(policy: Policy) -> None:
@@ -69,52 +71,56 @@ def _check_declarations(policy: Policy) -> None:
     )
 
 
-def _check_view(maker: _Maker, bare: CacheView, who: str) -> None:
-    view = maker.observed(bare, who)
+def _check_view(factory: _ViewFactory, plain: CacheView, subject: str) -> None:
+    view = factory.observed(plain, subject)
     before = _snapshot(view)
-    scores = maker.policy.score(view)
+    scores = factory.policy.score(view)
     for name, tensor in _snapshot(view).items():
-        _require(torch.equal(tensor, before[name]), f"{who} changed the view's {name} in place; expected a pure score")
+        _require(
+            torch.equal(tensor, before[name]), f"{subject} changed the view's {name} in place; expected a pure score"
+        )
 
-    _check_scores(scores, view, who)
-    again = maker.policy.score(view)
-    _require(torch.equal(again[view.valid], scores[view.valid]), f"{who} scored the same view differently twice")
+    _check_scores(scores, view, subject)
+    again = factory.policy.score(view)
+    _require(torch.equal(again[view.valid], scores[view.valid]), f"{subject} scored the same view differently twice")
 
     for row in range(len(view.keys)):
-        alone = maker.policy.score(maker.observed(_row(bare, row), who))
-        _compare(alone, scores[row : row + 1], view.valid[row : row + 1], f"{who} lets batch rows change one another")
+        alone = factory.policy.score(factory.observed(_single_row(plain, row), subject))
+        _compare(
+            alone, scores[row : row + 1], view.valid[row : row + 1], f"{subject} lets batch rows change one another"
+        )
 
-    padded = maker.policy.score(maker.observed(maker.padded(bare, extra=5), who))
+    padded = factory.policy.score(factory.observed(factory.padded(plain, extra=5), subject))
     n = view.keys.shape[2]
-    _compare(padded[..., :n], scores, view.valid, f"{who} lets invalid slots change the scores of valid ones")
+    _compare(padded[..., :n], scores, view.valid, f"{subject} lets invalid slots change the scores of valid ones")
 
-    order = maker.shuffle(bare)
-    shuffled = maker.policy.score(maker.observed(_take(bare, order), who))
+    order = factory.shuffle(plain)
+    shuffled = factory.policy.score(factory.observed(_reorder(plain, order), subject))
     _compare(
         shuffled,
         scores.gather(-1, order),
         view.valid.gather(-1, order),
-        f"{who} depends on the order in which slots lie; sort by view.positions where neighbours matter",
+        f"{subject} depends on the order in which slots lie; sort by view.positions where neighbours matter",
     )
 
-    if maker.policy.static:
-        some = order[..., : -(-n // 2)]
-        later = _take(replace(bare, seen=bare.seen + 100, budget=bare.budget + 1), some)
+    if factory.policy.static:
+        part = order[..., : -(-n // 2)]
+        later = _reorder(replace(plain, seen=plain.seen + 100, budget=plain.budget + 1), part)
         _compare(
-            maker.policy.score(maker.observed(later, who)),
-            scores.gather(-1, some),
+            factory.policy.score(factory.observed(later, subject)),
+            scores.gather(-1, part),
             later.valid,
-            f"{who} says it is static, and scores change with the other slots or with the tokens seen",
+            f"{subject} says it is static, and scores change with the other slots or with the tokens seen",
         )
 
-    half = replace(bare, **{name: getattr(bare, name).bfloat16() for name in ("keys", "values")})
-    half = replace(half, queries=None if bare.queries is None else bare.queries.bfloat16())
-    _check_scores(maker.policy.score(maker.observed(half, who)), half, f"{who} in bfloat16")
+    half = replace(plain, **{name: getattr(plain, name).bfloat16() for name in ("keys", "values")})
+    half = replace(half, queries=None if plain.queries is None else plain.queries.bfloat16())
+    _check_scores(factory.policy.score(factory.observed(half, subject)), half, f"{subject} in bfloat16")
 
 
 @dataclass
-class _Maker:
-    """Makes views that hold what the policy declares, and random numbers where slots are invalid."""
+class _ViewFactory:
+    """Makes random views that hold what the policy declares."""
 
     policy: Policy
     kv_heads: int
@@ -163,18 +169,18 @@ class _Maker:
     def _randn(self, *shape: int) -> Tensor:
         return torch.randn(*shape, generator=self.generator)
 
-    def observed(self, view: CacheView, who: str) -> CacheView:
+    def observed(self, view: CacheView, subject: str) -> CacheView:
         """The view with the policy's state after two blocks of queries; the same queries for the same view sizes."""
         if not isinstance(self.policy, StatefulPolicy):
             return view
         state = self.policy.initial_state(view)
         for block in range(2):
-            _check_state(state, view, who)
+            _check_state(state, view, subject)
             after = self.policy.observe(view, self._attention(view, block), dict(state))
             same = {name: (tensor.shape, tensor.dtype) for name, tensor in state.items()} == {
                 name: (tensor.shape, tensor.dtype) for name, tensor in after.items()
             }
-            _require(same, f"{who} changed names, shapes or types of its state in observe")
+            _require(same, f"{subject} changed names, shapes or types of its state in observe")
             state = after
         return replace(view, state=state)
 
@@ -185,7 +191,7 @@ class _Maker:
         return attention_weights(queries, view.keys, positions, view.positions, view.valid, view.scaling)
 
     def padded(self, view: CacheView, extra: int) -> CacheView:
-        """The view with `extra` invalid slots at the end, which hold large numbers of no meaning."""
+        """The view with `extra` invalid slots at the end, which hold large random numbers."""
         batch, heads, _, d = view.keys.shape
         noise = lambda *shape: 30 * self._randn(*shape)  # noqa: E731
         future = view.future
@@ -211,32 +217,32 @@ class _Maker:
         return (keys + 2 * ~view.valid).argsort(-1)
 
 
-def _check_scores(scores: Tensor, view: CacheView, who: str) -> None:
+def _check_scores(scores: Tensor, view: CacheView, subject: str) -> None:
     shape = list(view.positions.shape)
-    _require(isinstance(scores, Tensor), f"{who} returned {type(scores).__name__}; expected a tensor {shape}")
-    _require(list(scores.shape) == shape, f"{who} returned scores {list(scores.shape)}; expected {shape}")
-    _require(scores.is_floating_point(), f"{who} returned {scores.dtype} scores; expected a floating type")
+    _require(isinstance(scores, Tensor), f"{subject} returned {type(scores).__name__}; expected a tensor {shape}")
+    _require(list(scores.shape) == shape, f"{subject} returned scores {list(scores.shape)}; expected {shape}")
+    _require(scores.is_floating_point(), f"{subject} returned {scores.dtype} scores; expected a floating type")
     _require(
-        scores.device == view.keys.device, f"{who} returned scores on {scores.device}; expected {view.keys.device}"
+        scores.device == view.keys.device, f"{subject} returned scores on {scores.device}; expected {view.keys.device}"
     )
-    _require(bool(scores[view.valid].isfinite().all()), f"{who} returned scores that are not finite")
+    _require(bool(scores[view.valid].isfinite().all()), f"{subject} returned scores that are not finite")
 
 
-def _check_state(state: dict[str, Tensor], view: CacheView, who: str) -> None:
+def _check_state(state: dict[str, Tensor], view: CacheView, subject: str) -> None:
     slots = list(view.positions.shape)
     for name, tensor in state.items():
         shape = list(tensor.shape)
-        _require(shape[:3] == slots, f"{who} has state {name!r} of shape {shape}; expected {slots} and more axes")
+        _require(shape[:3] == slots, f"{subject} has state {name!r} of shape {shape}; expected {slots} and more axes")
 
 
-def _compare(got: Tensor, expected: Tensor, where: Tensor, complaint: str) -> None:
+def _compare(got: Tensor, expected: Tensor, where: Tensor, message: str) -> None:
     got, expected = got[where].double(), expected[where].double()
     tolerance = 1e-4 * max(1e-6, float(expected.abs().max()))
     worst = float((got - expected).abs().max())
-    _require(worst <= tolerance, f"{complaint} (a score differs by {worst:.3g})")
+    _require(worst <= tolerance, f"{message} (a score differs by {worst:.3g})")
 
 
-def _row(view: CacheView, row: int) -> CacheView:
+def _single_row(view: CacheView, row: int) -> CacheView:
     only = slice(row, row + 1)
     changes: dict[str, Any] = {
         f.name: value[only]
@@ -249,7 +255,7 @@ def _row(view: CacheView, row: int) -> CacheView:
     return replace(view, **changes)
 
 
-def _take(view: CacheView, order: Tensor) -> CacheView:
+def _reorder(view: CacheView, order: Tensor) -> CacheView:
     """The slots `order` `[B, H, n]` of a view without state."""
     wide = lambda tensor: tensor.gather(2, _as_wide(order, tensor))  # noqa: E731
     future, hidden = view.future, view.hidden
@@ -275,7 +281,7 @@ def _snapshot(view: CacheView) -> dict[str, Tensor]:
     return {name: tensor.clone() for name, tensor in tensors.items()}
 
 
-def _require(promise: bool, complaint: str) -> None:
+def _require(condition: bool, message: str) -> None:
     # not the assert statement: python -O would skip the whole check
-    if not promise:
-        raise AssertionError(complaint)
+    if not condition:
+        raise AssertionError(message)

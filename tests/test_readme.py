@@ -7,7 +7,7 @@ import pytest
 from pages import ROOT, Page, blocks, enter, is_class_with_score, links
 from users_files import write_users_files
 
-from kv_gym.budgets.registry import KINDS
+from kv_gym.budgets import ALLOCATIONS
 from kv_gym.files import MODEL
 from kv_gym.live.guard import REACTIONS, SIGNALS
 from kv_gym.training.registry import list_agents
@@ -62,7 +62,7 @@ def test_what_it_links_to_is_there():
 def test_the_tables_of_choices_and_parts_are_complete():
     rows = {line.split("|")[1].strip(): line for line in README.read_text().splitlines() if line.startswith("|")}
     choices = next(row for name, row in rows.items() if name.startswith("`allocation`"))
-    assert [name for name in KINDS if f"`{name}" not in choices] == []
+    assert [name for name in ALLOCATIONS if f"`{name}" not in choices] == []
     guard = next(row for name, row in rows.items() if name.startswith("`guard`"))
     assert [name for name in (*SIGNALS, *REACTIONS) if f"`{name}`" not in guard] == []
     assert [name for name in list_agents() if f"`{name}`" not in rows["agents"]] == []

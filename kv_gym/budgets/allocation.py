@@ -1,4 +1,4 @@
-"""What an allocation is: a rule that divides the model's total of slots among its KV heads."""
+"""Allocations: rules that divide the model's total of slots among its KV heads. The simplest is here."""
 
 from __future__ import annotations
 
@@ -9,55 +9,89 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from kv_gym.budgets.selection import top
-from kv_gym.cache_view import CacheView
+from kv_gym.budgets.order import priorities, top_mask
+from kv_gym.cache_view import CacheView, protected_tokens
 from kv_gym.errors import UserError
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy
 
 
 @dataclass(frozen=True)
-class Layer:
+class ScoredLayer:
     """One layer that is about to be cut.
 
     Attributes:
         view: its slots; ``view.budget`` is an equal share of the total, the same for every head of a row.
-        merits: `[batch, kv_heads, tokens]` int64, see :func:`kv_gym.budgets.merit`.
-        place: which of the model's evicting layers it is, from 0.
-        layers: how many evicting layers the model has.
-        guarded: `[batch]` int64, how many slots of every head are protected at most; None means none.
+        priorities: `[batch, kv_heads, tokens]` int64, see :func:`kv_gym.budgets.priorities`.
+        ordinal: which of the model's evicting layers it is, from 0.
+        layer_count: how many evicting layers the model has.
+        protected_slots: `[batch]` int64, how many slots of every head are protected at most; None means none.
     """
 
     view: CacheView
-    merits: Tensor
-    place: int = 0
-    layers: int = 1
-    guarded: Tensor | None = None
+    priorities: Tensor
+    ordinal: int = 0
+    layer_count: int = 1
+    protected_slots: Tensor | None = None
+
+    @classmethod
+    def of(
+        cls, scores: Tensor, allocation: Allocation, view: CacheView, sinks: int, recent: int, ordinal: int = 0,
+        layer_count: int = 1,
+    ) -> ScoredLayer:  # fmt: skip
+        """A layer from a policy's scores.
+
+        Args:
+            scores: `[batch, kv_heads, tokens]`.
+            allocation: brings scores into the form in which it compares heads.
+            view: the slots; its budget is an equal share of the total.
+            sinks: first tokens that always stay.
+            recent: last tokens that always stay.
+            ordinal: which of the evicting layers it is, from 0.
+            layer_count: how many evicting layers the model has.
+        """
+        order = priorities(allocation.compared(scores, view), view, view.protected(sinks, recent))
+        first, last = protected_tokens(view.budget[:, 0], sinks, recent)
+        return cls(view, order, ordinal, layer_count, first + last)
 
 
 class Allocation(ABC):
     """Divides the total among heads; the best slots of each head are then kept.
 
-    Class attributes:
+    A rule that looks at the last m queries overrides :attr:`needs_queries`.
+
+    Attributes:
         equal: every head of a row gets the same number, the budget.
         whole_model: a decision needs every layer, so all layers stay full until the last one is there.
         own_totals: a layer may get more or less than an equal share, so one that holds less than that may be cut.
-
-    A rule that looks at the last m queries overrides :attr:`needs_queries`.
+        syntax: what may stand behind the name on the command line, for messages.
+        paper: the paper that the rule follows, or None.
     """
 
     equal: ClassVar[bool] = False
     whole_model: ClassVar[bool] = False
     own_totals: ClassVar[bool] = False
+    syntax: ClassVar[str] = ""
+    paper: ClassVar[Paper | None] = None
 
-    @property
-    def needs_queries(self) -> int:
-        """How many of the last queries the rule wants to see in the views, whatever the policy needs."""
-        return 0
+    @classmethod
+    def parse(cls, setting: str, within: Allocation) -> Allocation | None:
+        """The rule that a text names; None where the text does not fit.
+
+        Args:
+            setting: what stands behind the rule's name and a colon; "" where nothing does.
+            within: the rule for the heads of a layer, for rules that divide among layers.
+        """
+        return None if setting else cls()
 
     @property
     @abstractmethod
     def name(self) -> str:
         """What tables and the command line call it."""
+
+    @property
+    def needs_queries(self) -> int:
+        """How many of the last queries the rule wants to see in the views, whatever the policy needs."""
+        return 0
 
     def refuse_unfit(self, policy: Policy) -> None:  # noqa: B027
         """Raise a UserError for a policy whose scores this rule cannot use."""
@@ -67,16 +101,30 @@ class Allocation(ABC):
         return scores
 
     @abstractmethod
-    def slots(self, layers: Sequence[Layer]) -> list[Tensor]:
+    def slots(self, layers: Sequence[ScoredLayer]) -> list[Tensor]:
         """Slots that each head may keep, `[batch, kv_heads]` int64, for each of `layers`.
 
         Args:
             layers: all evicting layers of the model where `whole_model`, else any number of them.
         """
 
-    def kept(self, layers: Sequence[Layer]) -> list[Tensor]:
+    def kept(self, layers: Sequence[ScoredLayer]) -> list[Tensor]:
         """The slots that stay, bool `[batch, kv_heads, tokens]` for each of `layers`: the best of each head."""
-        return [top(layer.merits, slots) for layer, slots in zip(layers, self.slots(layers), strict=True)]
+        return [top_mask(layer.priorities, slots) for layer, slots in zip(layers, self.slots(layers), strict=True)]
+
+
+@dataclass(frozen=True)
+class Uniform(Allocation):
+    """Every KV head of a row gets the same number of slots: the budget."""
+
+    equal = True
+
+    @property
+    def name(self) -> str:
+        return "uniform"
+
+    def slots(self, layers: Sequence[ScoredLayer]) -> list[Tensor]:
+        return [layer.view.budget for layer in layers]
 
 
 def unfit(policy: Policy, allocation: Allocation) -> str:
@@ -94,8 +142,9 @@ def fitting(policy: Policy, allocations: Iterable[Allocation]) -> tuple[list[All
     Raises:
         UserError: none can.
     """
-    said = [(rule, unfit(policy, rule)) for rule in allocations]
-    rules, sentences = [rule for rule, why in said if not why], [why for _, why in said if why]
-    if not rules and sentences:
+    refusals = [(allocation, unfit(policy, allocation)) for allocation in allocations]
+    usable = [allocation for allocation, refusal in refusals if not refusal]
+    sentences = [refusal for _, refusal in refusals if refusal]
+    if not usable and sentences:
         raise UserError(sentences[0])
-    return rules, sentences
+    return usable, sentences

@@ -1,9 +1,9 @@
 """CAKE's layer preference: many slots where attention is spread over the context and shifts from query to query.
 
-Paper: arXiv 2503.12491 (ICLR 2025). Preference is the entropy of the window's attention on older
+Preference is the entropy of the window's attention on older
 tokens to the power 1 / `tau1`, times its variance over the window's queries to the power 1 / `tau2`.
-Differs from the paper in: all layers stay full until the last one is read (the paper shrinks earlier layers as it goes,
-which ends at the same numbers but for clipping); protected slots of any policy take the place of its window; both
+Differs from the paper in: all layers stay full until the last one is read (the paper shrinks earlier layers on the way,
+with the same result except for clipping); protected slots of any policy take the place of its window; both
 powers are 1 unless given (its authors tuned them per model and budget).
 """
 
@@ -15,11 +15,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kv_gym.budgets.allocation import Layer
-from kv_gym.budgets.layer_shares import LayerShares
-from kv_gym.budgets.window import window_attention
+from kv_gym.budgets.allocation import ScoredLayer
+from kv_gym.budgets.layer_shares import LayerShares, window_attention
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
+from kv_gym.policies.base import Paper
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,9 @@ class Cake(LayerShares):
     """Slots in proportion to entropy^(1 / `tau1`) * variance^(1 / `tau2`) of the last `window` queries' attention."""
 
     whole_model = True
+    paper = Paper(
+        "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences", "2503.12491", venue="ICLR 2025"
+    )
     window: int = 32
     tau1: float = 1.0
     tau2: float = 1.0
@@ -46,7 +49,7 @@ class Cake(LayerShares):
     def needs_queries(self) -> int:
         return self.window
 
-    def weights(self, layers: Sequence[Layer], free: Sequence[int], most: Sequence[int]) -> list[list[float]]:
+    def weights(self, layers: Sequence[ScoredLayer], free: Sequence[int], capacity: Sequence[int]) -> list[list[float]]:
         return torch.stack([self._preference(layer.view) for layer in layers], 1).tolist()
 
     def _preference(self, view: CacheView) -> Tensor:
@@ -58,6 +61,6 @@ class Cake(LayerShares):
         entropy = (-attention * (attention + 1e-10).log()).sum((1, 2, 3)).double().clamp(min=0)
         queries = real.sum(1)
         mean = attention.sum(2, keepdim=True) / queries.clamp(min=1)[:, None, None, None]
-        apart = (attention - mean).square() * real[:, None, :, None]
-        variance = (apart.sum((1, 2, 3)) / (queries - 1).clamp(min=1)).double()
+        deviations = (attention - mean).square() * real[:, None, :, None]
+        variance = (deviations.sum((1, 2, 3)) / (queries - 1).clamp(min=1)).double()
         return entropy ** (1 / self.tau1) * variance ** (1 / self.tau2)

@@ -1,8 +1,8 @@
-"""Thresholds fixed ahead: a head keeps what scores at least as high as slots did, on traces, at that budget.
+"""Thresholds fixed ahead on traces: a head keeps every slot that scores at or above the threshold of the budget.
 
 The second form of the global threshold (:mod:`kv_gym.budgets.global_threshold`), for prompts that are too long to hold
-whole: every layer is cut as soon as it has been read, and none waits for the others. What that costs is the exact
-total, which floats around the budget; ``cache.kept()`` and ``cache.nbytes()`` tell what came out. Source: kv_gym's own.
+whole: every layer is cut as soon as it has been read, and none waits for the others. The total is then not
+exact: ``cache.kept()`` and ``cache.nbytes()`` give the actual one.
 """
 
 from __future__ import annotations
@@ -15,17 +15,32 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import BaseModel, ConfigDict, PositiveInt
 from torch import Tensor, nn
 
-from kv_gym.budgets.allocation import Allocation, Layer
-from kv_gym.budgets.selection import LOWEST, ordered
+from kv_gym.budgets.allocation import Allocation, ScoredLayer
+from kv_gym.budgets.order import LOWEST, sortable
 from kv_gym.errors import UserError
-from kv_gym.files import whole_file
+from kv_gym.files import read_json, validated, whole_file
 from kv_gym.models.fingerprint import state_dict_hash
 from kv_gym.policies.base import Policy
 
 FORMAT = 1
-_MADE = "expected a file that `kv-gym calibrate` wrote"
+_EXPECTED = "expected thresholds that `kv-gym calibrate` wrote"
+
+
+class _ThresholdsFile(BaseModel):
+    """The content of a file of thresholds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    policy: dict[str, Any]
+    layers: PositiveInt
+    kv_heads: PositiveInt
+    shares: tuple[float, ...]
+    thresholds: tuple[float, ...]
+    about: dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -37,8 +52,9 @@ class Calibrated(Allocation):
     counts tokens seen: a budget of slots becomes a smaller share as tokens come.
 
     Attributes:
-        policy: whose scores, as :func:`identity` says it, in JSON.
-        layers, kv_heads: how many of the model evict.
+        policy: whose scores, the :func:`policy_identity` as JSON.
+        layers: evicting layers of the model.
+        kv_heads: KV heads of a layer.
         shares: ascending, in (0, 1].
         thresholds: one per share, on the policy's score.
         about: how they were found: lengths, protection, traces, realised shares.
@@ -46,6 +62,7 @@ class Calibrated(Allocation):
     """
 
     own_totals = True
+    syntax = ":FILE"
     policy: str
     layers: int
     kv_heads: int
@@ -63,13 +80,17 @@ class Calibrated(Allocation):
                 "finite thresholds as shares, and these ascending from above 0 to at most 1"
             )
 
+    @classmethod
+    def parse(cls, setting: str, within: Allocation) -> Allocation | None:
+        return cls.read(setting) if setting else None
+
     @property
     def name(self) -> str:
         return f"calibrated:{self.file}" if self.file else "calibrated"
 
     def refuse_unfit(self, policy: Policy) -> None:
         refuse_no_scale(policy)
-        made_for, given = json.loads(self.policy), identity(policy)
+        made_for, given = json.loads(self.policy), policy_identity(policy)
         if made_for != given:
             same = made_for.get("name") == given["name"]
             what = "other settings or weights" if same else f"policy {given['name']!r}"
@@ -78,31 +99,36 @@ class Calibrated(Allocation):
                 f"is {'one with ' if same else ''}{what}: make them anew with `kv-gym calibrate`"
             )
 
-    def slots(self, layers: Sequence[Layer]) -> list[Tensor]:
+    def slots(self, layers: Sequence[ScoredLayer]) -> list[Tensor]:
         return [self._above(layer) for layer in layers]
 
-    def _above(self, layer: Layer) -> Tensor:
-        if (layer.layers, layer.merits.shape[1]) != (self.layers, self.kv_heads):
+    def _above(self, layer: ScoredLayer) -> Tensor:
+        heads = layer.priorities.shape[1]
+        if (layer.layer_count, heads) != (self.layers, self.kv_heads):
             raise UserError(
                 f"allocation {self.name!r} was made for {self.layers} evicting layers of {self.kv_heads} KV heads, and "
-                f"this model has {layer.layers} of {layer.merits.shape[1]}: make it anew with `kv-gym calibrate`"
+                f"this model has {layer.layer_count} of {heads}: make it anew with `kv-gym calibrate`"
             )
         rows = zip(layer.view.budget[:, 0].tolist(), layer.view.seen.tolist(), strict=True)
-        edges = [float("-inf") if room >= seen else self.threshold(room, seen) for room, seen in rows]
-        least = ordered(torch.tensor(edges, device=layer.merits.device)) << 31
-        return ((layer.merits >= least[:, None, None]) & (layer.merits > LOWEST)).sum(-1)
+        edges = [float("-inf") if slots >= seen else self.threshold(slots, seen) for slots, seen in rows]
+        least = sortable(torch.tensor(edges, device=layer.priorities.device)) << 31
+        return ((layer.priorities >= least[:, None, None]) & (layer.priorities > LOWEST)).sum(-1)
 
-    def threshold(self, room: int, seen: int) -> float:
-        """The score from which slots are kept, for `room` slots per head after `seen` tokens.
+    def threshold(self, slots: int, seen: int) -> float:
+        """The score from which slots are kept.
+
+        Args:
+            slots: the budget, slots per head.
+            seen: tokens seen.
 
         Raises:
             UserError: a share of the tokens outside of those that were calibrated.
         """
-        share = room / seen
+        share = slots / seen
         # a share is rounded down to whole slots, and is not below the smallest for that
-        if (room + 1) / seen <= self.shares[0] or share > self.shares[-1]:
+        if (slots + 1) / seen <= self.shares[0] or share > self.shares[-1]:
             raise UserError(
-                f"{room} of {seen} tokens is a share of {share:.4g}, and {self.name} holds thresholds for shares from "
+                f"{slots} of {seen} tokens is a share of {share:.4g}, and {self.name} holds thresholds for shares from "
                 f"{self.shares[0]:.4g} to {self.shares[-1]:.4g}: choose a budget there, or calibrate for more"
             )
         above = next(i for i, known in enumerate(self.shares) if share <= known)
@@ -130,27 +156,18 @@ class Calibrated(Allocation):
         Raises:
             UserError: missing, damaged or of a newer format.
         """
-        try:
-            data = json.loads(Path(file).read_text(encoding="utf-8"))
-            newer = data["format"] > FORMAT
-            rule = None if newer else cls(
-                json.dumps(data["policy"]), int(data["layers"]), int(data["kv_heads"]),
-                tuple(map(float, data["shares"])), tuple(map(float, data["thresholds"])), json.dumps(data["about"]),
-                str(file),
-            )  # fmt: skip
-        except UserError:
-            raise
-        except OSError as error:
-            raise UserError(f"thresholds {file} cannot be read ({error.strerror}); {_MADE}") from None
-        except (ValueError, TypeError, LookupError, RecursionError):
-            raise UserError(f"{file} holds no thresholds; {_MADE}") from None
-        if rule is None:
+        data = read_json(file, _EXPECTED)
+        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
             raise UserError(f"{file} has format {data['format']}, newer than {FORMAT}: upgrade kv-gym")
-        return rule
+        stored = validated(_ThresholdsFile, data, f"thresholds {file}")
+        return cls(
+            json.dumps(stored.policy), stored.layers, stored.kv_heads, stored.shares, stored.thresholds,
+            json.dumps(stored.about), str(file),
+        )  # fmt: skip
 
 
 def refuse_no_scale(policy: Policy) -> None:
-    """Raise a UserError for a policy whose scores mean something in their own head alone."""
+    """Raise a UserError for a policy whose scores do not compare across heads."""
     if not policy.comparable:
         raise UserError(
             f"scores of policy {policy.name!r} have no scale that holds for every head and context, so no threshold "
@@ -158,11 +175,11 @@ def refuse_no_scale(policy: Policy) -> None:
         )
 
 
-def identity(policy: Policy) -> dict[str, Any]:
+def policy_identity(policy: Policy) -> dict[str, Any]:
     """Which policy it is: name, settings and the hash of weights, as plain JSON data; not how it was trained."""
     # how it was trained, and on what scale, changes no score
-    told = (field.name for field in fields(policy) if field.name not in ("training", "absolute"))
-    settings = {name: _plain(getattr(policy, name)) for name in told}
+    names = (field.name for field in fields(policy) if field.name not in ("training", "absolute"))
+    settings = {name: _plain(getattr(policy, name)) for name in names}
     return {"name": policy.name, "class": type(policy).__name__, "settings": settings}
 
 
@@ -170,13 +187,13 @@ def _plain(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     if isinstance(value, Policy):
-        return identity(value)
+        return policy_identity(value)
     if isinstance(value, nn.Module):
         return state_dict_hash(value.state_dict())
     if is_dataclass(value) and not isinstance(value, type):
         return _plain(asdict(value))
     if isinstance(value, Mapping):
-        return {str(key): _plain(each) for key, each in value.items()}
+        return {str(key): _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [_plain(each) for each in value]
+        return [_plain(item) for item in value]
     return repr(value)

@@ -1,9 +1,9 @@
-"""D2O's layer rule: many slots where attention is spread evenly over tokens, few where it sits on some of them.
+"""D2O's layer rule: many slots where attention is spread evenly over tokens, few where it is concentrated.
 
-Paper: arXiv 2406.13035 (ICLR 2025), with the formula of its code: the variance over tokens of the
+The formula is that of its code: the variance over tokens of the
 attention that each received, min-max normalised over query heads, averaged; layers share by the softmax of minus that.
-Differs from the code in: attention is that of the last `window` queries instead of the whole prompt's, which nobody
-else here keeps; no layer is exempt (the code leaves two first layers and the last one full, outside of the budget);
+Differs from the code in: attention is that of the last `window` queries instead of the whole prompt's, which is
+not kept; no layer is exempt (the code leaves two first layers and the last one full, outside of the budget);
 numbers are rounded so that the total is exact. The paper's text has two sizes only.
 """
 
@@ -15,18 +15,22 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from kv_gym.budgets.allocation import Layer
-from kv_gym.budgets.layer_shares import LayerShares
-from kv_gym.budgets.window import window_attention
+from kv_gym.budgets.allocation import ScoredLayer
+from kv_gym.budgets.layer_shares import LayerShares, window_attention
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
+from kv_gym.policies.base import Paper
 
 
 @dataclass(frozen=True)
-class D2O(LayerShares):
+class D2OShares(LayerShares):
     """Slots in proportion to exp(- normalised variance) of the last `window` queries' attention."""
 
     whole_model = True
+    paper = Paper(
+        "D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language Models",
+        "2406.13035", venue="ICLR 2025",
+    )  # fmt: skip
     window: int = 32
 
     def __post_init__(self) -> None:
@@ -41,17 +45,17 @@ class D2O(LayerShares):
     def needs_queries(self) -> int:
         return self.window
 
-    def weights(self, layers: Sequence[Layer], free: Sequence[int], most: Sequence[int]) -> list[list[float]]:
+    def weights(self, layers: Sequence[ScoredLayer], free: Sequence[int], capacity: Sequence[int]) -> list[list[float]]:
         return torch.stack([(-self._spread(layer.view)).exp() for layer in layers], 1).tolist()
 
     def _spread(self, view: CacheView) -> Tensor:
         """Variance over tokens, `[batch]` float64 in [0, 1]."""
         attention, _ = window_attention(view, self.window, self.rule)
         group = attention.shape[1] // view.valid.shape[1]
-        there = view.valid.repeat_interleave(group, 1)
+        valid = view.valid.repeat_interleave(group, 1)
         received = attention.sum(2).double()  # [batch, query_heads, tokens], zero where not valid
-        held = there.sum(-1)
-        mean = received.sum(-1) / held.clamp(min=1)
-        variance = ((received - mean[..., None]).square() * there).sum(-1) / (held - 1).clamp(min=1)
-        least, most = variance.amin(-1, keepdim=True), variance.amax(-1, keepdim=True)
-        return ((variance - least) / (most - least + 1e-6)).mean(-1)
+        count = valid.sum(-1)
+        mean = received.sum(-1) / count.clamp(min=1)
+        variance = ((received - mean[..., None]).square() * valid).sum(-1) / (count - 1).clamp(min=1)
+        lowest, highest = variance.amin(-1, keepdim=True), variance.amax(-1, keepdim=True)
+        return ((variance - lowest) / (highest - lowest + 1e-6)).mean(-1)

@@ -1,6 +1,6 @@
 """EpiCache's layer rule: many slots where keys change most when distant tokens cannot be seen.
 
-Paper: arXiv 2509.17396: similarity of a layer's keys under full and under block-wise attention, measured
+Similarity of a layer's keys under full and under block-wise attention, measured
 once per model, min-max normalised; a layer's share is one minus that, to a power, and at least a quarter of the mean.
 :func:`kv_gym.evaluation.layer_similarity` measures it.
 Differs from the code in: shares are normalised again after the floor, so that the total is exact (the code may exceed
@@ -14,10 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from kv_gym.budgets.allocation import Allocation, Layer
+from kv_gym.budgets.allocation import Allocation, ScoredLayer
 from kv_gym.budgets.layer_shares import LayerShares
 from kv_gym.budgets.shares import read_numbers
 from kv_gym.errors import UserError
+from kv_gym.policies.base import Paper
 
 _EXPECTED = "expected one similarity per evicting layer, from -1 to 1"
 
@@ -33,6 +34,8 @@ class EpiCache(LayerShares):
         file: where they were read from, for the name.
     """
 
+    syntax = ":FILE"
+    paper = Paper("EpiCache: Episodic KV Cache Management for Long Conversational Question Answering", "2509.17396")
     similarity: tuple[float, ...] = ()
     power: float = 1.1
     least: float = 0.25
@@ -44,6 +47,10 @@ class EpiCache(LayerShares):
             raise UserError(f"{self.rule} holds {list(self.similarity)}; {_EXPECTED}")
         if not (self.power >= 0 and 0 <= self.least <= 1 and math.isfinite(self.power)):
             raise UserError(f"{self.rule} got power={self.power}, least={self.least}; expected from 0, and 0 to 1")
+
+    @classmethod
+    def parse(cls, setting: str, within: Allocation) -> Allocation | None:
+        return cls.read(setting, within) if setting else None
 
     @classmethod
     def read(cls, file: str | Path, within: Allocation) -> EpiCache:
@@ -58,8 +65,8 @@ class EpiCache(LayerShares):
     def rule(self) -> str:
         return f"epicache:{self.file}" if self.file else "epicache"
 
-    def weights(self, layers: Sequence[Layer], free: Sequence[int], most: Sequence[int]) -> list[list[float]]:
-        count = layers[0].layers
+    def weights(self, layers: Sequence[ScoredLayer], free: Sequence[int], capacity: Sequence[int]) -> list[list[float]]:
+        count = layers[0].layer_count
         if len(self.similarity) != count:
             raise UserError(
                 f"{self.rule} holds {len(self.similarity)} similarities and the model has {count} evicting layers"
@@ -67,6 +74,6 @@ class EpiCache(LayerShares):
         low, high = min(self.similarity), max(self.similarity)
         if low == high:
             return [[1.0] * count] * len(free)
-        shares = [((high - each) / (high - low)) ** self.power for each in self.similarity]
+        shares = [((high - number) / (high - low)) ** self.power for number in self.similarity]
         mean = sum(shares) / count
         return [[max(share / mean, self.least) for share in shares]] * len(free)

@@ -1,20 +1,19 @@
-"""Shares that the caller gives, per layer or per head, such as a profile measured elsewhere. No paper."""
+"""Shares that the caller gives, per layer or per head, such as a profile measured elsewhere."""
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from kv_gym.budgets.allocation import Allocation, Layer
+from kv_gym.budgets.allocation import Allocation, ScoredLayer, Uniform
 from kv_gym.budgets.layer_shares import LayerShares
-from kv_gym.budgets.uniform import Uniform
 from kv_gym.errors import UserError
+from kv_gym.files import read_json
 
 _EXPECTED = "expected a list with one number per evicting layer, or with one list per layer of one number per KV head"
 
@@ -28,6 +27,7 @@ class Shares(LayerShares):
         file: where they were read from, for the name.
     """
 
+    syntax = ":FILE"
     shares: tuple[float, ...] | tuple[tuple[float, ...], ...] = ()
     file: str = ""
 
@@ -41,14 +41,17 @@ class Shares(LayerShares):
             raise UserError(f"{self.name} gives every head its share, so {self.within.name} has nothing to divide")
 
     @classmethod
+    def parse(cls, setting: str, within: Allocation) -> Allocation | None:
+        return cls.read(setting, within) if setting else None
+
+    @classmethod
     def read(cls, file: str | Path, within: Allocation) -> Shares:
         """Shares from a JSON file.
 
         Raises:
             UserError: missing, no JSON, or something else than shares.
         """
-        shares = read_numbers(file, _EXPECTED)
-        return cls(within, shares, str(file))
+        return cls(within, read_numbers(file, _EXPECTED), str(file))
 
     @property
     def rule(self) -> str:
@@ -63,11 +66,11 @@ class Shares(LayerShares):
         rows = [share if isinstance(share, tuple) else (share,) for share in self.shares]
         return tuple(share for row in rows for share in row)
 
-    def weights(self, layers: Sequence[Layer], free: Sequence[int], most: Sequence[int]) -> list[list[float]]:
+    def weights(self, layers: Sequence[ScoredLayer], free: Sequence[int], capacity: Sequence[int]) -> list[list[float]]:
         return [list(self._flat)] * len(free)
 
-    def slots(self, layers: Sequence[Layer]) -> list[Tensor]:
-        count, heads = layers[0].layers, layers[0].merits.shape[1]
+    def slots(self, layers: Sequence[ScoredLayer]) -> list[Tensor]:
+        count, heads = layers[0].layer_count, layers[0].priorities.shape[1]
         if len(self.shares) != count:
             raise UserError(f"{self.name} holds {len(self.shares)} shares and the model has {count} evicting layers")
         if not self._per_head:
@@ -82,12 +85,12 @@ class Shares(LayerShares):
         return [torch.cat(slots[i : i + heads], 1) for i in range(0, len(slots), heads)]
 
 
-def _head(layer: Layer, head: int) -> Layer:
-    view = layer.view.with_budget(layer.view.budget[:, head : head + 1])
-    heads = layer.merits.shape[1]
-    return Layer(
-        view, layer.merits[:, head : head + 1], layer.place * heads + head, layer.layers * heads, layer.guarded
-    )
+def _head(layer: ScoredLayer, head: int) -> ScoredLayer:
+    only, heads = slice(head, head + 1), layer.priorities.shape[1]
+    return replace(
+        layer, view=layer.view.with_budget(layer.view.budget[:, only]), priorities=layer.priorities[:, only],
+        ordinal=layer.ordinal * heads + head, layer_count=layer.layer_count * heads,
+    )  # fmt: skip
 
 
 def read_numbers(file: str | Path, expected: str) -> tuple[float, ...] | tuple[tuple[float, ...], ...]:
@@ -96,20 +99,11 @@ def read_numbers(file: str | Path, expected: str) -> tuple[float, ...] | tuple[t
     Raises:
         UserError: missing, no JSON, or something else; it says what was `expected`.
     """
-    try:
-        data = json.loads(Path(file).read_text(encoding="utf-8"))
-        if isinstance(data[0], list):
-            rows = tuple(tuple(map(_number, row)) for row in data)
-            assert len({len(row) for row in rows}) == 1 and rows[0]
-            return rows
-        return tuple(map(_number, data))
-    except OSError as error:
-        raise UserError(f"{file} cannot be read ({error.strerror}); {expected}, as JSON") from None
-    except (ValueError, TypeError, LookupError, AssertionError, RecursionError):
-        raise UserError(f"{file} holds something else; {expected}, as JSON") from None
-
-
-def _number(value: object) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError
-    return float(value)
+    data = read_json(file, f"{expected}, as JSON")
+    rows = data if isinstance(data, list) and data and isinstance(data[0], list) else [data]
+    if not all(isinstance(row, list) and row and len(row) == len(rows[0]) for row in rows) or not all(
+        isinstance(number, int | float) and not isinstance(number, bool) for row in rows for number in row
+    ):
+        raise UserError(f"{file} holds something else; {expected}, as JSON")
+    numbers = tuple(tuple(map(float, row)) for row in rows)
+    return numbers if rows is data else numbers[0]

@@ -11,7 +11,7 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from kv_gym.budgets.budget import Budget
+from kv_gym.budgets import Budget
 from kv_gym.envs.observations import Heads, Observation, ObservationTable
 from kv_gym.envs.rendering import Frame
 from kv_gym.envs.rewards import BudgetWeights, EpisodeState, EvictionMode, RankingMode

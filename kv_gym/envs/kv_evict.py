@@ -11,7 +11,7 @@ import gymnasium as gym
 import numpy as np
 from gymnasium.vector import AutoresetMode
 
-from kv_gym.budgets.budget import Budget
+from kv_gym.budgets import Budget
 from kv_gym.envs.episodes import Replay, Traces
 from kv_gym.envs.observations import Heads, Observation
 from kv_gym.envs.rendering import FRAMES_PER_SECOND, MODES, Renderer

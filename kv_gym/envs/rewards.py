@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kv_gym.budgets.budget import Budget, parse_budget, slots_after
-from kv_gym.budgets.selection import ordered, protection_within
+from kv_gym.budgets import Budget, parse_budget, slots_after, sortable
+from kv_gym.cache_view import protected_tokens
 from kv_gym.envs.observations import ObservationTable
 from kv_gym.errors import UserError
 from kv_gym.traces.sequence import Sequence
@@ -231,7 +231,7 @@ class EvictionMode:
     def _cut(self, n: int, new: int) -> tuple[NDArray[np.bool_], int]:
         """The evictable slots `[N]`, and how many of them stay, `new` tokens after a context of `n`."""
         budget = slots_after(self._budget, n)
-        sinks, latest = protection(budget, self._sinks, max(self._recent, new))
+        sinks, latest = protected_tokens(budget, self._sinks, max(self._recent, new))
         # the new tokens are the most recent ones: they come first, the rest of the window reaches into the context
         protected = protected_positions(n, n + new, sinks, min(self._recent, latest))
         room = budget - min(new, latest) - int(protected.sum())
@@ -338,7 +338,7 @@ def _order_keys(
     if not np.isfinite(scores).all():
         raise UserError("the action holds a score that is not finite; expected numbers, best within [-1, 1]")
     # adding zero makes -0.0 the same as 0.0
-    keys = ordered(torch.from_numpy(np.where(evictable, scores + np.float32(0.0), np.float32(-np.inf)))).numpy()
+    keys = sortable(torch.from_numpy(np.where(evictable, scores + np.float32(0.0), np.float32(-np.inf)))).numpy()
     keys <<= 32
     keys |= table.time_of_slot
     return keys
@@ -376,12 +376,6 @@ def top_slots(
     return evictable & (keys >= lowest[:, None]) & (counts > 0)[:, None]
 
 
-def protection(budget: int, sinks: int, recent: int) -> tuple[int, int]:
-    """First and last tokens that a budget really protects: at most half of it, recent tokens give way first."""
-    kept_sinks, kept_recent = protection_within(torch.tensor(budget), sinks, recent)
-    return int(kept_sinks), int(kept_recent)
-
-
 def protected_positions(n: int, seen: int, sinks: int, recent: int) -> NDArray[np.bool_]:
     """Which of the first `n` tokens are protected when `seen` tokens were seen, `[n]` bool."""
     position = np.arange(n)
@@ -416,7 +410,7 @@ def budget_weights(weights: BudgetWeights, n: int, sinks: int, recent: int) -> t
             by_budget[min(n, slots_after(parse_budget(budget), n))] += weight
     if by_budget.min() < 0 or not by_budget.any():
         raise UserError(f"budget_weights {weights} are not all positive; expected a mapping budget -> weight above 0")
-    sinks, recent = protection(int(np.flatnonzero(by_budget)[-1]), sinks, recent)
+    sinks, recent = protected_tokens(int(np.flatnonzero(by_budget)[-1]), sinks, recent)
     by_budget[: int(protected_positions(n, n, sinks, recent).sum()) + 1] = 0.0
     return by_budget, sinks, recent
 

@@ -11,10 +11,9 @@ import torch
 from rich.progress import Progress
 from torch import Tensor
 
-from kv_gym.budgets import cut, parse_budget, protection_for
-from kv_gym.budgets.budget import slots_after
-from kv_gym.budgets.calibrated import Calibrated, identity, refuse_no_scale
-from kv_gym.budgets.selection import protection_within
+from kv_gym.budgets import parse_budget, protection_for, select_slots, slots_after
+from kv_gym.budgets.calibrated import Calibrated, policy_identity, refuse_no_scale
+from kv_gym.cache_view import protected_tokens
 from kv_gym.errors import UserError
 from kv_gym.evaluation.evaluate import refuse_other_model, traces_in_split
 from kv_gym.evaluation.rows import refuse_unwritable, versions
@@ -85,7 +84,7 @@ def calibrate(
             scores.append(torch.stack([chosen.score(view)[0].float() for view in views]))
     thresholds = tuple(threshold(scores, share, *protection) for share in wanted)
     rule = Calibrated(
-        json.dumps(identity(chosen)), *scores[0].shape[:2], tuple(wanted), thresholds  # type: ignore[call-arg]
+        json.dumps(policy_identity(chosen)), *scores[0].shape[:2], tuple(wanted), thresholds  # type: ignore[call-arg]
     )  # fmt: skip
     kept = realised(rule, chosen, part, wanted, *protection)
     about = {
@@ -110,7 +109,7 @@ def threshold(scores: list[Tensor], share: float, sinks: int, recent: int) -> fl
     free, weights, guarded = [], [], 0.0
     for context in scores:
         n = context.shape[2]
-        first, last = (int(some) for some in protection_within(torch.tensor(slots_after(share, n)), sinks, recent))
+        first, last = protected_tokens(slots_after(share, n), sinks, recent)
         free.append(context[..., first : n - last].flatten())
         weights.append(torch.full_like(free[-1], 1 / context.numel() / len(scores), dtype=torch.float64))
         guarded += (first + last) / n / len(scores)
@@ -130,7 +129,7 @@ def realised(
         rows.append([])
         for share in shares:
             views = [sequence.view_for(policy, i, share) for i in range(len(sequence.layers))]
-            masks = torch.stack(cut(policy, rule, views, sinks, recent))
+            masks = torch.stack(select_slots(policy, rule, views, sinks, recent))
             rows[-1].append(float(masks.double().mean()))
     return torch.tensor(rows, dtype=torch.float64)
 

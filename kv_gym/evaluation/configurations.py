@@ -7,9 +7,7 @@ from dataclasses import dataclass
 from itertools import product
 from typing import Any
 
-from kv_gym.budgets import Allocation, fitting
-from kv_gym.budgets.budget import Budget
-from kv_gym.budgets.uniform import Uniform
+from kv_gym.budgets import Allocation, Budget, Uniform, fitting
 from kv_gym.evaluation.rows import FULL
 from kv_gym.live import EvictingCache, PolicyGroup
 from kv_gym.live.tiers import Drop, Tier

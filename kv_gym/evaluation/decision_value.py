@@ -24,15 +24,14 @@ from torch import Tensor
 
 from kv_gym.budgets import (
     Allocation,
+    Budget,
+    ScoredLayer,
     format_budget,
-    judged,
     parse_allocation,
     parse_budget,
-    protected,
     protection_for,
     uniform,
 )
-from kv_gym.budgets.budget import Budget
 from kv_gym.cache_view import Future
 from kv_gym.errors import UserError
 from kv_gym.evaluation.evaluate import Policies, named_policies, refuse_other_model, traces_in_split
@@ -214,7 +213,7 @@ class _Decider:
         views = [view.with_budget(room) for view in self._views]
         scores = [self._policy.score(view) for view in views]
         layers = [
-            judged(score, rule, view, *self._protection, place, len(views))
+            ScoredLayer.of(score, rule, view, *self._protection, place, len(views))
             for place, (score, view) in enumerate(zip(scores, views, strict=True))
         ]
         kept = rule.kept(layers)
@@ -225,7 +224,7 @@ class _Decider:
         ]
         lost, whole = (float(torch.stack(part).sum()) for part in zip(*errors, strict=True))
         stays = torch.cat(kept)
-        ranked = ~protected(views[0], *self._protection)[0, 0]  # the budget is the same for all heads
+        ranked = ~views[0].protected(*self._protection)[0, 0]  # the budget is the same for all heads
         utility = float(self._utility[stays].sum())
         return _Cut(stays, torch.stack(compared), ranked, utility, lost / max(whole, 1e-12))
 

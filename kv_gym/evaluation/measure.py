@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from kv_gym.budgets import Allocation, parse_allocation
-from kv_gym.budgets.budget import Budget
+from kv_gym.budgets import Allocation, Budget, parse_allocation
 from kv_gym.evaluation.configurations import Configuration, configurations_of
 from kv_gym.evaluation.outcomes import measured_fields
 from kv_gym.evaluation.rows import complete

@@ -13,7 +13,7 @@ import torch
 from scipy import stats
 from torch import Tensor
 
-from kv_gym.budgets.budget import Budget
+from kv_gym.budgets import Budget
 
 DRAWS = 2000  # of the bootstrap: its ends then move by about a tenth of the interval's width
 

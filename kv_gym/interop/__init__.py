@@ -1,4 +1,4 @@
-"""Beside other libraries: policies inside kvpress, plain tensors for serving engines. Importing it loads nothing."""
+"""Policies in other libraries: inside kvpress, and as plain tensors for serving engines. Importing it loads nothing."""
 
 from __future__ import annotations
 

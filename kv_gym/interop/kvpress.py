@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from kv_gym.budgets import keep_order, protected, protection_for
+from kv_gym.budgets import keep_order, protection_for
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.interop.queries import prompt_queries
@@ -43,7 +43,8 @@ class PolicyPress(ScorerPress):
     Args:
         compression_ratio: share of the prompt's tokens to remove, in [0, 1).
         policy: a name, class path, exported folder, hub id or :class:`kv_gym.Policy`.
-        sinks, recent: first and last tokens always kept; None means the policy's own.
+        sinks: first tokens always kept; None means the policy's own number.
+        recent: last tokens always kept; None means the policy's own number.
 
     Raises:
         UserError: no such policy, an oracle, a policy of another model, padded rows, a model whose queries are not
@@ -71,8 +72,7 @@ class PolicyPress(ScorerPress):
         """Refuse a model that the policy was not trained for."""
         fingerprint = getattr(self.policy, "fingerprint", None)
         if fingerprint is not None:
-            theirs = Fingerprint.of(model)
-            fingerprint.refuse_other(theirs, f"policy {self.policy.name!r}", type(model).__name__)  # type: ignore[union-attr]
+            fingerprint.refuse_other(Fingerprint.of(model), f"policy {self.policy.name!r}", type(model).__name__)  # type: ignore[union-attr]
 
     @torch.no_grad()
     def score(
@@ -95,8 +95,8 @@ class PolicyPress(ScorerPress):
         """
         policy = self._policy
         view = self._view(module, hidden_states, keys, values, kwargs)
-        shield = protected(view, *protection_for(policy, self.sinks, self.recent))
-        return policy.score(view).float().masked_fill(shield, float("inf"))
+        protected = view.protected(*protection_for(policy, self.sinks, self.recent))
+        return policy.score(view).float().masked_fill(protected, float("inf"))
 
     def compress(
         self,

@@ -1,4 +1,4 @@
-"""A trained policy as plain tensors, for engines that run no Python of ours: one safetensors file, three products.
+"""A trained policy as plain tensors, for engines without kv_gym: one safetensors file, three products.
 
 Tensors, all float32 unless said otherwise, for L layers with H KV heads of d dimensions and `hidden` units:
 
@@ -75,7 +75,7 @@ def export_tensors(policy, out: str | Path) -> Path:
     for i, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
         tensors[f"weights.{i}"] = weight.reshape(*sizes, *weight.shape[1:]).astype(np.float32)
         tensors[f"biases.{i}"] = bias.reshape(*sizes, -1).astype(np.float32)
-    about = {
+    description = {
         "format": FORMAT,
         "inputs": INPUTS,
         "activation": "relu",
@@ -90,27 +90,28 @@ def export_tensors(policy, out: str | Path) -> Path:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with whole_file(out) as part:
-        save_file(tensors, part, metadata={"kv_gym": json.dumps(about)})
+        save_file(tensors, part, metadata={"kv_gym": json.dumps(description)})
     return out
 
 
 def score_numpy(
     tensors: Mapping[str, NDArray], layer: int, keys: NDArray, values: NDArray, positions: NDArray, seen: int
 ) -> NDArray[np.float32]:
-    """What a port must compute: the scores `[kv_heads, n]` of one layer, higher = keep.
+    """The computation that a port repeats: the scores `[kv_heads, n]` of one layer, higher = keep.
 
     Equal to :meth:`kv_gym.policies.scorer.Scorer.score` up to the rounding of float32.
 
     Args:
         tensors: as ``safetensors.numpy.load_file`` reads them from the file.
         layer: the model's index of the layer.
-        keys, values: `[kv_heads, n, d]`, keys after rotary embedding.
+        keys: `[kv_heads, n, d]`, after rotary embedding.
+        values: `[kv_heads, n, d]`.
         positions: `[kv_heads, n]` or `[n]` integers from 0, each slot's place in the text.
         seen: tokens so far, evicted ones included.
     """
     row = tensors["layers"].tolist().index(layer)
-    place = np.log1p(np.stack((positions, seen - 1 - positions), -1).astype(np.float32)) / 4
-    x = np.concatenate((keys, values, np.broadcast_to(place, (*keys.shape[:-1], 2))), -1).astype(np.float32)
+    features = np.log1p(np.stack((positions, seen - 1 - positions), -1).astype(np.float32)) / 4
+    x = np.concatenate((keys, values, np.broadcast_to(features, (*keys.shape[:-1], 2))), -1).astype(np.float32)
     for i in range(3):
         x = x @ tensors[f"weights.{i}"][row] + tensors[f"biases.{i}"][row][:, None]
         if i < 2:

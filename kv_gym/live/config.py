@@ -11,9 +11,17 @@ from typing import Any
 
 from torch import Tensor
 
-from kv_gym.budgets import UNSEEN, Allocation, Layer, judged, parse_allocation, parse_budget, protection_for
-from kv_gym.budgets.budget import Budget, slots_after
-from kv_gym.cache_view import CacheView
+from kv_gym.budgets import (
+    UNSEEN,
+    Allocation,
+    Budget,
+    ScoredLayer,
+    parse_allocation,
+    parse_budget,
+    protection_for,
+    slots_after,
+)
+from kv_gym.cache_view import CacheView, protected_tokens
 from kv_gym.errors import UserError
 from kv_gym.live.guard import Guard
 from kv_gym.live.rope_shift import RopeShift
@@ -335,14 +343,15 @@ class CacheConfig:
         """Last tokens that always stay: `recent`, or those that the trigger leaves alone."""
         return max(self.recent, self.trigger.lag)
 
-    def scored_layer(self, scores: Tensor, view: CacheView, ordinal: int) -> Layer:
+    def scored_layer(self, scores: Tensor, view: CacheView, ordinal: int) -> ScoredLayer:
         """A layer ready to be cut; `ordinal` is which of the evicting layers it is."""
-        return judged(scores, self.allocation, view, self.sinks, self.protected_recent, ordinal, self.num_layers)
+        return ScoredLayer.of(
+            scores, self.allocation, view, self.sinks, self.protected_recent, ordinal, self.num_layers
+        )
 
     def protected_range(self, slots: int, seen: int) -> tuple[int, int]:
         """Positions below the first and from the second number on stay, in a head of `slots` slots after `seen`."""
-        sinks = min(self.sinks, slots // 2)
-        recent = min(self.protected_recent, slots // 2 - sinks)
+        sinks, recent = protected_tokens(slots, self.sinks, self.protected_recent)
         return sinks, seen - recent if recent else UNSEEN
 
     def warn_of_length(self, seen: int) -> None:

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from kv_gym.budgets import Layer, top, weakest
+from kv_gym.budgets import ScoredLayer, slot_to_evict, top_mask
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
@@ -267,25 +267,27 @@ class LayerState:
             return
         (budget,) = budgets
         if self._can_overwrite_one(self.slots, budget, trim):
-            self._overwrite_weakest(self.slots, budget)
+            self._overwrite_one(self.slots, budget)
             return
         layer = self.score_slots(rows_to_evict)
         if not self.tier.drops:
-            self._hand_to_tier(top(layer.merits, layer.view.budget), self.slots.length - budget, trim, equal=True)
-        self.slots.keep_top(layer.merits, budget, self._slack(), trim)
+            self._hand_to_tier(
+                top_mask(layer.priorities, layer.view.budget), self.slots.length - budget, trim, equal=True
+            )
+        self.slots.keep_top(layer.priorities, budget, self._slack(), trim)
 
     def _can_overwrite_one(self, slots: EqualSlots, budget: int, trim: bool) -> bool:
         """Whether just one slot of every head goes and may be overwritten in place, as at every decoding step."""
         one = slots.length == budget + 1 and self.tier.drops and not trim
         return one and slots.can_overwrite(budget, self._slack())
 
-    def _overwrite_weakest(self, slots: EqualSlots, budget: int) -> None:
+    def _overwrite_one(self, slots: EqualSlots, budget: int) -> None:
         self._begin_eviction(None)
         scores = slots["scores"] if "scores" in slots.buffers else self.config.policy.score(self.view())
         first, last = self.config.protected_range(budget, self.tokens_seen[0])
-        slots.overwrite(weakest(scores, slots["positions"], first, last, self.index))
+        slots.overwrite(slot_to_evict(scores, slots["positions"], first, last, self.index))
 
-    def score_slots(self, rows_to_evict: Sequence[bool] | None = None) -> Layer:
+    def score_slots(self, rows_to_evict: Sequence[bool] | None = None) -> ScoredLayer:
         """The layer with its slots scored, ready to be cut in the rows `rows_to_evict`; None means all."""
         self._begin_eviction(rows_to_evict)
         stored = "scores" in self.slots.buffers

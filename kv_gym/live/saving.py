@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from kv_gym.budgets import Allocation, parse_allocation
-from kv_gym.budgets.normalisation import NORMALISATIONS
+from kv_gym.budgets.thresholds import NORMALISATIONS
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.files import parse_json, whole_file

@@ -1,6 +1,6 @@
 """CAKE: the attention of the last queries, and how much it shifts from one of them to the next.
 
-Paper: arXiv 2503.12491 (ICLR 2025), the indicator of tokens, with the settings of its code: mean plus 200 times the
+The paper's indicator of tokens, with the settings of its code: mean plus 200 times the
 unbiased variance over the window's queries, smoothed over 5 neighbours.
 Differs from the paper in: how layers share the budget is an allocation, not part of the score; while decoding the same
 score is used (the code takes the newest query's attention alone); the window shrinks with small budgets, as every
@@ -14,30 +14,25 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, WindowPolicy
 from kv_gym.policies.scoring.attention_hits import query_positions
-from kv_gym.policies.scoring.neighbours import refuse_window, smooth
+from kv_gym.policies.scoring.neighbours import smooth
 
 
 @dataclass(frozen=True)
-class CAKE(Policy):
+class CAKE(WindowPolicy):
     """Mean + `gamma` * variance of the last `window` queries' attention, pooled over `kernel` neighbours."""
 
+    paper = Paper(
+        "CAKE: Cascading and Adaptive KV Cache Eviction with Layer Preferences", "2503.12491", venue="ICLR 2025"
+    )
     comparable = True
     window: int = 32
     kernel: int = 5
     gamma: float = 200.0
 
     def __post_init__(self) -> None:
-        refuse_window(self.name, self.window, self.kernel)
-
-    @property
-    def needs_queries(self) -> int:
-        return self.window
-
-    @property
-    def protection(self) -> tuple[int, int]:
-        return 0, self.window
+        self._require_window(self.kernel)
 
     def score(self, view: CacheView) -> Tensor:
         attention = view.attention(self.window)

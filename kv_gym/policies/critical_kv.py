@@ -1,6 +1,6 @@
 """CriticalKV: half the budget by the base's scores, the rest by those times the projected value's norm.
 
-Paper: arXiv 2502.03805 (ICML 2026); constants as in kvpress. Stage 1 takes the best floor(budget / 2) tokens of the
+Constants are those of kvpress. Stage 1 takes the best floor(budget / 2) tokens of the
 base, those that the base protects first, so that a window as large as that leaves the rest to stage 2. Stage 2 orders
 the others by (score + 1e-4) * |v W|, the L1 norm of what the value adds to the layer's output, averaged over the query
 heads of the KV head.
@@ -17,15 +17,15 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy
 from kv_gym.policies.scoring.neighbours import rank
-from kv_gym.policies.wrapper import Over
+from kv_gym.policies.wrapper import PolicyWrapper
 
 CHUNK = 2**22  # numbers of projected values held at once
 
 
 @dataclass(frozen=True)
-class CriticalKV(Over):
+class CriticalKV(PolicyWrapper):
     """Stage 1 scores from 2 to 3, in the base's order; stage 2 from 0 to 1.
 
     Not comparable: both stages are divided by the head's own largest score.
@@ -36,6 +36,11 @@ class CriticalKV(Over):
         epsilon: added to scores before they are multiplied.
     """
 
+    paper = Paper(
+        "CriticalKV: Optimizing KV Cache Eviction from an Output Perturbation Perspective",
+        "2502.03805",
+        venue="ICML 2026",
+    )
     needs_output = True
     prompt_only = True
     over: str | Policy = "snapkv"
@@ -44,11 +49,7 @@ class CriticalKV(Over):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.first_stage <= 1 or self.epsilon < 0:
-            raise UserError(
-                f"critical_kv got first_stage={self.first_stage}, epsilon={self.epsilon}; expected first_stage from 0 "
-                "to 1 and epsilon from 0"
-            )
+        self._require(0 <= self.first_stage <= 1 and self.epsilon >= 0, "first_stage from 0 to 1 and epsilon from 0")
 
     def score(self, view: CacheView) -> Tensor:
         if view.output is None:
@@ -58,17 +59,10 @@ class CriticalKV(Over):
             )
         scores = self.base_scores(view)
         # protected slots first: the bases of the paper's code put their own windows on top
-        place = rank(scores.masked_fill(self._protected(view), float("inf")), view)
-        first = place < (view.budget * self.first_stage).long()[..., None]
+        ranks = rank(scores.masked_fill(view.protected(*self.protection), float("inf")), view)
+        first = ranks < (view.budget * self.first_stage).long()[..., None]
         second = (scores + self.epsilon) * projected_norm(view.values, view.output)
         return torch.where(first, 2 + _scaled(scores), _scaled(second.masked_fill(~view.valid, 0.0)))
-
-    def _protected(self, view: CacheView) -> Tensor:
-        """The slots that the base's own protection keeps, within half the budget and recent ones last."""
-        sinks, recent = self.protection
-        room = view.budget[..., None] // 2
-        sinks_kept = room.clamp(max=sinks)
-        return (view.positions < sinks_kept) | (view.age < (room - sinks_kept).clamp(max=recent))
 
 
 def projected_norm(values: Tensor, output: Tensor) -> Tensor:
@@ -76,16 +70,16 @@ def projected_norm(values: Tensor, output: Tensor) -> Tensor:
 
     Args:
         values: `[B, H, n, d]`.
-        output: `[Hq, d, D]`, the query heads of one KV head side by side.
+        output: `[Hq, d, D]`, the query heads of one KV head next to each other.
     """
     batch, heads, n, _ = values.shape
     grouped = output.float().unflatten(0, (heads, -1))  # [H, g, d, D]
     norms = torch.zeros(batch, heads, n, device=values.device)
     step = max(1, CHUNK // (batch * heads * output.shape[-1]))
     for start in range(0, n, step):
-        some = values[:, :, start : start + step].float()
+        chunk = values[:, :, start : start + step].float()
         for projection in grouped.unbind(1):
-            norms[:, :, start : start + step] += torch.linalg.vector_norm(some @ projection, ord=1, dim=-1)
+            norms[:, :, start : start + step] += torch.linalg.vector_norm(chunk @ projection, ord=1, dim=-1)
     return norms / grouped.shape[1]
 
 

@@ -1,6 +1,6 @@
 """DropKV: the squared change of the attention output that each token's loss would cause, over the last queries.
 
-Paper: OpenReview UVbaJoD3Qa (NeurIPS 2026; kvpress names MqfNzH3TVH). For a query with weights p and output y,
+For a query with weights p and output y,
 losing slot j moves the output by p_j / (1 - p_j) * (y - v_j). Its square is summed over the last `window` queries,
 averaged over the query heads of the KV head and pooled over neighbouring tokens; the window is kept. Defaults are
 those of the authors' code (window 8, kernel 11); kvpress has 32 and 7.
@@ -16,13 +16,12 @@ import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, WindowPolicy
 from kv_gym.policies.scoring.neighbours import smooth
 
 
 @dataclass(frozen=True)
-class DropKV(Policy):
+class DropKV(WindowPolicy):
     """Pooled squared change of the KV head's output. Not comparable: every head's values have a scale of their own.
 
     Attributes:
@@ -31,25 +30,15 @@ class DropKV(Policy):
         epsilon: added to 1 - p.
     """
 
+    paper = Paper("DropKV", venue="NeurIPS 2026", url="https://openreview.net/forum?id=UVbaJoD3Qa")
     prompt_only = True
     window: int = 8
     kernel: int = 11
     epsilon: float = 1e-6
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.kernel < 1 or self.kernel % 2 == 0 or self.epsilon <= 0:
-            raise UserError(
-                f"dropkv got window={self.window}, kernel={self.kernel}, epsilon={self.epsilon}; "
-                "expected all above 0, kernel odd"
-            )
-
-    @property
-    def needs_queries(self) -> int:
-        return self.window
-
-    @property
-    def protection(self) -> tuple[int, int]:
-        return 0, self.window
+        self._require_window(self.kernel)
+        self._require(self.epsilon > 0, "epsilon above 0")
 
     def score(self, view: CacheView) -> Tensor:
         heads = view.keys.shape[1]
@@ -59,5 +48,5 @@ class DropKV(Policy):
         attention = attention.unflatten(1, (heads, group)).flatten(2, 3)  # [B, H, g * m, n]
         # differences one by one: where p is almost 1 the odds are a million, and so is what an expanded square loses
         distance = torch.cdist(attention @ values, values, compute_mode="donot_use_mm_for_euclid_dist")
-        moved = distance.mul_(attention).div_(1 - attention + self.epsilon).square_().sum(2)
-        return smooth(moved / group, view, 0, self.kernel)
+        change = distance.mul_(attention).div_(1 - attention + self.epsilon).square_().sum(2)
+        return smooth(change / group, view, 0, self.kernel)

@@ -1,6 +1,6 @@
 """Expected Attention: the attention that a Gaussian of future queries would pay on average, times the value's norm.
 
-Paper: arXiv 2510.00636. With queries q ~ N(mu, Sigma) the mean of exp(q.k * c) is
+With queries q ~ N(mu, Sigma) the mean of exp(q.k * c) is
 exp(c mu.k + c^2 k.Sigma.k / 2), c the scaling; it is softmaxed over the slots per query head, averaged over the
 group and multiplied by the L2 norm of the value.
 Differs from the paper in: mu and Sigma are those of the last `window` queries as they were used, rotary embedding
@@ -17,8 +17,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
-from kv_gym.errors import UserError
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy
 
 
 @dataclass(frozen=True)
@@ -34,6 +33,10 @@ class ExpectedAttention(Policy):
         epsilon: added before that, so that unattended tokens compare by their values.
     """
 
+    paper = Paper(
+        "Expected Attention: KV Cache Compression by Estimating Attention from Future Queries Distribution",
+        "2510.00636",
+    )
     sinks = 4
     window: int = 32
     covariance: bool = True
@@ -41,11 +44,7 @@ class ExpectedAttention(Policy):
     epsilon: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.window < 1 or self.epsilon < 0:
-            raise UserError(
-                f"expected_attention got window={self.window}, epsilon={self.epsilon}; expected window from 1 and "
-                "epsilon from 0"
-            )
+        self._require(self.window >= 1 and self.epsilon >= 0, "window from 1 and epsilon from 0")
 
     @property
     def needs_queries(self) -> int:
@@ -60,12 +59,12 @@ class ExpectedAttention(Policy):
         # the moments of a linear map of the queries are those of its values: no d x d matrix, no inverse
         products = (sample.flatten(2, 3) @ view.keys.float().transpose(-1, -2)).unflatten(2, sample.shape[2:4])
         # a row that has seen fewer tokens has fewer queries
-        there = torch.arange(1 - sample.shape[3], 1, device=sample.device) + view.seen[:, None] > 0  # [B, m]
-        share = (there / there.sum(-1, keepdim=True).clamp(min=1))[:, None, None, None]  # [B, 1, 1, 1, m]
-        mean = share @ products  # [B, H, g, 1, n]
+        real = torch.arange(1 - sample.shape[3], 1, device=sample.device) + view.seen[:, None] > 0  # [B, m]
+        weights = (real / real.sum(-1, keepdim=True).clamp(min=1))[:, None, None, None]  # [B, 1, 1, 1, m]
+        mean = weights @ products  # [B, H, g, 1, n]
         exponent = mean[:, :, :, 0]
         if self.covariance:
-            exponent = exponent + (share @ products.sub_(mean).square_())[:, :, :, 0] / 2
+            exponent = exponent + (weights @ products.sub_(mean).square_())[:, :, :, 0] / 2
         # every future query comes after every slot: nothing is hidden but padding
         exponent = exponent.masked_fill(~view.valid[:, :, None], float("-inf"))
         attention = group_mean(exponent.softmax(-1).nan_to_num(0.0).flatten(1, 2), heads)

@@ -1,6 +1,6 @@
-"""GraphKV: of near-duplicate tokens keep one, by letting the best tokens lower the scores of those like them.
+"""GraphKV: of near-duplicate tokens keep one: the best tokens lower the scores of similar ones.
 
-Paper: GraphKV, arXiv 2509.00388 (EMNLP 2025). Tokens are nodes, edges the cosine similarities e_ij of their keys.
+Tokens are nodes, edges the cosine similarities e_ij of their keys.
 The best tokens of the base are sources; each multiplies the scores of its `neighbours` most similar tokens, never its
 own, by 1 - e_ij. One round, which by the paper's own ablation gives most of the gain.
 Variant: the product, as in the text; the figure's worked example subtracts instead, and scores may turn negative.
@@ -16,16 +16,15 @@ import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy
 from kv_gym.policies.scoring.neighbours import rank
-from kv_gym.policies.wrapper import Over
+from kv_gym.policies.wrapper import PolicyWrapper
 
 CHUNK = 2**22  # similarities held at once
 
 
 @dataclass(frozen=True)
-class GraphKV(Over):
+class GraphKV(PolicyWrapper):
     """The base's scores, lowered where a better token has nearly the same key.
 
     Comparable where the base is: the factor has no unit, and untouched scores stay as they are.
@@ -36,6 +35,11 @@ class GraphKV(Over):
         neighbours: tokens that each source lowers.
     """
 
+    paper = Paper(
+        "GraphKV: Breaking the Static Selection Paradigm with Graph-Based KV Cache Eviction",
+        "2509.00388",
+        venue="EMNLP 2025",
+    )
     comparable = True
     over: str | Policy = "snapkv"
     sources: float = 0.3
@@ -43,30 +47,26 @@ class GraphKV(Over):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 < self.sources <= 1 or self.neighbours < 1:
-            raise UserError(
-                f"graph_kv got sources={self.sources}, neighbours={self.neighbours}; expected sources above 0 and at "
-                "most 1, neighbours from 1"
-            )
+        self._require(0 < self.sources <= 1 and self.neighbours >= 1, "sources above 0 to 1, neighbours from 1")
 
     def score(self, view: CacheView) -> Tensor:
         scores = self.base_scores(view)
         batch, heads, n = scores.shape
         counts = (view.budget * self.sources).long().clamp(min=1)[..., None]
-        most = min(n, int(counts.max()))
-        sources = rank(scores, view).argsort(-1)[..., :most]  # of equal scores the newer token, in any slot
-        chosen = (torch.arange(most, device=scores.device) < counts) & view.valid.gather(-1, sources)
+        longest = min(n, int(counts.max()))
+        sources = rank(scores, view).argsort(-1)[..., :longest]  # of equal scores the newer token, in any slot
+        used = (torch.arange(longest, device=scores.device) < counts) & view.valid.gather(-1, sources)
         keys = view.keys.float()
         lengths = torch.linalg.vector_norm(keys, dim=-1).clamp_(min=1e-12)
         decay = torch.ones_like(scores)
         step = max(1, CHUNK // (batch * heads * n))
-        for start in range(0, most, step):
-            some = sources[..., start : start + step]
-            directions = keys.gather(2, some[..., None].expand(-1, -1, -1, keys.shape[-1]))
-            directions /= lengths.gather(-1, some)[..., None]
+        for start in range(0, longest, step):
+            chunk = sources[..., start : start + step]
+            directions = keys.gather(2, chunk[..., None].expand(-1, -1, -1, keys.shape[-1]))
+            directions /= lengths.gather(-1, chunk)[..., None]
             similar = directions @ keys.transpose(-1, -2) / lengths[:, :, None]  # [B, H, step, n]
-            similar.masked_fill_(~view.valid[:, :, None], -1.0).scatter_(-1, some[..., None], -1.0)
-            least = similar.topk(min(self.neighbours, n), -1).values[..., -1:]  # equals are neighbours too
-            near = (similar >= least) & chosen[..., start : start + step, None]
+            similar.masked_fill_(~view.valid[:, :, None], -1.0).scatter_(-1, chunk[..., None], -1.0)
+            lowest = similar.topk(min(self.neighbours, n), -1).values[..., -1:]  # equals are neighbours too
+            near = (similar >= lowest) & used[..., start : start + step, None]
             decay *= (1 - similar.masked_fill_(~near, 0.0).clamp_(0, 1 - 1e-6)).prod(2)
         return scores * decay

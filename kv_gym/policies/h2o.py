@@ -1,6 +1,5 @@
 """H2O: keep the heavy hitters, the tokens with the largest attention summed over every query so far.
 
-Paper: arXiv 2306.14048 (NeurIPS 2023), section 4 and algorithm 1.
 Differs from the paper in: sums are means over the query heads of each KV head (the paper has one KV head per query
 head); the recent part is a setting of the protection (the paper gives it half the budget). `reduce="mean"`, which is
 not the paper's, divides by the number of queries that could see the token, so that age is no advantage.
@@ -14,21 +13,25 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
-from kv_gym.errors import UserError
-from kv_gym.policies.base import StatefulPolicy
+from kv_gym.policies.base import Paper, StatefulPolicy
 
 
 @dataclass(frozen=True)
 class H2O(StatefulPolicy):
     """Accumulated attention; state `mass` is float32 `[batch, kv_heads, tokens]`; `reduce` is sum or mean."""
 
+    paper = Paper(
+        "H2O: Heavy-Hitter Oracle for Efficient Generative Inference of Large Language Models",
+        "2306.14048",
+        "section 4 and algorithm 1",
+        venue="NeurIPS 2023",
+    )
     recent = 32
     comparable = True
     reduce: str = "sum"
 
     def __post_init__(self) -> None:
-        if self.reduce not in ("sum", "mean"):
-            raise UserError(f"{self.name} got reduce={self.reduce!r}; expected sum or mean")
+        self._require(self.reduce in ("sum", "mean"), "reduce sum or mean")
 
     def initial_state(self, view: CacheView) -> dict[str, Tensor]:
         return {"mass": view.keys.new_zeros(view.keys.shape[:3]).float()}

@@ -1,4 +1,4 @@
-"""Trained policies on the Hugging Face Hub, by their id `owner/name`: three known files, none of which is ever run."""
+"""Trained policies on the Hugging Face Hub, by their id `owner/name`: three known files of data, no code."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _FRONT_MATTER = "---\nlibrary_name: kv_gym\ntags:\n- kv-cache\n- eviction\n---\n
 
 
 def is_hub_id(name: str) -> bool:
-    """Whether a name looks like `owner/name` and there is no such folder here."""
+    """Whether a name looks like `owner/name` and is no local path."""
     return _ID.fullmatch(name) is not None and not Path(name).exists()
 
 
@@ -34,7 +34,7 @@ def download(repo_id: str, revision: str | None = None) -> Path:
 
     try:
         folder = huggingface_hub.snapshot_download(repo_id, revision=revision, allow_patterns=list(FILES))
-    except Exception as error:  # the Hub's own errors and those of whatever carries its requests
+    except Exception as error:  # of the Hub or of the network
         raise UserError(
             f"there is no folder {repo_id}, and no policy of that name could be had from the Hub ({_reason(error)}): "
             "check the spelling, or name a folder that `kv-gym train` exported"
@@ -78,10 +78,10 @@ def push(policy, repo_id: str, private: bool | None = None) -> str:
 
 def refuse_large(folder: Path) -> None:
     """Raise a UserError for a file that is larger than any policy's, before anything of it is read."""
-    for name, most in _LARGEST.items():
+    for name, limit in _LARGEST.items():
         file = folder / name
-        if file.is_file() and (size := file.stat().st_size) > most:
-            raise UserError(f"{file} holds {size:,} bytes and no exported policy's holds more than {most:,}: not read")
+        if file.is_file() and (size := file.stat().st_size) > limit:
+            raise UserError(f"{file} holds {size:,} bytes and no exported policy's holds more than {limit:,}: not read")
 
 
 def _reason(error: Exception) -> str:

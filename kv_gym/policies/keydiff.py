@@ -1,6 +1,6 @@
 """KeyDiff: keep the keys that differ most from the mean direction of the cached keys.
 
-Paper: arXiv 2504.15364, section 3 (anchor: mean of the normalised keys).
+The anchor is the mean of the normalised keys.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kv_gym.cache_view import CacheView
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,15 @@ class KeyDiff(Policy):
     """Minus the cosine similarity to the anchor of the KV head.
 
     Not comparable, although a cosine has no unit: where all keys of a head share an offset all its cosines are near
-    one, and one threshold over heads would empty that head whatever its keys are worth.
+    one, and one threshold over heads would empty that head, however useful its keys are.
     """
+
+    paper = Paper(
+        "KeyDiff: Key Similarity-Based KV Cache Eviction for Long-Context LLM Inference "
+        "in Resource-Constrained Environments",
+        "2504.15364",
+        "section 3",
+    )
 
     def score(self, view: CacheView) -> Tensor:
         keys = view.keys.float()

@@ -1,6 +1,6 @@
-"""KVzip: keep what the model needs to repeat the context, whatever is asked of it later.
+"""KVzip: keep what the model needs to repeat the context, so that later questions are not needed for the choice.
 
-Paper: arXiv 2505.23416 (NeurIPS 2025). After the prompt the model reads the context again, behind itself and chunk by
+After the prompt the model reads the context again, behind itself and chunk by
 chunk; a token scores the largest attention that any query of its chunk's repetition pays to it. `projected=True` is
 KVzip+ of kvpress: each weight times |W_O v| of the query head over |h| of the query's own layer input.
 Differs from the paper in: the words that ask for the repetition are a setting, token ids, since a cache has no
@@ -19,9 +19,8 @@ import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
 from kv_gym.models.context_repetition import ContextRepetition
-from kv_gym.policies.base import StatefulPolicy
+from kv_gym.policies.base import Paper, StatefulPolicy
 
 
 @dataclass(frozen=True)
@@ -37,6 +36,9 @@ class KVzip(StatefulPolicy):
         projected: weigh attention as KVzip+ does.
     """
 
+    paper = Paper(
+        "KVzip: Query-Agnostic KV Cache Compression with Context Reconstruction", "2505.23416", venue="NeurIPS 2025"
+    )
     sinks = 4
     comparable = True
     prompt_only = True
@@ -47,12 +49,9 @@ class KVzip(StatefulPolicy):
     projected: bool = False
 
     def __post_init__(self) -> None:
-        if self.chunk < 1 or self.overlap < 0:
-            raise UserError(
-                f"kvzip got chunk={self.chunk}, overlap={self.overlap}; expected a chunk from 1 and an overlap from 0"
-            )
-        if not all(word.isdecimal() for word in self.instruction.split()):
-            raise UserError(f"kvzip got instruction={self.instruction!r}; expected token ids, such as '17 4 256'")
+        self._require(self.chunk >= 1 and self.overlap >= 0, "chunk from 1 and overlap from 0")
+        words = self.instruction.split()
+        self._require(all(word.isdecimal() for word in words), "token ids in instruction, such as '17 4 256'")
 
     @property
     def repetition(self) -> ContextRepetition:
@@ -63,7 +62,7 @@ class KVzip(StatefulPolicy):
         return {"paid": view.keys.new_zeros(view.keys.shape[:3]).float()}
 
     def observe(self, view: CacheView, attention: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return dict(state)  # the first reading says nothing
+        return dict(state)  # only the repetition counts
 
     def observe_again(
         self, view: CacheView, attention: Tensor, state: Mapping[str, Tensor], hidden: Tensor | None = None
@@ -73,20 +72,20 @@ class KVzip(StatefulPolicy):
             largest = attention.amax(2).unflatten(1, (heads, -1)).amax(2)
         else:
             assert hidden is not None and view.output is not None
-            each = (attention / hidden.float().norm(dim=-1)[:, None, :, None].clamp(min=1e-12)).amax(2)
-            largest = (each.unflatten(1, (heads, -1)) * _written(view.values, view.output)).amax(2)
+            weighted = (attention / hidden.float().norm(dim=-1)[:, None, :, None].clamp(min=1e-12)).amax(2)
+            largest = (weighted.unflatten(1, (heads, -1)) * _output_norms(view.values, view.output)).amax(2)
         return {"paid": torch.maximum(state["paid"], largest)}
 
     def score(self, view: CacheView) -> Tensor:
         return view.state["paid"]
 
 
-def _written(values: Tensor, output: Tensor) -> Tensor:
+def _output_norms(values: Tensor, output: Tensor) -> Tensor:
     """|W_O v| for every query head of the value's KV head, `[batch, kv_heads, group, tokens]` float32.
 
     Its square is the form v (W W^T) v, so that nothing as wide as the model is held for a token.
     """
     grouped = output.float().unflatten(0, (values.shape[1], -1))  # [H, g, d, D]
     forms = grouped @ grouped.transpose(-1, -2)  # [H, g, d, d]
-    each = values.float()[:, :, None]  # [B, H, 1, n, d]
-    return ((each @ forms) * each).sum(-1).clamp(min=0).sqrt()
+    wide = values.float()[:, :, None]  # [B, H, 1, n, d]
+    return ((wide @ forms) * wide).sum(-1).clamp(min=0).sqrt()

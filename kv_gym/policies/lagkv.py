@@ -1,6 +1,6 @@
 """LagKV: a token stays if its key and value vary much on the scale of the tokens that come right after it.
 
-Paper: arXiv 2504.04704. After the sinks the cache is cut into chunks of `lag` tokens. Every channel of a
+After the sinks the cache is cut into chunks of `lag` tokens. Every channel of a
 chunk is normalised by the minimum and maximum that it has in the next chunk; a token's deviation over channels,
 softmaxed over its chunk, is its score, keys and values summed. Every chunk keeps the same share of its tokens, so the
 score is the rank in the chunk. The last full chunk and what comes after it have no reference yet and stay.
@@ -19,27 +19,26 @@ import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy
 
 
 @dataclass(frozen=True)
 class LagKV(Policy):
     """Rank within the chunk, from 0 to below 1; unscored tokens have 1.
 
-    Not comparable: a rank says nothing about another head's.
+    Not comparable: ranks of different heads have no common scale.
 
     Attributes:
         lag: tokens per chunk, and the recent tokens that are protected.
         first: sinks, which belong to no chunk.
     """
 
+    paper = Paper("LagKV: Lag-Relative Information of the KV Cache Tells Which Tokens Are Important", "2504.04704")
     lag: int = 128
     first: int = 4
 
     def __post_init__(self) -> None:
-        if self.lag < 1 or self.first < 0:
-            raise UserError(f"lagkv got lag={self.lag}, first={self.first}; expected lag from 1 and first from 0")
+        self._require(self.lag >= 1 and self.first >= 0, "lag from 1 and first from 0")
 
     @property
     def protection(self) -> tuple[int, int]:

@@ -1,8 +1,8 @@
 """LazyEviction: keep tokens that come back after long gaps until they are overdue by their own longest gap.
 
-Paper: arXiv 2506.15969 (ACL 2026), the scores H1 + H2 of its code. With D the tokens since the last hit and M the
+The scores H1 + H2 of the paper's code: with D the tokens since the last hit and M the
 longest gap between two hits, H1 = 2 sigmoid(-(1 + D / M)) and H2 = 2 sigmoid(1 - M), or 0 where M is 0.
-Differs from the paper in: the prompt's queries are watched too (the code starts its clock after the prompt); a KV head
+Differs from the paper in: the prompt's queries count too (the code starts its clock after the prompt); a KV head
 is hit when any of its query heads is (the code repeats the keys); when eviction happens is the caller's trigger
 (the paper evicts every `window` steps: ``every:52``); threshold and window are those of Llama on MATH.
 """
@@ -16,8 +16,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
-from kv_gym.policies.base import StatefulPolicy
+from kv_gym.policies.base import Paper, StatefulPolicy
 from kv_gym.policies.scoring.attention_hits import above, query_positions
 
 
@@ -25,13 +24,18 @@ from kv_gym.policies.scoring.attention_hits import above, query_positions
 class LazyEviction(StatefulPolicy):
     """How likely a token is to come back; state `last` and `gap` are int64 `[batch, kv_heads, tokens]`.
 
-    Settings:
+    Attributes:
         threshold: attention that counts as a hit.
         window: newest tokens that are kept.
         offset: the 1 in H1; 0 gives 2 sigmoid(-D / M), as others have written it.
         gap_weight: factor on H2; 0 leaves it out.
     """
 
+    paper = Paper(
+        "LazyEviction: Lagged KV Eviction with Attention Pattern Observation for Efficient Long Reasoning",
+        "2506.15969",
+        venue="ACL 2026",
+    )
     observed_with = ("threshold",)
     threshold: float = 5e-4
     window: int = 52
@@ -39,11 +43,7 @@ class LazyEviction(StatefulPolicy):
     gap_weight: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.window < 0 or self.threshold <= 0:
-            raise UserError(
-                f"lazy_eviction got window={self.window}, threshold={self.threshold}; "
-                "expected a window from 0 and a threshold above 0"
-            )
+        self._require(self.window >= 0 and self.threshold > 0, "window from 0 and threshold above 0")
 
     @property
     def protection(self) -> tuple[int, int]:

@@ -1,6 +1,5 @@
 """LRA: evict the token that was attended to least recently, where the top 32 of a query count as attended to.
 
-Paper: Attendre, arXiv 2401.04881 (its eviction policy LRA).
 Differs from the paper in: the update rule is what the name says, the paper's own may differ; there is no query memory
 (a query attends when it comes); a token is hit when any query head of its KV head has it among its 32 largest
 weights, equals included.
@@ -14,8 +13,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
-from kv_gym.policies.base import StatefulPolicy
+from kv_gym.policies.base import Paper, StatefulPolicy
 from kv_gym.policies.scoring.attention_hits import among_top, last_hit
 
 
@@ -26,13 +24,17 @@ class LRA(StatefulPolicy):
     A new token starts at its own position.
     """
 
+    paper = Paper(
+        "Attendre: Wait To Attend By Retrieval With Evicted Queries in Memory-Based Transformers "
+        "for Long Context Processing",
+        "2401.04881",
+    )
     comparable = True
     observed_with = ("top",)
     top: int = 32
 
     def __post_init__(self) -> None:
-        if self.top < 1:
-            raise UserError(f"lra got top={self.top}; expected a number from 1")
+        self._require(self.top >= 1, "top from 1")
 
     def initial_state(self, view: CacheView) -> dict[str, Tensor]:
         return {"last": view.positions.clone()}

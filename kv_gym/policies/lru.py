@@ -1,6 +1,7 @@
 """LRU: evict the token that was used least recently, where a use is attention of at least an even share.
 
-Source: classic caching. A query uses a token when it pays it at least what an even split over all that it sees would.
+The classic rule of caches. A query uses a token when it pays it at least what an even split over all that it sees
+would.
 Differs from the classic in: a token that was evicted never comes back, and a query may use many tokens.
 """
 
@@ -12,7 +13,6 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
 from kv_gym.policies.base import StatefulPolicy
 from kv_gym.policies.scoring.attention_hits import above_even_share, last_hit
 
@@ -24,13 +24,13 @@ class LRU(StatefulPolicy):
     A new token counts as used when it comes. `share` is the least use, in even shares of a query's attention.
     """
 
+    paper = None
     comparable = True
     observed_with = ("share",)
     share: float = 1.0
 
     def __post_init__(self) -> None:
-        if self.share <= 0:
-            raise UserError(f"lru got share={self.share}; expected a number above 0")
+        self._require(self.share > 0, "share above 0")
 
     def initial_state(self, view: CacheView) -> dict[str, Tensor]:
         return {"last": view.positions.clone()}

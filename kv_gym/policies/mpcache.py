@@ -1,8 +1,8 @@
-"""MPCache: keep the tokens that at least one of the last fifth of the prompt's queries looks at, the same in all heads.
+"""MPCache: keep the tokens that any of the last fifth of the prompt's queries attends to, the same in all heads.
 
-Paper: arXiv 2501.06807 (NeurIPS 2025), its static pass after the prompt.
+The paper's static pass after the prompt.
 Differs from the paper in: the budget decides how many stay, by the largest attention that a token got from a query (the
-paper keeps what passes a threshold of each data set); at most `window` queries are asked; attention is the
+paper keeps what passes a threshold of each data set); at most `window` queries count; attention is the
 model's own (the code neither scales the products nor masks later keys); selecting clusters at each step, which
 deletes nothing, is not part of the score; where heads hold different tokens, a token's absence from a head
 counts as no attention.
@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
-from kv_gym.errors import UserError
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy
 from kv_gym.policies.scoring.attention_hits import query_positions
 from kv_gym.policies.scoring.neighbours import mean_over_heads
 
@@ -25,16 +24,18 @@ from kv_gym.policies.scoring.neighbours import mean_over_heads
 class MPCache(Policy):
     """Largest attention, averaged over heads, that the last `share` of all queries pay, at most `window` of them."""
 
+    paper = Paper(
+        "MPCache: MPC-Friendly KV Cache Eviction for Efficient Private LLM Inference",
+        "2501.06807",
+        venue="NeurIPS 2025",
+    )
     comparable = True
     prompt_only = True
     share: float = 0.2
     window: int = 32
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1 or self.window < 1:
-            raise UserError(
-                f"mpcache got share={self.share}, window={self.window}; expected a share in (0, 1] and a window from 1"
-            )
+        self._require(0 < self.share <= 1 and self.window >= 1, "share in (0, 1] and window from 1")
 
     @property
     def needs_queries(self) -> int:
@@ -42,7 +43,7 @@ class MPCache(Policy):
 
     def score(self, view: CacheView) -> Tensor:
         attention = view.attention(self.window)
-        paid = mean_over_heads(group_mean(attention, view.keys.shape[1]), view)
+        received = mean_over_heads(group_mean(attention, view.keys.shape[1]), view)
         first = view.seen - (view.seen * self.share).ceil().long().clamp(min=1)
-        asked = query_positions(view, attention.shape[2]) >= first[:, None]
-        return (paid * asked[:, None, :, None]).amax(2)
+        counted = query_positions(view, attention.shape[2]) >= first[:, None]
+        return (received * counted[:, None, :, None]).amax(2)

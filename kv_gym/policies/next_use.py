@@ -1,7 +1,6 @@
-"""Next use: evict what is needed last, the optimal rule of classic caches.
+"""Next use: evict what is needed latest, the optimal rule of classic caches.
 
-Paper: Belady, "A study of replacement algorithms for a virtual-storage computer", IBM Systems Journal 5 (1966). A
-slot is requested by a block of later queries that pays it, per query, at least a threshold.
+A slot is requested by a block of later queries that pays it, per query, at least a threshold.
 Differs from the paper in: a request is read from attention, to the resolution of the recorded blocks; of several
 recorded continuations the waiting time is the mean; what is evicted cannot be fetched again, so the rule is optimal
 for nothing here, and a bound neither on utility nor on accuracy.
@@ -15,8 +14,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy, recorded_future
 
 
 @dataclass(frozen=True)
@@ -29,23 +27,25 @@ class NextUse(Policy):
         threshold: attention per query that is a request; None means 1 / tokens seen, an even share.
     """
 
+    paper = Paper(
+        "A study of replacement algorithms for a virtual-storage computer",
+        venue="Belady, IBM Systems Journal 5, 1966",
+        url="https://doi.org/10.1147/sj.52.0078",
+    )
     needs_future = True
     comparable = True
     threshold: float | None = None
 
     def __post_init__(self) -> None:
-        if self.threshold is not None and self.threshold <= 0:
-            raise UserError(f"next_use got threshold={self.threshold}; expected a number above 0, or None")
+        self._require(self.threshold is None or self.threshold > 0, "a threshold above 0, or None")
 
     def score(self, view: CacheView) -> Tensor:
-        future = view.future
-        if future is None:
-            raise UserError("policy 'next_use' sees the future and none is recorded here: evaluate it on traces")
+        future = recorded_future(self, view)
         if self.threshold is None:
-            least = (1 / view.seen.clamp(min=1)).reshape(-1, 1, 1, 1)
+            threshold = (1 / view.seen.clamp(min=1)).reshape(-1, 1, 1, 1)
         else:
-            least = torch.tensor(self.threshold, device=view.keys.device)
-        requested = future.attention[..., 0] >= least  # by any query head of the group
+            threshold = torch.tensor(self.threshold, device=view.keys.device)
+        requested = future.attention[..., 0] >= threshold  # by any query head of the group
         starts = (future.numbers == 0).nonzero().flatten().tolist()
         waits = [
             (part.cumsum(-1) == 0).float() @ weights

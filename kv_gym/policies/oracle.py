@@ -1,6 +1,6 @@
 """The expected-utility oracle: sees the recorded continuations and keeps what they attend to on average.
 
-Source: KVP, arXiv 2602.10238 (ICML 2026), ranks by the same quantity, the mean attention per query. It maximises the
+KVP ranks by the same quantity, the mean attention per query. It maximises the
 utility that equal budgets keep; a bound on utility only, never on accuracy.
 """
 
@@ -11,19 +11,17 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy, recorded_future
 
 
 @dataclass(frozen=True)
 class Oracle(Policy):
     """Mean over continuations of the attention per query; `reduction` over query heads is max or mean."""
 
+    paper = Paper("Learning to Evict from Key-Value Cache", "2602.10238", venue="ICML 2026")
     needs_future = True
     comparable = True
     reduction: str = "max"
 
     def score(self, view: CacheView) -> Tensor:
-        if view.future is None:
-            raise UserError("policy 'oracle' sees the future and none is recorded here: evaluate it on traces")
-        return view.future.expected(self.reduction)
+        return recorded_future(self, view).expected(self.reduction)

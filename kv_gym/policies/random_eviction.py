@@ -2,7 +2,7 @@
 
 Each slot's score is a hash of its layer, head and position, uniform in [0, 1): a random order that is the same
 in replay and in live decoding, in every process and on every device.
-No paper. Differs from "Random Attention" (arXiv 2609.03430) in: the prompt is not protected unless the caller says so.
+Differs from "Random Attention" (arXiv 2609.03430) in: the prompt is not protected unless the caller says so.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ _MASK = 0xFFFFFFFF
 class RandomEviction(Policy):
     """Random order of slots; `seed` names the order."""
 
+    paper = None
     comparable = True  # uniform in every head: one threshold keeps the same share of each, on average
     static = True
     seed: int = 0

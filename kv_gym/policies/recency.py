@@ -1,4 +1,4 @@
-"""Recency: keep the newest tokens, a sliding window. The second null hypothesis. No paper."""
+"""Recency: keep the newest tokens, a sliding window. The second null hypothesis."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from kv_gym.policies.base import Policy
 class Recency(Policy):
     """Newer is better; nothing is protected."""
 
+    paper = None
     comparable = True
     static = True
 

@@ -1,6 +1,6 @@
 """RoCo: evict the lowest mean attention, but only among tokens whose attention is stable.
 
-Paper: arXiv 2402.06262, as in its code EasyKV. Mean and standard deviation are over the queries that could see the
+As in the paper's code, EasyKV: mean and standard deviation are over the queries that could see the
 token; a share of the budget goes to the tokens of largest standard deviation, the others compete by mean.
 Differs from the paper in: one decision may evict many tokens, so the unstable ones are a share of the budget and all
 others compete; the ten newest tokens and the four sinks are protected beside that share, not out of it; the share
@@ -15,33 +15,34 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
-from kv_gym.errors import UserError
-from kv_gym.policies.base import StatefulPolicy
+from kv_gym.policies.base import Paper, StatefulPolicy
 from kv_gym.policies.scoring.neighbours import rank
 
 
 @dataclass(frozen=True)
 class RoCo(StatefulPolicy):
-    """Mean attention, plus one for the unstable `unstable` share of the budget.
+    """Mean attention, plus one for the share `unstable` of the budget that varies most.
 
     State `mass` and `squares` are float32 `[batch, kv_heads, tokens]`, sums of attention and of its squares.
     """
 
+    paper = Paper(
+        "On the Efficacy of Eviction Policy for Key-Value Constrained Generative Language Model Inference", "2402.06262"
+    )
     sinks = 4
     recent = 10
     unstable: float = 0.1
 
     def __post_init__(self) -> None:
-        if not 0 <= self.unstable <= 1:
-            raise UserError(f"roco got unstable={self.unstable}; expected a share from 0 to 1")
+        self._require(0 <= self.unstable <= 1, "unstable, a share, from 0 to 1")
 
     def initial_state(self, view: CacheView) -> dict[str, Tensor]:
-        nothing = view.keys.new_zeros(view.keys.shape[:3]).float()
-        return {"mass": nothing, "squares": nothing.clone()}
+        zeros = view.keys.new_zeros(view.keys.shape[:3]).float()
+        return {"mass": zeros, "squares": zeros.clone()}
 
     def observe(self, view: CacheView, attention: Tensor, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        paid = group_mean(attention, view.keys.shape[1])
-        return {"mass": state["mass"] + paid.sum(2), "squares": state["squares"] + paid.square().sum(2)}
+        received = group_mean(attention, view.keys.shape[1])
+        return {"mass": state["mass"] + received.sum(2), "squares": state["squares"] + received.square().sum(2)}
 
     def score(self, view: CacheView) -> Tensor:
         queries = view.age + 1  # that could see the token, its own among them

@@ -1,6 +1,6 @@
 """The learned policy: one small network per KV head, from key, value and position (or other inputs) to a score.
 
-Paper: KVP, arXiv 2602.10238 (ICML 2026), section 4: an MLP per head reads key, value and position of a token.
+As in KVP an MLP per head reads key, value and position of a token.
 Differs from the paper in: inputs are standardised, position enters as the logarithms of position and age (a
 policy meets lengths it was not trained on), all heads run as one batched product, and the agent called `joint`
 trains all heads against one another. :mod:`kv_gym.policies.scoring.inputs` has all inputs.
@@ -12,20 +12,41 @@ import json
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
+from typing import Annotated, Any, Literal
 
 import torch
+from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StrictBool
 from torch import Tensor, nn
 
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.files import whole_file
+from kv_gym.files import read_json, validated, whole_file
 from kv_gym.models.fingerprint import Fingerprint
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy
 from kv_gym.policies.hub import download, is_hub_id, push, refuse_large
 from kv_gym.policies.scoring.inputs import DEFAULT, INPUTS, check_inputs, input_width, read_inputs
 
 FORMAT = 2  # 1 where the inputs are the usual ones and two layers are hidden, which every version reads
 CHECKPOINT = "checkpoint.pt"  # of a training run, in the folder that its policy will be exported into
+
+
+class _PolicyFile(BaseModel):
+    """The content of policy.json; what older files do not hold has the value that it had then."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    format: int
+    policy: Literal["scorer"] = "scorer"
+    inputs: tuple[str, ...] = DEFAULT
+    hidden: Annotated[int, Field(strict=True, ge=1, le=8192)]
+    depth: Annotated[int, Field(strict=True, ge=0, le=8)] = 2
+    hidden_size: Annotated[int, Field(strict=True, ge=0, lt=65536)] = 0
+    fingerprint: dict[str, Any]
+    lengths: tuple[NonNegativeInt, NonNegativeInt]
+    protect: tuple[NonNegativeInt, NonNegativeInt]
+    calibrated: StrictBool
+    absolute: StrictBool = False
+    training: dict[str, Any]
 
 
 class GroupedScorer(nn.Module):
@@ -35,7 +56,7 @@ class GroupedScorer(nn.Module):
         heads: A, layers x KV heads, layer by layer.
         head_dim: of the model's keys and values.
         hidden: width of the hidden layers.
-        inputs: what it sees of a slot, names of :data:`~kv_gym.policies.scoring.inputs.INPUTS`; f = 2 d + 2 by default.
+        inputs: what it reads of a slot, names of :data:`~.scoring.inputs.INPUTS`; f = 2 d + 2 by default.
         hidden_size: width of the model's hidden states, where they are an input.
         depth: hidden layers; 0 is a linear map.
     """
@@ -91,11 +112,12 @@ class Scorer(Policy):
         lengths: shortest and longest context it was trained on.
         protect: first and last tokens it wants protected.
         calibrated: scores were trained against one another across heads.
-        absolute: a score means the same in every context, such as the logarithm of a slot's worth, so that a
+        absolute: a score means the same in every context, such as the logarithm of a slot's utility, so that a
             threshold can be fixed ahead; scores that were only ranked within contexts may drift between them.
         training: how it was made: agent, seed, settings, trace hash, held-out reward.
     """
 
+    paper = Paper("Learning to Evict from Key-Value Cache", "2602.10238", "section 4", venue="ICML 2026")
     network: GroupedScorer
     fingerprint: Fingerprint
     lengths: tuple[int, int]
@@ -106,7 +128,7 @@ class Scorer(Policy):
 
     @property
     def inputs(self) -> tuple[str, ...]:
-        """Names of what it sees of a slot."""
+        """Names of what it reads of a slot."""
         return self.network.inputs
 
     @property
@@ -141,12 +163,12 @@ class Scorer(Policy):
         batch, heads, n, _ = view.keys.shape
         if next(self.network.parameters()).device != view.keys.device:
             self.network.to(view.keys.device)
-        first = self._place(view.layer) * heads
+        first = self._ordinal(view.layer) * heads
         inputs = read_inputs(view, self.inputs)
         flat = inputs.transpose(0, 1).reshape(heads, batch * n, -1)
         return self.network(flat, slice(first, first + heads)).view(heads, batch, n).transpose(0, 1)
 
-    def _place(self, layer: int) -> int:
+    def _ordinal(self, layer: int) -> int:
         try:
             return self.fingerprint.layers.index(layer)
         except ValueError:
@@ -216,27 +238,20 @@ class Scorer(Policy):
         """
         folder = download(str(folder), revision) if is_hub_id(str(folder)) else Path(folder)
         refuse_large(folder)
-        try:
-            about = json.loads((folder / "policy.json").read_text())
-            newer = about["format"] > FORMAT
-            lengths, protect = tuple(about["lengths"]), tuple(about["protect"])
-            # what older folders do not say is as it was then
-            names = tuple(map(str, about.get("inputs", DEFAULT)))
-            sizes = int(about["hidden"]), int(about.get("hidden_size", 0)), int(about.get("depth", 2))
-            fingerprint = Fingerprint.from_json(about["fingerprint"])
-            calibrated, absolute = bool(about["calibrated"]), bool(about.get("absolute", False))
-            training = dict(about["training"])
-        except FileNotFoundError:
-            raise UserError(f"{folder} holds no policy.json; expected a folder that `kv-gym train` exported") from None
-        except (KeyError, TypeError, ValueError, OSError) as error:
-            if isinstance(error, UserError):
-                raise
-            raise UserError(f"{folder / 'policy.json'} is damaged ({error}); export the policy again") from None
-        if newer:
-            raise UserError(f"{folder} has policy format {about['format']}, newer than {FORMAT}: upgrade kv-gym")
-        check_inputs(names, folder / "policy.json")
-        network = _read_weights(folder / "policy.safetensors", fingerprint, names, *sizes)
-        return cls(network, fingerprint, lengths, protect, calibrated, training, absolute)  # type: ignore[arg-type]
+        file = folder / "policy.json"
+        if not file.is_file():
+            raise UserError(f"{folder} holds no policy.json; expected a folder that `kv-gym train` exported")
+        data = read_json(file, "expected what `kv-gym train` or `kv-gym export` wrote: export the policy again")
+        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
+            raise UserError(f"{folder} has policy format {data['format']}, newer than {FORMAT}: upgrade kv-gym")
+        described = validated(_PolicyFile, data, str(file))
+        check_inputs(described.inputs, file)
+        fingerprint = Fingerprint.from_json(described.fingerprint)
+        network = _read_weights(folder / "policy.safetensors", fingerprint, described)
+        return cls(
+            network, fingerprint, described.lengths, described.protect, described.calibrated, described.training,
+            described.absolute,
+        )  # fmt: skip
 
     def card(self) -> str:
         """The model card, generated from what the policy carries."""
@@ -264,18 +279,16 @@ def refuse_foreign(folder: Path) -> None:
         raise UserError(f"{folder} is a file; name a folder to write the policy into")
 
 
-def _read_weights(
-    file: Path, fingerprint: Fingerprint, inputs: tuple[str, ...], hidden: int, hidden_size: int, depth: int
-) -> GroupedScorer:
+def _read_weights(file: Path, fingerprint: Fingerprint, described: _PolicyFile) -> GroupedScorer:
     from safetensors import SafetensorError, safe_open
 
     heads = len(fingerprint.layers) * fingerprint.kv_heads
-    limits = (hidden, 8192), (heads, 65536), (fingerprint.head_dim, 4096), (hidden_size + 1, 65536), (depth + 1, 9)
-    if not all(0 < size <= most for size, most in limits):
+    if not (0 < heads <= 65536 and 0 < fingerprint.head_dim <= 4096):
         raise UserError(f"{file.parent} describes impossible sizes; export the policy again")
+    sizes = heads, fingerprint.head_dim, described.hidden, described.inputs, described.hidden_size, described.depth
     with torch.device("meta"):  # shapes alone: nothing is allocated before the file proves that it holds them
-        described = GroupedScorer(heads, fingerprint.head_dim, hidden, inputs, hidden_size, depth)
-        expected = {name: tuple(tensor.shape) for name, tensor in described.state_dict().items()}
+        shapes = GroupedScorer(*sizes).state_dict()
+        expected = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
     try:
         with safe_open(file, "pt") as stored:
             found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
@@ -286,6 +299,6 @@ def _read_weights(
         raise UserError(f"{file} is missing or damaged ({error}); export the policy again") from None
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise UserError(f"the weights in {file} are not finite; train and export the policy again")
-    network = GroupedScorer(heads, fingerprint.head_dim, hidden, inputs, hidden_size, depth)
+    network = GroupedScorer(*sizes)
     network.load_state_dict(tensors)
     return network.eval()

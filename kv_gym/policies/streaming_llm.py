@@ -1,6 +1,5 @@
 """StreamingLLM: the first tokens (attention sinks) and a sliding window of recent ones.
 
-Paper: arXiv 2309.17453 (ICLR 2024), section 3.
 Differs from the paper in: keys keep their original rotary positions; the paper counts positions inside the
 cache, as `streaming_llm_reindexed` does.
 """
@@ -12,13 +11,16 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy
 
 
 @dataclass(frozen=True)
 class StreamingLLM(Policy):
     """Recency with the first four tokens protected."""
 
+    paper = Paper(
+        "Efficient Streaming Language Models with Attention Sinks", "2309.17453", "section 3", venue="ICLR 2024"
+    )
     sinks = 4
     comparable = True
     static = True

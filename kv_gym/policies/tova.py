@@ -1,6 +1,5 @@
 """TOVA: drop what the newest token ignores; one set of tokens for all heads of a layer.
 
-Paper: arXiv 2401.06104 (EMNLP 2024), section 3.2.
 Differs from the paper in: where heads hold different tokens, a token's absence from a head counts as no attention.
 """
 
@@ -11,7 +10,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
-from kv_gym.policies.base import Policy
+from kv_gym.policies.base import Paper, Policy
 from kv_gym.policies.scoring.neighbours import mean_over_heads
 
 
@@ -19,6 +18,7 @@ from kv_gym.policies.scoring.neighbours import mean_over_heads
 class TOVA(Policy):
     """Attention of the last query, averaged over all query heads of the layer."""
 
+    paper = Paper("Transformers are Multi-State RNNs", "2401.06104", "section 3.2", venue="EMNLP 2024")
     comparable = True
 
     @property

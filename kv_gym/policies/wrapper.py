@@ -1,10 +1,11 @@
-"""Policies over another score: they change what some base policy says, and need what it needs."""
+"""Policies over another policy: they change its scores, and need what it needs."""
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -14,14 +15,18 @@ from kv_gym.models.context_repetition import ContextRepetition
 from kv_gym.policies.base import Policy, StatefulPolicy
 from kv_gym.policies.registry import make_policy
 
+# of a trained policy: which model it belongs to, lengths it was trained on, how, and the bytes of its weights
+_OF_TRAINED_BASE = ("absolute", "fingerprint", "lengths", "nbytes", "training")
+
 
 @dataclass(frozen=True)
-class Over(StatefulPolicy):
+class PolicyWrapper(StatefulPolicy):
     """A policy that scores by the scores of another one, its base.
 
-    It is shown the queries, hidden states and future that its base needs, and protects what its base protects. The
-    state is the base's own: over a base without memory it is empty, and recordings hold it under the base's name
-    (:attr:`~kv_gym.policies.Policy.statistics`). A subclass that reads queries itself asks for
+    It is shown the queries, hidden states and future that its base needs, protects what its base protects, and wants
+    the rotary positions that its base wants. Over a trained base it belongs to the same model and has its training
+    lengths and bytes. The state is the base's own: over a base without memory it is empty, and recordings hold it
+    under the base's name (:attr:`~kv_gym.policies.Policy.statistics`). A subclass that reads queries itself asks for
     ``max(its own, super().needs_queries)``. Scores compare across heads where both the subclass and the base say so.
 
     Attributes:
@@ -39,9 +44,16 @@ class Over(StatefulPolicy):
             "needs_output": self.needs_output or base.needs_output,
             "prompt_only": self.prompt_only or base.prompt_only,
             "comparable": self.comparable and base.comparable,
+            "positions": base.positions if self.positions == "original" else self.positions,
         }
         for name, value in inherited.items():
             object.__setattr__(self, name, value)  # the dataclass is frozen
+
+    def __getattr__(self, name: str) -> Any:
+        """What a trained base has and other policies have not."""
+        if name in _OF_TRAINED_BASE:
+            return getattr(self.base, name)
+        raise AttributeError(f"{type(self).__name__!r} object has no attribute {name!r}")
 
     @property
     def base(self) -> Policy:
@@ -86,3 +98,10 @@ class Over(StatefulPolicy):
         # at least one slot of a head is finite, or every slot is padding and masked again
         softened = scores.masked_fill(~view.valid, float("-inf")).softmax(-1)
         return torch.where(negative, softened, scores).masked_fill(~view.valid, 0.0)
+
+
+def __getattr__(name: str) -> Any:
+    if name == "Over":
+        warnings.warn("Over is called PolicyWrapper now", DeprecationWarning, stacklevel=2)
+        return PolicyWrapper
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -11,8 +11,7 @@ import h5py
 import numpy as np
 import torch
 
-from kv_gym.budgets import uniform
-from kv_gym.budgets.budget import Budget
+from kv_gym.budgets import Budget, uniform
 from kv_gym.cache_view import CacheView, Future
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy

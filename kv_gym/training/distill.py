@@ -13,6 +13,7 @@ import torch
 from pydantic import NonNegativeFloat
 from torch import Tensor
 
+from kv_gym.policies.base import Paper
 from kv_gym.policies.golden import Golden
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.learner import LossLearner, Metrics, Settings
@@ -32,6 +33,11 @@ class DistillSettings(Settings):
 class Distill(LossLearner):
     """Pairwise ranking of each head's slots in the order of Golden Eviction."""
 
+    paper = Paper(
+        "ForesightKV: Optimizing KV Cache Eviction for Reasoning Models by Learning Long-Term Contribution",
+        "2602.03203",
+        venue="ICML 2026",
+    )  # fmt: skip
     settings_class = DistillSettings
     settings: DistillSettings
 

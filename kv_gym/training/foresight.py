@@ -18,6 +18,7 @@ from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
 from kv_gym.errors import UserError
+from kv_gym.policies.base import Paper
 from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.grpo import GroupLearner, GRPOSettings, RankingGroup
@@ -45,6 +46,11 @@ class ForesightSettings(GRPOSettings):
 class Foresight(GroupLearner):
     """Learns the order of Golden Eviction first, then from its own evictions by GRPO."""
 
+    paper = Paper(
+        "ForesightKV: Optimizing KV Cache Eviction for Reasoning Models by Learning Long-Term Contribution",
+        "2602.03203",
+        venue="ICML 2026",
+    )  # fmt: skip
     settings_class = ForesightSettings
     settings: ForesightSettings
     samples = 0

@@ -28,6 +28,7 @@ from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
 from kv_gym.envs.rewards import budget_weights, rank_weights
+from kv_gym.policies.base import Paper
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.learner import ContextLearner, Learner, Metrics, Settings
 from kv_gym.training.plackett_luce import RankingStages, sample_rankings
@@ -153,6 +154,12 @@ class GroupLearner(Learner):
 
 class GRPO(GroupLearner, ContextLearner):
     """Group-relative policy optimisation of sampled rankings, stage by stage."""
+
+    paper = Paper(
+        "DeepSeekMath: Pushing the Limits of Mathematical Reasoning in Open Language Models",
+        "2402.03300",
+        "section 4.1",
+    )
 
     def prepare(self, sequences: list[Sequence]) -> None:
         """Leave protected slots out: there is nothing to decide about them."""

@@ -16,8 +16,7 @@ import torch
 from pydantic import NonNegativeFloat, PositiveInt, model_validator
 from torch import Tensor
 
-from kv_gym.budgets import uniform
-from kv_gym.budgets.cut import judged
+from kv_gym.budgets import select_context
 from kv_gym.budgets.global_threshold import GlobalThreshold
 from kv_gym.policies.scorer import Scorer
 from kv_gym.traces.sequence import Sequence
@@ -140,12 +139,7 @@ def kept_by_one_threshold(
     most = utility.flatten().sort(descending=True).values.double().cumsum(0)
     shares = []
     for total in totals:
-        budget = uniform(total, views[0].seen, utility.shape[1])
-        layers = [
-            judged(score, rule, view.with_budget(budget), *policy.protection, ordinal, len(views))
-            for ordinal, (score, view) in enumerate(zip(scores, views, strict=True))
-        ]
-        keep = torch.cat(rule.kept(layers))
-        best = float(most[int(keep.sum()) - 1])
-        shares.append(float(utility[keep].sum(dtype=torch.float64)) / best if best else 1.0)
+        selection = select_context(policy, rule, views, total, utility, scores=scores)
+        best = float(most[int(selection.kept.sum()) - 1])
+        shares.append(float(selection.kept_utility.sum()) / best if best else 1.0)
     return shares

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kv_gym.policies.base import Paper
 from kv_gym.policies.scoring.inputs import HIDDEN
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.distill import golden_utility
@@ -46,6 +47,7 @@ class KVzapSettings(Settings):
 class KVzap(LossLearner):
     """Every head regresses the logarithm of a slot's utility from the token's hidden state."""
 
+    paper = Paper("KVzap", "2601.07891")
     settings_class = KVzapSettings
     calibrated = True
     absolute = True

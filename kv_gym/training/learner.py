@@ -20,6 +20,7 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
+from kv_gym.policies.base import Paper
 from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN, INPUTS, check_inputs, read_inputs, slot_inputs
 from kv_gym.traces.sequence import Sequence
@@ -179,6 +180,7 @@ class Learner(ABC):
         needs_model: it trains through the model itself, whatever the settings.
     """
 
+    paper: ClassVar[Paper | None] = None
     settings_class: ClassVar[type[Settings]] = Settings
     calibrated: bool = False
     absolute: bool = False

@@ -20,6 +20,7 @@ from stable_baselines3 import PPO
 
 from kv_gym.envs.sb3 import KVEvictVecEnv
 from kv_gym.errors import UserError
+from kv_gym.policies.base import Paper
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.learner import Learner, Metrics, Settings, sequence_inputs
 from kv_gym.training.sb3_policy import DecisionBuffer, RankingPolicy, stages_of
@@ -52,6 +53,7 @@ class PPOSettings(Settings):
 class RankingPPO(Learner):
     """PPO of Stable-Baselines3 on KVEvict-v0, with rankings as actions; a step is a rollout and its updates."""
 
+    paper = Paper("Proximal Policy Optimization Algorithms", "1707.06347")
     settings_class = PPOSettings
     settings: PPOSettings
     any_inputs = False  # the environment's observations hold keys, values and positions

@@ -22,6 +22,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from kv_gym.policies.base import Paper
 from kv_gym.training.learner import LossLearner, Metrics, Settings
 from kv_gym.training.plackett_luce import RankingStages, sample_rankings
 
@@ -39,6 +40,7 @@ class RLOOSettings(Settings):
 class RLOO(LossLearner):
     """Each head ranks its own slots, by sampled rankings with a leave-one-out baseline (KVP)."""
 
+    paper = Paper("Learning to Evict from Key-Value Cache", "2602.10238", "section 4", venue="ICML 2026")
     settings_class = RLOOSettings
     settings: RLOOSettings
 

@@ -26,7 +26,7 @@ from torch import Tensor
 from torch.distributions import Distribution as TorchDistribution
 from torch.distributions import register_kl
 
-from kv_gym.budgets.budget import Budget, slots_per_head
+from kv_gym.budgets import Budget, slots_per_head
 from kv_gym.errors import UserError
 from kv_gym.policies.scorer import GroupedScorer
 from kv_gym.policies.scoring.inputs import slot_inputs

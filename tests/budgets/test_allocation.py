@@ -12,13 +12,13 @@ import torch
 from live_models import tiny, tokens
 
 from kv_gym import CacheView, EvictingCache, Policy, make_policy
-from kv_gym.budgets import cut, judged, parse_allocation, protection_for, slots_per_head
+from kv_gym.budgets import ScoredLayer, parse_allocation, protection_for, select_slots, slots_per_head
 from kv_gym.budgets.ada import Ada
 from kv_gym.budgets.cake import Cake
-from kv_gym.budgets.d2o import D2O
+from kv_gym.budgets.d2o import D2OShares
 from kv_gym.budgets.epicache import EpiCache
+from kv_gym.budgets.layer_shares import apportion
 from kv_gym.budgets.pyramid import Pyramid
-from kv_gym.budgets.rounding import deal
 from kv_gym.budgets.shares import Shares
 from kv_gym.errors import UserError
 from kv_gym.evaluation import evaluate, layer_similarity
@@ -43,18 +43,18 @@ from kv_gym.traces import Prompt, open_traces, record
         (4, (1, 1), (0, 9), [0, 4]),
     ],
 )
-def test_dealing_by_hand(total, weights, caps, expected):
-    assert deal(total, weights, caps) == expected
+def test_apportioning_by_hand(total, weights, caps, expected):
+    assert apportion(total, weights, caps) == expected
 
 
 @pytest.mark.parametrize("seed", range(60))
-def test_dealing_is_exact_and_within_one_slot_of_proportion(seed):
+def test_apportioning_is_exact_and_within_one_slot_of_proportion(seed):
     rng = random.Random(seed)
     parts = rng.randint(1, 9)
     weights = [rng.choice([0.0, rng.random(), 1.0, 7.3]) for _ in range(parts)]
     caps = [rng.randint(0, 30) for _ in range(parts)]
     total = rng.randint(0, 150)
-    dealt = deal(total, weights, caps)
+    dealt = apportion(total, weights, caps)
     assert sum(dealt) == min(total, sum(caps))
     assert all(0 <= slots <= cap for slots, cap in zip(dealt, caps, strict=True))
     # one factor fits all parts that are not full, to less than a slot; full ones would have got their cap from it
@@ -99,7 +99,8 @@ def slots_of(rule, views, sinks=0, recent=0, policy=None):
     """`[layers, batch, heads]` of a rule, asked as the live cache asks it."""
     policy = policy or FirstKey()
     layers = [
-        judged(policy.score(view), rule, view, sinks, recent, place, len(views)) for place, view in enumerate(views)
+        ScoredLayer.of(policy.score(view), rule, view, sinks, recent, place, len(views))
+        for place, view in enumerate(views)
     ]
     if rule.whole_model:
         return torch.stack(rule.slots(layers))
@@ -149,7 +150,7 @@ def test_one_threshold_in_a_layer_with_a_floor_by_hand():
     assert slots_of(Ada(alpha=1.0), [view], policy=Given()).tolist() == [[[3, 3]]]
     # the newest token of either head is protected
     assert slots_of(Ada(alpha=0.0), [view], 0, 1, policy=Given()).tolist() == [[[5, 1]]]
-    (kept,) = cut(Given(), Ada(alpha=0.0), [view], 0, 1)
+    (kept,) = select_slots(Given(), Ada(alpha=0.0), [view], 0, 1)
     assert kept[0].tolist() == [[True] * 5, [False] * 4 + [True]]
 
 
@@ -200,7 +201,7 @@ def test_ada_equals_plain_python_on_ragged_heads(seed):
     nothing = torch.zeros(*where.shape, 1)
     room = torch.tensor(budget)[:, None].expand(-1, heads)
     view = CacheView(nothing, nothing, where, where >= 0, torch.tensor(seen), room)
-    (kept,) = cut(Given(), Ada(alpha=alpha), [view], sinks, recent)
+    (kept,) = select_slots(Given(), Ada(alpha=alpha), [view], sinks, recent)
     for b in range(batch):
         expected = slow_ada(scores[b], positions[b], seen[b], budget[b], alpha, sinks, recent)
         assert kept[b].sum(-1).tolist() == expected
@@ -256,10 +257,10 @@ def test_layer_rules_over_attention_equal_slow_formulas(seed):
     views = [whole_view(seen, budget, seed=seed * 7 + layer, layer=layer) for layer in range(4)]
     for row in range(2):
         preference = [e**0.5 * v**2 for e, v in (slow_cake(view, row) for view in views)]
-        expected = deal(budget[row] * 4, preference, [seen[row]] * 4)
+        expected = apportion(budget[row] * 4, preference, [seen[row]] * 4)
         assert slots_of(Cake(tau1=2.0, tau2=0.5), views)[:, row].tolist() == [[slots] * 2 for slots in expected]
-        expected = deal(budget[row] * 4, [math.exp(slow_d2o(view, row)) for view in views], [seen[row]] * 4)
-        assert slots_of(D2O(), views)[:, row].tolist() == [[slots] * 2 for slots in expected]
+        expected = apportion(budget[row] * 4, [math.exp(slow_d2o(view, row)) for view in views], [seen[row]] * 4)
+        assert slots_of(D2OShares(), views)[:, row].tolist() == [[slots] * 2 for slots in expected]
         assert len(set(expected)) > 1
 
 
@@ -274,7 +275,7 @@ def test_rules_over_attention_refuse_caches_and_traces_without_queries():
         slots_of(Cake(), views)
     views = [replace(whole_view([40], [8]), queries=torch.zeros(1, 4, 8, 4))]
     with pytest.raises(UserError, match=r"'d2o' reads the last 32 queries and layer 0 holds 8.*--window 32"):
-        slots_of(D2O(), views)
+        slots_of(D2OShares(), views)
     model = tiny()
     with EvictingCache(model, "knorm", 1.0) as cache, torch.no_grad():
         model(tokens(1, 40), past_key_values=cache)
@@ -291,7 +292,7 @@ def test_layers_that_need_distant_tokens_by_hand():
     views = [whole_view([50], [8], layer=layer) for layer in range(3)]
     # one minus the normalised similarity is 0, 1 and 0.5; of the mean 0, 2 and 1, and the floor makes the 0 a quarter
     rule = EpiCache(similarity=(0.9, 0.1, 0.5), power=1.0)
-    assert slots_of(rule, views)[:, 0, 0].tolist() == deal(24, [0.25, 2, 1], [50] * 3) == [2, 15, 7]
+    assert slots_of(rule, views)[:, 0, 0].tolist() == apportion(24, [0.25, 2, 1], [50] * 3) == [2, 15, 7]
     assert slots_of(EpiCache(similarity=(0.4, 0.4, 0.4)), views).tolist() == [[[8, 8]]] * 3
     with pytest.raises(UserError, match="2 similarities and the model has 3"):
         slots_of(EpiCache(similarity=(0.4, 0.5)), views)
@@ -359,13 +360,13 @@ def test_totals_are_exact_in_every_row(name, seed, files):
     views = [whole_view(seen, room, seed=seed * 9 + layer, layer=layer) for layer in range(3)]
     sinks, recent = rng.randint(0, 5), rng.randint(0, 20)
     slots = slots_of(rule, views, sinks, recent)
-    kept = torch.stack([mask.sum(-1) for mask in cut(FirstKey(), rule, views, sinks, recent)])
+    kept = torch.stack([mask.sum(-1) for mask in select_slots(FirstKey(), rule, views, sinks, recent)])
     assert slots.min() >= 0
     for row, n in enumerate(seen):
         assert kept[:, row].sum() == 6 * min(room[row], n)
         assert kept[:, row].max() <= n
     # protected slots stay, whatever the rule
-    masks = cut(FirstKey(), rule, views, sinks, recent)
+    masks = select_slots(FirstKey(), rule, views, sinks, recent)
     for view, mask in zip(views, masks, strict=True):
         half = view.budget // 2
         first = half.clamp(max=sinks)[..., None]
@@ -446,7 +447,9 @@ def replayed(sequence, policy, rule, budget):
     """Kept positions `[layers][heads]` by the cut on a trace."""
     sinks, recent = protection_for(policy, None, None)
     views = [sequence.view(layer, budget, policy=policy.statistics) for layer in range(len(sequence.layers))]
-    return [[head.nonzero()[:, 0].tolist() for head in mask[0]] for mask in cut(policy, rule, views, sinks, recent)]
+    return [
+        [head.nonzero()[:, 0].tolist() for head in mask[0]] for mask in select_slots(policy, rule, views, sinks, recent)
+    ]
 
 
 def decoded(cache, row):

@@ -3,22 +3,25 @@
 import random
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 
 from kv_gym import CacheView, Policy, make_policy
 from kv_gym.budgets import (
     UNSEEN,
+    Uniform,
     format_budget,
     keep_order,
     parse_budget,
-    protected,
     protection_for,
     select,
+    select_context,
+    slot_to_evict,
     slots_per_head,
     uniform,
-    weakest,
 )
+from kv_gym.cache_view import protected_tokens
 from kv_gym.errors import UserError
 
 
@@ -126,13 +129,13 @@ def view_of(positions, seen, budget):
 )
 def test_protection_takes_at_most_half_a_budget_and_shrinks_from_the_recent_end(budget, sinks, recent, kept):
     view = view_of([[list(range(10))]], [10], [[budget]])
-    assert set(protected(view, sinks, recent)[0, 0].nonzero().flatten().tolist()) == kept
+    assert set(view.protected(sinks, recent)[0, 0].nonzero().flatten().tolist()) == kept
 
 
 def test_protection_follows_positions_not_slots():
     # position 0 is gone; 11 was the last token seen; slots lie in any order
     view = view_of([[[7, 11, 1, 3, 10, -1]]], [12], [[12]])
-    assert protected(view, sinks=2, recent=2)[0, 0].tolist() == [False, True, True, False, True, False]
+    assert view.protected(sinks=2, recent=2)[0, 0].tolist() == [False, True, True, False, True, False]
 
 
 def test_the_caller_decides_protection_and_none_leaves_it_to_the_policy():
@@ -208,7 +211,7 @@ def test_a_budget_at_or_above_the_length_evicts_nothing():
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_weakest_slot_is_the_one_of_least_merit(seed):
+def test_the_slot_to_evict_is_the_one_of_lowest_priority(seed):
     rng = random.Random(seed)
     n, seen = 9, 14
     positions = [[rng.sample(range(seen), n) for _ in range(2)]]
@@ -216,10 +219,57 @@ def test_the_weakest_slot_is_the_one_of_least_merit(seed):
     view = view_of(positions, [seen], [[n - 1, n - 1]])
     sinks, recent = rng.randint(0, 2), rng.randint(0, 2)
     first, last = sinks, seen - recent if recent else UNSEEN
-    victims = weakest(scores, view.positions, first, last)[..., 0]
+    victims = slot_to_evict(scores, view.positions, first, last)[..., 0]
     for head in range(2):
         safe = [p < sinks or p >= seen - recent for p in positions[0][head]]
         ranking = sorted(range(n), key=lambda i: (safe[i], float(scores[0, head, i]), positions[0][head][i]))
         assert int(victims[0, head]) == ranking[0]
     with pytest.raises(UserError, match="scored NaN in layer 3"):
-        weakest(scores.index_fill(-1, torch.tensor([4]), float("nan")), view.positions, 0, UNSEEN, layer=3)
+        slot_to_evict(scores.index_fill(-1, torch.tensor([4]), float("nan")), view.positions, 0, UNSEEN, layer=3)
+
+
+@pytest.mark.parametrize("given", ["1e400", "1e99999999", "9" * 400, "9" * 9999, 10**12])
+def test_a_budget_beyond_all_measure_is_refused_at_once(given):
+    with pytest.raises(UserError, match=r"no number|share above 1|more than 2,147,483,647 slots") as error:
+        parse_budget(given)
+    assert len(str(error.value)) < 250
+
+
+@pytest.mark.parametrize("given", [np.int64(8), np.int32(8), torch.tensor(8)])
+def test_integers_of_other_libraries_are_slots(given):
+    assert parse_budget(given) == 8 and type(parse_budget(given)) is int
+
+
+@pytest.mark.parametrize("given", [np.float32(0.5), np.float64(0.5)])
+def test_floats_of_other_libraries_are_shares(given):
+    assert parse_budget(given) == 0.5 and type(parse_budget(given)) is float
+
+
+def test_protection_counts_whole_tokens():
+    with pytest.raises(UserError, match=r"sinks and recent are 1\.5 and 0; expected whole numbers from 0"):
+        protection_for(make_policy("knorm"), 1.5, None)
+    assert protection_for(make_policy("knorm"), np.int64(2), None) == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("budget", "sinks", "recent", "kept"), [(8, 2, 3, (2, 2)), (3, 4, 4, (1, 0)), (40, 2, 3, (2, 3))]
+)
+def test_protection_of_numbers_and_of_tensors_is_the_same(budget, sinks, recent, kept):
+    assert protected_tokens(budget, sinks, recent) == kept
+    assert tuple(map(int, protected_tokens(torch.tensor(budget), sinks, recent))) == kept
+
+
+def test_a_context_cut_to_a_budget_keeps_this_utility():
+    """One layer, one head, four tokens; the policy keeps positions 3 and 0."""
+    view = view_of([[[0, 1, 2, 3]]], [4], [[1]])
+    policy = Given(scores=(((3.0, 1.0, 2.0, 9.0),),))
+    utility = torch.tensor([[[0.5, 0.25, 0.125, 0.125]]])
+    selection = select_context(policy, Uniform(), [view], 0.5, utility)
+    assert selection.kept.tolist() == [[[True, False, False, True]]]
+    assert selection.kept_utility.tolist() == [[0.625]] and selection.total_utility.tolist() == [[1.0]]
+    assert selection.utility_kept == 0.625
+    assert select_context(policy, Uniform(), [view], 1, utility).utility_kept == 0.125
+    # half a budget of two is one: the newest token is protected, and takes the place of a better one
+    scores = [torch.tensor([[[3.0, 1.0, 2.0, 0.0]]])]
+    assert select_context(policy, Uniform(), [view], 2, utility, recent=1, scores=scores).utility_kept == 0.625
+    assert select_context(policy, Uniform(), [view], 2, 0 * utility).utility_kept == 0.0

@@ -8,8 +8,8 @@ import torch
 from live_models import tiny, tokens
 
 from kv_gym import EvictingCache, Policy, make_policy
-from kv_gym.budgets import cut, judged, parse_allocation, protection_for
-from kv_gym.budgets.calibrated import Calibrated, identity
+from kv_gym.budgets import ScoredLayer, parse_allocation, protection_for, select_slots
+from kv_gym.budgets.calibrated import Calibrated, policy_identity
 from kv_gym.errors import UserError
 from kv_gym.evaluation import calibrate
 from kv_gym.evaluation.calibrate import threshold
@@ -104,7 +104,7 @@ def test_live_equals_replay_and_no_layer_waits(name, budget, trigger, traced):
         model(ids, past_key_values=cache)
         for row, sequence in enumerate(held_out):
             views = [sequence.view(layer, budget, policy=policy.statistics) for layer in range(3)]
-            masks = cut(policy, rule, views, *protection_for(policy, None, None))
+            masks = select_slots(policy, rule, views, *protection_for(policy, None, None))
             for layer, mask in enumerate(masks):
                 for head in range(2):
                     live = cache.kept_positions(layer)[row, head]
@@ -140,10 +140,10 @@ class Positions(Policy):
 def test_a_budget_for_all_tokens_keeps_all_and_protected_slots_always_stay(traced):
     view = traced[2]["p0"].view(0)
     policy = Positions()
-    rule = Calibrated(json.dumps(identity(policy)), 1, 2, (0.125, 0.5), (90.0, 90.0))
+    rule = Calibrated(json.dumps(policy_identity(policy)), 1, 2, (0.125, 0.5), (90.0, 90.0))
     for budget, expected in [(96, 96), (500, 96), (24, 6 + 3), (12, 6 + 3)]:
         cut_view = view.with_budget(torch.full((1, 2), budget))
-        layer = judged(policy.score(cut_view), rule, cut_view, 3, 0)
+        layer = ScoredLayer.of(policy.score(cut_view), rule, cut_view, 3, 0)
         assert rule.slots([layer])[0].tolist() == [[expected] * 2]
 
 
@@ -186,7 +186,7 @@ def test_damaged_files_are_refused_with_one_sentence(change, tmp_path):
         parse_allocation(f"calibrated:{tmp_path}/t.json")
     assert "\n" not in str(error.value)
     (tmp_path / "t.json").write_text("[" * 10)
-    with pytest.raises(UserError, match="holds no thresholds"):
+    with pytest.raises(UserError, match="expected thresholds"):
         parse_allocation(f"calibrated:{tmp_path}/t.json")
     with pytest.raises(UserError, match="cannot be read"):
         parse_allocation("calibrated:/nowhere.json")
@@ -199,12 +199,12 @@ def test_a_policy_is_known_by_settings_and_weights_not_by_how_it_was_trained():
     fingerprint = Fingerprint("llama", "w", "{}", (0,), 2, 1, 4)
     torch.manual_seed(0)
     one = Scorer(GroupedScorer(1, 4, 8), fingerprint, (1, 9), training={"seed": 1})
-    assert identity(one) == identity(replace(one, training={}))
-    assert identity(one) == json.loads(json.dumps(identity(one)))
+    assert policy_identity(one) == policy_identity(replace(one, training={}))
+    assert policy_identity(one) == json.loads(json.dumps(policy_identity(one)))
     other = Scorer(GroupedScorer(1, 4, 8), fingerprint, (1, 9))
-    assert identity(one) != identity(other)
+    assert policy_identity(one) != policy_identity(other)
     caote = make_policy("caote", over="h2o")
-    assert identity(caote) != identity(make_policy("caote", over="tova"))
+    assert policy_identity(caote) != policy_identity(make_policy("caote", over="tova"))
 
 
 def test_the_command_writes_a_file_that_evaluate_takes(traced, monkeypatch, capsys):

@@ -19,8 +19,8 @@ from live_models import feed, prefilled, tiny, tokens
 from traced_models import CONTEXT, some_prompt, tiny_model
 
 from kv_gym import EvictingCache
-from kv_gym.budgets import cut, parse_allocation, select
-from kv_gym.budgets.calibrated import identity
+from kv_gym.budgets import parse_allocation, select, select_slots
+from kv_gym.budgets.calibrated import policy_identity
 from kv_gym.errors import UserError
 from kv_gym.evaluation import calibrate
 from kv_gym.evaluation.measure import replay
@@ -192,7 +192,9 @@ def test_live_keeps_what_replay_keeps(recorded, inputs):
             assert cache.kept_positions(layer)[0].tolist() == [torch.nonzero(head)[:, 0].tolist() for head in kept]
     with EvictingCache(model, policy, 0.25, allocation="global") as cache:
         feed(model, ids, cache)
-    masks = cut(policy, parse_allocation("global"), [sequence.view_for(policy, i, 0.25) for i in range(3)], 0, 0)
+    masks = select_slots(
+        policy, parse_allocation("global"), [sequence.view_for(policy, i, 0.25) for i in range(3)], 0, 0
+    )
     assert cache.kept()[:, 0].tolist() == [mask[0].sum(-1).tolist() for mask in masks]
     assert len(set(cache.kept().flatten().tolist())) > 1
     assert replay({"p": policy}, [sequence], [0.25])[0]["n"] == 1
@@ -438,4 +440,6 @@ def test_thresholds_on_scores_without_an_absolute_scale_come_with_a_note(tmp_pat
     with pytest.warns(UserWarning, match="trained to rank slots within a context"):
         rule = calibrate(ranked, traces, [0.5], progress=False)
     assert json.loads(rule.about)["absolute"] is False
-    assert identity(ranked) == identity(replace(ranked, absolute=True))  # the thresholds are for the scores
+    assert policy_identity(ranked) == policy_identity(
+        replace(ranked, absolute=True)
+    )  # the thresholds are for the scores

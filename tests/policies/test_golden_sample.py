@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from kv_gym import list_policies, make_policy
-from kv_gym.budgets import cut, parse_allocation, uniform
+from kv_gym.budgets import parse_allocation, select_context
 from kv_gym.models import load_model
 from kv_gym.models.attention import attention_modules, output_projection
 from kv_gym.reference import MODEL
@@ -70,12 +70,9 @@ def utilities(name, sequence, outputs):
     ]
     found = []
     for budget in BUDGETS:
-        room = uniform(budget, views[0].seen, utility.shape[1])
-        kept = cut(policy, parse_allocation("uniform"), [view.with_budget(room) for view in views], *policy.protection)
-        assert all(mask.sum(-1).eq(int(257 * budget)).all() for mask in kept)
-        found.append(
-            float(sum(worth[mask[0]].sum() for worth, mask in zip(utility, kept, strict=True)) / utility.sum())
-        )
+        selection = select_context(policy, parse_allocation("uniform"), views, budget, utility)
+        assert selection.kept.sum(-1).eq(int(257 * budget)).all()
+        found.append(selection.utility_kept)
     return found
 
 

@@ -15,9 +15,8 @@ import pytest
 import torch
 
 from kv_gym import CacheView, make_policy
-from kv_gym.budgets import cut, select
+from kv_gym.budgets import ScoredLayer, select, select_slots
 from kv_gym.budgets.ada import Ada
-from kv_gym.budgets.allocation import Layer
 from kv_gym.budgets.pyramid import Pyramid
 from kv_gym.live.rope_shift import RopeShift
 from kv_gym.live.tiers import EvictedPairs, MergeValues
@@ -113,14 +112,14 @@ def test_a_second_reading_finds_what_kvzip_does(golden, press):
 
 def test_ada_divides_a_layer_as_kvpress_does(golden):
     policy = make_policy("snapkv", window=8)
-    (kept,) = cut(policy, Ada(alpha=0.2), [view_of(golden, policy)], *policy.protection)
+    (kept,) = select_slots(policy, Ada(alpha=0.2), [view_of(golden, policy)], *policy.protection)
     assert torch.equal(kept[0], golden["kept.ada"]) and kept[0, 0].sum() != kept[0, 1].sum()
 
 
 def test_pyramid_divides_a_model_as_kvpress_does(golden):
     # the press counts the window among a layer's slots, as ours does where nothing is protected
     view = CacheView.of(torch.zeros(1, 2, 200, 1), torch.zeros(1, 2, 200, 1), 100)
-    layers = [Layer(view, torch.zeros(1, 2, 200, dtype=torch.int64), place, 5) for place in range(5)]
+    layers = [ScoredLayer(view, torch.zeros(1, 2, 200, dtype=torch.int64), place, 5) for place in range(5)]
     slots = torch.stack(Pyramid(beta=2.0).slots(layers))[:, 0]
     assert torch.equal(slots, golden["slots.pyramid"][:, None].expand(-1, 2))
 

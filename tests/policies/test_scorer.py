@@ -1,6 +1,7 @@
 """The learned policy: the batched network against a loop, saving and loading, and files that must be refused."""
 
 import json
+from dataclasses import asdict
 
 import pytest
 import torch
@@ -106,14 +107,18 @@ def _edit(folder, **changes):
 
 DAMAGE = {
     "newer format": (lambda folder: _edit(folder, format=99), "newer than 2"),
-    "no JSON": (lambda folder: (folder / "policy.json").write_text("{"), "damaged"),
+    "no JSON": (lambda folder: (folder / "policy.json").write_text("{"), "no JSON"),
     "no weights": (lambda folder: (folder / "policy.safetensors").unlink(), "missing or damaged"),
     "truncated weights": (
         lambda folder: (folder / "policy.safetensors").write_bytes((folder / "policy.safetensors").read_bytes()[:-40]),
         "missing or damaged",
     ),
     "other sizes": (lambda folder: _edit(folder, hidden=32), "other sizes"),
-    "impossible sizes": (lambda folder: _edit(folder, hidden=10**9), "impossible sizes"),
+    "impossible sizes": (lambda folder: _edit(folder, hidden=10**9), "hidden"),
+    "an unknown key": (lambda folder: _edit(folder, extra=1), "extra"),
+    "a switch that is a text": (lambda folder: _edit(folder, calibrated="yes"), "calibrated"),
+    "a number that is infinite": (lambda folder: _edit(folder, training={"reward": float("inf")}), "Infinity"),
+    "sizes of no model": (lambda folder: _edit(folder, fingerprint=asdict(FINGERPRINT) | {"head_dim": 10**9}), "sizes"),
     "no fingerprint": (lambda folder: _edit(folder, fingerprint={"layers": [0]}), "fingerprint"),
 }
 

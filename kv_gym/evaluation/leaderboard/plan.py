@@ -10,9 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from kv_gym.budgets import parse_allocation, parse_budget, protection_for
-from kv_gym.budgets.allocation import unfit
-from kv_gym.budgets.budget import Budget
+from kv_gym.budgets import Budget, parse_allocation, parse_budget, protection_for, unfit
 from kv_gym.errors import UserError
 from kv_gym.evaluation.configurations import Configuration
 from kv_gym.evaluation.leaderboard.identity import RESULTS, digest, exported_hash, policy_hash

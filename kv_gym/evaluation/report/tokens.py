@@ -13,8 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kv_gym.budgets import format_budget, parse_allocation, protection_for
-from kv_gym.budgets.budget import slots_after
+from kv_gym.budgets import format_budget, parse_allocation, protection_for, slots_after
 from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks import TaskContext
 from kv_gym.live import EvictingCache, PolicyGroup
@@ -60,13 +59,13 @@ def token_view(
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         for name, policy in policies.items():
             rule = "global" if policy.comparable else f"global:{NORMALISATION}"
-            in_head = _ranks(_merits(cache, policy, 1.0, "uniform"))
-            if not torch.equal(in_head, _ranks(_merits(cache, policy, _OTHER, "uniform"))):
+            in_head = _ranks(_priorities(cache, policy, 1.0, "uniform"))
+            if not torch.equal(in_head, _ranks(_priorities(cache, policy, _OTHER, "uniform"))):
                 raise UserError(
                     f"policy {name} scores differently at every budget, so no one ranking tells what it keeps; leave "
                     "it out of the token view"
                 )
-            in_model = _merits(cache, policy, 1.0, rule)
+            in_model = _priorities(cache, policy, 1.0, rule)
             layers, heads = in_model.shape[:2]
             sinks, recent = protection_for(policy, None, None)
             told.append(
@@ -107,19 +106,19 @@ def answer_places(context: TaskContext) -> set[int]:
     return found
 
 
-def _merits(cache: EvictingCache, policy: Policy, budget: float, allocation: str) -> Tensor:
+def _priorities(cache: EvictingCache, policy: Policy, budget: float, allocation: str) -> Tensor:
     """What slots are kept by, without protection: `[layers, kv_heads, tokens]` int64."""
     rule = parse_allocation(allocation)
     rule.refuse_unfit(policy)
     fork = cache.fork(policy, budget, 0, 0, rule)
-    judged = [layer.state.score_slots() for layer in fork.layers if isinstance(layer, EvictingLayer)]
-    return torch.stack([layer.merits[0] for layer in judged])
+    scored = [layer.state.score_slots() for layer in fork.layers if isinstance(layer, EvictingLayer)]
+    return torch.stack([layer.priorities[0] for layer in scored])
 
 
-def _ranks(merits: Tensor) -> Tensor:
+def _ranks(priorities: Tensor) -> Tensor:
     """Places from 0, the best first, among the last axis; ties go to the first, as in a cut."""
-    order = merits.argsort(dim=-1, descending=True, stable=True)
-    places = torch.arange(merits.shape[-1], device=merits.device).expand_as(order)
+    order = priorities.argsort(dim=-1, descending=True, stable=True)
+    places = torch.arange(priorities.shape[-1], device=priorities.device).expand_as(order)
     return torch.empty_like(order).scatter_(-1, order, places)
 
 

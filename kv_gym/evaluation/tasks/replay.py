@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kv_gym.budgets import judged, protection_for, uniform
+from kv_gym.budgets import ScoredLayer, protection_for, uniform
 from kv_gym.errors import UserError
 from kv_gym.evaluation.configurations import Configuration
 from kv_gym.evaluation.outcomes import ReplayOutcome
@@ -116,7 +116,7 @@ def _outcome(configuration: Configuration, sequence: Any, views: list, scores: l
     began = time.thread_time()
     protection = protection_for(configuration.policy, configuration.sinks, configuration.recent)
     layers = [
-        judged(score, configuration.allocation, view, *protection, ordinal, len(views))
+        ScoredLayer.of(score, configuration.allocation, view, *protection, ordinal, len(views))
         for ordinal, (score, view) in enumerate(zip(scores, views, strict=True))
     ]
     masks = torch.stack([mask[0] for mask in configuration.allocation.kept(layers)]).double()

@@ -14,7 +14,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from kv_gym.budgets.budget import slots_after
+from kv_gym.budgets import slots_after
 from kv_gym.evaluation.configurations import Configuration, cache_for, fork_all, fork_for
 from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.evaluation.tasks.base import Task

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from kv_gym.errors import UserError
 from kv_gym.live.slots import EqualSlots, Slots, take
+from kv_gym.policies.base import Paper
 
 
 @dataclass(frozen=True)
@@ -152,6 +153,7 @@ class Tier(ABC):
         sees_queries: needs the queries of all tokens from the first one on.
     """
 
+    paper: ClassVar[Paper | None] = None
     changes_keys: ClassVar[bool] = False
     sees_queries: bool = False
 

@@ -16,6 +16,7 @@ from kv_gym.errors import UserError
 from kv_gym.live.slots import Slots
 from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier
 from kv_gym.live.tiers.quantiser import dequantise, quantise
+from kv_gym.policies.base import Paper
 
 BITS = (2, 4, 8)
 GROUP = 32
@@ -39,6 +40,10 @@ class LowPrecision(Tier):
         UserError: other bits, or a group below 1.
     """
 
+    paper = Paper(
+        "No Token Left Behind: Reliable KV Cache Compression via Importance-Aware Mixed Precision Quantization",
+        "2402.18096",
+    )  # fmt: skip
     bits: int = 4
     group: int = GROUP
     balanced: bool = False

@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from kv_gym.errors import UserError
 from kv_gym.live.slots import take
 from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier
+from kv_gym.policies.base import Paper
 
 CHUNK = 256  # evicted keys whose similarities to all survivors are held at a time
 
@@ -39,6 +40,10 @@ class Merge(Tier):
         UserError: a decay outside [0, 1].
     """
 
+    paper = Paper(
+        "D2O: Dynamic Discriminative Operations for Efficient Long-Context Inference of Large Language Models",
+        "2406.13035", venue="ICLR 2025",
+    )  # fmt: skip
     decay: float = 0.5
     name = "merge"
     changes_keys = True

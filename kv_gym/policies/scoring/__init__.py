@@ -1,1 +1,1 @@
-"""What policies score with: inputs, attention hits, neighbours, the block schedule."""
+"""What policies share: inputs of learned scorers, attention hits, neighbours in the text, the schedule of blocks."""

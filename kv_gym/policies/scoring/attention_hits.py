@@ -33,10 +33,12 @@ def above_even_share(attention: Tensor, view: CacheView, share: float = 1.0) -> 
     Returns:
         `[batch, kv_heads, m, tokens]` bool.
     """
-    when = query_positions(view, attention.shape[2])[:, None].expand(-1, view.positions.shape[1], -1)
+    queried_at = query_positions(view, attention.shape[2])[:, None].expand(-1, view.positions.shape[1], -1)
     in_text_order = view.positions.masked_fill(~view.valid, -1).sort(-1).values
-    visible = torch.searchsorted(in_text_order, when.contiguous(), right=True) - (~view.valid).sum(-1, keepdim=True)
-    # a little below the even share: whoever pays everybody the same uses everybody, however the softmax rounds;
+    visible = torch.searchsorted(in_text_order, queried_at.contiguous(), right=True) - (~view.valid).sum(
+        -1, keepdim=True
+    )
+    # a little below the even share: even attention reaches it, however the softmax rounds;
     # a query of padding sees nothing, and nothing reaches an infinite share
     return _group_max(attention, view) >= (share * (1 - 1e-4) / visible.clamp(min=0))[..., None]
 
@@ -58,7 +60,7 @@ def last_hit(hits: Tensor, view: CacheView, before: Tensor) -> Tensor:
     Args:
         hits: `[batch, kv_heads, m, tokens]` bool, of the last m queries.
         view: the slots.
-        before: `[batch, kv_heads, tokens]` int64, what it was before these queries.
+        before: `[batch, kv_heads, tokens]` int64, the same before these queries.
     """
     m = hits.shape[2]
     row = (hits * torch.arange(1, m + 1, dtype=torch.int16, device=hits.device)[:, None]).amax(2)  # 0: no hit

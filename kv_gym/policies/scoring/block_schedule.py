@@ -28,20 +28,20 @@ def observe_blocks(
         state: tensors `[B, H, n, ...]`, with the initial state at the new slots.
         block: queries per call of `observe`.
     """
-    if not state or policy.repetition:  # over a policy without memory, or one that a second reading tells everything
+    if not state or policy.repetition:  # nothing to remember, or all of it comes from a second reading
         return dict(state)
     state = dict(state)
     q, n = queries.shape[2], view.keys.shape[2]
     offsets = torch.arange(q, device=queries.device) - q
     query_positions = view.seen[:, None] + offsets  # [B, q]
-    # asked only of several blocks: one block cuts nothing off, and a decoding step should not wait for the device
+    # checked for several blocks alone: one block cuts nothing off, and a decoding step should not wait for the device
     newest_last = (
         q > block and bool(view.valid.all()) and bool((view.positions[..., n - q :] == query_positions[:, None]).all())
     )
     for start in range(0, q, block):
         stop = min(start + block, q)
-        cut = n - q + stop if newest_last else n  # later tokens' slots are not there yet
-        past = _until(view, view.seen - (q - stop), cut)
+        cut = n - q + stop if newest_last else n  # later tokens' slots do not exist yet
+        past = _view_at(view, view.seen - (q - stop), cut)
         attention = attention_weights(
             queries[:, :, start:stop],
             past.keys,
@@ -55,22 +55,22 @@ def observe_blocks(
         for name, tensor in after.items():
             if newest_last:
                 state[name] = torch.cat([tensor, state[name][:, :, cut:]], 2) if cut < n else tensor
-            else:  # a slot that is not there yet keeps its initial state, whatever the policy wrote
-                there = past.valid.reshape(*past.valid.shape, *[1] * (tensor.dim() - 3))
-                state[name] = torch.where(there, tensor, state[name])
+            else:  # a slot that does not exist yet keeps its initial state, whatever the policy wrote
+                valid = past.valid.reshape(*past.valid.shape, *[1] * (tensor.dim() - 3))
+                state[name] = torch.where(valid, tensor, state[name])
     return state
 
 
-def _until(view: CacheView, seen: Tensor, cut: int) -> CacheView:
+def _view_at(view: CacheView, seen: Tensor, cut: int) -> CacheView:
     """The first `cut` slots of a view, as they were when `seen` tokens had come."""
     positions = view.positions[:, :, :cut]
-    there = view.valid[:, :, :cut] & (positions < seen[:, None, None])
+    valid = view.valid[:, :, :cut] & (positions < seen[:, None, None])
     return replace(
         view,
         keys=view.keys[:, :, :cut],
         values=view.values[:, :, :cut],
-        positions=positions.masked_fill(~there, -1),
-        valid=there,
+        positions=positions.masked_fill(~valid, -1),
+        valid=valid,
         seen=seen,
         queries=None,
         hidden=None if view.hidden is None else view.hidden[:, :cut],

@@ -5,7 +5,7 @@ similarity to the mean (the idea of KeyDiff, arXiv 2504.15364), redundancy (the 
 score is another), recent attention (ForesightKV, arXiv 2602.03203, gives its scorer eight statistics per query head)
 and the layer's hidden state (KVzap, arXiv 2601.07891).
 
-Every function returns `[batch, kv_heads, tokens, width]` float32. Invalid slots enter nothing that is said of others.
+Every function returns `[batch, kv_heads, tokens, width]` float32. Invalid slots have no influence on others.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ class Input:
     """One input of a scorer.
 
     Attributes:
-        of: reads it from a view, `[batch, kv_heads, tokens, width]` float32.
+        read: takes it from a view, `[batch, kv_heads, tokens, width]` float32.
         width: numbers per slot, from the head dimension and the width of the model's hidden states.
         static: it depends on the token alone, not on other slots nor on what was seen since.
         queries: last queries that it needs.
         hidden: it needs the layer's hidden states.
     """
 
-    of: Callable[[CacheView], Tensor]
+    read: Callable[[CacheView], Tensor]
     width: Callable[[int, int], int]
     static: bool = False
     queries: int = 0
@@ -59,7 +59,7 @@ def value(view: CacheView) -> Tensor:
 
 def position(view: CacheView) -> Tensor:
     """Logarithms of position and age, two numbers: a policy meets lengths it was not trained on."""
-    return _place(view.positions, view.seen[:, None, None])
+    return _log_position_and_age(view.positions, view.seen[:, None, None])
 
 
 def norms(view: CacheView) -> Tensor:
@@ -84,13 +84,13 @@ def redundancy(view: CacheView) -> Tensor:
     """
     unit = torch.nn.functional.normalize(view.keys.float(), dim=-1, eps=_LEAST)
     others, n = unit.transpose(-1, -2), unit.shape[2]
-    nobody = ~view.valid[:, :, None]
-    most = []
+    invalid = ~view.valid[:, :, None]
+    largest = []
     for start in range(0, n, _CHUNK):
-        cosines = (unit[:, :, start : start + _CHUNK] @ others).masked_fill_(nobody, float("-inf"))
+        cosines = (unit[:, :, start : start + _CHUNK] @ others).masked_fill_(invalid, float("-inf"))
         cosines.diagonal(start, -2, -1).fill_(float("-inf"))
-        most.append(cosines.amax(-1))
-    best = torch.cat(most, -1)
+        largest.append(cosines.amax(-1))
+    best = torch.cat(largest, -1)
     return best.masked_fill(best == float("-inf"), 0.0)[..., None]
 
 
@@ -100,16 +100,16 @@ def attention(view: CacheView) -> Tensor:
     Query by query the maximum over the KV head's query heads. The mean is over all of these queries, also over those
     that came before the slot's token and pay it nothing.
     """
-    paid = view.attention(WINDOW).unflatten(1, (view.keys.shape[1], -1)).amax(2)  # [B, H, m, n]
-    asked = view.seen.clamp(min=1, max=paid.shape[2])[:, None, None]
-    return torch.stack((paid.sum(2) / asked, paid.amax(2)), -1).clamp_(min=_LEAST).log_()
+    received = view.attention(WINDOW).unflatten(1, (view.keys.shape[1], -1)).amax(2)  # [B, H, m, n]
+    queries = view.seen.clamp(min=1, max=received.shape[2])[:, None, None]
+    return torch.stack((received.sum(2) / queries, received.amax(2)), -1).clamp_(min=_LEAST).log_()
 
 
 def hidden(view: CacheView) -> Tensor:
     """The hidden state that the layer's attention receives of the slot's token, the same for all heads.
 
-    The network's first product projects it, with a matrix for each head. In a live cache it is there while the token
-    arrives and never again: a policy that reads it scores a token once, when it comes, and nothing else is kept.
+    The network's first product projects it, with a matrix for each head. A live cache has it while the token
+    arrives and never again: a policy that reads it scores a token once, on arrival, and the state is dropped.
     """
     if view.hidden is None:
         raise ValueError("this view holds no hidden states: a policy with `needs_hidden` is given them")
@@ -129,20 +129,20 @@ INPUTS = {
 
 
 def read_inputs(view: CacheView, names: tuple[str, ...] = DEFAULT) -> Tensor:
-    """All inputs of the slots of one layer side by side, `[batch, kv_heads, tokens, f]` float32."""
-    return torch.cat([INPUTS[name].of(view) for name in names], -1)
+    """All inputs of the slots of one layer next to each other, `[batch, kv_heads, tokens, f]` float32."""
+    return torch.cat([INPUTS[name].read(view) for name in names], -1)
 
 
 def slot_inputs(keys: Tensor, values: Tensor, positions: Tensor, seen: Tensor) -> Tensor:
-    """The default inputs of loose tensors, `[..., n, 2 d + 2]` float32: key, value, log position, log age.
+    """The default inputs of plain tensors, `[..., n, 2 d + 2]` float32: key, value, log position, log age.
 
     Args:
         keys, values: `[..., n, d]`.
         positions: `[..., n]` int64 original positions.
         seen: tokens seen, broadcastable to `positions`.
     """
-    place = _place(positions, seen)
-    return torch.cat((keys.float(), values.float(), place.expand(*keys.shape[:-1], -1)), -1)
+    when = _log_position_and_age(positions, seen)
+    return torch.cat((keys.float(), values.float(), when.expand(*keys.shape[:-1], -1)), -1)
 
 
 def input_width(names: Iterable[str], head_dim: int, hidden_size: int = 0) -> int:
@@ -154,23 +154,23 @@ def check_inputs(names: Iterable[str], source: str | Path) -> tuple[str, ...]:
     """The names of a scorer's inputs, if they are some, hidden states last; `source` is named in errors.
 
     Raises:
-        UserError: no name, an unknown one, one twice, or hidden states beside an input that changes as tokens come:
-            a live cache has the hidden state of a token only when it arrives.
+        UserError: no name, an unknown one, one twice, or hidden states together with an input that changes as tokens
+            come: a live cache has the hidden state of a token only when it arrives.
     """
     chosen = tuple(names)
     if not chosen or len(set(chosen)) < len(chosen) or not set(chosen) <= set(INPUTS):
         raise UserError(f"{source} has inputs {list(chosen)}; expected some of {', '.join(INPUTS)}, each once")
     changing = [name for name in chosen if not INPUTS[name].static]
     if any(INPUTS[name].hidden for name in chosen) and changing:
-        static = ", ".join(name for name, each in INPUTS.items() if each.static and not each.hidden)
+        static = ", ".join(name for name, feature in INPUTS.items() if feature.static and not feature.hidden)
         raise UserError(
             f"{source} has inputs 'hidden' and {changing[0]!r}: hidden states are there only while a token arrives, so "
-            f"beside them expected inputs that never change ({static})"
+            f"with them expected inputs that never change ({static})"
         )
     return tuple(sorted(chosen, key=HIDDEN.__eq__))
 
 
-def _place(positions: Tensor, seen: Tensor) -> Tensor:
+def _log_position_and_age(positions: Tensor, seen: Tensor) -> Tensor:
     return torch.stack((positions, seen - 1 - positions), -1).clamp(min=0).float().log1p() / 4
 
 

@@ -10,13 +10,6 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
-
-
-def refuse_window(name: str, window: int, kernel: int) -> None:
-    """Raise a UserError for a window or a kernel that :func:`smooth` cannot serve; `name` is the policy's."""
-    if window < 1 or kernel < 1 or kernel % 2 == 0:
-        raise UserError(f"{name} got window={window}, kernel={kernel}; expected both above 0, kernel odd")
 
 
 def smooth(received: Tensor, view: CacheView, window: int, kernel: int, pooling: str = "avg") -> Tensor:
@@ -55,8 +48,21 @@ def rank(values: Tensor, view: CacheView) -> Tensor:
     newest_first = view.positions.argsort(-1, descending=True)
     ordered = values.masked_fill(~view.valid, float("-inf")).gather(-1, newest_first)
     order = newest_first.gather(-1, ordered.argsort(dim=-1, descending=True, stable=True))
-    places = torch.arange(order.shape[-1], device=order.device).expand_as(order)
-    return torch.empty_like(order).scatter_(-1, order, places)
+    ranks = torch.arange(order.shape[-1], device=order.device).expand_as(order)
+    return torch.empty_like(order).scatter_(-1, order, ranks)
+
+
+def number_tokens(view: CacheView) -> tuple[int, Tensor]:
+    """Numbers for the cached tokens of all rows: the same token has one number in all heads of its row.
+
+    Returns:
+        How many numbers there are, and the number of each slot, `[batch, kv_heads, tokens]` int64. The invalid slots
+        of a row count as one token.
+    """
+    rows = torch.arange(len(view.positions), device=view.positions.device)[:, None, None]
+    # a number for each token of each row, however far apart the positions are
+    tokens, numbers = (view.positions * len(view.positions) + rows).unique(return_inverse=True)
+    return len(tokens), numbers
 
 
 def mean_over_heads(received: Tensor, view: CacheView) -> Tensor:
@@ -72,11 +78,9 @@ def mean_over_heads(received: Tensor, view: CacheView) -> Tensor:
         `[batch, kv_heads, queries, tokens]` float32.
     """
     batch, heads, queries, n = received.shape
-    rows = torch.arange(batch, device=received.device)[:, None, None]
-    # a number of its own for each token of each row, however far apart the positions are
-    tokens, place = (view.positions * batch + rows).unique(return_inverse=True)
+    count, tokens = number_tokens(view)
     # in double, so that the order of the sum is no matter
-    total = torch.zeros(queries, len(tokens), dtype=torch.float64, device=received.device)
-    total.index_add_(1, place.flatten(), received.transpose(1, 2).transpose(0, 1).reshape(queries, -1).double())
-    mean = (total / heads).float()[:, place.flatten()]
+    total = torch.zeros(queries, count, dtype=torch.float64, device=received.device)
+    total.index_add_(1, tokens.flatten(), received.transpose(1, 2).transpose(0, 1).reshape(queries, -1).double())
+    mean = (total / heads).float()[:, tokens.flatten()]
     return mean.view(queries, batch, heads, n).permute(1, 2, 0, 3)

@@ -15,7 +15,7 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.measure import replay
 from kv_gym.policies import critical_kv, graph_kv
 from kv_gym.policies.scoring.block_schedule import observe_blocks
-from kv_gym.policies.wrapper import Over
+from kv_gym.policies.wrapper import PolicyWrapper
 from kv_gym.testing import check_policy
 from kv_gym.traces.sequence import Continuation, Sequence
 
@@ -72,7 +72,7 @@ def close(scores, expected, view, rtol=1e-5, atol=1e-6):
 
 
 @dataclass(frozen=True)
-class Given(Over):
+class Given(PolicyWrapper):
     """A base that scores by the layer input's first channel: whatever a test wants."""
 
     over: str = "recency"
@@ -487,19 +487,3 @@ def test_the_static_check_can_fail():
     part = CacheView.of(view.keys[:, :, :4], view.values[:, :, :4])
     policy = make_policy("keydiff")
     assert not torch.equal(policy.score(part), policy.score(view)[:, :, :4])
-
-
-@pytest.mark.parametrize(
-    ("name", "settings", "said"),
-    [
-        ("lagkv", {"lag": 0}, "lagkv got lag=0"),
-        ("expected_attention", {"window": 0}, "expected_attention got window=0"),
-        ("dropkv", {"kernel": 4}, "dropkv got window=8, kernel=4"),
-        ("graph_kv", {"sources": 0}, "graph_kv got sources=0"),
-        ("critical_kv", {"first_stage": 1.5}, "critical_kv got first_stage=1.5"),
-        ("next_use", {"threshold": 0}, "next_use got threshold=0"),
-    ],
-)
-def test_settings_that_mean_nothing_are_refused(name, settings, said):
-    with pytest.raises(UserError, match=said):
-        make_policy(name, **settings)

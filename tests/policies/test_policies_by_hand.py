@@ -1,4 +1,4 @@
-"""Every policy on a context of a few tokens whose order is worked out on paper; what other files have is named."""
+"""Every policy on a few tokens whose order is worked out on paper; tests of other files are listed by name."""
 
 import ast
 from dataclasses import replace
@@ -12,55 +12,55 @@ from kv_gym.budgets import select
 
 HERE = Path(__file__)
 
-# policy -> the test that works its order out, of at most eight tokens
+# policy -> the test of this folder that works its order out, of at most eight tokens
 BY_HAND = {
-    "cake": "test_methods_attention.py::test_cake_adds_the_variance_over_the_window",
-    "caote": "test_methods_keys.py::test_caote_by_hand",
-    "critical_kv": "test_methods_keys.py::test_critical_kv_by_hand",
-    "d2o": "test_methods_attention.py::test_h2o_divides_by_the_queries_that_could_see_the_token",
-    "dropkv": "test_methods_by_hand.py::test_dropkv",
-    "expected_attention": "test_methods_keys.py::test_expected_attention_by_hand",
-    "fast_caote": "test_methods_keys.py::test_caote_by_hand",
-    "golden": "test_methods_keys.py::test_golden_counts_the_blocks_that_remain",
-    "graph_kv": "test_methods_keys.py::test_graph_kv_by_hand",
-    "greedy_error": "test_methods_keys.py::test_greedy_error_by_hand",
-    "h2o": "test_methods_attention.py::test_h2o_divides_by_the_queries_that_could_see_the_token",
-    "keydiff": "test_methods_by_hand.py::test_keydiff",
-    "knorm": "test_methods_by_hand.py::test_knorm",
-    "kvzip": "test_methods_kvzip.py::test_the_order_by_hand",
-    "lagkv": "test_methods_keys.py::test_lagkv_ranks_deviations_in_a_chunk_on_the_scale_of_the_next",
-    "lazy_eviction": "test_methods_attention.py::test_lazy_eviction_keeps_who_comes_back_until_overdue",
-    "lfa": "test_methods_attention.py::test_lra_and_lfa_count_the_top_of_a_query",
-    "lfu": "test_methods_attention.py::test_lru_and_lfu_count_an_even_share_as_a_use",
-    "lra": "test_methods_attention.py::test_lra_and_lfa_count_the_top_of_a_query",
-    "lru": "test_methods_attention.py::test_lru_and_lfu_count_an_even_share_as_a_use",
-    "mpcache": "test_methods_attention.py::test_mpcache_asks_the_last_share_of_queries_in_the_mean_over_heads",
-    "next_use": "test_methods_keys.py::test_next_use_waits_until_the_first_request",
-    "oracle": "test_policies.py::test_oracle_and_golden_read_the_future_as_defined",
-    "r_kv": "test_methods_attention.py::test_r_kv_charges_all_but_the_newest_of_alike_keys",
-    "recency": "test_methods_by_hand.py::test_recency_and_sinks",
-    "roco": "test_methods_attention.py::test_roco_lets_only_stable_tokens_go",
-    "sage_kv": "test_methods_attention.py::test_sage_kv_takes_the_largest_attention_of_a_query_head",
-    "same_tokens": "test_same_tokens.py::test_scores_worked_out_slot_by_slot",
-    "snapkv": "test_methods_by_hand.py::test_snapkv",
-    "streaming_llm": "test_methods_by_hand.py::test_recency_and_sinks",
-    "streaming_llm_reindexed": "test_methods_by_hand.py::test_recency_and_sinks",
-    "tova": "test_methods_by_hand.py::test_tova",
-    "random": "test_methods_by_hand.py::test_random",
-    "value_norm": "test_methods_keys.py::test_value_norm_keeps_the_largest_values",
+    "cake": "test_cake_adds_the_variance_over_the_window",
+    "caote": "test_caote_by_hand",
+    "critical_kv": "test_critical_kv_by_hand",
+    "d2o": "test_h2o_divides_by_the_queries_that_could_see_the_token",
+    "dropkv": "test_dropkv",
+    "expected_attention": "test_expected_attention_by_hand",
+    "fast_caote": "test_caote_by_hand",
+    "golden": "test_golden_counts_the_blocks_that_remain",
+    "graph_kv": "test_graph_kv_by_hand",
+    "greedy_error": "test_greedy_error_by_hand",
+    "h2o": "test_h2o_divides_by_the_queries_that_could_see_the_token",
+    "keydiff": "test_keydiff",
+    "knorm": "test_knorm",
+    "kvzip": "test_the_order_by_hand",
+    "lagkv": "test_lagkv_ranks_deviations_in_a_chunk_on_the_scale_of_the_next",
+    "lazy_eviction": "test_lazy_eviction_keeps_who_comes_back_until_overdue",
+    "lfa": "test_lra_and_lfa_count_the_top_of_a_query",
+    "lfu": "test_lru_and_lfu_count_an_even_share_as_a_use",
+    "lra": "test_lra_and_lfa_count_the_top_of_a_query",
+    "lru": "test_lru_and_lfu_count_an_even_share_as_a_use",
+    "mpcache": "test_mpcache_asks_the_last_share_of_queries_in_the_mean_over_heads",
+    "next_use": "test_next_use_waits_until_the_first_request",
+    "oracle": "test_oracle_and_golden_read_the_future_as_defined",
+    "r_kv": "test_r_kv_charges_all_but_the_newest_of_alike_keys",
+    "random": "test_random",
+    "recency": "test_recency_and_sinks",
+    "roco": "test_roco_lets_only_stable_tokens_go",
+    "sage_kv": "test_sage_kv_takes_the_largest_attention_of_a_query_head",
+    "same_tokens": "test_scores_worked_out_slot_by_slot",
+    "snapkv": "test_snapkv",
+    "streaming_llm": "test_recency_and_sinks",
+    "streaming_llm_reindexed": "test_recency_and_sinks",
+    "tova": "test_tova",
+    "value_norm": "test_value_norm_keeps_the_largest_values",
 }
 
 
 @pytest.mark.parametrize("name", [name for name in list_policies() if name != "scorer"])
 def test_every_policy_has_an_example(name):
-    file, _, function = BY_HAND[name].partition("::")
     (found,) = [
         node
-        for node in ast.parse((HERE.parent / file).read_text()).body
-        if isinstance(node, ast.FunctionDef) and node.name == function
+        for file in HERE.parent.glob("test_*.py")
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, ast.FunctionDef) and node.name == BY_HAND[name]
     ]
     words = {node.value for node in ast.walk(found) if isinstance(node, ast.Constant)}
-    assert name in words, f"{BY_HAND[name]} does not speak of {name}"
+    assert name in words, f"{BY_HAND[name]} does not name {name}"
 
 
 def one_head(keys, values=None, **rest):

@@ -385,32 +385,3 @@ def test_statistics_taken_with_other_settings_are_not_the_policys_own(tmp_path):
     assert kept[3] != kept[32]
     with pytest.raises(UserError, match=r"no statistics of policy 'lra\(top=4\)'"):
         replay({"lra": make_policy("lra", top=4)}, [sequence], [0.25])
-
-
-@pytest.mark.parametrize(
-    ("name", "settings"),
-    [
-        ("h2o", {"reduce": "max"}),
-        ("d2o", {"reduce": ""}),
-        ("roco", {"unstable": 1.5}),
-        ("lazy_eviction", {"threshold": 0}),
-        ("lazy_eviction", {"window": -1}),
-        ("lru", {"share": 0}),
-        ("lfu", {"share": -1}),
-        ("lra", {"top": 0}),
-        ("lfa", {"top": 0}),
-        ("sage_kv", {"reduce": "sum"}),
-        ("snapkv", {"pooling": "mean"}),
-        ("snapkv", {"reduce": "sum"}),
-        ("cake", {"kernel": 2}),
-        ("cake", {"window": 0}),
-        ("mpcache", {"share": 0}),
-        ("mpcache", {"window": 0}),
-        ("r_kv", {"kernel": 2}),
-        ("r_kv", {"importance": 2}),
-        ("r_kv", {"threshold": 1}),
-    ],
-)
-def test_settings_without_meaning_are_refused(name, settings):
-    with pytest.raises(UserError, match=f"^{name} got .*{next(iter(settings))}=.*; expected "):
-        make_policy(name, **settings)

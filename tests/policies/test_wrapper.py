@@ -1,16 +1,22 @@
-"""One set of tokens for all heads of a layer."""
+"""Policies over another policy: they pass on what it is and needs; `same_tokens` keeps one set of tokens."""
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
+from traced_models import tiny_model
 
-from kv_gym import CacheView, make_policy
+from kv_gym import CacheView, EvictingCache, make_policy
 from kv_gym.budgets import select
+from kv_gym.errors import UserError
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.scorer import GroupedScorer, Scorer
+from kv_gym.policies.wrapper import PolicyWrapper
 from kv_gym.testing import check_policy
 
+ROOT = Path(__file__).parents[2]
+TRAINED = str(ROOT / "agents" / "trained" / "joint")
 HEADS, N, D = 3, 24, 8
 BASES = ["h2o", "keydiff", "knorm", "recency", "snapkv", "streaming_llm", "tova"]
 
@@ -100,3 +106,40 @@ def test_over_a_trained_policy():
     kept = select(policy, whole(), *policy.protection)
     assert (kept == kept[:, :1]).all() and kept[..., :2].all()
     check_policy(policy, kv_heads=HEADS, query_heads=2 * HEADS, head_dim=D)
+
+
+WRAPPERS = ["caote", "fast_caote", "critical_kv", "graph_kv", "same_tokens"]
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_over_a_trained_policy_it_belongs_to_the_same_model(name):
+    base = make_policy(TRAINED)
+    policy = make_policy(name, over=base)
+    assert policy.fingerprint == base.fingerprint and policy.lengths == base.lengths
+    assert policy.nbytes() == base.nbytes() > 0
+    assert policy.training == base.training and policy.absolute == base.absolute
+
+
+@pytest.mark.parametrize("name", WRAPPERS)
+def test_over_a_heuristic_it_belongs_to_no_model(name):
+    policy = make_policy(name)
+    assert not any(hasattr(policy, attribute) for attribute in ("fingerprint", "lengths", "nbytes", "training"))
+    with pytest.raises(AttributeError, match=f"'{type(policy).__name__}' object has no attribute 'weights'"):
+        policy.weights  # noqa: B018
+
+
+@pytest.mark.parametrize("name", ["caote", "graph_kv", "same_tokens"])
+def test_another_model_is_refused_through_a_wrapper(name):
+    with pytest.raises(UserError, match="was made for a model with"):
+        EvictingCache(tiny_model("llama"), policy=make_policy(name, over=TRAINED))
+
+
+def test_positions_are_those_of_the_base():
+    assert make_policy("caote", over="streaming_llm_reindexed").positions == "cache"
+    assert make_policy("caote", over="streaming_llm").positions == "original"
+
+
+def test_the_old_name_of_the_base_class_works_with_a_warning():
+    with pytest.warns(DeprecationWarning, match="Over is called PolicyWrapper now"):
+        from kv_gym.policies.wrapper import Over
+    assert Over is PolicyWrapper
