@@ -18,6 +18,7 @@ from torch import Tensor
 
 from kv_gym.budgets import select_context
 from kv_gym.budgets.global_threshold import GlobalThreshold
+from kv_gym.errors import UserError
 from kv_gym.policies.scorer import Scorer
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.learner import LossLearner, Metrics, Protection, Settings
@@ -54,7 +55,7 @@ class JointSettings(Settings):
     @model_validator(mode="after")
     def _refuse_empty_ranges(self) -> JointSettings:
         if not 0 < self.smallest <= self.largest < 1 or self.temperature <= 0:
-            raise ValueError(
+            raise UserError(
                 f"smallest, largest and temperature are {self.smallest}, {self.largest} and {self.temperature}; "
                 "expected 0 < smallest <= largest < 1 and a temperature above 0"
             )

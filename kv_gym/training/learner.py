@@ -29,10 +29,10 @@ STANDARDISATION_CONTEXTS = 32  # the first contexts, which give mean and scale o
 Metrics = dict[str, Tensor | float]
 """What a training step reports, by the name that TensorBoard shows."""
 
-Protection = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False, description="two integers from 0")]
+Protection = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)]
 InputNames = Annotated[
     tuple[str, ...],
-    Field(strict=False, description=f"a list such as [{', '.join(DEFAULT)}]"),
+    Field(strict=False),
     AfterValidator(lambda names: check_inputs(names, "the agent")),
 ]
 

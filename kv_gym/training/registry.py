@@ -4,14 +4,10 @@ from __future__ import annotations
 
 from importlib import import_module
 from inspect import isabstract
-from pathlib import Path
 from typing import Any
 
-import yaml
-from pydantic import ValidationError
-
 from kv_gym.errors import UserError
-from kv_gym.files import bundled
+from kv_gym.files import bundled, read_yaml, validated
 from kv_gym.training.learner import Learner, Settings
 
 
@@ -45,27 +41,6 @@ def agent_settings(agent: str, **overrides: Any) -> Settings:
         UserError: unknown agent or setting, or a value of another type or out of range.
     """
     kind, file = learner_class(agent).settings_class, bundled("agents") / f"{agent}.yml"
-    try:
-        written = yaml.safe_load(file.read_text()) or {}
-    except yaml.YAMLError as error:
-        raise UserError(f"{file} is no valid YAML: {str(error).splitlines()[0]}") from None
+    written = validated(kind, read_yaml(file, "expected settings as NAME: VALUE") or {}, str(file))
     given = {name: value for name, value in overrides.items() if value is not None}
-    return _validated(kind, _validated(kind, written, file).model_dump() | given, f"agent {agent!r}")
-
-
-def _validated(kind: type[Settings], data: Any, source: str | Path) -> Settings:
-    """Settings from plain data; an error is one sentence that begins with `source`."""
-    if not isinstance(data, dict):
-        raise UserError(f"{source} holds a {type(data).__name__}; expected settings as NAME: VALUE")
-    try:
-        return kind.model_validate(data)
-    except ValidationError as errors:
-        error = errors.errors()[0]
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if not error["loc"] or error["type"] == "value_error":
-        raise UserError(f"{source}: {message}")
-    name = str(error["loc"][0])
-    if error["type"] == "extra_forbidden":
-        raise UserError(f"{source} has unknown setting {name!r}; known: {', '.join(kind.model_fields)}")
-    expected = kind.model_fields[name].description or message
-    raise UserError(f"{source}: setting {name} is {data[name]!r}; expected {expected}")
+    return validated(kind, written.model_dump() | given, f"agent {agent!r}")

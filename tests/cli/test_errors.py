@@ -223,8 +223,8 @@ def test_damaged_traces(sample, tmp_path, name):
     [
         ("steps", "expected NAME=VALUE"),
         ("contexts=[", "expected a value as in agents/*.yml"),
-        ("seed=3", "unknown setting 'seed'"),
-        ("loss=square", "setting loss is 'square'; expected 'softmax', 'poisson' or 'listwise'"),
+        ("seed=3", "unknown key 'seed'"),
+        ("loss=square", "loss is 'square'; expected 'softmax', 'poisson' or 'listwise'"),
         ("contexts=two", "contexts is 'two'"),
     ],
 )

@@ -423,9 +423,9 @@ def test_kvzap_refuses_traces_without_hidden_states(tmp_path):
     with pytest.raises(UserError, match="recorded without hidden states: record with `kv-gym record --hidden`") as said:
         train("kvzap", traces, tmp_path / "out", steps=1, **FAST)
     assert "\n" not in str(said.value)
-    with pytest.raises(UserError, match="setting network is 'deep'; expected 'linear' or 'mlp'"):
+    with pytest.raises(UserError, match="network is 'deep'; expected 'linear' or 'mlp'"):
         train("kvzap", traces, tmp_path / "out", network="deep")
-    with pytest.raises(UserError, match="setting target is 'sum'"):
+    with pytest.raises(UserError, match="target is 'sum'"):
         train("kvzap", traces, tmp_path / "out", target="sum")
 
 

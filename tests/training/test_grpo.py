@@ -47,9 +47,9 @@ def test_equal_returns_have_no_advantage_and_a_group_of_one_is_refused():
     assert advantage[:, 0].tolist() == pytest.approx([-1.2247, 0, 1.2247], abs=1e-3)
     assert advantage[:, 1].tolist() == pytest.approx([0.12247, 0, -0.12247], abs=1e-3)  # a tenth is at stake there
     for agent in ("grpo", "rloo", "foresight"):
-        with pytest.raises(UserError, match=f"'{agent}': setting group is 1; expected greater than or equal to 2"):
+        with pytest.raises(UserError, match=f"'{agent}': group is 1; expected greater than or equal to 2"):
             agent_settings(agent, group=1)
-    with pytest.raises(UserError, match="setting ranking is 'joint'; expected 'head'"):  # heads are cut one by one
+    with pytest.raises(UserError, match="ranking is 'joint'; expected 'head'"):  # heads are cut one by one
         agent_settings("foresight", ranking="joint")
 
 
