@@ -47,7 +47,7 @@ class KVzapSettings(Settings):
 class KVzap(LossLearner):
     """Every head regresses the logarithm of a slot's utility from the token's hidden state."""
 
-    paper = Paper("KVzap", "2601.07891")
+    paper = Paper("KVzap: Fast, Adaptive, and Faithful KV Cache Pruning", "2601.07891")
     settings_class = KVzapSettings
     calibrated = True
     absolute = True

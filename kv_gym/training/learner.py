@@ -173,6 +173,7 @@ class Learner(ABC):
         model: the transformers decoder of the traces, for agents and utilities that need it.
 
     Attributes:
+        paper: the paper that the agent follows, or None.
         settings_class: class of the agent's settings.
         calibrated: scores are trained against one another across heads, so that one threshold may cut all heads.
         absolute: a score means the same in every context, so that a threshold may be fixed ahead.
