@@ -11,13 +11,13 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Future:
-    """What later queries attended to; only oracles may ask for it, and only replay has it.
+    """Attention of later queries; only oracles need it, and only replay has it.
 
     Attributes:
         attention: `[batch, kv_heads, tokens, blocks, 2]` float32, mean attention per query of each block of
             continuation queries; the last axis is the maximum and the mean over the KV head's query heads.
         weights: `[blocks]` float32, sums to 1: every continuation weighs the same, its queries too.
-        starts: `[blocks]` bool, where a continuation begins; None: at the first block alone.
+        starts: `[blocks]` bool, the first block of each continuation; None: there is one continuation.
     """
 
     attention: Tensor
@@ -29,8 +29,8 @@ class Future:
         return self.attention[..., ("max", "mean").index(reduction)] @ self.weights
 
     @property
-    def numbers(self) -> Tensor:
-        """`[blocks]` int64: the number of each block within its continuation, from 0."""
+    def block_numbers(self) -> Tensor:
+        """Number of each block within its continuation, from 0: `[blocks]` int64."""
         blocks = torch.arange(len(self.weights), device=self.weights.device)
         if self.starts is None:
             return blocks
@@ -52,9 +52,9 @@ class CacheView:
         scaling: factor on query-key products before the softmax (None: d ** -0.5).
         queries: `[B, Hq, m, d]` the last m queries after rotary embedding, or None if not declared as needed.
         state: a stateful policy's own tensors, each `[B, H, n, ...]`.
-        hidden: `[B, n, D]` what the layer's attention received of each slot's token, the same for all heads, or None
-            if not declared as needed. A live cache has it of tokens that arrive and keeps none of it, so that only
-            static policies, which score a token once, may need it.
+        hidden: `[B, n, D]` hidden state of each slot's token, as the layer's attention received it, or None if not
+            declared as needed. A live cache has those of new tokens and keeps none, so that only static policies,
+            which score a token once, may need them.
         output: `[Hq, d, D]` the output projection, the slice that each query head's output is multiplied by, or None
             if not declared as needed.
         future: only for oracles, only in replay.
@@ -75,14 +75,14 @@ class CacheView:
     output: Tensor | None = None
 
     @classmethod
-    def of(cls, keys: Tensor, values: Tensor, budget: int | Tensor = 1, **rest) -> CacheView:
-        """A view of a plain cache of `[B, H, n, d]` tensors with nothing evicted, and one budget for all heads."""
+    def of(cls, keys: Tensor, values: Tensor, budget: int | Tensor = 1, **fields) -> CacheView:
+        """The view of a plain cache of `[B, H, n, d]` tensors, with nothing evicted and one budget for all heads."""
         batch, heads, n, _ = keys.shape
         positions = torch.arange(n, device=keys.device).expand(batch, heads, n)
         seen = torch.full((batch,), n, device=keys.device)
         per_head = torch.as_tensor(budget, device=keys.device).expand(batch, heads)
         valid = torch.ones_like(positions, dtype=torch.bool)
-        return cls(keys, values, positions, valid, seen, per_head, **rest)
+        return cls(keys, values, positions, valid, seen, per_head, **fields)
 
     @property
     def age(self) -> Tensor:

@@ -41,4 +41,4 @@ class Golden(Policy):
     def score(self, view: CacheView) -> Tensor:
         future = recorded_future(self, view)
         # attention is never negative
-        return future.attention[..., 1].masked_fill(future.numbers < self.block, 0.0).amax(-1)
+        return future.attention[..., 1].masked_fill(future.block_numbers < self.block, 0.0).amax(-1)

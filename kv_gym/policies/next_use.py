@@ -46,7 +46,7 @@ class NextUse(Policy):
         else:
             threshold = torch.tensor(self.threshold, device=view.keys.device)
         requested = future.attention[..., 0] >= threshold  # by any query head of the group
-        starts = (future.numbers == 0).nonzero().flatten().tolist()
+        starts = (future.block_numbers == 0).nonzero().flatten().tolist()
         waits = [
             (part.cumsum(-1) == 0).float() @ weights
             for part, weights in zip(

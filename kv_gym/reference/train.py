@@ -100,7 +100,7 @@ def rate_factor(step: int, total: int) -> float:
     return min(1.0, (step + 1) / 100) * cosine * min(1.0, (total - step) / 500)
 
 
-def train(
+def train_reference_model(
     out: Path, stages=STAGES, rate: float = 1.5e-3, seed: int = 0, save_every: int = 50, compiled: bool = True
 ) -> None:
     """Train to the end of the curriculum, resuming from ``out/checkpoint.pt``; writes the model into ``out/model``.
@@ -157,14 +157,13 @@ def train(
     build_tokenizer().save_pretrained(out / "model")
 
 
-def main() -> None:
-    """Command line of the trainer."""
+def _main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/reference"))
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    train(arguments.out, seed=arguments.seed)
+    train_reference_model(arguments.out, seed=arguments.seed)
 
 
 if __name__ == "__main__":
-    main()
+    _main()

@@ -149,12 +149,12 @@ def show(
         parts.append(Text(f"\nbudget {format_budget(parse_budget(budget))}: utility kept {share:.3f}", style="bold"))
         parts.append(_kept_words(words, kept.tolist()))
     if out is not None:
-        parts.append(Text(f"\npicture of all layers and heads: {picture(shown, words, out)}"))
+        parts.append(Text(f"\npicture of all layers and heads: {draw_attention(shown, words, out)}"))
     return Group(*parts)
 
 
-def picture(sequence: Sequence, words: Seq[str], out: str | Path) -> Path:
-    """Draw what later queries attended to; :func:`figure` says what there is to see.
+def draw_attention(sequence: Sequence, words: Seq[str], out: str | Path) -> Path:
+    """Draw what later queries attended to; :func:`attention_figure` says what there is to see.
 
     Args:
         sequence: a context with at least one continuation.
@@ -168,13 +168,13 @@ def picture(sequence: Sequence, words: Seq[str], out: str | Path) -> Path:
         UserError: no continuation, or a file that cannot be written or is no `.png`.
     """
     out = _writable(out)
-    drawing = figure(sequence, words)
+    drawing = attention_figure(sequence, words)
     with atomic_write(out) as part:
         drawing.savefig(part, dpi=120, format="png")
     return out
 
 
-def figure(sequence: Sequence, words: Seq[str]) -> Figure:
+def attention_figure(sequence: Sequence, words: Seq[str]) -> Figure:
     """Heat maps of one context, three axes from top to bottom.
 
     Above, how much of the attention of all heads each token gets. In the middle the utility (mean over continuations

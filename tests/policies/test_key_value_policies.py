@@ -376,9 +376,9 @@ def seen_future(attention, weights, starts=None, values=None, **rest):
 
 def test_blocks_are_numbered_within_their_continuation():
     future = Future(torch.zeros(1, 1, 1, 5, 2), torch.full((5,), 0.2))
-    assert future.numbers.tolist() == [0, 1, 2, 3, 4]
+    assert future.block_numbers.tolist() == [0, 1, 2, 3, 4]
     starts = torch.tensor([True, False, True, True, False])
-    assert replace(future, starts=starts).numbers.tolist() == [0, 1, 0, 0, 1]
+    assert replace(future, starts=starts).block_numbers.tolist() == [0, 1, 0, 0, 1]
 
 
 def test_a_recorded_context_says_where_continuations_start():

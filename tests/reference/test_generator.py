@@ -117,7 +117,7 @@ def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypa
     from kv_gym.reference import train as trainer
 
     def run(folder):
-        trainer.train(folder, stages=(trainer.Stage(64, 2, 4),), save_every=2, compiled=False)
+        trainer.train_reference_model(folder, stages=(trainer.Stage(64, 2, 4),), save_every=2, compiled=False)
 
     run(tmp_path / "whole")
     step, taken = trainer.batch_loss, 0

@@ -23,7 +23,7 @@ from kv_gym.traces import (
     show,
     validate,
 )
-from kv_gym.traces.summary import FIT, SMALLEST, figure, picture
+from kv_gym.traces.summary import FIT, SMALLEST, attention_figure, draw_attention
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 STORIES, NOVEL = DATA / "models" / "stories260K", DATA / "corpora" / "novels" / "Kipling_Kim_1901.txt"
@@ -90,7 +90,7 @@ def test_show_refuses_what_is_not_there(recorded):
 def test_heat_maps_hold_the_recorded_attention(recorded):
     sequence = open_traces(recorded)[0]
     words = [f"w{i}" for i in range(24)]
-    bars, heads, blocks = figure(sequence, words).axes[:3]
+    bars, heads, blocks = attention_figure(sequence, words).axes[:3]
     # a row per layer and head: the maximum over query heads, mean over queries, then over continuations
     for layer in range(3):
         for head in range(2):
@@ -122,7 +122,7 @@ def test_of_many_tokens_those_with_most_attention_are_named(recorded):
         sequence, tokens=wide(sequence.tokens, 0), keys=wide(sequence.keys, 2), values=wide(sequence.values, 2),
         continuations=continuations,
     )  # fmt: skip
-    blocks = figure(longer, [str(i) for i in range(many)]).axes[2]
+    blocks = attention_figure(longer, [str(i) for i in range(many)]).axes[2]
     named = [int(label.get_text()) for label in blocks.get_xticklabels()]
     assert named == sorted(named) and min(np.diff(named)) >= 20
     worth = longer.utility("max").mean((0, 1))
@@ -140,9 +140,9 @@ def test_show_draws_a_picture(recorded, tmp_path):
         (1, tmp_path / "p1.png", "without continuations"),
     ]:
         with pytest.raises(UserError, match=reason):
-            picture(traces[number], ["$"] * len(traces[number].tokens), out)
+            draw_attention(traces[number], ["$"] * len(traces[number].tokens), out)
     assert [path.name for path in tmp_path.iterdir()] == ["new"]
-    assert picture(traces[0], ["$^{", "\n", "a" * 99] * 8, tmp_path / "odd.png").stat().st_size > 1000
+    assert draw_attention(traces[0], ["$^{", "\n", "a" * 99] * 8, tmp_path / "odd.png").stat().st_size > 1000
 
 
 @pytest.mark.skipif(not (STORIES.is_dir() and NOVEL.is_file()), reason=f"no pretrained model and novel under {DATA}")
