@@ -414,9 +414,6 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         flush_to_disk(path.parent)
 
 
-whole_file = atomic_write
-
-
 def flush_to_disk(path: Path) -> None:
     """Wait until a file's content, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDWR if os.name == "nt" else os.O_RDONLY)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kv_gym.budgets.allocation import Allocation, ScoredLayer
 from kv_gym.budgets.order import LOWEST, sortable
 from kv_gym.errors import UserError
-from kv_gym.files import read_json, validated, whole_file
+from kv_gym.files import atomic_write, read_json, validated
 from kv_gym.models.fingerprint import state_dict_hash
 from kv_gym.policies.base import Policy
 
@@ -145,7 +145,7 @@ class Calibrated(Allocation):
             "shares": self.shares, "thresholds": self.thresholds, "about": json.loads(self.about),
         }  # fmt: skip
         Path(file).parent.mkdir(parents=True, exist_ok=True)
-        with whole_file(file) as part:
+        with atomic_write(file) as part:
             part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         return Path(file)
 

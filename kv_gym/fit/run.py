@@ -16,7 +16,7 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.configurations import Configuration
 from kv_gym.evaluation.rows import FULL, result
 from kv_gym.evaluation.statistics import smallest_sufficient_budget
-from kv_gym.files import whole_file
+from kv_gym.files import atomic_write
 from kv_gym.fit.card import LEARNED, card, share_of, verdict
 from kv_gym.fit.data import FitData, contexts_for, read_data
 from kv_gym.fit.folder import FitFolder
@@ -234,7 +234,7 @@ class _Pipeline:
         }  # fmt: skip
         state |= result([*chosen["rows"], *tested["rows"]], **known)
         state["verdict"] = verdict(state)
-        with whole_file(self.folder.path / "README.md") as part:
+        with atomic_write(self.folder.path / "README.md") as part:
             part.write_text(card(state))
         for name in ("chosen", "tested"):  # their rows stand together now
             del state[name]

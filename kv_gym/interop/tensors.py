@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kv_gym.errors import UserError
-from kv_gym.files import whole_file
+from kv_gym.files import atomic_write
 from kv_gym.policies.scoring.inputs import DEFAULT
 
 FORMAT = 1
@@ -89,7 +89,7 @@ def export_tensors(policy, out: str | Path) -> Path:
         "fingerprint": model.to_json(),
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(out) as part:
+    with atomic_write(out) as part:
         save_file(tensors, part, metadata={"kv_gym": json.dumps(description)})
     return out
 

@@ -28,7 +28,7 @@ from kv_gym.budgets import Allocation, parse_allocation
 from kv_gym.budgets.thresholds import NORMALISATIONS
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.files import parse_json, whole_file
+from kv_gym.files import atomic_write, parse_json
 from kv_gym.live.config import CacheConfig, PolicyGroup
 from kv_gym.live.layer import EvictingLayer
 from kv_gym.live.layer_state import LayerState
@@ -95,7 +95,7 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
         "layers": about_layers,
     }
     try:
-        with whole_file(file) as part:
+        with atomic_write(file) as part:
             save_file(tensors, part, {"kv_gym": json.dumps(header)})
     except (OSError, SafetensorError) as error:
         raise UserError(f"{file} cannot be written ({error}); name a file in a folder that exists") from None

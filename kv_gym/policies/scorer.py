@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
-from kv_gym.files import read_json, validated, whole_file
+from kv_gym.files import atomic_write, read_json, validated
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Paper, Policy
 from kv_gym.policies.hub import download, is_hub_id, push, refuse_large
@@ -196,7 +196,7 @@ class Scorer(Policy):
             "policy.json": lambda path: path.write_text(json.dumps(self._description(), indent=1) + "\n"),
         }
         for name, write in writers.items():
-            with whole_file(folder / name) as part:
+            with atomic_write(folder / name) as part:
                 write(part)
         return folder
 

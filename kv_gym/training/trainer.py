@@ -17,7 +17,7 @@ from torch import Tensor
 from kv_gym.budgets import format_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.measure import replay
-from kv_gym.files import parse_json, whole_file
+from kv_gym.files import atomic_write, parse_json
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.policies import StatefulPolicy, make_policy
 from kv_gym.policies.scorer import CHECKPOINT, GroupedScorer, Scorer, refuse_foreign
@@ -263,7 +263,7 @@ class Trainer:
             "seconds": self.seconds, "best_reward": self.best_reward, "best": self.best,
             "learner": self.learner.state_dict(),
         }  # fmt: skip
-        with whole_file(file) as part:
+        with atomic_write(file) as part:
             torch.save(state, part)
 
     def _resume(self, file: Path, resume: bool | None) -> None:

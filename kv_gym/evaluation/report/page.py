@@ -23,7 +23,7 @@ from kv_gym.evaluation.report import charts
 from kv_gym.evaluation.report.look import COLOURS, looks
 from kv_gym.evaluation.report.points import MEASURES, points
 from kv_gym.evaluation.report.reading import Results
-from kv_gym.files import whole_file
+from kv_gym.files import atomic_write
 
 FOLDER = Path(__file__).with_name("web")
 SCRIPTS = ("charts.js", "tables.js", "tokens.js", "page.js")
@@ -59,7 +59,7 @@ def write_page(results: Results, file: str | Path, title: str = "kv_gym report",
             "name fewer policies or a shorter context for the token view"
         )
     file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as part:
+    with atomic_write(file) as part:
         part.write_bytes(page)
     return file
 

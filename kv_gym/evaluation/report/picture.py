@@ -9,7 +9,7 @@ from typing import Any
 from kv_gym.evaluation.report import charts
 from kv_gym.evaluation.report.look import COLOURS, Look, looks
 from kv_gym.evaluation.report.points import points
-from kv_gym.files import whole_file
+from kv_gym.files import atomic_write
 
 SCALE = 2  # pixels for each of the picture's own
 WIDTH = 420
@@ -68,7 +68,7 @@ def write_png(panels: Sequence[dict[str, Any]], data: Sequence[dict], file: str 
         "datasets": {charts.DATA: data}, "background": "white", "padding": 12,
         "hconcat": [panel | {"width": WIDTH} for panel in kept],
     }  # fmt: skip
-    with whole_file(file) as part:
+    with atomic_write(file) as part:
         part.write_bytes(vl_convert.vegalite_to_png(whole, scale=SCALE))
 
 

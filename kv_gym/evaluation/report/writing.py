@@ -13,7 +13,7 @@ from kv_gym.evaluation.report.picture import frontier_picture, quality_picture
 from kv_gym.evaluation.report.points import points
 from kv_gym.evaluation.report.reading import Results
 from kv_gym.evaluation.report.table import markdown, rule
-from kv_gym.files import whole_file
+from kv_gym.files import atomic_write
 
 _OTHERS = {".csv", ".htm", ".json", ".jsonl", ".md", ".pdf", ".png", ".svg", ".txt"}  # no names of folders
 
@@ -60,7 +60,7 @@ def report(
     out.mkdir(parents=True, exist_ok=True)
     write_page(results, out / "report.html", title, tokens)
     text = f"# {_literal(title)}\n\n{_told(results, out)}{notes}\n\n{_origin(results)}"
-    with whole_file(out / "report.md") as part:
+    with atomic_write(out / "report.md") as part:
         part.write_text(text, encoding="utf-8")
     return out / "report.md"
 
