@@ -254,8 +254,8 @@ def parse_yaml(text: str, where: str, expected: str = "expected a YAML document"
                 refuse("a text holds half of a surrogate pair", node)
             return value
 
-    def refuse(reason: str, found: Any) -> None:
-        raise UserError(f"{where}, line {found.start_mark.line + 1}: {reason}; {expected}")
+    def refuse(reason: str, node: Any) -> None:
+        raise UserError(f"{where}, line {node.start_mark.line + 1}: {reason}; {expected}")
 
     try:
         return Loader(text).get_single_data()
@@ -334,10 +334,10 @@ def _decoded(data: bytes, where: str, line: int, expected: str) -> str:
 
 
 def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs) or any(map(_CONTROL.search, found)):
+    content = dict(pairs)
+    if len(content) < len(pairs) or any(map(_CONTROL.search, content)):
         raise _RefusedDataError
-    return found
+    return content
 
 
 def _is_deep(data: Any) -> bool:

@@ -79,11 +79,13 @@ class Fingerprint:
     def refuse_other(self, other: Fingerprint, owner: str, other_owner: str) -> None:
         """Raise a UserError naming the first difference: `owner` has this fingerprint, `other_owner` the other."""
         for field in ("kv_heads", "head_dim", "query_heads", "layers", "architecture", "rope", "weights"):
-            mine, theirs = getattr(self, field), getattr(other, field)
-            if mine != theirs:
-                shown = ("weights hash", mine[:12], theirs[:12]) if field == "weights" else (field, mine, theirs)
+            value, other_value = getattr(self, field), getattr(other, field)
+            if value != other_value:
+                label = field
+                if field == "weights":
+                    label, value, other_value = "weights hash", value[:12], other_value[:12]
                 raise UserError(
-                    f"{owner} was made for a model with {shown[0]} {shown[1]}, and {other_owner} has {shown[2]}: "
+                    f"{owner} was made for a model with {label} {value}, and {other_owner} has {other_value}: "
                     "use the model it was made for, or make it anew for this one"
                 )
 

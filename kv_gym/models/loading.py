@@ -59,11 +59,11 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
     logging.disable_progress_bar()  # its bar would stand between ours
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what is missing is said below, in one sentence
-    wanted = "float32" if dtype == "auto" and target.type == "cpu" else dtype
+    loaded_dtype = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     try:
         config = AutoConfig.from_pretrained(path_or_id, local_files_only=local, trust_remote_code=False)
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path_or_id, config=config, dtype=wanted, local_files_only=local, trust_remote_code=False,
+            path_or_id, config=config, dtype=loaded_dtype, local_files_only=local, trust_remote_code=False,
             use_safetensors=True, attn_implementation="sdpa", output_loading_info=True,
         )  # fmt: skip
     except Exception as error:  # of a damaged folder, transformers lets through whatever its parts raise
@@ -107,15 +107,15 @@ def _on_hub(name: str, files: Sequence[str]) -> bool:
     return any(cached_file(name, file, **quiet) is not None for file in files)
 
 
-def recorded_tokenizer(name: str, wanted: str) -> Any:
-    """The tokenizer with the hash `wanted`, where it is on this machine, else None; never a download.
+def recorded_tokenizer(name: str, expected_hash: str) -> Any:
+    """The tokenizer with the hash `expected_hash`, where it is on this machine, else None; never a download.
 
     Args:
         name: what a trace set calls its model. Only a name of the Hub's form is looked up, in the Hub's cache: the
             set may be a stranger's, and no path that it names is opened.
-        wanted: what :func:`tokenizer_hash` gave.
+        expected_hash: what :func:`tokenizer_hash` gave.
     """
-    if not wanted:
+    if not expected_hash:
         return None
     from transformers import AutoTokenizer
 
@@ -125,7 +125,7 @@ def recorded_tokenizer(name: str, wanted: str) -> Any:
             tokenizer = AutoTokenizer.from_pretrained(source, local_files_only=True, trust_remote_code=False)
         except Exception:  # as in `_load_tokenizer`
             continue
-        if tokenizer_hash(tokenizer) == wanted:
+        if tokenizer_hash(tokenizer) == expected_hash:
             return tokenizer
     return None
 
@@ -146,12 +146,12 @@ def usable_device(device: str | None) -> torch.device:
         UserError: an unknown or missing device.
     """
     try:
-        found = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        resolved = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"device {device!r} is not known; expected cpu, cuda or cuda:N") from None
-    if found.type == "cuda" and (found.index or 0) >= torch.cuda.device_count():
+    if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {device!r} is not there ({torch.cuda.device_count()} CUDA devices found); use cpu")
-    return found
+    return resolved
 
 
 def token_rows(model, rows: Sequence[Sequence[int]]) -> Tensor:

@@ -125,31 +125,31 @@ def show(
             written.
     """
     traces = open_traces(path)
-    shown = _find(traces, sequence)
-    if not shown.continuations:
-        raise UserError(f"sequence {shown.id} was recorded without continuations, so it has no future to show")
-    layer, head = _head(shown, layer, head)
+    context = _find_sequence(traces, sequence)
+    if not context.continuations:
+        raise UserError(f"sequence {context.id} was recorded without continuations, so it has no future to show")
+    layer, head = _choose_head(context, layer, head)
     tokenizer = tokenizer or traces.tokenizer()
-    ids = shown.tokens.tolist()
+    ids = context.tokens.tolist()
     words = [str(i) for i in ids] if tokenizer is None else tokenizer.convert_ids_to_tokens(ids)
     title = (
-        f"{shown.id} ({shown.task or 'no task'}, {shown.split}): {len(words)} tokens, "
-        f"continuations: {len(shown.continuations)}; "
-        f"layer {shown.layers[layer]}, KV head {head}"
+        f"{context.id} ({context.task or 'no task'}, {context.split}): {len(words)} tokens, "
+        f"continuations: {len(context.continuations)}; "
+        f"layer {context.layers[layer]}, KV head {head}"
     )
-    utility = torch.from_numpy(shown.utility("max")[layer, head])
+    utility = torch.from_numpy(context.utility("max")[layer, head])
     parts = [
         Text(title, style="bold"),
         Text("what the oracle keeps there, which sees the continuations; dots stand for what is dropped"),
     ]
     for budget in budgets:
-        view = shown.view(layer, parse_budget(budget), oracle=True)
+        view = context.view(layer, parse_budget(budget), oracle=True)
         kept = select(Oracle(), view, 0, 0)[0, head]
         share = float(utility[kept].sum() / utility.sum()) if float(utility.sum()) else 1.0
         parts.append(Text(f"\nbudget {format_budget(parse_budget(budget))}: utility kept {share:.3f}", style="bold"))
         parts.append(_kept_words(words, kept.tolist()))
     if out is not None:
-        parts.append(Text(f"\npicture of all layers and heads: {draw_attention(shown, words, out)}"))
+        parts.append(Text(f"\npicture of all layers and heads: {draw_attention(context, words, out)}"))
     return Group(*parts)
 
 
@@ -230,7 +230,7 @@ def attention_figure(sequence: Sequence, words: Seq[str]) -> Figure:
     return drawing
 
 
-def _find(traces: TraceSet, sequence: str | int) -> Sequence:
+def _find_sequence(traces: TraceSet, sequence: str | int) -> Sequence:
     text = str(sequence)
     if text in traces.ids:
         return traces[text]
@@ -239,7 +239,7 @@ def _find(traces: TraceSet, sequence: str | int) -> Sequence:
     raise UserError(f"there is no sequence {text!r}; expected a number below {len(traces)} or one of {traces.ids[:3]}")
 
 
-def _head(sequence: Sequence, layer: int | None, head: int | None) -> tuple[int, int]:
+def _choose_head(sequence: Sequence, layer: int | None, head: int | None) -> tuple[int, int]:
     utility = torch.from_numpy(sequence.utility("max"))  # [L, H, n]
     layers, heads, n = utility.shape
     if not 0 <= (layer or 0) < layers or not 0 <= (head or 0) < heads:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import io
 import json
 import os
 import socket
@@ -88,6 +89,9 @@ class TraceWriter:
         Args:
             first: place of its first prompt.
             ids: of all its sequences; they name the file, so that no two recordings give one name to two contents.
+
+        Raises:
+            UserError: the disk is full or cannot be written to.
         """
         new_folder = not self.out.exists()
         self.out.mkdir(parents=True, exist_ok=True)
@@ -96,19 +100,26 @@ class TraceWriter:
         temporary = self.out / f"{name}.{_writer_name()}.tmp"
         try:
             # the 1.10 layout guards its own structures by checksums; readers crash on damage in older ones
-            with h5py.File(temporary, "w", libver=("v110", "v110")) as file:
-                safe_hdf5.set_text(file, manifest=self._text)
-                yield Shard(file.create_group("sequences"), self.manifest["storage"])
+            with _ShardFile(temporary, "w+b") as raw:
+                with h5py.File(raw, "w", libver=("v110", "v110")) as file:
+                    safe_hdf5.set_text(file, manifest=self._text)
+                    yield Shard(file.create_group("sequences"), self.manifest["storage"], raw)
+                raw.raise_failure()
             flush_to_disk(temporary)
             if not (self.out / MANIFEST).exists():
                 self._write_manifest()
             os.replace(temporary, self.out / name)
             if os.name != "nt":  # the rename itself must reach the disk
                 flush_to_disk(self.out)
-        except BaseException:
+        except BaseException as error:
             temporary.unlink(missing_ok=True)
             if new_folder and not any(self.out.iterdir()):
                 self.out.rmdir()
+            if isinstance(error, OSError) and error.errno:
+                reason = os.strerror(error.errno)
+                raise UserError(
+                    f"{self.out} cannot be written to ({reason}): make room, then record again; whole shards are kept"
+                ) from None
             raise
 
     def _write_manifest(self) -> None:
@@ -125,17 +136,52 @@ class TraceWriter:
                 path.unlink(missing_ok=True)
 
 
+class _ShardFile(io.FileIO):
+    """A file that remembers its first failed write and then drops all others.
+
+    HDF5 would go on to write what it could not, and crashes when the process ends; so it is told of no failure.
+    """
+
+    failure: OSError | None = None
+
+    def write(self, data: Any) -> int:
+        """Write all of the data, or remember why not."""
+        rest = memoryview(data).cast("B")
+        size = len(rest)
+        try:
+            while rest and self.failure is None:
+                rest = rest[super().write(rest) :]
+        except OSError as error:
+            self.failure = error
+        return size
+
+    def truncate(self, size: int | None = None) -> int:
+        """Change the file's size, or remember why not."""
+        try:
+            return super().truncate(size) if self.failure is None else size or 0
+        except OSError as error:
+            self.failure = error
+            return size or 0
+
+    def raise_failure(self) -> None:
+        """Raise the OSError of the first write that failed."""
+        if self.failure is not None:
+            raise self.failure
+
+
 class Shard:
     """An open shard.
 
     Args:
         group: its group of sequences.
         storage: type of keys, values, queries and hidden states: ``float32``, ``float16`` or ``bfloat16``.
+        file: the file that the shard is written to.
     """
 
-    def __init__(self, group: h5py.Group, storage: str):
+    def __init__(self, group: h5py.Group, storage: str, file: _ShardFile):
         self._group = group
         self._storage = storage
+        self._file = file
 
     def add(self, sequence: Sequence, ordinal: int) -> None:
         """Write one sequence as a group of its own.
@@ -167,6 +213,8 @@ class Shard:
             _write_array(subgroup, "tokens", np.asarray(continuation.tokens, np.int64))
             _write_array(subgroup, "future", np.asarray(continuation.future, np.float32), by_head=True)
         safe_hdf5.set_text(group, digest=digest_of(group))
+        self._group.file.flush()
+        self._file.raise_failure()
 
     def _stored(self, array: np.ndarray) -> np.ndarray:
         tensor = torch.from_numpy(np.ascontiguousarray(array)).to(getattr(torch, self._storage))

@@ -178,6 +178,21 @@ def test_a_failing_prompt_leaves_the_whole_shards_and_nothing_else(tmp_path):
     assert {path.suffix for path in out.iterdir()} == {".h5", ".json"}
 
 
+def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path):
+    script = (
+        f"import resource, signal, sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'support')!r})\n"
+        "from traced_models import PROMPTS, tiny_model\nfrom kv_gym.traces import record\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (60_000, resource.RLIM_INFINITY))\n"
+        f"try:\n    record(tiny_model(), PROMPTS, {str(tmp_path / 'set')!r}, progress=False)\n"
+        "except ValueError as error:\n    print(error)\n"
+    )
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    reason = "(File too large): make room, then record again; whole shards are kept"
+    assert (run.stdout, run.stderr) == (f"{tmp_path / 'set'} cannot be written to {reason}\n", "")
+    assert not list(tmp_path.iterdir())
+
+
 def test_other_folders_are_left_alone(tmp_path):
     (tmp_path / "thesis.txt").write_text("mine")
     with pytest.raises(UserError, match="holds no trace set"):
