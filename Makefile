@@ -5,6 +5,7 @@
 #   make lint                       ruff and mypy
 #   make versions                   the live tests under transformers 5.2, 5.4 and the newest; in .versions/
 #   make kvpress                    the tests beside kvpress, in .venv-kvpress (1.4 GB): kvpress needs transformers 5.2
+#   make real-model  a small real language model (SmolLM2-135M-Instruct, a 4-bit copy) in runs/models/
 #   make clean                      removes environments, caches and build folders; runs/ stays
 PYTHON ?= python3
 SEED ?=
@@ -14,7 +15,7 @@ BIN := .venv/bin
 READY := .venv/ready
 BESIDE := .venv-kvpress/ready
 
-.PHONY: demo test test-all lint versions kvpress clean
+.PHONY: demo test test-all lint versions kvpress real-model clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -37,6 +38,10 @@ versions: $(READY)
 
 kvpress: $(BESIDE)
 	OMP_NUM_THREADS=1 .venv-kvpress/bin/python -m pytest -c tests/kvpress/pytest.ini tests/kvpress
+
+real-model: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'accelerate' 'gguf'
+	$(BIN)/python benchmarks/get_real_model.py
 
 clean:
 	rm -rf .venv .venv-kvpress .versions build dist kv_gym.egg-info .pytest_cache .mypy_cache .ruff_cache
