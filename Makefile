@@ -22,7 +22,7 @@ demo: $(READY)
 	$(BIN)/kv-gym demo $(if $(SEED),--seed $(SEED)) $(ARGS)
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 # after `test`, never beside it
 test-all: test
