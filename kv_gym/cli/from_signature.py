@@ -193,6 +193,7 @@ def verb(
     rename: Mapping[str, str] | None = None,
     defaults: Mapping[str, Any] | None = None,
     kinds: Mapping[str, type | None] | None = None,
+    command_name: str | None = None,
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Add a command for a Python function; the decorated function makes the call and prints the result.
 
@@ -201,12 +202,13 @@ def verb(
     ``--dtype``.
 
     Args:
-        app: where to add the command, under the function's name.
+        app: where to add the command, under the function's name unless `command_name` is given.
         twin: ``module.function``.
         arguments: parameters that are given by position.
         rename: from parameters to the name of their option.
         defaults: that differ from those of the function.
         kinds: of parameters whose annotation does not tell; None leaves the parameter out.
+        command_name: name of the command; None: the function's.
     """
     rename, defaults, kinds = rename or {}, defaults or {}, kinds or {}
     source = FunctionSource.read(twin)
@@ -241,7 +243,7 @@ def verb(
 
         command.__signature__ = inspect.Signature(options)  # type: ignore[attr-defined]
         command.__annotations__ = {option.name: option.annotation for option in options}
-        app.command(source.name, help=source.description)(command)
+        app.command(command_name or source.name, help=source.description)(command)
         return body
 
     return decorate

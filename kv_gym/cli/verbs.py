@@ -23,6 +23,9 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
+pages = typer.Typer(
+    help="Eviction of whole pages: prompt blocks and web objects.", no_args_is_help=True, rich_markup_mode=None
+)
 trace = typer.Typer(help="Look at recorded traces.", no_args_is_help=True, rich_markup_mode=None)
 
 ReferenceTask = Annotated[str, typer.Option("--task", help="With --tasks reference: which task.")]
@@ -319,7 +322,43 @@ def _trace_show(call: Call) -> None:
     Console().print(call())
 
 
+@verb(pages, "kv_gym.pages.summarise_requests", arguments=("path",), command_name="info")
+def _pages_info(call: Call) -> None:
+    for name, value in call().items():
+        typer.echo(f"{name}: {'-' if value is None else value}")
+
+
+@verb(
+    pages,
+    "kv_gym.pages.compare_page_policies",
+    arguments=("requests",),
+    rename={"capacities": "capacity"},
+    kinds={"requests": Path, "policies": list},
+    command_name="simulate",
+)
+def _pages_simulate(
+    call: Call, json_file: Annotated[Path | None, typer.Option("--json", help="File to write the rows to.")] = None
+) -> None:
+    from kv_gym.evaluation.rows import refuse_unwritable, write_json
+    from kv_gym.markdown import pipe_table
+
+    if json_file is not None:
+        refuse_unwritable(json_file)
+    rows = call()
+    head = ["policy", "seed", "capacity", "hit rate", "byte hit rate"]
+    typer.echo(pipe_table(head, [_page_cells(row) for row in rows], left=2))
+    if json_file is not None:
+        write_json(json_file, {"rows": rows})
+
+
+def _page_cells(row: dict) -> list[str]:
+    seed = "" if row["seed"] is None else str(row["seed"])
+    bytes_found = "-" if row["byte_hit_rate"] is None else f"{row['byte_hit_rate']:.4f}"
+    return [row["policy"], seed, f"{row['capacity']:,}", f"{row['hit_rate']:.4f}", bytes_found]
+
+
 app.add_typer(trace, name="trace")
+app.add_typer(pages, name="pages")
 
 
 def _settings(written: list[str] | None, **options: Any) -> dict[str, Any]:

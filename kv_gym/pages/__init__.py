@@ -14,10 +14,12 @@ _HOMES = {
     "QueuePolicy": "kv_gym.pages.policies.base",
     "RankingPolicy": "kv_gym.pages.policies.base",
     "RequestTrace": "kv_gym.pages.requests",
+    "compare_page_policies": "kv_gym.pages.compare",
     "list_page_policies": "kv_gym.pages.policies.registry",
     "make_page_policy": "kv_gym.pages.policies.registry",
     "read_requests": "kv_gym.pages.readers",
     "simulate": "kv_gym.pages.simulator",
+    "summarise_requests": "kv_gym.pages.compare",
 }
 
 __all__ = sorted(_HOMES)

@@ -1,0 +1,92 @@
+"""`kv-gym pages`: what a request trace holds, and how page policies do on it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from kv_gym.errors import UserError
+from kv_gym.pages.policies.base import PagePolicy
+from kv_gym.pages.policies.registry import make_page_policy
+from kv_gym.pages.readers import read_requests
+from kv_gym.pages.requests import RequestTrace
+from kv_gym.pages.simulator import simulate
+
+
+def summarise_requests(path: str | Path, format: str = "auto") -> dict[str, float | int | str | None]:
+    """Say what a trace of cache requests holds: requests, footprint, reuse distances, and the best possible hit rate.
+
+    Args:
+        path: mooncake JSON lines, a list of keys, `time id size` lines, libCacheSim's csv, an NGINX access log, or
+            cache2k's binary keys; also compressed with gzip or xz.
+        format: auto, mooncake, keys, times, csv, nginx or cache2k.
+
+    Returns:
+        See :meth:`~kv_gym.pages.RequestTrace.summary`.
+
+    Raises:
+        UserError: a file that cannot be read; the message names the line.
+    """
+    return read_requests(path, format).summary()
+
+
+def compare_page_policies(
+    requests: str | Path | RequestTrace,
+    policies: Sequence[str | PagePolicy] = ("lru", "fifo", "lfu", "sieve", "s3_fifo", "arc", "random_page", "belady"),
+    capacities: Sequence[int] = (1000,),
+    semantics: str = "objects",
+    oversize: str = "refuse",
+    format: str = "auto",
+    seeds: int = 3,
+) -> list[dict]:
+    """Run page policies over a trace of cache requests and count their hits.
+
+    Args:
+        requests: a trace, or the file of one.
+        policies: names, with settings after colons (`s3_fifo:small=0.2`), class paths, or exported agents (.onnx).
+        capacities: pages, or bytes where the trace has sizes.
+        semantics: objects: every page stands alone; prefix: requests are chains of which only the ends may leave.
+        oversize: what becomes of an object that is larger than the cache: refuse the trace, or pass it by.
+        format: of the file: auto, mooncake, keys, times, csv, nginx or cache2k.
+        seeds: how often a policy that draws at random is run.
+
+    Returns:
+        Rows with `policy`, `capacity`, `semantics`, `trace`, `accesses`, `hits`, `hit_rate`, `byte_hit_rate` (None
+        without sizes), `evictions` and `seed` (None where nothing is drawn).
+
+    Raises:
+        UserError: a file that cannot be read, an unknown policy, or a capacity that some object does not fit into.
+    """
+    trace = requests if isinstance(requests, RequestTrace) else read_requests(requests, format)
+    numbers = [_whole_number(capacity) for capacity in capacities]
+    if not numbers or not policies:
+        raise UserError("nothing to compare; expected at least one policy and one capacity")
+    if seeds < 1:
+        raise UserError(f"{seeds} seeds run nothing; expected 1 or more")
+    chosen = [(str(policy), make_page_policy(policy)) for policy in policies]  # refused before anything runs
+    rows = []
+    for capacity in numbers:
+        for name, policy in chosen:
+            for seed, seeded in _seeded(policy, seeds):
+                row = simulate(trace, seeded, capacity, semantics, oversize).row()
+                rows.append(row | {"policy": name if isinstance(name, str) else policy.name, "seed": seed})
+    return rows
+
+
+def _seeded(policy: PagePolicy, seeds: int) -> Iterator[tuple[int | None, PagePolicy]]:
+    if not policy.stochastic:
+        yield None, policy
+        return
+    first = policy.seed  # type: ignore[attr-defined]
+    for seed in range(first, first + seeds):
+        yield seed, replace(policy, seed=seed)  # type: ignore[type-var]
+
+
+def _whole_number(capacity: int | str) -> int:
+    try:
+        return int(capacity)
+    except ValueError:
+        raise UserError(
+            f"capacity {capacity!r} is no whole number; expected pages, or bytes where there are sizes"
+        ) from None
