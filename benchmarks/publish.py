@@ -4,8 +4,8 @@
     python benchmarks/publish.py --run runs/held_out  # before that takes over the zoo that zoo.py trained there
     python benchmarks/publish.py --check              # says which pages are stale, and exits with 1
 
-The pages: what stands between the markers of README.md, agents/README.md and the cards of its policies, BENCHMARK.md
-and benchmarks/RESULTS.md. They are made of ``benchmarks/results/`` and agents/trained/ alone.
+The pages: what stands between the markers of README.md and docs/results.md, agents/README.md and the cards of its
+policies, BENCHMARK.md and benchmarks/RESULTS.md. They are made of ``benchmarks/results/`` and agents/trained/ alone.
 """
 
 from __future__ import annotations
@@ -53,10 +53,9 @@ def main() -> None:
 def pages(root: Path) -> dict[Path, str]:
     """Every generated page of a checkout, and what it should say."""
     headline, board = read_rows(root / RESULTS / "headline"), read_rows(root / RESULTS / "leaderboard")
-    front = (root / "README.md").read_text(encoding="utf-8")
-    before, after = front.split(START)[0], front.split(END)[1]
     made = {
-        root / "README.md": f"{before}{START}\n{first_screen(headline)}{END}{after}",
+        root / "README.md": between_markers(root / "README.md", first_screen(headline)),
+        root / "docs" / "results.md": between_markers(root / "docs" / "results.md", headline_table(headline)),
         root / "agents" / "README.md": zoo(board, root / "agents" / "trained"),
         root / "BENCHMARK.md": page(board),
     }
@@ -72,22 +71,49 @@ def is_fresh(file: Path, text: str) -> bool:
     return file.is_file() and file.read_text(encoding="utf-8") == text
 
 
+def between_markers(file: Path, text: str) -> str:
+    """A page with `text` in place of what stands between its markers."""
+    page = file.read_text(encoding="utf-8")
+    return f"{page.split(START)[0]}{START}\n{text}{END}{page.split(END)[1]}"
+
+
 def first_screen(rows: Sequence[Mapping]) -> str:
-    """The README's table and picture: how little of the cache is enough."""
+    """The README's picture, and the smallest sufficient budget of the policies that matter."""
+    full = next((row for row in rows if row["policy"] == FULL and row["task"] == TASK), None)
+    if full is None:
+        return ""
+    least: dict[str, float] = {}
+    for place, budget in smallest_budgets(summarise(rows)).items():
+        if place[0] == TASK and budget is not None:
+            least[place[1]] = min(budget, least.get(place[1], budget))
+    learned = {row["policy"] for row in rows if row.get("seed") is not None}
+    best = min((name for name in least if name not in learned and name != FULL), key=lambda name: least[name])
+    shown = [f"`{name}` {format_budget(least[name])}" for name in ("end_to_end", best, "rloo") if name in least]
+    titles = ("learned through the model", "best heuristic", "KVP")
+    smallest = ", ".join(f"{said} ({title})" for said, title in zip(shown, titles, strict=True))
+    return (
+        f"![accuracy over budget](benchmarks/results/headline.png)\n\n"
+        f"Accuracy of the bundled model on {full['questions']:,} held-out questions against the share of the KV cache "
+        f"that is kept. Smallest share within one point of the full cache ({full['accuracy']:.1%}): {smallest}. "
+        f"[All results](docs/results.md).\n"
+    )
+
+
+def headline_table(rows: Sequence[Mapping]) -> str:
+    """The table of docs/results.md: accuracy at every budget, with the picture."""
     full = next((row for row in rows if row["policy"] == FULL and row["task"] == TASK), None)
     if full is None:
         return ""
     seeds = {row["seed"] for row in rows if row.get("seed") is not None}
     return (
-        f"How little of the cache is enough? Multi-key recall in 512 words, {full['questions']:,} held-out questions, "
-        f"unseen while the cache is cut, in percent (full cache {full['accuracy']:.1%}). A budget is a share of all "
-        f"slots of the model; learned policies (bold) are means over {len(seeds)} training runs; heuristics have the "
-        f"allocation, protected ends and window that did best on validation contexts; `smallest` is the least budget "
-        f"that stays within a point of the full cache, at the lower end of a 95 % interval. *Family unseen*: trained "
-        f"on all other families of tasks. *Hidden states*: all that it sees of a token. "
-        f"[How it is made](benchmarks/headline.yml); all policies and tasks: "
-        f"[BENCHMARK.md](BENCHMARK.md).\n\n{accuracy_table(rows, TASK)}\n\n"
-        f"![accuracy against the budget](benchmarks/results/headline.png)\n"
+        f"{accuracy_table(rows, TASK)}\n\n"
+        f"Accuracy in percent on {full['questions']:,} held-out questions of multi-key recall in 512 words (full cache "
+        f"{full['accuracy']:.1%}). The question is not seen while the cache is cut. A budget is a share of all slots of "
+        f"the model. Learned policies (bold) are means over {len(seeds)} training runs. Heuristics use the allocation, "
+        f"protected ends and window that were best on validation contexts. `smallest` is the smallest budget within one "
+        f"point of the full cache, at the lower end of a 95 % interval. *Family unseen*: trained on all other families "
+        f"of tasks. *Hidden states*: the only input of the scorer.\n\n"
+        f"![accuracy over budget](../benchmarks/results/headline.png)\n"
     )
 
 
