@@ -82,19 +82,18 @@ def first_screen(rows: Sequence[Mapping]) -> str:
     full = next((row for row in rows if row["policy"] == FULL and row["task"] == TASK), None)
     if full is None:
         return ""
-    least: dict[str, float] = {}
-    for place, budget in smallest_budgets(summarise(rows)).items():
-        if place[0] == TASK and budget is not None:
-            least[place[1]] = min(budget, least.get(place[1], budget))
-    learned = {row["policy"] for row in rows if row.get("seed") is not None}
-    best = min((name for name in least if name not in learned and name != FULL), key=lambda name: least[name])
-    shown = [f"`{name}` {format_budget(least[name])}" for name in ("end_to_end", best, "rloo") if name in least]
-    titles = ("learned through the model", "best heuristic", "KVP")
-    smallest = ", ".join(f"{said} ({title})" for said, title in zip(shown, titles, strict=True))
+    lines = [line for line in summarise(rows) if line["task"] == TASK]
+    validated = {line["policy"] for line in lines if line["chosen_on_validation"]}
+    lines = [line for line in lines if line["chosen_on_validation"] or line["policy"] not in validated]
+    smallest = {key[1]: budget for key, budget in smallest_budgets(lines).items() if budget is not None}
+    learned = {line["policy"] for line in lines if line["learned"]}
+    best = min((name for name in smallest if name not in learned), key=lambda name: smallest[name])
+    titles = {"end_to_end": "learned through the model", best: "best heuristic", "rloo": "KVP"}
+    shown = ", ".join(f"`{name}` {format_budget(smallest[name])} ({title})" for name, title in titles.items())
     return (
         f"![accuracy over budget](benchmarks/results/headline.png)\n\n"
         f"Accuracy of the bundled model on {full['questions']:,} held-out questions against the share of the KV cache "
-        f"that is kept. Smallest share within one point of the full cache ({full['accuracy']:.1%}): {smallest}. "
+        f"that is kept. Smallest share within one point of the full cache ({full['accuracy']:.1%}): {shown}. "
         f"[All results](docs/results.md).\n"
     )
 

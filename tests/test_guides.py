@@ -9,7 +9,7 @@ import shlex
 from itertools import pairwise
 
 import pytest
-from pages import ROOT, Page, blocks, check_other, commands, enter, links, options, small
+from pages import ROOT, Page, blocks, check_other, commands, enter, links, missing_names, options, small
 from typer.main import get_command
 from users_files import write_users_files
 
@@ -17,6 +17,7 @@ from kv_gym.cli import app
 from kv_gym.evaluation.tasks import parse_tasks, read_tasks
 from kv_gym.evaluation.tasks.names import _KINDS
 from kv_gym.files import MODEL
+from kv_gym.live.guard import REACTIONS, SIGNALS
 from kv_gym.models import load_model
 from kv_gym.policies.scoring.inputs import INPUTS
 from kv_gym.traces import prompts_from_jsonl
@@ -27,7 +28,7 @@ DOCS = ROOT / "docs"
 GUIDES = sorted(DOCS.glob("*.md"))
 TYPED = [page for page in GUIDES if page.name != "methods.md"]  # which is generated
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *GUIDES]
-MOST_LINES = 120
+LONGEST_LINE = 120
 
 
 @pytest.fixture
@@ -45,10 +46,21 @@ def test_every_block_runs(page, folder):
 
 
 @pytest.mark.parametrize("page", TYPED, ids=lambda page: page.stem)
-def test_guides_are_short(page):
-    lines = page.read_text().splitlines()
-    assert len(lines) <= MOST_LINES
-    assert [line for line in lines if len(line) > 120 and not line.startswith(("|", "{"))] == []  # tables, JSON lines
+def test_lines_are_short(page):
+    """Except those of tables, JSON lines and generated results."""
+    lines = re.sub(r"<!-- results -->.*<!-- /results -->", "", page.read_text(), flags=re.S).splitlines()
+    assert [line for line in lines if len(line) > LONGEST_LINE and not line.startswith(("|", "{"))] == []
+
+
+@pytest.mark.parametrize("page", PAGES, ids=str)
+def test_names_that_a_page_mentions_exist(page):
+    """Dotted names of the package, and files of the repository; see :func:`pages.missing_names`."""
+    assert missing_names(page.read_text()) == []
+
+
+def test_the_glossary_has_at_most_fifteen_terms():
+    terms = [line for line in (DOCS / "concepts.md").read_text().splitlines() if line.startswith("| ")]
+    assert 10 <= len(terms) - 1 <= 15
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
@@ -62,7 +74,13 @@ def test_the_index_lists_every_guide():
 
 
 @pytest.mark.parametrize(
-    "page, known", [("my-data", set(_KINDS) - {"file"}), ("my-reward", {*TARGETS, *LOSSES}), ("my-algorithm", INPUTS)]
+    "page, known",
+    [
+        ("use-your-data", set(_KINDS) - {"file"}),
+        ("change-the-reward", {*TARGETS, *LOSSES}),
+        ("write-an-agent", INPUTS),
+        ("live-cache", {*SIGNALS, *REACTIONS}),
+    ],
 )
 def test_lists_of_names_are_complete(page, known):
     words = set(re.findall(r"\w+", (DOCS / f"{page}.md").read_text()))
@@ -116,6 +134,21 @@ def test_every_benchmark_is_listed_with_its_command():
     specs = list((ROOT / "benchmarks").glob("*.yml"))
     assert len(scripts) > 15 and specs
     assert [file.name for file in (*scripts, *specs) if f"benchmarks/{file.name}" not in listed] == []
+
+
+@pytest.mark.parametrize(
+    "text, missing",
+    [
+        ("`kv_gym.live.EvictingCache` and `kv_gym/live/cache.py` and `benchmarks/publish.py`", []),
+        ("`kv_gym.live.EvictingCash`", ["kv_gym.live.EvictingCash"]),
+        ("help(kv_gym.dream.Dream)", ["kv_gym.dream.Dream"]),
+        ("`kv_gym/live/cash.py`", ["kv_gym/live/cash.py"]),
+        ("see tests/test_dreams.py", ["tests/test_dreams.py"]),
+        ("`kv_gym/policies/<name>.py`", []),
+    ],
+)
+def test_a_missing_name_is_noticed(text, missing):
+    assert missing_names(text) == missing
 
 
 # -- what the other tests can see -----------------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""The README does what it says: every block runs, and its first screen is a picture, a table and two commands."""
+"""The README does what it says: every block runs, and the first screen shows what the project is for."""
 
 import contextlib
 import io
@@ -7,10 +7,7 @@ import pytest
 from pages import ROOT, Page, blocks, enter, is_class_with_score, links
 from users_files import write_users_files
 
-from kv_gym.budgets import ALLOCATIONS
 from kv_gym.files import MODEL
-from kv_gym.live.guard import REACTIONS, SIGNALS
-from kv_gym.training.registry import list_agents
 
 README = ROOT / "README.md"
 EXAMPLES = [block.text for block in blocks(README) if block.language == "python"]
@@ -59,10 +56,14 @@ def test_what_it_links_to_is_there():
     assert [link for link in links(README) if not link.exists()] == []
 
 
-def test_the_tables_of_choices_and_parts_are_complete():
-    rows = {line.split("|")[1].strip(): line for line in README.read_text().splitlines() if line.startswith("|")}
-    choices = next(row for name, row in rows.items() if name.startswith("`allocation`"))
-    assert [name for name in ALLOCATIONS if f"`{name}" not in choices] == []
-    guard = next(row for name, row in rows.items() if name.startswith("`guard`"))
-    assert [name for name in (*SIGNALS, *REACTIONS) if f"`{name}`" not in guard] == []
-    assert [name for name in list_agents() if f"`{name}`" not in rows["agents"]] == []
+def test_the_first_screen_has_its_order():
+    """One sentence, a picture of the result, how to install it, a short example, two commands, where to go next."""
+    text = README.read_text()
+    parts = ("# kv_gym", "![", "## Install", "## Quickstart", "make demo", "kv-gym fit", "**Next:**", "## Results")
+    places = [text.index(part) for part in parts]
+    assert places == sorted(places) and text[: places[-1]].count("\n") < 70
+
+
+def test_it_has_the_headings_that_people_search_for():
+    headings = [line[3:] for line in README.read_text().splitlines() if line.startswith("## ")]
+    assert headings == "Install,Quickstart,Results,Concepts,Command line,Python API,Guides,Limits".split(",")

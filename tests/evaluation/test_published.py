@@ -19,7 +19,7 @@ import publish  # noqa: E402
 @pytest.fixture
 def checkout(tmp_path):
     """What the pages are made of, and the pages, as they are committed."""
-    pages = ("README.md", "BENCHMARK.md", "benchmarks/RESULTS.md", "agents/README.md")
+    pages = ("README.md", "docs/results.md", "BENCHMARK.md", "benchmarks/RESULTS.md", "agents/README.md")
     for name in (*pages, "benchmarks/results", "agents/trained"):
         source, copy = ROOT / name, tmp_path / name
         copy.parent.mkdir(parents=True, exist_ok=True)
@@ -63,9 +63,9 @@ def test_a_changed_result_makes_its_pages_stale(checkout):
     assert stale(checkout) == set()
     results = checkout / "benchmarks" / "results"
     change(results / "headline", accuracy=0.01)
-    assert stale(checkout) == {"README.md"}
+    assert stale(checkout) == {"docs/results.md"}
     change(results / "leaderboard", accuracy=0.01)
-    assert stale(checkout) == {"README.md", "agents/README.md", "BENCHMARK.md"}
+    assert stale(checkout) == {"docs/results.md", "agents/README.md", "BENCHMARK.md"}
 
 
 def test_a_changed_finding_makes_its_page_stale(checkout):

@@ -1,32 +1,52 @@
-"""The demo from end to end, made small: it learns, depends on its seed, and can be run again."""
+"""The demo from end to end, made small: it fits, compares with KVP and heuristics, and depends on its seed."""
 
 import json
 
 import pytest
 
+from kv_gym.errors import UserError
 from kv_gym.files import MODEL
 from kv_gym.fit import demo
 
-pytestmark = [pytest.mark.slow, pytest.mark.skipif(not MODEL.is_dir(), reason="the reference model is not here")]
+needs_model = pytest.mark.skipif(not MODEL.is_dir(), reason="the reference model is not here")
 
 
 @pytest.fixture
 def small(monkeypatch):
-    for name, value in {"TRAINING_CONTEXTS": 24, "HELD_OUT_CONTEXTS": 3, "TOKENS": 256, "STEPS": 60}.items():
+    sizes = {"TRAINING_CONTEXTS": 24, "TOKENS": 128, "AGENT_STEPS": 40, "KVP_STEPS": 20, "TOLERANCE": 0.1}
+    for name, value in (sizes | {"BUDGETS": ("1/4", "1/8")}).items():
         monkeypatch.setattr(demo, name, value)
 
 
-def test_it_writes_report_policy_and_log_and_may_run_again(small, tmp_path, capsys):
+@needs_model
+@pytest.mark.slow
+def test_it_ends_with_smallest_budgets_and_a_picture(small, tmp_path, capsys):
     learned = []
-    for seed in (0, 0, 1):
-        report = demo.demo(tmp_path, seed=seed, progress=False)
-        rows = json.loads((tmp_path / "replay.json").read_text())["rows"]
-        kept = {(row["policy"], row["budget"]): row["utility_kept"] for row in rows}
-        assert kept["learned", 0.25] > max(kept[name, 0.25] for name in demo.POLICIES)
-        learned.append([value for (name, _), value in kept.items() if name == "learned"])
-        text = report.read_text()
-        assert "| learned | 1/8 |" in text and "| full_cache | 1.0 |" in text
-        assert (tmp_path / "report.png").is_file() and (tmp_path / "policy" / "policy.json").is_file()
-        assert len(list((tmp_path / "training" / "tensorboard").glob("events*"))) == 1
+    for folder, seed in (("first", 0), ("again", 0), ("first", 1)):
+        report = demo.demo(tmp_path / folder, seed=seed, progress=False)
+        results = json.loads((tmp_path / folder / "rows.json").read_text())
+        accuracy = {(row["policy"], row["budget"]): row["accuracy"] for row in results["rows"]}
+        assert accuracy["full_cache", 1.0] > 0.95
+        assert accuracy["learned", 0.25] > max(accuracy[name, 0.25] for name in ("random", "recency", "h2o"))
+        assert {"learned", "kvp", "kvzip", "keydiff"} <= set(results["smallest_sufficient_budget"])
+        learned.append([row["nll"] for row in results["rows"] if row["policy"] == "learned"])
+        assert (tmp_path / folder / "accuracy.png").is_file()
+        assert "Smallest cache within 10 points" in report.read_text()
     assert learned[0] == learned[1] != learned[2]
-    assert capsys.readouterr().out.count("question ") >= 12
+    printed = capsys.readouterr().out
+    assert printed.count("question ") >= 12 and printed.count("Smallest cache within 10 points") == 3
+
+
+@needs_model
+def test_a_folder_with_other_files_is_refused(tmp_path):
+    (tmp_path / "novel.txt").write_text("The lamp was old.")
+    with pytest.raises(UserError, match="other files"):
+        demo.demo(tmp_path)
+
+
+def test_the_conclusion_names_learned_policy_best_heuristic_and_kvp():
+    smallest = {"learned": 1 / 32, "kvp": 1 / 4, "keydiff": 1 / 8, "kvzip": 1 / 16, "random": None}
+    assert demo._conclusion(smallest) == (
+        "Smallest cache within 2 points of the full cache's accuracy: 1/32 for the learned policy, 1/16 for the best "
+        "heuristic (kvzip), 1/4 for KVP."
+    )

@@ -8,6 +8,7 @@ A block may have a mark in the line above it, which readers of the rendered page
 
 import ast
 import configparser
+import importlib
 import os
 import re
 import shlex
@@ -26,6 +27,7 @@ _BLOCK = re.compile(r"^(?:<!-- (file|parsed): (.*?) -->\n)?```(\w*)\n(.*?)^```$"
 _GENERATED = re.compile(r"<!-- results -->.*<!-- /results -->", re.S)
 # what a command takes at most here, and what it is given where the page does not say it: the same verbs, little work
 _MOST = {"--count": 8, "--steps": 3, "--tokens": 64, "--continuation-tokens": 8, "--max-new-tokens": 4, "--workers": 1}
+_FOLDERS = "kv_gym|tests|benchmarks|examples|agents|traces/recipes|docs"
 _TOLERANCE = 0.5  # so few questions cannot tell less
 _WORDS = {"multi_key": 64, "dialogue": 128, "copy": 32, "fact": 128}
 _MADE = re.compile(rf"\b({'|'.join(_WORDS)}):(\d+)")
@@ -183,6 +185,29 @@ def links(page):
     """Relative files that a page points to."""
     found = re.findall(r"\]\(([^)\s]+)\)", re.sub(r"```.*?```", "", page.read_text(encoding="utf-8"), flags=re.S))
     return [page.parent / link.split("#")[0] for link in found if "://" not in link and link.split("#")[0]]
+
+
+def missing_names(text):
+    """Dotted names `kv_gym.x.y` and files of the repository that a page mentions and that do not exist."""
+    dotted = dict.fromkeys(re.findall(r"\bkv_gym(?:\.[A-Za-z_]\w*)+", text))
+    files = dict.fromkeys(re.findall(rf"(?<![\w/.])(?:{_FOLDERS})/[\w./-]+\.(?:py|md|yml|json)\b", text))
+    return [name for name in dotted if not _resolves(name)] + [name for name in files if not (ROOT / name).exists()]
+
+
+def _resolves(name):
+    parts = name.split(".")
+    for size in range(len(parts), 0, -1):
+        try:
+            value = importlib.import_module(".".join(parts[:size]))
+        except ModuleNotFoundError:
+            continue
+        try:
+            for attribute in parts[size:]:
+                value = getattr(value, attribute)
+        except AttributeError:
+            return False
+        return True
+    return False
 
 
 def is_class_with_score(text):
