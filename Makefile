@@ -1,10 +1,10 @@
 # Every target does its own set-up: a virtual environment in .venv with the versions of constraints.txt.
-#   make demo [SEED=1] [ARGS=...]   record, train, compare, export and decode on the bundled model; writes runs/demo/
+#   make demo [SEED=1] [ARGS=...]   fit the bundled model, compare with KVP and heuristics (5 minutes); runs/demo/
 #   make test                       the test suite
 #   make test-all                   the test suite and the slow tests
 #   make lint                       ruff and mypy
 #   make versions                   the live tests under transformers 5.2, 5.4 and the newest; in .versions/
-#   make kvpress                    the tests beside kvpress, in .venv-kvpress (1.4 GB): kvpress needs transformers 5.2
+#   make kvpress                    the tests with kvpress, in .venv-kvpress (1.4 GB): kvpress needs transformers 5.2
 #   make real-model  a small real language model (SmolLM2-135M-Instruct, a 4-bit copy) in runs/models/
 #   make clean                      removes environments, caches and build folders; runs/ stays
 PYTHON ?= python3

@@ -107,11 +107,11 @@ def headline_table(rows: Sequence[Mapping]) -> str:
     return (
         f"{accuracy_table(rows, TASK)}\n\n"
         f"Accuracy in percent on {full['questions']:,} held-out questions of multi-key recall in 512 words (full cache "
-        f"{full['accuracy']:.1%}). The question is not seen while the cache is cut. A budget is a share of all slots of "
-        f"the model. Learned policies (bold) are means over {len(seeds)} training runs. Heuristics use the allocation, "
-        f"protected ends and window that were best on validation contexts. `smallest` is the smallest budget within one "
-        f"point of the full cache, at the lower end of a 95 % interval. *Family unseen*: trained on all other families "
-        f"of tasks. *Hidden states*: the only input of the scorer.\n\n"
+        f"{full['accuracy']:.1%}). The question is not seen while the cache is cut. A budget is a share of all slots "
+        f"of the model. Learned policies (bold) are means over {len(seeds)} training runs. Heuristics use the "
+        f"allocation, protected ends and window that were best on validation contexts. `smallest` is the smallest "
+        f"budget within one point of the full cache, at the lower end of a 95 % interval. *Family unseen*: trained on "
+        f"all other families of tasks. *Hidden states*: the only input of the scorer.\n\n"
         f"![accuracy over budget](../benchmarks/results/headline.png)\n"
     )
 
