@@ -63,7 +63,7 @@ def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True) ->
         raise UserError(f"{out} holds other files than those of an earlier demo; name a new folder with --out")
     altair()  # raises before the work if the extra is missing
     model, tokenizer = load_model(MODEL)
-    settings = {"count": TRAINING_CONTEXTS, "tokens": TOKENS, "seed": seed}
+    settings: dict[str, Any] = {"count": TRAINING_CONTEXTS, "tokens": TOKENS, "seed": seed}
     test = read_data("reference", **settings).test
 
     console.print("[bold]1. Fit[/]: record, train end_to_end through the model, choose the budget, test it")
