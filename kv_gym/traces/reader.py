@@ -146,7 +146,7 @@ def read_shards(folder: Path, manifest: dict[str, Any]) -> list[Entry]:
     """Entries of all shards of a folder, each of which must belong to the manifest.
 
     Raises:
-        UserError: a damaged shard, one of another set, or an id in two shards.
+        UserError: a damaged shard, one of another set, or an id of two prompts.
     """
     entries: dict[str, Entry] = {}
     for path in sorted(folder.glob("*.h5")):
@@ -155,9 +155,10 @@ def read_shards(folder: Path, manifest: dict[str, Any]) -> list[Entry]:
         shard_manifest, shard_entries = _read_shard(path)
         refuse_other_manifest(manifest, shard_manifest, f"{folder} (compared with its {path.name})")
         for entry in shard_entries:
-            if entry.id in entries:
-                raise UserError(f"sequence {entry.id} is in {entries[entry.id].path} and in {path}: remove one of them")
-            entries[entry.id] = entry
+            # two recorders at work in one folder may record a prompt twice: either recording serves
+            earlier = entries.setdefault(entry.id, entry)
+            if earlier.prompt != entry.prompt:
+                raise UserError(f"sequence {entry.id} has other tokens in {earlier.path} than in {path}: remove one")
     return list(entries.values())
 
 

@@ -293,7 +293,9 @@ def test_ids_are_checked_and_a_renamed_copy_is_found(shard):
 
 def test_sets_are_not_mixed(shard, tmp_path):
     shutil.copy(shard, shard.with_name("again.h5"))
-    with pytest.raises(UserError, match=r"sequence p0 is in .* and in .*: remove one"):
+    with h5py.File(shard.with_name("again.h5"), "r+") as file:
+        set_text(file["sequences/p0"], prompt="other")
+    with pytest.raises(UserError, match=r"sequence p0 has other tokens in .* than in .*: remove one"):
         open_traces(shard.parent)
     change_manifest(shard.with_name("again.h5"), recipe={"from": "elsewhere"})
     with pytest.raises(UserError, match=r"again\.h5.* was recorded with recipe"):

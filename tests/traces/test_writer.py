@@ -178,6 +178,17 @@ def test_a_failing_prompt_leaves_the_whole_shards_and_nothing_else(tmp_path):
     assert {path.suffix for path in out.iterdir()} == {".h5", ".json"}
 
 
+def test_two_recorders_with_other_counts_make_one_set(recorded, tmp_path):
+    out, settings = tmp_path / "set", {"window": 4, "progress": False, "recipe": {"from": "noise"}}
+    record(tiny_model(), PROMPTS[:3], tmp_path / "elsewhere", shard_size=3, **settings)
+    record(tiny_model(), PROMPTS, out, shard_size=2, **settings)
+    for shard in (tmp_path / "elsewhere").glob("*.h5"):
+        shutil.copy(shard, out)
+    assert open_traces(out).hash == open_traces(recorded).hash
+    assert validate(out)["sequences"] == 5
+    assert len(record(tiny_model(), PROMPTS, out, **settings)) == 5
+
+
 def test_a_full_disk_is_one_sentence_and_leaves_nothing_half_written(tmp_path):
     script = (
         f"import resource, signal, sys; sys.path.insert(0, {str(Path(__file__).parents[1] / 'support')!r})\n"
