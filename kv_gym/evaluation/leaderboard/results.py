@@ -28,7 +28,7 @@ ONCE = ("command", "versions", "tasks_hash", "model_hash")  # stand in the first
 _SETTING = ("allocation", "evicted", "sinks", "recent", "window")
 
 
-class Results:
+class ResultFolder:
     """What a folder holds.
 
     Args:

@@ -29,7 +29,7 @@ from kv_gym.evaluation.leaderboard.plan import (
     heuristics,
     learned,
 )
-from kv_gym.evaluation.leaderboard.results import Results, write_batch
+from kv_gym.evaluation.leaderboard.results import ResultFolder, write_batch
 from kv_gym.evaluation.leaderboard.spec import Spec, read_spec
 from kv_gym.evaluation.outcomes import to_json
 from kv_gym.evaluation.rows import complete, result
@@ -123,7 +123,7 @@ class _Leaderboard:
         self.spec, self.bar, self.count = spec, bar, workers
         self.plain, self.trained = heuristics(spec), learned(spec)
         self.model_hash = digest([model_hash(model_folder(spec.model)), spec.dtype]) if spec.tasks else ""
-        self.results = Results(out)
+        self.results = ResultFolder(out)
         self.runner = Runner(spec, out)
         self.origin = {name: value for name, value in result([]).items() if name != "rows"}
         self.failures: dict[str, str] = {}
