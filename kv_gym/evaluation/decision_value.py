@@ -16,6 +16,7 @@ from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -25,11 +26,12 @@ from torch import Tensor
 from kv_gym.budgets import (
     Allocation,
     Budget,
-    ScoredLayer,
+    Selection,
     format_budget,
     parse_allocation,
     parse_budget,
     protection_for,
+    select_context,
     uniform,
 )
 from kv_gym.cache_view import Future
@@ -149,34 +151,33 @@ def compare(
         UserError: a context without continuations, or without the queries or statistics that a policy needs; or an
             allocation that cannot use a policy's scores.
     """
-    (against, other), oracle = baseline, Oracle()
+    (baseline_name, baseline_policy), oracle = baseline, Oracle()
     rules = [parse_allocation(allocation) for allocation in allocations]
-    theirs = [rule if baseline_allocation is None else parse_allocation(baseline_allocation) for rule in rules]
-    for rule, their in zip(rules, theirs, strict=True):
-        their.refuse_unfit(other)
+    baseline_rules = [rule if baseline_allocation is None else parse_allocation(baseline_allocation) for rule in rules]
+    for rule, baseline_rule in zip(rules, baseline_rules, strict=True):
+        baseline_rule.refuse_unfit(baseline_policy)
         for policy in policies.values():
             rule.refuse_unfit(policy)
     # by the budget's number, for a budget of 1 slot equals one of 1.0, which is everything
-    places = [(number, place) for number in range(len(budgets)) for place in range(len(rules))]
+    settings = list(product(range(len(budgets)), range(len(rules))))
     found: dict[tuple, list[dict[str, float]]] = defaultdict(list)
     for sequence in sequences:
         if not sequence.continuations:
             raise UserError(f"context {sequence.id} has no continuations, so nothing tells what was worth keeping")
-        baseliner, seer = (_Decider(who, sequence, sinks, recent) for who in (other, oracle))
-        before = {at: baseliner.cut(budgets[at[0]], theirs[at[1]]) for at in places}
-        best = {at: seer.cut(budgets[at[0]], rules[at[1]]) for at in places}
+        of_baseline, of_oracle = (_Cuts(each, sequence, sinks, recent) for each in (baseline_policy, oracle))
+        baseline_cuts = {(b, r): of_baseline.cut(budgets[b], baseline_rules[r]) for b, r in settings}
+        oracle_cuts = {(b, r): of_oracle.cut(budgets[b], rules[r]) for b, r in settings}
         for name, policy in policies.items():
-            decider = _Decider(policy, sequence, sinks, recent)
-            for number, place in places:
-                rule, at = rules[place], (number, place)
-                ours = decider.cut(budgets[number], rule)
-                measured = _measured(ours, before[at], best[at], sequence, rule.whole_model)
-                found[name, number, rule.name, theirs[place].name, sequence.task].append(measured)
+            of_policy = _Cuts(policy, sequence, sinks, recent)
+            for b, r in settings:
+                cut, pooled = of_policy.cut(budgets[b], rules[r]), rules[r].whole_model
+                measured = _measure(cut, baseline_cuts[b, r], oracle_cuts[b, r], pooled)
+                found[name, b, rules[r].name, baseline_rules[r].name, sequence.task].append(measured)
             advance()
     return [
-        {"policy": name, "budget": budgets[number], "allocation": rule, "baseline": against,
-         "baseline_allocation": their, "task": task} | _summary(measured)
-        for (name, number, rule, their, task), measured in found.items()
+        {"policy": name, "budget": budgets[b], "allocation": rule, "baseline": baseline_name,
+         "baseline_allocation": baseline_rule, "task": task} | _summary(measured)
+        for (name, b, rule, baseline_rule, task), measured in found.items()
     ]  # fmt: skip
 
 
@@ -185,20 +186,29 @@ class _Cut:
     """What one decision kept of a context.
 
     Attributes:
-        kept: `[L, H, n]` bool.
+        selection: the slots that stay, and all utility.
         scores: `[L, H, n]`, in the form in which the allocation compares heads.
         ranked: `[n]` bool, the tokens that are not protected, so that scores decide about them.
-        utility, output_error: of what is kept.
+        output_error: of what is kept.
     """
 
-    kept: Tensor
+    selection: Selection
     scores: Tensor
     ranked: Tensor
-    utility: float
     output_error: float
 
+    @property
+    def kept(self) -> Tensor:
+        """The slots that stay, `[L, H, n]` bool."""
+        return self.selection.kept
 
-class _Decider:
+    @property
+    def utility(self) -> float:
+        """Utility of what is kept."""
+        return float(self.selection.kept_utility.sum())
+
+
+class _Cuts:
     """A policy in one context, at its end."""
 
     def __init__(self, policy: Policy, sequence: Sequence, sinks: int | None, recent: int | None) -> None:
@@ -206,64 +216,62 @@ class _Decider:
         layers = range(len(sequence.layers))
         self._views = [sequence.view_for(policy, i) for i in layers]
         self._futures = [sequence.future(i) for i in layers]
-        self._utility = torch.from_numpy(sequence.utility()).double()
+        self._utility = torch.from_numpy(sequence.utility())
 
     def cut(self, budget: Budget, rule: Allocation) -> _Cut:
-        room = uniform(budget, self._views[0].seen, self._utility.shape[1])
-        views = [view.with_budget(room) for view in self._views]
+        slots = uniform(budget, self._views[0].seen, self._utility.shape[1])
+        views = [view.with_budget(slots) for view in self._views]
         scores = [self._policy.score(view) for view in views]
-        layers = [
-            ScoredLayer.of(score, rule, view, *self._protection, place, len(views))
-            for place, (score, view) in enumerate(zip(scores, views, strict=True))
-        ]
-        kept = rule.kept(layers)
+        sinks, recent = self._protection
+        selection = select_context(
+            self._policy, rule, views, budget, self._utility, sinks=sinks, recent=recent, scores=scores
+        )
         compared = [rule.compared(score, view)[0] for score, view in zip(scores, views, strict=True)]
         errors = [
-            output_error(future, view.values, keep)
-            for future, view, keep in zip(self._futures, views, kept, strict=True)
+            output_error(future, view.values, kept[None])
+            for future, view, kept in zip(self._futures, views, selection.kept, strict=True)
         ]
-        lost, whole = (float(torch.stack(part).sum()) for part in zip(*errors, strict=True))
-        stays = torch.cat(kept)
+        lost, total = (float(torch.stack(part).sum()) for part in zip(*errors, strict=True))
         ranked = ~views[0].protected(*self._protection)[0, 0]  # the budget is the same for all heads
-        utility = float(self._utility[stays].sum())
-        return _Cut(stays, torch.stack(compared), ranked, utility, lost / max(whole, 1e-12))
+        return _Cut(selection, torch.stack(compared), ranked, lost / max(total, 1e-12))
 
 
-def _measured(ours: _Cut, before: _Cut, best: _Cut, sequence: Sequence, pooled: bool) -> dict[str, float]:
-    utility = torch.from_numpy(sequence.utility()).double()
-    total, held = float(utility.sum()), max(1, int(ours.kept.sum()))
-    differs = ours.kept != before.kept
+def _measure(cut: _Cut, baseline: _Cut, oracle: _Cut, pooled: bool) -> dict[str, float]:
+    total, kept = float(cut.selection.total_utility.sum()), max(1, int(cut.kept.sum()))
+    differs = cut.kept != baseline.kept
     shape = (1, -1) if pooled else (differs.shape[0] * differs.shape[1], -1)
-    scores, wanted, worth = (each[..., ours.ranked].reshape(shape) for each in (ours.scores, best.kept, utility))
+    scores, wanted, utility = (
+        each[..., cut.ranked].reshape(shape) for each in (cut.scores, oracle.kept, cut.selection.utility)
+    )
     return {
-        "gain_per_slot": (ours.utility - before.utility) / held,
-        "gain": (ours.utility - before.utility) / max(total, 1e-12),
-        "changed_slots": float((ours.kept & ~before.kept).sum()) / held,
+        "gain_per_slot": (cut.utility - baseline.utility) / kept,
+        "gain": (cut.utility - baseline.utility) / max(total, 1e-12),
+        "changed_slots": float((cut.kept & ~baseline.kept).sum()) / kept,
         "changed_heads": float(differs.any(-1).double().mean()),
         "changed_contexts": float(differs.any()),
-        "output_error": ours.output_error,
-        "output_error_change": ours.output_error - before.output_error,
-        "regret": (best.utility - ours.utility) / max(total, 1e-12),
-        "spearman": float(spearman(scores, worth).nanmean()),
+        "output_error": cut.output_error,
+        "output_error_change": cut.output_error - baseline.output_error,
+        "regret": (oracle.utility - cut.utility) / max(total, 1e-12),
+        "spearman": float(spearman(scores, utility).nanmean()),
         "auc": float(auc(scores, wanted).nanmean()),
-        "utility": ours.utility,
+        "utility": cut.utility,
         "total": total,
-        "kept_share": float(ours.kept.double().mean()),
+        "kept_share": float(cut.kept.double().mean()),
     }
 
 
 def _summary(measured: list[dict[str, float]]) -> dict:
     columns = {name: [one[name] for one in measured] for name in measured[0]}
-    told = {}
+    means: dict[str, float | None] = {}
     for name in (*MEASURES, *NOT_DECISIVE):
-        told[name], told[f"{name}_interval"] = mean_interval(columns[name])
-    beside = {name: told.pop(name) for name in [n for n in told if n.startswith(NOT_DECISIVE)]}
+        means[name], means[f"{name}_interval"] = mean_interval(columns[name])
+    not_decisive = {name: means.pop(name) for name in list(means) if name.startswith(NOT_DECISIVE)}
     return {
         "utility_kept": sum(columns["utility"]) / max(sum(columns["total"]), 1e-12),
         "kept_share": sum(columns["kept_share"]) / len(measured),
         "n": len(measured),
-        **told,
-        "not_decisive": beside,
+        **means,
+        "not_decisive": not_decisive,
     }
 
 
@@ -295,14 +303,13 @@ def output_error(future: Future, values: Tensor, kept: Tensor) -> tuple[Tensor, 
         Two tensors `[kv_heads]` float64 in units of the values.
     """
     attention = future.attention[0, ..., 1].double().transpose(-1, -2)  # [kv_heads, blocks, tokens]
-    of_values = values[0].double()
-    stays = attention * kept[0][:, None]
-    whole, left = attention @ of_values, stays @ of_values  # [kv_heads, blocks, d]
-    mass, mass_left = attention.sum(-1, keepdim=True), stays.sum(-1, keepdim=True)
+    head_values, left = values[0].double(), attention * kept[0][:, None]
+    output, output_left = attention @ head_values, left @ head_values  # [kv_heads, blocks, d]
+    mass, mass_left = attention.sum(-1, keepdim=True), left.sum(-1, keepdim=True)
     # where nothing was evicted the factor is exactly 1, and so the error exactly 0
-    grown = torch.where(mass_left > 0, mass / mass_left.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
+    scale = torch.where(mass_left > 0, mass / mass_left.clamp(min=torch.finfo(torch.float64).tiny), 0.0)
     weights = future.weights.double()
-    return (whole - grown * left).norm(dim=-1) @ weights, whole.norm(dim=-1) @ weights
+    return (output - scale * output_left).norm(dim=-1) @ weights, output.norm(dim=-1) @ weights
 
 
 def decision_table(rows: Iterable[dict]) -> str:
@@ -322,9 +329,9 @@ def decision_table(rows: Iterable[dict]) -> str:
     body = []
     for row in rows:
         cells = [_cell(row, name, form) for name, (_, form) in forms.items()]
-        beside = [_cell(row["not_decisive"], name, "{:.3f}") for name in NOT_DECISIVE]
+        not_decisive = [_cell(row["not_decisive"], name, "{:.3f}") for name in NOT_DECISIVE]
         name = f"{row['policy']} ({row['task']})" if several else row["policy"]
-        body.append([name, row["allocation"], format_budget(row["budget"]), *cells, *beside, str(row["n"])])
+        body.append([name, row["allocation"], format_budget(row["budget"]), *cells, *not_decisive, str(row["n"])])
     against = ", ".join(sorted({f"{row['baseline']} ({row['baseline_allocation']})" for row in rows}))
     return (
         pipe_table(head, body, 2)

@@ -138,7 +138,7 @@ def smallest_sufficient_budget(measured: Iterable[tuple[Budget, bool]]) -> Budge
     return None
 
 
-def ranks(numbers: Tensor) -> Tensor:
+def average_ranks(numbers: Tensor) -> Tensor:
     """Ranks from 1 along the last axis, equal numbers sharing the mean of theirs: float64, shaped as `numbers`."""
     return torch.from_numpy(stats.rankdata(numbers.numpy(), axis=-1))
 
@@ -149,7 +149,7 @@ def spearman(scores: Tensor, utility: Tensor) -> Tensor:
     Args:
         scores, utility: `[rows, n]`.
     """
-    one, other = (each - each.mean(-1, keepdim=True) for each in (ranks(scores), ranks(utility)))
+    one, other = (each - each.mean(-1, keepdim=True) for each in (average_ranks(scores), average_ranks(utility)))
     spread = (one.square().sum(-1) * other.square().sum(-1)).sqrt()
     return (one * other).sum(-1) / torch.where(spread > 0, spread, torch.nan)
 
@@ -166,5 +166,5 @@ def auc(scores: Tensor, wanted: Tensor) -> Tensor:
     """
     positive = wanted.double().sum(-1)
     pairs = positive * (wanted.shape[-1] - positive)
-    above = (ranks(scores) * wanted).sum(-1) - positive * (positive + 1) / 2
+    above = (average_ranks(scores) * wanted).sum(-1) - positive * (positive + 1) / 2
     return above / torch.where(pairs > 0, pairs, torch.nan)

@@ -473,6 +473,6 @@ def test_a_task_that_all_arms_refuse_has_a_page(rows):
     assert "With the full cache 50.0 %" in page(alone) and "not this one" in page(alone)
 
 
-def test_names_are_no_markup(rows):
-    named = [row | {"policy": "<script>|x"} if row["policy"] == "keydiff" else row for row in rows]
-    assert "<script>" not in page(named) and "\\<script\\>\\|x" in page(named)
+def test_names_are_no_markup_and_stay_on_one_line(rows):
+    named = [row | {"policy": "<script>|x\n\x1b[1m"} if row["policy"] == "keydiff" else row for row in rows]
+    assert "<script>" not in page(named) and "\\<script\\>\\|x \\[1m |" in page(named)

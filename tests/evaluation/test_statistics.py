@@ -9,11 +9,11 @@ from slow_statistics import row, slow_auc, slow_ranks, slow_spearman
 
 from kv_gym.evaluation.statistics import (
     auc,
+    average_ranks,
     mean_interval,
     over_contexts,
     over_seeds,
     paired_difference,
-    ranks,
     smallest_sufficient_budget,
     spearman,
     student_t,
@@ -88,7 +88,9 @@ def test_ranks_with_ties_equal_counting():
         scores = [[float(draw.randint(0, 5)) for _ in range(12)] for _ in range(3)]
         worth = [[float(draw.randint(0, 3)) for _ in range(12)] for _ in range(3)]
         wanted = [[x > 1 for x in row] for row in worth]
-        torch.testing.assert_close(ranks(torch.tensor(scores)), torch.tensor([slow_ranks(s) for s in scores]).double())
+        torch.testing.assert_close(
+            average_ranks(torch.tensor(scores)), torch.tensor([slow_ranks(s) for s in scores]).double()
+        )
         found = spearman(torch.tensor(scores), torch.tensor(worth))
         assert found.tolist() == pytest.approx([slow_spearman(s, w) for s, w in zip(scores, worth, strict=True)])
         found = auc(torch.tensor(scores), torch.tensor(wanted))

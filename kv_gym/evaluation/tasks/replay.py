@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kv_gym.budgets import ScoredLayer, protection_for, uniform
+from kv_gym.budgets import select_context, uniform
 from kv_gym.errors import UserError
 from kv_gym.evaluation.configurations import Configuration
 from kv_gym.evaluation.outcomes import ReplayOutcome
@@ -114,13 +114,11 @@ class _Scores:
 
 def _outcome(configuration: Configuration, sequence: Any, views: list, scores: list[Tensor]) -> ReplayOutcome:
     began = time.thread_time()
-    protection = protection_for(configuration.policy, configuration.sinks, configuration.recent)
-    layers = [
-        ScoredLayer.of(score, configuration.allocation, view, *protection, ordinal, len(views))
-        for ordinal, (score, view) in enumerate(zip(scores, views, strict=True))
-    ]
-    masks = torch.stack([mask[0] for mask in configuration.allocation.kept(layers)]).double()
-    seconds = time.thread_time() - began
-    utility = torch.from_numpy(sequence.utility()).double()
-    kept, total = (utility * masks).sum(-1), utility.sum(-1)
-    return ReplayOutcome(sequence.id, kept, total, masks.sum(-1), float(masks.mean()), seconds)
+    selection = select_context(
+        configuration.policy, configuration.allocation, views, configuration.budget,
+        torch.from_numpy(sequence.utility()), sinks=configuration.sinks, recent=configuration.recent, scores=scores,
+    )  # fmt: skip
+    kept, seconds = selection.kept.double(), time.thread_time() - began
+    return ReplayOutcome(
+        sequence.id, selection.kept_utility, selection.total_utility, kept.sum(-1), float(kept.mean()), seconds
+    )
