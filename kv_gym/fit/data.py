@@ -164,7 +164,7 @@ def _from_prompts(prompts: Iterable[Prompt]) -> list[TaskContext]:
         if shortest < 2:
             raise UserError(
                 f"prompt {prompt.id} has a continuation of {shortest} tokens; expected at least one continuation and "
-                "2 tokens in each, because the first is foretold before anything is evicted"
+                "2 tokens in each, because the first is predicted before anything is evicted"
             )
         questions = tuple(TaskQuestion(tuple(ids[:1]), tuple(ids[1:])) for ids in prompt.continuation_ids)
         contexts.append(TaskContext(tuple(prompt.context_ids), questions, prompt.task))

@@ -36,12 +36,12 @@ class FitFolder:
         wanted = json.loads(json.dumps(dict(settings), default=str))
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"{path} is a file; name a folder to write to")
-        there = {file.name for file in self.path.iterdir()} - {f"{FILE}.tmp"} if self.path.is_dir() else set()
-        if there and FILE not in there:
+        names = {file.name for file in self.path.iterdir()} - {f"{FILE}.tmp"} if self.path.is_dir() else set()
+        if names and FILE not in names:
             raise UserError(f"{path} holds other things than an earlier fit; name a new folder")
         new = {"format": FORMAT, "finished": False, "settings": wanted, "seconds": {}}
-        self.state = _read(self.path) if there else new
-        if there == {FILE} and self.state["settings"] != wanted:  # nothing was recorded yet
+        self.state = _read(self.path) if names else new
+        if names == {FILE} and self.state["settings"] != wanted:  # nothing was recorded yet
             self.state = new
         _refuse_other(self.path, self.state["settings"], wanted)
         self.path.mkdir(parents=True, exist_ok=True)
@@ -102,13 +102,11 @@ def _read(folder: Path) -> dict[str, Any]:
     return state
 
 
-def _refuse_other(folder: Path, there: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+def _refuse_other(folder: Path, begun: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
     for name in wanted:
-        if there.get(name) != wanted[name]:
-            shown = [
-                str(value)[:12] if name in ("model", "data") else value for value in (there.get(name), wanted[name])
-            ]
+        if begun.get(name) != wanted[name]:
+            short = 12 if name in ("model", "data") else None  # digits of a hash
+            old, new = (str(value)[:short] for value in (begun.get(name), wanted[name]))
             raise UserError(
-                f"{folder} was begun with {name} {shown[0]} and this call has {shown[1]}: give the same, or name a new "
-                "folder"
+                f"{folder} was begun with {name} {old} and this call has {new}: give the same, or name a new folder"
             )

@@ -90,7 +90,7 @@ def counted(monkeypatch):
     return seen
 
 
-def test_rows_are_all_arms_with_the_null_hypotheses(rows):
+def test_rows_are_all_configurations_with_the_null_hypotheses(rows):
     configurations = [(row["policy"], row["seed"], row["budget"], row["sinks"], row["recent"]) for row in rows]
     expected = {("full_cache", None, 1.0, None, None)}
     for budget in (6, 0.5):
@@ -231,7 +231,7 @@ def test_settings_are_those_that_answer_most_on_validation_contexts(place, tmp_p
     assert not any(row["chosen_on_validation"] for row in found if row["policy"] == "full_cache")
 
 
-def test_an_arm_that_refuses_is_a_row_with_its_sentence(place, tmp_path):
+def test_a_configuration_that_refuses_is_a_row_with_its_sentence(place, tmp_path):
     model = LlamaForCausalLM.from_pretrained(place / "model")
     with torch.no_grad():
         model.model.layers[0].mlp.up_proj.weight.add_(1.0)
@@ -278,7 +278,7 @@ def moody(tmp_path, monkeypatch):
     return write
 
 
-def test_an_arm_that_refuses_midway_costs_the_others_nothing(place, tmp_path, rows, moody):
+def test_a_configuration_that_refuses_midway_costs_the_others_nothing(place, tmp_path, rows, moody):
     name = moody("moody_refusing", "UserError('not these two')")
     found = leaderboard(spec_of(place, policies=["keydiff", name, "h2o"]), tmp_path / "out", progress=False)
     assert {row.get("refused") for row in found if row["policy"] == name} == {"not these two"}
@@ -286,7 +286,7 @@ def test_an_arm_that_refuses_midway_costs_the_others_nothing(place, tmp_path, ro
     assert others == {row["cell"]: row["contexts"] for row in rows if row["cell"] in others} and len(others) == 13
 
 
-def test_an_arm_that_fails_is_told_of_and_measured_again_when_mended(place, tmp_path, moody, counted):
+def test_a_configuration_that_fails_is_named_and_measured_again_when_mended(place, tmp_path, moody, counted):
     name = moody("moody_failing", "ValueError('no idea')")
     spec = spec_of(place, policies=["keydiff", name])
     with pytest.raises(
@@ -303,7 +303,7 @@ def test_an_arm_that_fails_is_told_of_and_measured_again_when_mended(place, tmp_
     assert [row for row in mended if row["policy"] != name] == kept
 
 
-def test_an_arm_that_fails_on_validation_contexts_costs_the_others_nothing(place, tmp_path, moody):
+def test_a_configuration_that_fails_on_validation_contexts_costs_the_others_nothing(place, tmp_path, moody):
     task = {"task": str(place / "tasks.jsonl"), "validation": str(place / "others.jsonl")}
     grid = {"budgets": [6], "allocations": ["uniform"], "protections": ["own"]}
     name = moody("moody_choosing", "ValueError('no idea')")
@@ -468,7 +468,7 @@ def test_contexts_are_published_of_the_setting_that_competes(rows):
     assert len(nulls) == 4 and all("contexts" in row for row in compact(nulls))
 
 
-def test_a_task_that_all_arms_refuse_has_a_page(rows):
+def test_a_task_that_all_configurations_refuse_has_a_page(rows):
     alone = [rows[0], *(row | {"refused": "not this one", "accuracy": None} for row in rows[1:])]
     assert "With the full cache 50.0 %" in page(alone) and "not this one" in page(alone)
 

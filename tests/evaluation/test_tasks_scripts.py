@@ -114,7 +114,7 @@ def test_batched_runs_equal_a_plain_loop_over_tokens(model, tasks, name, policy)
             assert own[part][2] == pytest.approx(nll, abs=2e-3 * asked)
 
 
-def test_all_arms_of_a_policy_share_its_second_reading(model, tasks, monkeypatch):
+def test_all_configurations_of_a_policy_share_its_second_reading(model, tasks, monkeypatch):
     from kv_gym.live import cache as live
 
     readings, read_again = [], live.run_second_reading
