@@ -186,7 +186,7 @@ def main() -> None:
     rows = summary(runner, variants, arguments.seeds)
     full = next(row for row in runner.heuristic(HEURISTICS[0])["rows"] if row["policy"] == "full_cache")
     about = {
-        "full_cache": full["accuracy"], "questions": full["n"], "contexts": arguments.contexts,
+        "full_cache": full["accuracy"], "questions": full["questions"], "contexts": arguments.contexts,
         "seeds": arguments.seeds, "tasks": tasks_hash(runner.tasks), "traces": [
             runner.hash(runner.folder(seed, False)) for seed in range(arguments.seeds)
         ],

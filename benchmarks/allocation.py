@@ -94,7 +94,10 @@ def markdown(rows: list[dict]) -> str:
     """One table per budget: accuracy in percent, and utility kept; a floating total beside them."""
     at = {(row["policy"], row["budget"], row["allocation"]): row for row in rows}
     full = next(row for row in rows if row["policy"] == "full_cache")
-    lines = [f"Full cache: {full['accuracy']:.1%} of {full['n']} questions. Cells: accuracy in percent / utility kept."]
+    lines = [
+        f"Full cache: {full['accuracy']:.1%} of {full['questions']} questions. "
+        "Cells: accuracy in percent / utility kept."
+    ]
     for budget in BUDGETS:
         body = []
         for policy in dict.fromkeys(row["policy"] for row in rows if row["policy"] != "full_cache"):
