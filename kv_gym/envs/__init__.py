@@ -1,4 +1,4 @@
-"""The Gymnasium environment KVEvict-v0, scalar, as a native batch, and for Stable-Baselines3."""
+"""The Gymnasium environments KVEvict-v0 and KVPage-v0, scalar, as native batches, and for Stable-Baselines3."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ _HOMES = {
     "KVEvictEnv": "kv_gym.envs.kv_evict",
     "KVEvictVecEnv": "kv_gym.envs.sb3",
     "KVEvictVectorEnv": "kv_gym.envs.kv_evict_vector",
+    "KVPageEnv": "kv_gym.envs.kv_page",
+    "KVPageVecEnv": "kv_gym.envs.sb3",
+    "KVPageVectorEnv": "kv_gym.envs.kv_page_vector",
 }
 
 __all__ = list(_HOMES)

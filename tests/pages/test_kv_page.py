@@ -4,9 +4,10 @@ import gymnasium as gym
 import numpy as np
 import pytest
 from gymnasium.utils.env_checker import check_env
+from stable_baselines3 import PPO
 from stable_baselines3.common.env_checker import check_env as check_env_of_sb3
 
-import kv_gym  # noqa: F401
+from kv_gym.envs import KVPageVecEnv
 from kv_gym.errors import UserError
 from kv_gym.pages import RequestTrace, simulate
 
@@ -108,6 +109,36 @@ def test_the_batch_is_many_scalar_ones():
                 assert held["hits"][i] == info["hits"]
                 live[i] = not done
     assert batch.action_masks().shape == (2, 16)
+
+
+def test_steps_of_the_sb3_batch_are_those_of_the_scalar_environment():
+    batch, single = KVPageVecEnv(2, horizon=20), gym.make("KVPage-v0", horizon=20)
+    batch.set_options([{"start": 300}, {"start": 700}])
+    observations = batch.reset()
+    assert [info["start"] for info in batch.reset_infos] == [300, 700]
+    observation, _ = single.reset(options={"start": 300})
+    over, actions = False, np.arange(16, dtype=np.float32)
+    while not over:
+        assert all((observations[key][0] == observation[key]).all() for key in observation)
+        observations, rewards, dones, infos = batch.step(np.stack((actions, actions)))
+        observation, reward, _, over, info = single.step(actions)
+        assert (rewards[0], dones[0], infos[0]["hits"]) == (reward, over, info["hits"])
+        assert ("terminal_observation" in infos[0]) == over
+    assert all((infos[0]["terminal_observation"][key] == observation[key]).all() for key in observation)
+    assert infos[0]["TimeLimit.truncated"] is True and not infos[0]["terminal_observation"]["mask"].any()
+    assert observations["mask"][0].any()  # begun again
+    assert batch.get_images() == [None, None]
+    masks = batch.env_method("action_masks")  # as MaskablePPO asks for them
+    np.testing.assert_array_equal(np.stack(masks), observations["mask"].astype(bool))
+
+
+def test_ppo_trains_on_index_actions():
+    env = KVPageVecEnv(4, **INDEX)
+    agent = PPO("MultiInputPolicy", env, n_steps=8, batch_size=16, n_epochs=1, seed=0, device="cpu")
+    before = [weight.clone() for weight in agent.policy.parameters()]
+    agent.learn(64)
+    assert agent.num_timesteps == 64
+    assert any((old != new).any() for old, new in zip(before, agent.policy.parameters(), strict=True))
 
 
 @pytest.mark.parametrize(
