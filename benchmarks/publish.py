@@ -117,12 +117,12 @@ def headline_table(rows: Sequence[Mapping]) -> str:
 
 
 def zoo(rows: Sequence[Mapping], trained: Path) -> str:
-    """The zoo's page: what the agents in `trained` are, and how agents trained as they are did."""
+    """The page of agents/: the policies in `trained`, and the results of agents trained with the same settings."""
     lines = [line for line in summarise(rows) if line["task"] == TASK]
     least = smallest_budgets(lines)
     out = [
-        "# The zoo", "",
-        "Settings are in `<agent>.yml`; `trained/<agent>/` holds a policy for the bundled reference model (seed 0).",
+        "# Trained agents", "",
+        "`<agent>.yml` holds the settings of an agent, `trained/<agent>/` a policy for the bundled model (seed 0).",
         "This page is written by `python benchmarks/publish.py`.", "",
     ]  # fmt: skip
     body = []
@@ -155,12 +155,13 @@ def zoo(rows: Sequence[Mapping], trained: Path) -> str:
     )
     out.append(pipe_table(head, body, 3))
     seeds = max((line["seeds"] for line in lines if line["learned"]), default=0)
-    asked = max((line["questions"] for line in lines), default=0)
+    questions = max((line["questions"] for line in lines), default=0)
     out += [
         "",
-        f"Percent right of {asked:.0f} held-out questions of multi-key recall in 512 words, means over {seeds} ",
+        f"Accuracy in percent on {questions:.0f} held-out questions of multi-key recall in 512 words, means over {seeds} "
+        "training runs. `smallest` is the smallest budget within one point of the full cache. Seconds are those of the "
+        "run in `trained/`, on two CPU cores shared with other work.",
     ]
-    out[-1] += "training runs; seconds are those of the run in `trained/`, on two CPU cores that other work shared."
     return "\n".join(out) + "\n"
 
 
