@@ -158,8 +158,8 @@ def zoo(rows: Sequence[Mapping], trained: Path) -> str:
     questions = max((line["questions"] for line in lines), default=0)
     out += [
         "",
-        f"Accuracy in percent on {questions:.0f} held-out questions of multi-key recall in 512 words, means over {seeds} "
-        "training runs. `smallest` is the smallest budget within one point of the full cache. Seconds are those of the "
+        f"Accuracy in percent on {questions:.0f} held-out questions of multi-key recall in 512 words, means over "
+        f"{seeds} training runs. `smallest` is the smallest budget within one point of the full cache. Seconds are those of the "
         "run in `trained/`, on two CPU cores shared with other work.",
     ]
     return "\n".join(out) + "\n"
