@@ -159,8 +159,8 @@ def zoo(rows: Sequence[Mapping], trained: Path) -> str:
     out += [
         "",
         f"Accuracy in percent on {questions:.0f} held-out questions of multi-key recall in 512 words, means over "
-        f"{seeds} training runs. `smallest` is the smallest budget within one point of the full cache. Seconds are those of the "
-        "run in `trained/`, on two CPU cores shared with other work.",
+        f"{seeds} training runs. `smallest` is the smallest budget within one point of the full cache. Seconds are "
+        "those of the run in `trained/`, on two CPU cores shared with other work.",
     ]
     return "\n".join(out) + "\n"
 
