@@ -246,7 +246,7 @@ class EvictingCache(Cache):
             budget: another budget, or None for the same.
             sinks, recent: another protection; None means the other policy's own, or as before for the same policy.
             allocation: another allocation, or None for the same.
-            evicted: another fate of what is evicted from here on, or None for the same.
+            evicted: another tier for what is evicted from here on, or None for the same.
             guard: another guard, or None for the same.
             positions: other positions of keys; None means the other policy's own, or as before for the same policy.
 

@@ -111,7 +111,7 @@ class PolicyGroup(Policy):
         return max((member.needs_queries for member in self.members), default=0)
 
     def score(self, view: CacheView) -> Tensor:
-        """Refuse: nobody chose a member yet."""
+        """Refuse: a fork has to choose a member first."""
         names = ", ".join(member.name for member in self.members)
         raise UserError(
             f"a policy group does not score: fork the cache with one of its policies ({names}), then compress"
@@ -120,7 +120,7 @@ class PolicyGroup(Policy):
 
 @dataclass(frozen=True)
 class CacheConfig:
-    """What an :class:`~kv_gym.live.EvictingCache` was asked for, resolved and valid for its model.
+    """The settings of an :class:`~kv_gym.live.EvictingCache`, resolved and valid for its model.
 
     Attributes:
         model: the transformers decoder.

@@ -103,7 +103,7 @@ def test_a_fork_is_independent():
     assert torch.equal(feed(model, question, twin), answer)
 
 
-def test_one_prefill_serves_a_panel_of_policies():
+def test_one_prefill_serves_a_group_of_policies():
     model = tiny()
     policies = [make_policy(name) for name in ("h2o", "snapkv", "tova", "knorm", "keydiff")]
     full = prefilled(model, PolicyGroup(tuple(policies)), 1.0, batch=2)

@@ -166,7 +166,7 @@ def test_models_that_are_refused():
         EvictingCache(bert_like)
 
 
-def test_a_mask_that_changes_its_mind_is_refused():
+def test_a_mask_that_differs_from_the_one_before_is_refused():
     model = tiny()
     cache = prefilled(model, n=6, batch=2)
     with pytest.raises(UserError, match=r"shows \[4, 6\] of the tokens seen and the cache read \[6, 6\]"):
@@ -188,7 +188,7 @@ def test_explicit_masks_and_positions_are_refused():
         model(tokens(1, 6), position_ids=packed, past_key_values=EvictingCache(model))
 
 
-def test_what_a_cache_cannot_do_is_said():
+def test_misuse_is_refused():
     model = tiny()
     empty = EvictingCache(model)
     for ask in (empty.compress, lambda: empty.kept_positions(0)):

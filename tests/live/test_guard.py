@@ -25,7 +25,7 @@ def weight(query, key):
     return math.exp(sum(a * b for a, b in zip(query, key, strict=True)) * len(key) ** -0.5)
 
 
-class Onlooker(MaskedReference):
+class SignalReference(MaskedReference):
     """Computes the signals of the last query by hand, in loops over heads and lists of positions."""
 
     def signals(self, kept, cut_at, bits=None, layers=LAYERS):
@@ -53,7 +53,7 @@ class Onlooker(MaskedReference):
 @pytest.mark.parametrize("signal", ["missing", "unmatched", "new"])
 def test_signals_of_attention(signal, allocation):
     model = tiny()
-    reference = Onlooker(model)
+    reference = SignalReference(model)
     context, *rest = split(tokens(2, 28), 20, 4, 1, 3)
     with EvictingCache(model, "keydiff", 8, allocation, guard=Guard(signal)) as cache:
         feed(model, context, cache)
@@ -75,7 +75,7 @@ def test_signals_of_attention(signal, allocation):
 def test_signals_with_low_precision(signal, allocation):
     """Layer 0 alone: its queries and keys do not depend on what attention sees."""
     model = tiny()
-    reference = Onlooker(model)
+    reference = SignalReference(model)
     with EvictingCache(model, "keydiff", 8, allocation, evicted="bits:4", guard=Guard(signal, layers=(0,))) as cache:
         for piece in split(tokens(2, 23), 20, 3):
             feed(model, piece, cache)
@@ -324,7 +324,7 @@ def test_a_fork_may_have_another_guard():
             sketched.fork(guard=Guard("missing", bits=4))
 
 
-def test_judging_by_hand():
+def test_guard_metrics_by_hand():
     values = torch.tensor([0.1, 0.4, 0.4, 0.8, 0.2, 0.4, 0.9])
     events = torch.tensor([False, False, False, False, True, True, True])
     # 0.2 beats one of four, 0.4 beats one and ties with two, 0.9 beats all
@@ -341,7 +341,7 @@ def test_judging_by_hand():
         threshold_at(fine[:0])
 
 
-def test_answers_under_watch():
+def test_guarded_answers():
     """Answers are those of greedy generation; signals are the largest of the forwards that predict an answer token."""
     model = tiny()
     ids = tokens(2, 20)

@@ -69,7 +69,7 @@ def test_h2o_state_is_all_attention_received(attention):
 
 
 @dataclass(frozen=True)
-class Diary(StatefulPolicy):
+class ObservationLog(StatefulPolicy):
     """Writes down what it is shown; keeps old tokens."""
 
     window: int = 6
@@ -92,7 +92,7 @@ class Diary(StatefulPolicy):
 
 def test_every_query_is_shown_once_in_blocks():
     model = tiny()
-    with EvictingCache(model, Diary(), 10, trigger="every:2") as cache, torch.no_grad():
+    with EvictingCache(model, ObservationLog(), 10, trigger="every:2") as cache, torch.no_grad():
         for piece in torch.split(tokens(1, 205), [200, 1, 1, 3], 1):
             model(piece, past_key_values=cache)
     shown = cache.layers[1].state.view().state["shown"]
@@ -104,7 +104,7 @@ def test_every_query_is_shown_once_in_blocks():
 def test_a_view_shows_the_layer_faithfully():
     model = tiny("qwen3")
     reference = MaskedReference(model)
-    with EvictingCache(model, Diary(), 0.5) as cache, torch.no_grad():
+    with EvictingCache(model, ObservationLog(), 0.5) as cache, torch.no_grad():
         for piece in torch.split(tokens(2, 25), [20, 3, 1, 1], 1):
             model(piece, past_key_values=cache)
             reference(piece)
@@ -131,7 +131,7 @@ class Evens(Policy):
         return ((view.positions + heads) % 2 == 0).double()
 
 
-def test_protection_and_ties_and_a_second_firing():
+def test_protection_and_ties_and_a_second_eviction():
     model = tiny()
     with EvictingCache(model, Evens(), 8, trigger="every:4", sinks=1, recent=2) as cache, torch.no_grad():
         model(tokens(1, 16), past_key_values=cache)
@@ -141,7 +141,7 @@ def test_protection_and_ties_and_a_second_firing():
         assert cache.kept_positions(0)[0].tolist() == [[0, 8, 10, 12, 14, 16, 18, 19], [0, 9, 11, 13, 15, 17, 18, 19]]
 
 
-def test_compress_fires_now_on_the_tokens_seen():
+def test_compress_evicts_now_by_the_tokens_seen():
     model = tiny()
     with EvictingCache(model, "recency", 0.5) as cache, torch.no_grad():
         model(tokens(1, 10), past_key_values=cache)

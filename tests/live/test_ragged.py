@@ -14,7 +14,7 @@ from kv_gym.policies import Policy
 
 
 @dataclass(frozen=True)
-class Unfair(Policy):
+class BiasedByHead(Policy):
     """Looks at the keys, and likes later layers and heads better: heads hold from nothing to everything."""
 
     comparable = True
@@ -49,7 +49,7 @@ def split(ids, *sizes):
 def test_one_threshold_then_question_and_answer(family, attention):
     model = tiny(family, attention)
     slots = 3 * (4 if family == "gpt_neox" else 2)
-    with EvictingCache(model, Unfair(), 0.25, allocation="global") as cache:
+    with EvictingCache(model, BiasedByHead(), 0.25, allocation="global") as cache:
         held = compare(model, cache, split(tokens(2, 41), 32, 5, 1, 1, 1, 1))
         assert held == [[slots * (8 + new)] * 2 for new in (0, 5, 6, 7, 8, 9)]  # the total is exact, in every row
         assert cache.kept().min() == 9  # nothing of the context, and the nine tokens that came later

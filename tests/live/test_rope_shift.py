@@ -31,7 +31,7 @@ def test_one_layer_decodes_as_if_the_kept_tokens_were_all(family, attention):
         assert not torch.allclose(feed(model, ids[:, 39:], cache), alone, atol=1e-2)
 
 
-class Counted(MaskedReference):
+class CountedReference(MaskedReference):
     """A llama that sees of each KV head what was not hidden, with positions counted there from zero."""
 
     def _attention(self, module, query, key, value, mask, scaling=None, **rest):
@@ -66,7 +66,7 @@ class Counted(MaskedReference):
 @pytest.mark.parametrize("policy", ["knorm", "streaming_llm", "snapkv"])
 def test_every_head_counts_its_own_tokens(policy, allocation):
     model, ids = tiny(), tokens(2, 45)
-    reference = Counted(model)
+    reference = CountedReference(model)
     with EvictingCache(model, policy, 10, allocation, "every:5", positions="cache") as cache:
         for piece in torch.split(ids, [30, *[1] * 12, 3], 1):
             expected = reference(piece)
@@ -75,7 +75,7 @@ def test_every_head_counts_its_own_tokens(policy, allocation):
                 reference.hide(layer, cache.kept_positions(layer))
 
 
-def test_forks_rows_and_files_keep_it(tmp_path):
+def test_forks_rows_and_files_keep_positions(tmp_path):
     model, ids = tiny(), tokens(2, 40)
     with EvictingCache(model, "streaming_llm_reindexed", 8, trigger="every:4") as cache:
         feed(model, ids[:, :32], cache)

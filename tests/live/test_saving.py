@@ -58,7 +58,7 @@ def begun(family, settings, padded):
     return model, cache
 
 
-def test_a_fresh_process_goes_on_to_the_digit(tmp_path):
+def test_a_fresh_process_continues_exactly(tmp_path):
     """Equal, ragged and padded slots, hybrid layers, evictions to come; nothing in what follows is another number."""
     cases = [("llama", name, 0) for name in SETTINGS] + [("llama", "every", 1), ("llama", "scores", 1)]
     cases += [("gemma3", "every", 0), ("gemma3", "ragged", 0), ("phi3", "foreign", 0)]
@@ -126,7 +126,7 @@ def test_a_policy_that_no_file_can_name_is_given_again(tmp_path):
     assert torch.equal(feed(model, tokens(1, 3), again), feed(model, tokens(1, 3), cache))
 
 
-def test_what_cannot_be_saved_or_read_is_said(tmp_path):
+def test_what_cannot_be_saved_or_read_is_refused(tmp_path):
     model = tiny()
     with pytest.raises(UserError, match="the cache is empty"):
         EvictingCache(model).save(tmp_path / "a")

@@ -17,7 +17,7 @@ from kv_gym.live.tiers.quantiser import dequantise, quantise
 from kv_gym.policies import Policy
 
 EXACT = {"rtol": 0, "atol": 1e-5}
-FATES = {
+TIERS = {
     "bits:2": ("bits", {"bits": 2}),
     "bits:8": ("bits", {"bits": 8}),
     "bits:4:balanced": ("bits", {"bits": 4, "balanced": True}),
@@ -66,25 +66,25 @@ def compare(model, cache, reference, sizes, batch=2):
 
 @pytest.mark.parametrize("trigger", TRIGGERS)
 @pytest.mark.parametrize("allocation", ["uniform", "global:zscore"])
-@pytest.mark.parametrize("evicted", FATES)
+@pytest.mark.parametrize("evicted", TIERS)
 @pytest.mark.parametrize(("family", "attention"), [("llama", "sdpa"), ("qwen3", "eager")])
 def test_equals_a_full_cache_with_replaced_pairs(family, attention, evicted, allocation, trigger):
     model = tiny(family, attention)
     sizes, settings = TRIGGERS[trigger]
     if trigger == "block" and allocation != "uniform":
         settings = {"trigger": "every:8"}  # one threshold cuts at the end of a forward
-    fate, how = FATES[evicted]
+    tier, how = TIERS[evicted]
     with EvictingCache(model, "h2o", 6, allocation, sinks=1, recent=1, evicted=evicted, **settings) as cache:
-        compare(model, cache, TieredReference(model, fate, **how), sizes)
+        compare(model, cache, TieredReference(model, tier, **how), sizes)
 
 
 @pytest.mark.parametrize(("family", "attention"), [("llama", "eager"), ("qwen3", "sdpa")])
 @pytest.mark.parametrize("evicted", ["bits:2", "merge"])
-def test_the_other_implementation(family, attention, evicted):
+def test_other_attention_implementations(family, attention, evicted):
     model = tiny(family, attention)
-    fate, how = FATES[evicted]
+    tier, how = TIERS[evicted]
     with EvictingCache(model, "keydiff", 5, trigger="every:4", evicted=evicted) as cache:
-        compare(model, cache, TieredReference(model, fate, **how), (16, 1, 1, 1, 1, 2, 4, 1))
+        compare(model, cache, TieredReference(model, tier, **how), (16, 1, 1, 1, 1, 2, 4, 1))
 
 
 @pytest.mark.parametrize(("bits", "group"), [(2, 4), (4, 2), (8, 8)])
@@ -95,7 +95,7 @@ def test_groups_of_channels(bits, group):
 
 
 @dataclass(frozen=True)
-class Unfair(Policy):
+class BiasedByHead(Policy):
     """Likes later layers and heads better, so much that some evict nothing for long."""
 
     comparable = True
@@ -107,29 +107,29 @@ class Unfair(Policy):
 def test_a_head_is_balanced_when_it_first_evicts():
     model = tiny()
     settings = {"allocation": "global", "trigger": "every:4", "sinks": 0, "recent": 0, "evicted": "bits:2:balanced"}
-    with EvictingCache(model, Unfair(), 12, **settings) as cache:
+    with EvictingCache(model, BiasedByHead(), 12, **settings) as cache:
         reference = TieredReference(model, "bits", bits=2, balanced=True)
         compare(model, cache, reference, (14, 4, 8, 8, 8, 1), batch=1)
         assert len(reference.balance) == 5  # the last head has evicted nothing yet
 
 
-def test_another_fate_shows():
+def test_the_reference_tells_tiers_apart():
     """The comparison is worth something: three bits more or less, or another threshold, give other logits."""
     model = tiny()
     for evicted, other in (("bits:2", ("bits", {"bits": 4})), ("merge", ("merge", {"decay": 0.9}))):
-        fate, how = other
+        tier, how = other
         with EvictingCache(model, "knorm", 4, trigger="every:4", evicted=evicted) as cache, pytest.raises(
             AssertionError, match="Tensor-likes are not close"
         ):  # fmt: skip
-            compare(model, cache, TieredReference(model, fate, **how), (12, 4, 4, 1))
+            compare(model, cache, TieredReference(model, tier, **how), (12, 4, 4, 1))
 
 
 @pytest.mark.parametrize("evicted", ["merge", "bits:2"])
 def test_policies_choose_among_full_precision_slots(evicted):
     """`knorm` by hand: the smallest keys stay of what is there in full precision, merged ones as they are."""
     model = tiny()
-    fate, how = FATES[evicted]
-    reference = TieredReference(model, fate, **how)
+    tier, how = TIERS[evicted]
+    reference = TieredReference(model, tier, **how)
     with EvictingCache(model, "knorm", 5, trigger="every:4", sinks=0, recent=0, evicted=evicted) as cache:
         for piece in split(tokens(1, 24), 12, 4, 4, 4):
             feed(model, piece, cache)
@@ -144,7 +144,7 @@ def test_policies_choose_among_full_precision_slots(evicted):
                 reference.evict(layer, cache.kept_positions(layer))
 
 
-@pytest.mark.parametrize("evicted", FATES)
+@pytest.mark.parametrize("evicted", TIERS)
 @pytest.mark.parametrize("settings", PADDED)
 def test_a_padded_row_equals_the_row_alone(settings, evicted):
     model = tiny("llama", "eager" if evicted == "bits:2" else "sdpa")
@@ -173,7 +173,7 @@ def test_a_padded_row_equals_the_row_alone(settings, evicted):
 def test_blocks_inside_a_forward():
     model = tiny()
     ids = tokens(2, 40)
-    for evicted in FATES:
+    for evicted in TIERS:
         with (
             EvictingCache(model, "h2o", 5, trigger="block:8", evicted=evicted) as whole,
             EvictingCache(model, "h2o", 5, trigger="block:8", evicted=evicted) as parts,
@@ -204,7 +204,7 @@ def reachable(thing, seen=None):
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global:zscore"])
-@pytest.mark.parametrize("evicted", ["drop", *FATES, "bits:4", LowPrecision(2, 4)])
+@pytest.mark.parametrize("evicted", ["drop", *TIERS, "bits:4", LowPrecision(2, 4)])
 def test_bytes(evicted, allocation):
     """All that can be reached is the formula: 10 slots of 50 tokens in 8 bytes a number, 40 in a few bits."""
     tier = parse_tier(evicted)
@@ -244,7 +244,7 @@ def test_bytes_after_many_evictions(allocation):
 
 
 @pytest.mark.parametrize("allocation", ["uniform", "global:zscore"])
-@pytest.mark.parametrize("evicted", FATES)
+@pytest.mark.parametrize("evicted", TIERS)
 def test_rows_forks_and_reset(evicted, allocation):
     model = tiny()
     settings = {"policy": "h2o", "budget": 6, "allocation": allocation, "trigger": "every:4", "evicted": evicted}
@@ -270,7 +270,7 @@ def test_rows_forks_and_reset(evicted, allocation):
         torch.testing.assert_close(asked(cache, lambda ids: ids), expected)
 
 
-@pytest.mark.parametrize("evicted", FATES)
+@pytest.mark.parametrize("evicted", TIERS)
 def test_generate_and_inference_mode(evicted):
     model = tiny()
     ids = tokens(1, 20)
@@ -342,7 +342,7 @@ def test_dropping_is_the_default_and_costs_nothing():
         assert cache.layers[0].state.tier.stored is None
 
 
-def test_evaluate_compares_fates():
+def test_evaluate_compares_tiers():
     from kv_gym.evaluation import evaluate
     from kv_gym.evaluation.report import markdown
     from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
@@ -351,10 +351,10 @@ def test_evaluate_compares_fates():
     model = tiny()
     ids = tuple(tokens(1, 30)[0].tolist())
     tasks = [TaskContext(ids, (TaskQuestion((3, 4), (5, 6)), TaskQuestion((7,), (8,))), "t")]
-    fates = ("drop", "bits:8", "bits:2:balanced", "merge")
-    data = evaluate(["h2o"], [5], model=model, tasks=tasks, evicted=fates, progress=False)
+    tiers = ("drop", "bits:8", "bits:2:balanced", "merge")
+    data = evaluate(["h2o"], [5], model=model, tasks=tasks, evicted=tiers, progress=False)
     rows = {row["evicted"]: row for row in data["rows"] if row["policy"] == "h2o"}
-    assert set(rows) == set(fates)
+    assert set(rows) == set(tiers)
     for evicted, row in rows.items():
         with EvictingCache(model, "h2o", 5, evicted=evicted) as cache:
             feed(model, torch.tensor([ids]), cache)
@@ -370,13 +370,13 @@ def test_evaluate_compares_fates():
         evaluate(["h2o"], [5], traces=TraceSet.__new__(TraceSet), evicted=["merge"], progress=False)
 
 
-def test_a_fork_may_treat_evicted_pairs_otherwise():
+def test_a_fork_may_have_another_tier():
     model = tiny()
     ids, question = tokens(1, 20), tokens(1, 4, seed=2)
     group = PolicyGroup((make_policy("h2o"), make_policy("knorm")))
     with EvictingCache(model, group, 1.0, evicted="bits:2:balanced") as full:
         feed(model, ids, full)
-        for evicted in ("drop", *FATES):
+        for evicted in ("drop", *TIERS):
             with EvictingCache(model, "h2o", 5, evicted=evicted) as alone, full.fork("h2o", 5, evicted=evicted) as fork:
                 feed(model, ids, alone)
                 fork.compress()

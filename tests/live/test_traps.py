@@ -162,7 +162,7 @@ def test_trap_7_the_switched_attention_keeps_masks(attention):
 
 
 @dataclass(frozen=True)
-class Indifferent(Policy):
+class ConstantScores(Policy):
     """All slots alike."""
 
     comparable = True
@@ -175,7 +175,7 @@ class Indifferent(Policy):
 def test_trap_8_ties_and_the_order_of_slots(allocation):
     """Ties break by position and not by slot, however often slots were overwritten: the sinks stay, and the newest."""
     model = tiny()
-    with EvictingCache(model, Indifferent(), 6, allocation, "every:1", sinks=2, recent=1) as cache:
+    with EvictingCache(model, ConstantScores(), 6, allocation, "every:1", sinks=2, recent=1) as cache:
         feed(model, tokens(1, 9), cache)
         for step in range(9, 30):
             feed(model, tokens(1, 1, seed=step), cache)
@@ -214,17 +214,17 @@ def test_trap_10_a_cache_that_evicted_is_not_croppable():
         cache.crop(-1)
 
 
-def contents_of(cache, row):
+def state_of(cache, row):
     """All that a cache holds of a row, slot by slot in the order of positions."""
     found = []
     for layer in cache._evicting:
-        held = layer.state
-        filled, valid = held.slots.padded()
+        state = layer.state
+        filled, valid = state.slots.padded()
         for head in range(valid.shape[1]):
             order = filled["positions"][row, head][valid[row, head]].argsort()
             found += [filled[name][row, head][valid[row, head]][order] for name in sorted(filled)]
-        found += [] if held.queries is None else [held.queries[row]]
-        found.append(torch.tensor([held.tokens_seen[row], held.evicted_at[row]]))
+        found += [] if state.queries is None else [state.queries[row]]
+        found.append(torch.tensor([state.tokens_seen[row], state.evicted_at[row]]))
     return found
 
 
@@ -247,7 +247,7 @@ def test_trap_10_rows_move_with_all_that_belongs_to_them(settings, way, policy):
             assert torch.equal(moved.kept(), cache.kept()[:, chosen])
             assert moved.seen == 24
             for row, source in enumerate(chosen):
-                for mine, theirs in zip(contents_of(moved, row), contents_of(cache, source), strict=True):
+                for mine, theirs in zip(state_of(moved, row), state_of(cache, source), strict=True):
                     assert torch.equal(mine, theirs)
             for step in range(5):
                 ids = tokens(3, 1, seed=step)

@@ -34,10 +34,10 @@ def cosine(a, b):
 
 
 class TieredReference(MaskedReference):
-    """Tells evicted pairs from survivors by the positions that the cache kept, and treats them by `fate`.
+    """Tells evicted pairs from survivors by the positions that the cache kept, and treats them by `tier`.
 
     Args:
-        fate: ``bits`` with `bits`, `group` and `balanced`; ``merge`` with `decay`; or ``merge:values``.
+        tier: ``bits`` with `bits`, `group` and `balanced`; ``merge`` with `decay`; or ``merge:values``.
 
     Attributes:
         shown: (layer, row, head) -> positions in full precision.
@@ -45,9 +45,9 @@ class TieredReference(MaskedReference):
         thresholds: (layer, row, head) -> D2O's threshold.
     """
 
-    def __init__(self, model, fate, bits=4, group=8, balanced=False, decay=0.5):
+    def __init__(self, model, tier, bits=4, group=8, balanced=False, decay=0.5):
         super().__init__(model)
-        self.fate, self.bits, self.group, self.balanced, self.decay = fate, bits, group, balanced, decay
+        self.tier, self.bits, self.group, self.balanced, self.decay = tier, bits, group, balanced, decay
         self.shown, self.changed, self.thresholds, self.balance = {}, {}, {}, {}
 
     def _attention(self, module, query, key, value, mask, scaling=None, **rest):
@@ -71,11 +71,11 @@ class TieredReference(MaskedReference):
                 assert present >= set(stays)  # nothing comes back
                 self.shown[place] = set(stays), self.cache.get_seq_length()
                 keys, values = self.keys[layer][row, head].tolist(), self.values[layer][row, head].tolist()
-                if self.fate == "bits":
+                if self.tier == "bits":
                     self._round(place, gone, keys, values)
                 elif gone and stays:
                     self._merge(place, gone, stays, keys, values)
-        if self.fate != "bits":
+        if self.tier != "bits":
             self.hide(layer, kept)
 
     def _round(self, place, gone, keys, values):
@@ -96,7 +96,7 @@ class TieredReference(MaskedReference):
     def _merge(self, place, gone, stays, keys, values):
         found = {p: max((cosine(keys[p], keys[s]), s) for s in stays) for p in gone}
         joins = {}
-        if self.fate == "merge":
+        if self.tier == "merge":
             mean = sum(similar for similar, _ in found.values()) / len(found)
             before = self.thresholds.get(place)
             self.thresholds[place] = mean if before is None else self.decay * before + (1 - self.decay) * mean
@@ -108,7 +108,7 @@ class TieredReference(MaskedReference):
                 mine, theirs = (math.sqrt(sum(x * x for x in values[i])) for i in (p, s))
                 joins.setdefault(s, []).append((p, max(similar, 0) * mine / (mine + theirs)))
         for s, parts in joins.items():
-            first = math.e if self.fate == "merge" else 1.0
+            first = math.e if self.tier == "merge" else 1.0
             total = first + sum(weight for _, weight in parts)
 
             def mean_of(vectors, s=s, parts=parts, first=first, total=total):
@@ -117,5 +117,5 @@ class TieredReference(MaskedReference):
                     for c in range(len(vectors[s]))
                 ]
 
-            key = mean_of(keys) if self.fate == "merge" else keys[s]
+            key = mean_of(keys) if self.tier == "merge" else keys[s]
             self.changed.setdefault(place, {})[s] = key, mean_of(values)
