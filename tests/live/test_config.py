@@ -205,7 +205,7 @@ def test_misuse_is_refused():
 
 def test_a_cache_of_another_model_is_refused():
     model, other = tiny(seed=0), tiny(seed=1)
-    with EvictingCache(model) as cache, pytest.raises(UserError, match="by a model that it does not watch"):
+    with EvictingCache(model) as cache, pytest.raises(UserError, match="by a model that it is not attached to"):
         other(tokens(1, 6), past_key_values=cache)
     assert implementation(model) == "sdpa"
 
