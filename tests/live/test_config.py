@@ -102,7 +102,7 @@ def test_a_detached_cache_can_be_entered_again():
     ("settings", "sentence"),
     [
         ({"allocation": "globl"}, "unknown allocation 'globl'; did you mean 'global'"),
-        ({"allocation": "global:mean"}, "unknown allocation 'global:mean'; expected uniform, global, "),
+        ({"allocation": "global:mean"}, "unknown allocation 'global:mean'; expected uniform, global"),
         ({"allocation": "global", "policy": "knorm"}, "scores of policy 'knorm' are not comparable across heads"),
         ({"trigger": "blocks:256"}, "trigger 'blocks:256' is unknown; expected 'prefill', 'every:<tokens>', "),
         ({"trigger": "every:0"}, "trigger 'every:0' is unknown"),
