@@ -1,4 +1,4 @@
-"""The one error of this library that is meant for the user's eyes."""
+"""The error for mistakes that the user can mend."""
 
 
 class UserError(ValueError):

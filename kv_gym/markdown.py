@@ -1,4 +1,4 @@
-"""Tables in Markdown, for pages and terminals alike."""
+"""Tables in Markdown, for pages and terminals."""
 
 from __future__ import annotations
 
@@ -6,16 +6,19 @@ from collections.abc import Iterable, Sequence
 
 
 def pipe_table(head: Sequence[str], body: Iterable[Sequence[str]], left: int | None = 1) -> str:
-    """A table; the first `left` columns (None: all) are text and stand left, the others numbers and stand right.
+    """A table in Markdown.
 
-    A bar in a cell is escaped where the cell has not done so; other markup in cells is theirs.
+    Args:
+        head: titles of the columns.
+        body: rows of cells; bars in cells are escaped, other markup is kept.
+        left: how many columns from the left hold text, aligned left (None: all); the others hold numbers.
     """
     text = len(head) if left is None else left
     rule = ["---"] * text + ["---:"] * (len(head) - text)
-    lines = [map(_whole, head), rule, *(map(_whole, line) for line in body)]
+    lines = [map(_escaped, head), rule, *(map(_escaped, line) for line in body)]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def _whole(cell: str) -> str:
-    """A cell that no bar of its own cuts in two."""
+def _escaped(cell: str) -> str:
+    """A cell with its bars escaped once."""
     return cell.replace("\\|", "|").replace("|", "\\|")

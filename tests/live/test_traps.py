@@ -264,7 +264,7 @@ def test_trap_10_rows_move_with_all_that_belongs_to_them(settings, way, policy):
 
 
 def test_trap_11_layers_of_other_kinds_are_left_alone():
-    """An evicting layer in the place of a sliding one runs too, unnoticed; layers without tokens cannot be served."""
+    """An evicting layer in the place of a sliding one runs too, unnoticed; layers without tokens are not supported."""
     model, ids = tiny("gemma3"), tokens(2, 30)
     full = DynamicCache(config=model.config)
     with EvictingCache(model, "h2o", 6, trigger="every:2") as cache:

@@ -1,4 +1,4 @@
-"""Tiny random models of every served family, and prompts for them."""
+"""Tiny random models of every supported family, and prompts for them."""
 
 import numpy as np
 import torch

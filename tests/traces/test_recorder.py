@@ -1,4 +1,4 @@
-"""What is recorded equals eager attention over context and continuation, for every served family of models."""
+"""What is recorded equals eager attention over context and continuation, for every supported family of models."""
 
 import numpy as np
 import pytest
@@ -136,7 +136,7 @@ def capped():
         (capped, "softcap"),
     ],
 )
-def test_unserved_models_are_refused_and_leave_nothing(make, reason, tmp_path):
+def test_unsupported_models_are_refused_and_leave_nothing(make, reason, tmp_path):
     model = make().eval()
     model.set_attn_implementation("eager")
     with pytest.raises(UserError, match=reason):
