@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from kv_gym.evaluation.tasks import parse_tasks
-from kv_gym.evaluation.tasks.script import Script
+from kv_gym.evaluation.tasks.scripted import TaskScript
 from kv_gym.reference import MODEL
 from kv_gym.reference.prompts import reference_prompts
 from kv_gym.traces import TraceSet, load_model, record
@@ -52,23 +52,23 @@ def contexts(model, tokenizer, folder: Path, kind: str, seed: int) -> TraceSet:
     return record(model, prompts, folder, tokenizer=tokenizer)
 
 
-def _texts(seed: int) -> list[Script]:
+def _texts(seed: int) -> list[TaskScript]:
     return [
-        Script(f"{task.name} {script.id}".replace(" ", "-"), script.segments, script.asides)
+        TaskScript(f"{task.name} {script.id}".replace(" ", "-"), script.segments, script.questions)
         for task in parse_tasks(TEXTS.format(FIRST_SEED + seed))
         for script in task.scripts
     ]
 
 
-def decisions(script: Script) -> Iterator[Prompt]:
+def decisions(script: TaskScript) -> Iterator[Prompt]:
     """A prompt for every cut of a text but the last, at most four: what was read, and what may come after it."""
-    cuts = [index for index, segment in enumerate(script.segments) if segment.cut][:-1]
+    cuts = [index for index, segment in enumerate(script.segments) if segment.compress][:-1]
     for index in cuts[:: -(-len(cuts) // 4)]:
         read = [token for segment in script.segments[: index + 1] for token in segment.ids]
         later = script.segments[index + 1 :]
         ahead = [token for segment in later for token in segment.ids]
-        questions = [(aside.question_ids, aside.answer_ids) for aside in script.asides]
-        turns = [(segment.ids, segment.answers[0]) for segment in later if segment.answers and not segment.cut]
+        questions = [(question.question_ids, question.answer_ids) for question in script.questions]
+        turns = [(segment.ids, segment.answers[0]) for segment in later if segment.answers and not segment.compress]
         questions += [(ids[: answer.start], ids[answer.start : answer.stop]) for ids, answer in turns]
         # about facts that have been stated by then
         asked = [[*question, *answer] for question, answer in questions if _stands_in(answer, read)]

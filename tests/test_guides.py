@@ -14,8 +14,7 @@ from typer.main import get_command
 from users_files import write_users_files
 
 from kv_gym.cli import app
-from kv_gym.evaluation.tasks import parse_tasks, read_tasks
-from kv_gym.evaluation.tasks.names import _KINDS
+from kv_gym.evaluation.tasks import list_tasks, parse_tasks, read_tasks
 from kv_gym.files import MODEL
 from kv_gym.live.guard import REACTIONS, SIGNALS
 from kv_gym.models import load_model
@@ -76,7 +75,7 @@ def test_the_index_lists_every_guide():
 @pytest.mark.parametrize(
     "page, known",
     [
-        ("use-your-data", set(_KINDS) - {"file"}),
+        ("use-your-data", set(list_tasks()) - {"file"}),
         ("change-the-reward", {*TARGETS, *LOSSES}),
         ("write-an-agent", INPUTS),
         ("live-cache", {*SIGNALS, *REACTIONS}),

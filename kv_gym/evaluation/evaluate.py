@@ -14,8 +14,15 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.configurations import configurations_of, full_cache
 from kv_gym.evaluation.measure import measure
 from kv_gym.evaluation.rows import refuse_unwritable, result, write_json
-from kv_gym.evaluation.tasks import Task, TaskContext, contexts_from_records, parse_tasks, tasks_hash
-from kv_gym.evaluation.tasks.asked import by_label, unseen_questions
+from kv_gym.evaluation.tasks import (
+    Task,
+    TaskContext,
+    contexts_from_records,
+    group_by_task,
+    parse_tasks,
+    tasks_hash,
+    unseen_questions,
+)
 from kv_gym.evaluation.tasks.replay import replay_tasks
 from kv_gym.live.tiers import parse_tier
 from kv_gym.models.fingerprint import Fingerprint
@@ -173,7 +180,7 @@ def _tasks_of(tasks: Tasks | None, tokenizer: Any) -> tuple[list[Task], str]:
         hashes = [task.hash for task in given]
         return given, hashes[0] if len(hashes) == 1 else sha256("".join(hashes).encode()).hexdigest()
     if all(isinstance(each, TaskContext) for each in given):
-        return [unseen_questions(same, label) for label, same in by_label(given).items()], tasks_hash(given)
+        return [unseen_questions(same, label) for label, same in group_by_task(given).items()], tasks_hash(given)
     kinds = ", ".join(sorted({type(each).__name__ for each in given}))
     raise UserError(
         f"tasks hold {kinds}; expected names, questions (dicts), contexts or whole tasks, and all of a kind"

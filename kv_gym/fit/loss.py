@@ -16,8 +16,7 @@ from rich.progress import Progress
 from kv_gym.evaluation.configurations import Configuration, full_cache
 from kv_gym.evaluation.measure import measure
 from kv_gym.evaluation.statistics import mean_interval, student_t
-from kv_gym.evaluation.tasks import TaskContext
-from kv_gym.evaluation.tasks.asked import unseen_questions
+from kv_gym.evaluation.tasks import TaskContext, unseen_questions
 
 _PSEUDO = 2  # questions that Agresti and Min add, of which one half each is lost, gained, right and wrong
 

@@ -1,4 +1,4 @@
-"""What a task is: contexts, what is asked of them, and how a configuration is judged on them."""
+"""The interface of a task: contexts, questions about them, and how a configuration is measured on them."""
 
 from __future__ import annotations
 
@@ -11,20 +11,20 @@ from kv_gym.evaluation.outcomes import Outcome
 
 
 class Task(ABC):
-    """Contexts and what is asked of them; deterministic, and the same for every configuration.
+    """Contexts and questions about them; deterministic, and the same for every configuration.
 
         for batch in task.batches():
             for configuration, outcomes in task.measure(model, batch, configurations):
                 ...
 
-    The batches of a task may be measured in any order, by any number of processes, and with any configurations:
-    outcomes are those of a configuration alone with one context alone, up to rounding.
+    The batches of a task may be measured in any order, by any number of processes and with any configurations: the
+    outcomes are those of one configuration alone with one context alone, up to rounding.
 
     Attributes:
-        name: what rows call it, such as ``multi_key 512`` or ``text novel.txt 1024``.
-        trigger: when configurations evict: ``prefill`` where each context is cut once and then forked, ``turn`` where
-            it is cut again after every turn of a conversation, ``every:16`` or ``block:64`` where it is a stream that
-            is cut after so many tokens, as the trigger of that name does.
+        name: the task in rows of results, such as ``multi_key 512`` or ``text novel.txt 1024``.
+        trigger: when the cache is compressed: ``prefill`` where each context is compressed once and then forked,
+            ``turn`` where it is compressed after every turn of a conversation, ``every:16`` or ``block:64`` where it is
+            a stream that is compressed after so many tokens, as the cache's trigger of that name does.
     """
 
     name: str
@@ -33,7 +33,7 @@ class Task(ABC):
     @property
     @abstractmethod
     def hash(self) -> str:
-        """SHA-256 over all that is asked and when it is cut: equal hashes mean comparable rows."""
+        """SHA-256 of contexts, questions, answers and points of compression: equal hashes mean comparable rows."""
 
     @abstractmethod
     def batches(self) -> list[Sequence[Any]]:
@@ -46,12 +46,15 @@ class Task(ABC):
     def measure(
         self, model, batch: Sequence[Any], configurations: Sequence[Configuration]
     ) -> Iterator[tuple[Configuration, list[Outcome]]]:
-        """Judge every configuration on one of :meth:`batches`; they are yielded in the order given, each once.
+        """Measure every configuration on one of :meth:`batches`.
 
         Args:
             model: a transformers decoder that :class:`~kv_gym.live.EvictingCache` serves.
             batch: one of :meth:`batches`.
-            configurations: who is compared; the cost of reading what comes before the first cut is paid once for all.
+            configurations: what is compared; the tokens before the first compression are read once for all of them.
+
+        Yields:
+            Each configuration once, in the order given, with its outcomes.
 
         Raises:
             UserError: a configuration that cannot run live, or does not fit the model.
@@ -59,5 +62,5 @@ class Task(ABC):
 
     @property
     def contexts(self) -> int:
-        """How many contexts there are."""
+        """Number of contexts."""
         return sum(map(len, self.batches()))

@@ -1,22 +1,37 @@
-"""Questions to ask a decoding model: a context, and questions that it has not seen while compressing."""
+"""Questions about a context that is compressed once, before they are known or with the question at its end."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from kv_gym.errors import UserError
-from kv_gym.evaluation.tasks.generated import generated
-from kv_gym.evaluation.tasks.lines import json_lines
-from kv_gym.evaluation.tasks.wording import Wording
+from kv_gym.evaluation.tasks.generated import WordEncoder, generated_contexts, name_with_seed
+from kv_gym.evaluation.tasks.registry import register
+from kv_gym.evaluation.tasks.scripted import AnswerSpan, ForkedQuestion, ScriptedTask, Segment, TaskScript
+from kv_gym.evaluation.tasks.task_files import encode_text, read_records, require_tokenizer
+
+# keys of other formats, which change what is asked: a line that has one would be another question without it
+_OTHER_FORMATS = {
+    **dict.fromkeys(("choice_A", "choice_B", "choice_C", "choice_D"), "LongBench v2: read it as longbench:FILE"),
+    **dict.fromkeys(("input", "answers", "outputs", "answer_prefix"), "RULER or LongBench: read it as ruler:FILE or "
+                    "longbench:FILE"),
+    **dict.fromkeys(("choices", "options", "instruction", "system"), "another format: write all into the question"),
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TaskQuestion:
-    """What is asked, and the tokens that answer it whole."""
+    """A question about a context.
+
+    Attributes:
+        question_ids: tokens that follow the context.
+        answer_ids: tokens of the whole answer.
+    """
 
     question_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -24,7 +39,13 @@ class TaskQuestion:
 
 @dataclass(frozen=True)
 class TaskContext:
-    """One context and the questions that share it: it is prefilled once."""
+    """A context, which is read once, and the questions about it.
+
+    Attributes:
+        context_ids: tokens of the context.
+        questions: each is asked on a copy of the cache.
+        task: name of the task in rows of results; "" for that of the file.
+    """
 
     context_ids: tuple[int, ...]
     questions: tuple[TaskQuestion, ...]
@@ -32,27 +53,33 @@ class TaskContext:
 
 
 def tasks_hash(contexts: Iterable[TaskContext]) -> str:
-    """SHA-256 over everything that is asked."""
+    """SHA-256 of all tasks, contexts, questions and answers."""
     digest = hashlib.sha256()
     for context in contexts:
-        asked = [(question.question_ids, question.answer_ids) for question in context.questions]
-        digest.update(json.dumps([context.task, context.context_ids, asked]).encode())
+        questions = [(question.question_ids, question.answer_ids) for question in context.questions]
+        digest.update(json.dumps([context.task, context.context_ids, questions]).encode())
     return digest.hexdigest()
+
+
+def group_by_task(contexts: Iterable[TaskContext]) -> dict[str, list[TaskContext]]:
+    """Contexts by the name of their task, in the order of first appearance."""
+    groups: dict[str, list[TaskContext]] = {}
+    for context in contexts:
+        groups.setdefault(context.task, []).append(context)
+    return groups
 
 
 def read_tasks(path: str | Path, tokenizer=None) -> list[TaskContext]:
     """Read JSON lines ``{"context", "question", "answer", "task"}``, or the same with ``context_ids`` and so on.
 
     Lines that follow one another with the same context share its prefill. Context, question and answer are
-    tokenised apart, the context with the tokenizer's special tokens, the others without.
+    tokenised apart; the tokenizer's beginning token stands before the context alone.
 
     Raises:
-        UserError: missing file, bad JSON, a missing or empty field, or text without a tokenizer; the line is named.
+        UserError: missing file, bad JSON, a missing or empty field, a line of another format, or text without a
+            tokenizer; the line is named.
     """
-    contexts = contexts_from_records(json_lines(path, "context, question and answer"), tokenizer)
-    if not contexts:
-        raise UserError(f"task file {path} holds no task; expected JSON lines with context, question and answer")
-    return contexts
+    return contexts_from_records(read_records(path, "context, question and answer"), tokenizer)
 
 
 def contexts_from_records(records: Iterable[tuple[str, dict]], tokenizer=None) -> list[TaskContext]:
@@ -64,10 +91,12 @@ def contexts_from_records(records: Iterable[tuple[str, dict]], tokenizer=None) -
     """
     contexts: list[TaskContext] = []
     for where, data in records:
-        context, question, answer = (
-            _ids(data, name, tokenizer, where, special=name == "context") for name in ("context", "question", "answer")
-        )
-        asked, task = TaskQuestion(question, answer), str(data.get("task", ""))
+        for name, source in _OTHER_FORMATS.items():
+            if data.get(name) is not None:
+                raise UserError(f"{where} has a key {name!r}, as lines of {source}")
+        context, question, answer = (_ids(data, name, tokenizer, where) for name in ("context", "question", "answer"))
+        task = "" if data.get("task") is None else str(data["task"])
+        asked = TaskQuestion(question, answer)
         if contexts and (contexts[-1].context_ids, contexts[-1].task) == (context, task):
             contexts[-1] = TaskContext(context, (*contexts[-1].questions, asked), task)
         else:
@@ -75,43 +104,132 @@ def contexts_from_records(records: Iterable[tuple[str, dict]], tokenizer=None) -
     return contexts
 
 
-def _ids(data: dict, name: str, tokenizer, where: str, special: bool) -> tuple[int, ...]:
+def _ids(data: dict, name: str, tokenizer, where: str) -> tuple[int, ...]:
     ids = data.get(f"{name}_ids")
     if ids is None:
         text = data.get(name)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where} has no {name}; expected a text {name!r} or a list of ids {name + '_ids'!r}")
-        if tokenizer is None:
-            raise UserError(f"{where} holds text and the model has no tokenizer; give {name}_ids or the tokenizer")
-        ids = tokenizer(text, add_special_tokens=special)["input_ids"]
+        require_tokenizer(tokenizer, where)
+        ids = encode_text(tokenizer, text, is_context=name == "context")
         if not ids:
             raise UserError(f"{where}: the model's tokenizer makes no token of the {name} {text!r}; give other text")
-    if not isinstance(ids, list) or not ids or not all(isinstance(i, int) and i >= 0 for i in ids):
+    if not isinstance(ids, list) or not ids or not all(type(i) is int and i >= 0 for i in ids):
         raise UserError(f"{where}: {name}_ids is no list of token ids from 0; expected at least one")
     return tuple(ids)
+
+
+def unseen_questions(contexts: Sequence[TaskContext], name: str = "", rows: int = 8) -> ScriptedTask:
+    """Each context is read and compressed once; then every question is asked on a copy of the compressed cache.
+
+    Args:
+        contexts: contexts with their questions.
+        name: of the task; by default the first context's.
+        rows: contexts of equal length that are read together.
+    """
+    scripts = [
+        TaskScript(
+            str(number),
+            (Segment(context.context_ids, compress=True),),
+            tuple(ForkedQuestion(question.question_ids, question.answer_ids) for question in context.questions),
+        )
+        for number, context in enumerate(contexts)
+    ]
+    return ScriptedTask(name or contexts[0].task, "prefill", scripts, rows)
+
+
+def seen_questions(contexts: Sequence[TaskContext], name: str = "", rows: int = 8) -> ScriptedTask:
+    """Each question stands at the end of the context when that is compressed, and has a compression of its own.
+
+    This is what SnapKV and its like were made for: the last queries are the question's. The first token of an answer
+    comes from the forward pass that read the context, as in any deployment, so that eviction can only spoil those after
+    it, and an answer of one token says nothing. A context of the task is one question of one of `contexts`, with the id
+    ``<context>/<question>``.
+
+    Args:
+        contexts: contexts with their questions.
+        name: of the task; by default the first context's and ``seen``.
+        rows: contexts of equal length that are read together.
+    """
+    scripts = [
+        TaskScript(
+            f"{number}/{index}",
+            (
+                Segment((*context.context_ids, *question.question_ids), compress=True),
+                Segment(question.answer_ids, (AnswerSpan(0, len(question.answer_ids)),)),
+            ),
+        )
+        for number, context in enumerate(contexts)
+        for index, question in enumerate(context.questions)
+    ]
+    return ScriptedTask(name or f"{contexts[0].task} seen", "prefill", scripts, rows)
 
 
 def reference_tasks(
     task: str = "multi_key", tokens: int = 512, count: int | None = None, seed: int | None = None, tokenizer=None
 ) -> list[TaskContext]:
-    """The pinned held-out contexts of a reference task (`count` of them) with their questions.
+    """Contexts of the reference generator with their questions, the pinned held-out ones by default.
 
     Args:
         task: one of `kv_gym.reference.generator.TASKS`.
         tokens: words per context.
-        count: how many contexts; None means 64.
-        seed: names other contexts, see :func:`kv_gym.evaluation.tasks.generated.generated`.
+        count: number of contexts, 64 by default.
+        seed: gives other contexts, see :func:`kv_gym.evaluation.tasks.generated.generated_contexts`.
         tokenizer: of the model, unless it is the reference model.
 
     Raises:
         UserError: unknown task, or unusable length or seed.
     """
-    wording = Wording.of(tokenizer)
+    words = WordEncoder.for_tokenizer(tokenizer)
     return [
         TaskContext(
-            (*wording.beginning, *wording.ids(context.words)),
-            tuple(TaskQuestion(wording.ids(q.question), wording.ids(q.answer)) for q in context.questions),
+            (*words.beginning, *words.encode(context.words)),
+            tuple(TaskQuestion(words.encode(q.question), words.encode(q.answer)) for q in context.questions),
             task,
         )
-        for context in generated(task, tokens, count, seed)
+        for context in generated_contexts(task, tokens, count, seed)
     ]
+
+
+def reference_questions(
+    task: str,
+    tokens: int = 512,
+    seen: bool = False,
+    unseen: bool = False,
+    count: int | None = None,
+    seed: int | None = None,
+    tokenizer=None,
+) -> ScriptedTask:
+    """The task of :func:`reference_tasks`, with its questions unseen unless they are `seen`."""
+    contexts = reference_tasks(task, tokens, count, seed, tokenizer)
+    if seen:
+        return seen_questions(contexts, name_with_seed(f"{task} seen {tokens}", seed))
+    return unseen_questions(contexts, name_with_seed(f"{task} {tokens}", seed))
+
+
+for _task, _help in {
+    "single": "questions about a generated context of 512 words: facts that their name alone finds",
+    "multi_key": "questions about a generated context: facts among look-alikes, found by two words together",
+    "multi_value": "questions about a generated context: keys with two values, both asked for",
+    "multi_query": "questions about a generated context: the values of two keys in one answer",
+    "variable_tracking": "questions about a generated context: facts that point to other facts",
+    "most_common": "a question about a generated context: the thing that it names most often",
+}.items():
+    register(f"{_task}:512", _help)(partial(reference_questions, _task))
+
+
+@register("FILE", "questions of your own; `:seen` puts each at the end of its context before that is compressed")
+def questions_of_file(
+    file: str | Path, seen: bool = False, count: int | None = None, tokenizer=None
+) -> list[ScriptedTask]:
+    """Questions of a file, see :func:`read_tasks`: a task for every ``task`` of its lines.
+
+    Args:
+        file: JSON lines.
+        seen: whether each question stands at the end of its context when that is compressed.
+        count: number of contexts, all by default.
+        tokenizer: of the model.
+    """
+    build, suffix = (seen_questions, " seen") if seen else (unseen_questions, "")
+    groups = group_by_task(read_tasks(file, tokenizer)[:count])
+    return [build(contexts, (name or Path(file).stem) + suffix) for name, contexts in groups.items()]

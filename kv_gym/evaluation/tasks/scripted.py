@@ -1,13 +1,18 @@
-"""Tasks that are scripts: contexts of equal shape run as rows of one cache, which is read once."""
+"""Tasks written as scripts: tokens to feed, where to compress, which tokens are answers, which questions to ask.
+
+Contexts of equal shape run as rows of one cache, which is read once for all configurations.
+"""
 
 from __future__ import annotations
 
+import hashlib
+import json
 import math
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from itertools import groupby
 
@@ -18,25 +23,86 @@ from kv_gym.budgets import slots_after
 from kv_gym.evaluation.configurations import Configuration, cache_for, fork_all, fork_for
 from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.evaluation.tasks.base import Task
-from kv_gym.evaluation.tasks.script import Aside, Script, alike, scripts_hash
 from kv_gym.live import EvictingCache
 from kv_gym.models.loading import token_rows
 
-AT_ONCE = 64  # questions asked together: each holds a copy of its context's cache
+LARGEST_GROUP = 64  # questions asked together: each holds a copy of its context's cache
+
+
+@dataclass(frozen=True)
+class AnswerSpan:
+    """Tokens `start` to `stop` of a segment, judged as one answer; the tokens before them are its prompt.
+
+    Attributes:
+        start, stop: places in the segment.
+        part: which part of the context it belongs to, see :attr:`kv_gym.evaluation.outcomes.Outcome.part`.
+    """
+
+    start: int
+    stop: int
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class Segment:
+    """Tokens that are fed in one forward pass and stay in the cache.
+
+    Attributes:
+        ids: the tokens.
+        answers: which of them are judged. An answer may begin with the segment's first token, which the last token
+            of the segment before predicts.
+        compress: compress the cache when the segment has been read.
+    """
+
+    ids: tuple[int, ...]
+    answers: tuple[AnswerSpan, ...] = ()
+    compress: bool = False
+
+
+@dataclass(frozen=True)
+class ForkedQuestion:
+    """A question asked on a copy of the cache when all segments have been read, so that no other question sees it."""
+
+    question_ids: tuple[int, ...]
+    answer_ids: tuple[int, ...]
+    part: str = ""
+
+
+@dataclass(frozen=True)
+class TaskScript:
+    """One context of a task.
+
+    Attributes:
+        id: the same for all configurations.
+        segments: fed one after another; at least one.
+        questions: asked at the end, each on a copy of the cache.
+        length: tokens of which a budget that is a share takes its share at every compression, so that the cache is
+            bounded in slots; None means the tokens seen so far.
+    """
+
+    id: str
+    segments: tuple[Segment, ...]
+    questions: tuple[ForkedQuestion, ...] = ()
+    length: int | None = None
+
+    @property
+    def shape(self) -> tuple:
+        """Scripts of equal shape can be fed together as rows of one cache; forked questions do not matter."""
+        return self.length, tuple((len(each.ids), each.answers, each.compress) for each in self.segments)
 
 
 @dataclass(frozen=True)
 class ScriptedTask(Task):
-    """A task whose contexts are :class:`~kv_gym.evaluation.tasks.script.Script`.
+    """A task whose contexts are scripts.
 
     Greedy answers are judged in one pass: decoding greedily gives the expected answer exactly when the most likely
     token after each of its prefixes is the next one, so the answer is fed whole and every argmax must be right. Where
-    an answer stays in the cache it is the right one, whatever the configuration would have said.
+    an answer stays in the cache it is the right one, whatever the configuration would have generated.
 
     The first segment is read once for all configurations, with nothing evicted; then the cache is forked for every
-    configuration, cut where the script says so, and fed the rest. Configurations are cut only then: where a stream is
-    said to be cut ``every:16`` or ``block:64`` tokens, its segments have that size, and a configuration keeps what a
-    cache of that trigger keeps.
+    configuration, compressed where the script says so, and fed the rest. It is compressed nowhere else: the segments of
+    a task with the trigger ``every:16`` or ``block:64`` have that size, and a configuration keeps what a cache of that
+    trigger keeps.
 
     Attributes:
         name, trigger: see :class:`~kv_gym.evaluation.tasks.base.Task`.
@@ -46,86 +112,83 @@ class ScriptedTask(Task):
 
     name: str
     trigger: str
-    scripts: Sequence[Script]
+    scripts: Sequence[TaskScript]
     rows: int = 8
 
     @cached_property
     def hash(self) -> str:  # type: ignore[override]
-        """SHA-256 over everything that is fed, cut and asked."""
-        return scripts_hash(self.scripts)
+        """SHA-256 of everything that is fed, compressed and asked."""
+        digest = hashlib.sha256()
+        for script in self.scripts:
+            digest.update(json.dumps(astuple(script)).encode())
+        return digest.hexdigest()
 
-    def batches(self) -> list[Sequence[Script]]:
-        """Groups of at most `rows` scripts of one shape."""
-        return alike(self.scripts, self.rows)
+    def batches(self) -> list[Sequence[TaskScript]]:
+        """Groups of at most `rows` scripts of one shape, ordered by the first of each shape."""
+        shapes: dict[tuple, list[TaskScript]] = defaultdict(list)
+        for script in self.scripts:
+            shapes[script.shape].append(script)
+        return [same[start : start + self.rows] for same in shapes.values() for start in range(0, len(same), self.rows)]
 
     def measure(
-        self, model, batch: Sequence[Script], configurations: Sequence[Configuration]
+        self, model, batch: Sequence[TaskScript], configurations: Sequence[Configuration]
     ) -> Iterator[tuple[Configuration, list[Outcome]]]:
         """See :meth:`kv_gym.evaluation.tasks.base.Task.measure`."""
-        with cache_for(model, configurations) as shared, ExitStack() as reread:
-            opening = _Reading(batch)
-            opening.feed(model, shared, 0)
-            rereading = {
-                id(configuration.policy): configuration.policy
-                for configuration in configurations
-                if configuration.policy.repetition is not None
-            }
-            bases = {
-                key: _read_again(
-                    shared,
-                    [configuration for configuration in configurations if configuration.policy is policy],
-                    reread,
-                )
-                for key, policy in rereading.items()
-                if batch[0].segments[0].cut
-            }
+        with cache_for(model, configurations) as shared, ExitStack() as stack:
+            prefill = _BatchReader(batch)
+            prefill.feed(model, shared, 0)
+            bases: dict[int, tuple[EvictingCache, float]] = {}  # of each policy with a second reading
+            for policy in (each.policy for each in configurations):
+                if batch[0].segments[0].compress and policy.repetition is not None and id(policy) not in bases:
+                    same = [each for each in configurations if each.policy is policy]
+                    bases[id(policy)] = _second_reading(shared, same, stack)
             for configuration in configurations:
-                yield (
-                    configuration,
-                    _measured(model, *bases.get(id(configuration.policy), (shared, 0.0)), opening, configuration),
-                )
+                cache, seconds = bases.get(id(configuration.policy), (shared, 0.0))
+                yield configuration, _measure_one(model, cache, seconds, prefill, configuration)
 
 
-def _read_again(shared: EvictingCache, same: Sequence[Configuration], until: ExitStack) -> tuple[EvictingCache, float]:
-    """The context after one policy's second reading, for all its configurations, and the CPU seconds that it took."""
+def _second_reading(
+    shared: EvictingCache, configurations: Sequence[Configuration], stack: ExitStack
+) -> tuple[EvictingCache, float]:
+    """The context after the second reading of one policy, for all its configurations, and its CPU seconds."""
     started = time.thread_time()
-    base = until.enter_context(fork_all(shared, same))
-    base.run_second_reading()
-    return base, time.thread_time() - started
+    cache = stack.enter_context(fork_all(shared, configurations))
+    cache.run_second_reading()
+    return cache, time.thread_time() - started
 
 
 @dataclass
-class _Reading:
-    """How far a batch of scripts was read, and what was judged so far.
+class _BatchReader:
+    """Feeds a batch of scripts and judges their answers.
 
     Attributes:
         batch: scripts of one shape.
-        judged: (row, part, right, nll) of every answer.
-        last: `[rows, vocabulary]` logits after the last token fed; None before the first.
+        answers: (row, part, whether it is right, nll) of every answer so far.
+        last_logits: `[rows, vocabulary]` after the last token fed; None before the first.
     """
 
-    batch: Sequence[Script]
-    judged: list[tuple[int, str, bool, float]] = field(default_factory=list)
-    last: Tensor | None = None
+    batch: Sequence[TaskScript]
+    answers: list[tuple[int, str, bool, float]] = field(default_factory=list)
+    last_logits: Tensor | None = None
 
     @torch.no_grad()
     def feed(self, model, cache: EvictingCache, index: int) -> None:
         """Feed segment `index` of every row, and judge its answers."""
         ids = token_rows(model, [script.segments[index].ids for script in self.batch])
-        answers = self.batch[0].segments[index].answers
-        keep = 0 if answers else 1  # transformers: 0 means the logits of all tokens
+        spans = self.batch[0].segments[index].answers
+        keep = 0 if spans else 1  # transformers: 0 means the logits of all tokens
         logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
-        if answers:
-            before = torch.zeros_like(logits[:, :1]) if self.last is None else self.last[:, None]
+        if spans:
+            before = torch.zeros_like(logits[:, :1]) if self.last_logits is None else self.last_logits[:, None]
             likelihood = torch.cat((before, logits[:, :-1]), 1).float().log_softmax(-1)
-            for answer in answers:
-                span = slice(answer.start, answer.stop)
-                right, nll = judged(likelihood[:, span], ids[:, span])
-                self.judged += [(row, answer.part, *both) for row, both in enumerate(zip(right, nll, strict=True))]
-        self.last = logits[:, -1]
+            for span in spans:
+                tokens = slice(span.start, span.stop)
+                right, nll = judge_answers(likelihood[:, tokens], ids[:, tokens])
+                self.answers += [(row, span.part, *both) for row, both in enumerate(zip(right, nll, strict=True))]
+        self.last_logits = logits[:, -1]
 
 
-def judged(likelihood: Tensor, expected: Tensor) -> tuple[list[bool], list[float]]:
+def judge_answers(likelihood: Tensor, expected: Tensor) -> tuple[list[bool], list[float]]:
     """Whether each answer is the greedy one, and the mean over its tokens of -log p in nats.
 
     Args:
@@ -138,29 +201,30 @@ def judged(likelihood: Tensor, expected: Tensor) -> tuple[list[bool], list[float
 
 
 @torch.no_grad()
-def _measured(
-    model, shared: EvictingCache, spent: float, opening: _Reading, configuration: Configuration
+def _measure_one(
+    model, shared: EvictingCache, seconds: float, prefill: _BatchReader, configuration: Configuration
 ) -> list[Outcome]:
-    batch = opening.batch
+    """Outcomes of one configuration; `seconds` were spent on it before."""
+    batch = prefill.batch
     length, segments = batch[0].length, batch[0].segments
     budget = configuration.budget if length is None else slots_after(configuration.budget, length)
-    reading = _Reading(batch, list(opening.judged), opening.last)
-    held, slots, started = 0, None, time.thread_time() - spent
-    last_cut = max((index for index, segment in enumerate(segments) if segment.cut), default=None)
+    reader = _BatchReader(batch, list(prefill.answers), prefill.last_logits)
+    nbytes, slots, started = 0, None, time.thread_time() - seconds
+    last_compression = max((index for index, segment in enumerate(segments) if segment.compress), default=None)
     with fork_for(shared, configuration, budget) as cache:
         for index, segment in enumerate(segments):
             if index:
-                reading.feed(model, cache, index)
-            if segment.cut:
+                reader.feed(model, cache, index)
+            if segment.compress:
                 cache.compress()
-            if index == last_cut:
-                weighing = time.thread_time()
-                held, slots = bytes_held(cache), cache.kept().double().cpu()
-                started += time.thread_time() - weighing
-        asked = [(row, aside) for row, script in enumerate(batch) for aside in script.asides]
-        reading.judged += answers(model, cache, asked)
+            if index == last_compression:
+                paused = time.thread_time()
+                nbytes, slots = bytes_held(cache), cache.kept().double().cpu()
+                started += time.thread_time() - paused
+        questions = [(row, question) for row, script in enumerate(batch) for question in script.questions]
+        reader.answers += _ask(model, cache, questions)
     seconds = (time.thread_time() - started) / len(batch)
-    return _outcomes(reading, held // len(batch), slots, seconds)
+    return _outcomes(reader, nbytes // len(batch), slots, seconds)
 
 
 def bytes_held(cache: EvictingCache) -> int:
@@ -169,47 +233,42 @@ def bytes_held(cache: EvictingCache) -> int:
         return copy.nbytes()
 
 
-def answers(
-    model, cache: EvictingCache, asked: Sequence[tuple[int, Aside]]
-) -> Iterator[tuple[int, str, bool, float]]:  # fmt: skip
-    """Ask each question on a copy of its row of the cache, questions of equal size together.
+def _ask(
+    model, cache: EvictingCache, questions: Sequence[tuple[int, ForkedQuestion]]
+) -> Iterator[tuple[int, str, bool, float]]:
+    """Ask each question on a copy of its row of the cache, questions of equal size together."""
 
-    Args:
-        model: the cache's.
-        cache: stays as it is.
-        asked: pairs of the row and the question.
+    def size(item: tuple[int, ForkedQuestion]) -> tuple[int, int]:
+        return len(item[1].question_ids), len(item[1].answer_ids)
 
-    Yields:
-        Row, part, whether the greedy answer is right, and mean -log p of its tokens in nats.
-    """
-    size = lambda item: (len(item[1].question_ids), len(item[1].answer_ids))  # noqa: E731
-    groups = [list(items) for _, items in groupby(sorted(asked, key=size), size)]
-    for same in (group[start : start + AT_ONCE] for group in groups for start in range(0, len(group), AT_ONCE)):
-        question_size = len(same[0][1].question_ids)
-        ids = token_rows(model, [(*aside.question_ids, *aside.answer_ids) for _, aside in same])
-        with cache.fork() as fork, torch.no_grad():
-            fork.batch_select_indices(torch.tensor([row for row, _ in same], device=model.device))
-            logits = model(input_ids=ids[:, :-1], past_key_values=fork, use_cache=True).logits
-        likelihood = logits[:, question_size - 1 :].float().log_softmax(-1)
-        for (row, aside), right, nll in zip(same, *judged(likelihood, ids[:, question_size:]), strict=True):
-            yield row, aside.part, right, nll
+    for (question_size, _), items in groupby(sorted(questions, key=size), size):
+        same = list(items)
+        for group in (same[start : start + LARGEST_GROUP] for start in range(0, len(same), LARGEST_GROUP)):
+            ids = token_rows(model, [(*question.question_ids, *question.answer_ids) for _, question in group])
+            with cache.fork() as fork, torch.no_grad():
+                fork.batch_select_indices(torch.tensor([row for row, _ in group], device=model.device))
+                logits = model(input_ids=ids[:, :-1], past_key_values=fork, use_cache=True).logits
+            likelihood = logits[:, question_size - 1 :].float().log_softmax(-1)
+            judged = zip(*judge_answers(likelihood, ids[:, question_size:]), strict=True)
+            for (row, question), (right, nll) in zip(group, judged, strict=True):
+                yield row, question.part, right, nll
 
 
-def _outcomes(reading: _Reading, held: int, slots: Tensor | None, seconds: float) -> list[Outcome]:
+def _outcomes(reader: _BatchReader, nbytes: int, slots: Tensor | None, seconds: float) -> list[Outcome]:
     parts: dict[tuple[int, str], list[tuple[bool, float]]] = defaultdict(list)
-    for row, part, right, nll in reading.judged:
+    for row, part, right, nll in reader.answers:
         parts[row, part].append((right, nll))
-    several = [sum(1 for other, _ in parts if other == row) for row in range(len(reading.batch))]
+    parts_of_row = [sum(1 for other, _ in parts if other == row) for row in range(len(reader.batch))]
     return [
         Outcome(
-            reading.batch[row].id,
+            reader.batch[row].id,
             part,
-            len(found),
-            float(sum(right for right, _ in found)),
-            math.fsum(nll for _, nll in found),
-            held,
+            len(answers),
+            float(sum(right for right, _ in answers)),
+            math.fsum(nll for _, nll in answers),
+            nbytes,
             None if slots is None else slots[:, row],
-            seconds / several[row],
+            seconds / parts_of_row[row],
         )
-        for (row, part), found in sorted(parts.items(), key=lambda item: item[0][0])
+        for (row, part), answers in sorted(parts.items(), key=lambda item: item[0][0])
     ]

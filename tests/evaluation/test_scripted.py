@@ -10,8 +10,8 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.configurations import Configuration, configurations_of, full_cache
 from kv_gym.evaluation.outcomes import Outcome, measured_fields, per_context
 from kv_gym.evaluation.tasks import parse_tasks
-from kv_gym.evaluation.tasks.dialogue import facts
-from kv_gym.evaluation.tasks.text import text_task
+from kv_gym.evaluation.tasks.dialogue import context_facts
+from kv_gym.evaluation.tasks.perplexity import perplexity
 from kv_gym.files import MODEL
 from kv_gym.live import EvictingCache
 from kv_gym.policies import make_policy
@@ -37,7 +37,7 @@ def tasks(tmp_path_factory):
     file.write_text("\ufeff" + " ".join(words), encoding="utf-8")
     names = "multi_key:64,multi_key:64:seen,dialogue:256,copy:32,fact:128"
     named = {task.name.rsplit(" ", 1)[0]: task for task in parse_tasks(names, count=2)}
-    return named | {"text": text_task(file, build_tokenizer(), tokens=64, block=16, count=2)}
+    return named | {"text": perplexity(file, build_tokenizer(), tokens=64, block=16, count=2)}
 
 
 TASKS = ["multi_key", "multi_key seen", "dialogue turns", "copy", "fact", "text"]
@@ -70,7 +70,7 @@ def one_by_one(model, task, script, policy, share):
                 said = say(cache, segment.ids)
                 for answer in segment.answers if judging else ():
                     judge(said[answer.start : answer.stop], answer.part)
-            if segment.cut and task.trigger == "turn" and index:
+            if segment.compress and task.trigger == "turn" and index:
                 cache.compress()
         return cache
 
@@ -79,10 +79,10 @@ def one_by_one(model, task, script, policy, share):
 
     if any(segment.answers for segment in script.segments):
         read(True).detach()
-    for aside in script.asides:
+    for question in script.questions:
         with read(False) as cache:
-            say(cache, aside.question_ids)
-            judge(say(cache, aside.answer_ids), aside.part)
+            say(cache, question.question_ids)
+            judge(say(cache, question.answer_ids), question.part)
     return found
 
 
@@ -154,14 +154,14 @@ def test_the_full_cache_is_plain_transformers(model, tasks, name):
             spans = [(start + answer.start, start + answer.stop, answer.part) for answer in segment.answers]
             found += judged_plainly(model, fed, spans)
             start += len(segment.ids)
-        for aside in script.asides:
-            ids = [*fed, *aside.question_ids, *aside.answer_ids]
-            found += judged_plainly(model, ids, [(len(ids) - len(aside.answer_ids), len(ids), aside.part)])
+        for question in script.questions:
+            ids = [*fed, *question.question_ids, *question.answer_ids]
+            found += judged_plainly(model, ids, [(len(ids) - len(question.answer_ids), len(ids), question.part)])
         own = {o.part: (o.questions, o.correct, o.nll) for o in outcomes if o.context == script.id}
         for part, (asked, right, nll) in by_part(found).items():
             assert own[part] == (asked, right, pytest.approx(nll, abs=2e-3 * asked))
         slots = next(o.slots for o in outcomes if o.context == script.id)
-        last_cut = max(i for i, segment in enumerate(script.segments) if segment.cut)
+        last_cut = max(i for i, segment in enumerate(script.segments) if segment.compress)
         assert slots.unique().tolist() == [sum(len(segment.ids) for segment in script.segments[: last_cut + 1])]
 
 
@@ -211,7 +211,7 @@ def test_a_dialogue_asks_once_about_what_was_told_before(tasks):
     for number, script in enumerate(tasks["dialogue turns"].scripts):
         told, asked = [], []
         for segment in script.segments:
-            if segment.cut:
+            if segment.compress:
                 told.append(words.decode(segment.ids))
                 continue
             (answer,) = segment.answers
@@ -230,28 +230,28 @@ def test_a_dialogue_asks_once_about_what_was_told_before(tasks):
 def test_facts_are_asked_for_after_as_many_cuts_as_the_part_says(tasks):
     words = build_tokenizer()
     for script in tasks["fact"].scripts:
-        assert all(segment.cut for segment in script.segments) and len(script.asides) == 2
+        assert all(segment.compress for segment in script.segments) and len(script.questions) == 2
         blocks = [words.decode(segment.ids) for segment in script.segments]
-        for aside in script.asides:
-            fact = words.decode((*aside.question_ids, *aside.answer_ids)).removeprefix("question ")
-            cuts = int(aside.part.split()[1])
+        for question in script.questions:
+            fact = words.decode((*question.question_ids, *question.answer_ids)).removeprefix("question ")
+            cuts = int(question.part.split()[1])
             assert fact in blocks[len(blocks) - cuts]
             key = " ".join(fact.split()[:2])
             assert sum(block.count(f"{key} ") for block in blocks) >= 1
     context = make_context("multi_key", 64, 0)
-    for end, key, value in facts(context):
+    for end, key, value in context_facts(context):
         assert (*key, *value, ".") == context.words[end - 4 : end + 1]
 
 
 def test_stretches_of_a_text_are_where_their_names_say(tasks, tmp_path):
     words = list(vocabulary()[:200])
     (tmp_path / "a.txt").write_text(" ".join(words))
-    task = text_task(tmp_path / "a.txt", build_tokenizer(), tokens=64, block=16, count=2)
+    task = perplexity(tmp_path / "a.txt", build_tokenizer(), tokens=64, block=16, count=2)
     assert [script.id for script in task.scripts] == ["token 0", "token 100"]
     for script, first in zip(task.scripts, (0, 100), strict=True):
         fed = [token for segment in script.segments for token in segment.ids]
         assert fed == [1, *encode(words[first : first + 63])]
-        assert [segment.cut for segment in script.segments] == [True, True, True, False]
+        assert [segment.compress for segment in script.segments] == [True, True, True, False]
         assert sum(len(segment.answers) for segment in script.segments) == 63  # all but the first
     assert (task.name, task.trigger) == ("text a.txt 64", "block:16")
 
@@ -305,49 +305,29 @@ def test_every_policy_meets_every_budget_and_allocation():
     ]  # fmt: skip
 
 
-REFUSED = {
-    "": "no task in",
-    "nothing": "'nothing' is neither a file nor known; known are copy, dialogue",
-    "copy:12": "multiple of 16",
-    "dialogue:100": "turns of 128 words",
-    "fact:100": "blocks of 64 words",
-    "fact:x": "'x' is no number of words",
-    "multi_key:512:score=part": "has no option score",
-    "multi_key:512:count=0": "leaves nothing to ask",
-    "multi_key:512:count=x": "count is 'x' and no number",
-    "multi_key:512:seed=1000": "from 0 to 999",
-    "missing.jsonl": "missing.jsonl is not there",
-    "text:missing.txt": "cannot be read without a tokenizer",
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_bad_names_are_refused_in_one_sentence(name):
-    with pytest.raises(UserError, match=REFUSED[name]):
-        parse_tasks(name)
-
-
 def test_bad_texts_are_refused_in_one_sentence(tmp_path):
     words = build_tokenizer()
     (tmp_path / "short.txt").write_text("the lamp was old")
     (tmp_path / "bytes.txt").write_bytes(b"\xff\xfe\x00")
     for file, lengths, message in (
-        ("missing.txt", {}, "is not there"),
-        ("bytes.txt", {}, "is no UTF-8 text"),
-        ("short.txt", {}, "has 4 tokens and a stretch needs 1023"),
+        ("missing.txt", {}, "cannot be read"),
+        ("bytes.txt", {}, "not UTF-8 text"),
+        ("short.txt", {}, "has 4 tokens and a window needs 1023"),
         ("short.txt", {"tokens": 100}, "multiple of 4 blocks of 64"),
     ):
         with pytest.raises(UserError, match=message):
-            text_task(tmp_path / file, words, **lengths)
+            perplexity(tmp_path / file, words, **lengths)
 
 
 def test_no_dialogue_asks_for_a_fact_that_a_turn_tears_apart():
     words, torn = build_tokenizer(), 0
     for number, script in enumerate(parse_tasks("dialogue:512:count=12")[0].scripts):
-        turns = [words.decode(segment.ids) for segment in script.segments if segment.cut]
+        turns = [words.decode(segment.ids) for segment in script.segments if segment.compress]
         context = make_context("dialogue", 512, 1_000_060_512 + number, 8)
         for segment in script.segments:
-            if not segment.cut:
+            if not segment.compress:
                 assert any(" ".join(words.decode(segment.ids).split()[1:5]) in turn for turn in turns)
-        torn += sum(not any(" ".join((*key, *value)) in turn for turn in turns) for _, key, value in facts(context))
+        torn += sum(
+            not any(" ".join((*key, *value)) in turn for turn in turns) for _, key, value in context_facts(context)
+        )
     assert torn  # there are some that could have been asked for

@@ -9,10 +9,11 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from kv_gym.errors import UserError
 from kv_gym.evaluation import evaluate
 from kv_gym.evaluation.configurations import Configuration, full_cache
-from kv_gym.evaluation.tasks import parse_tasks, scores
-from kv_gym.evaluation.tasks.longbench import DATASETS, longbench, worth
+from kv_gym.evaluation.tasks import answer_scores as scores
+from kv_gym.evaluation.tasks import parse_tasks
+from kv_gym.evaluation.tasks.free_text import FreeTextPrompt, without_middle
+from kv_gym.evaluation.tasks.longbench import DATASETS, longbench, score_answer
 from kv_gym.evaluation.tasks.ruler import ruler
-from kv_gym.evaluation.tasks.written import Prompt, without_middle
 from kv_gym.live import EvictingCache
 from kv_gym.policies import make_policy
 from kv_gym.reference.tokenizer import build_tokenizer, word_ids
@@ -67,7 +68,7 @@ def test_a_ruler_line_is_context_and_last_line(tmp_path, tokenizer):
         "<bos> remembered this . the lamp was old . code Alice 4 7 . Bob sold the boat ."
     )
     assert tokenizer.decode(first.question_ids) == "question code Alice ? the code was"
-    assert (first.answers, first.score, first.new_tokens) == (("4", "7"), "all", 128)
+    assert (first.answers, first.score, first.max_new_tokens) == (("4", "7"), "all", 128)
     assert (task.name, task.trigger, first.id, second.id) == ("ruler niah_single_1", "prefill", "0", "1")
     assert task.score(" 7 and more", first) == 0.5
     seen = ruler(file, tokenizer, seen=True).prompts[0]
@@ -75,7 +76,7 @@ def test_a_ruler_line_is_context_and_last_line(tmp_path, tokenizer):
     marked = ruler(file, tokenizer, marker="Bob sold").prompts[0]
     assert tokenizer.decode(marked.question_ids).startswith("Bob sold the boat . question")
     (few,) = parse_tasks(f"ruler:{file}:count=1:new=3:most=8", tokenizer)
-    assert (few.contexts, few.prompts[0].new_tokens, len(few.prompts[0].context_ids)) == (1, 3, 8)
+    assert (few.contexts, few.prompts[0].max_new_tokens, len(few.prompts[0].context_ids)) == (1, 3, 8)
 
 
 def test_ruler_scores_questions_by_any_answer(tmp_path, tokenizer):
@@ -94,7 +95,7 @@ def test_a_longbench_line_is_context_then_question(tmp_path, tokenizer):
     assert tokenizer.decode(prompt.question_ids) == HOTPOT["input"]
     twice = written(tmp_path / "twice.jsonl", HOTPOT, HOTPOT | {"input": "where was Alice ?"})
     assert [each.id for each in longbench(twice, tokenizer).prompts] == ["hotpotqa a1", "hotpotqa a1 1"]
-    assert (prompt.id, prompt.new_tokens, prompt.answers) == ("hotpotqa_e a1", 32, ("the old mill", "mill"))
+    assert (prompt.id, prompt.max_new_tokens, prompt.answers) == ("hotpotqa_e a1", 32, ("the old mill", "mill"))
     assert task.score("in the mill", prompt) == pytest.approx(2 / 3)  # [in, mill] against [mill]
     template = tmp_path / "template.txt"
     template.write_text("question all : {input}\n{context}\nanswer {input} :")
@@ -115,7 +116,7 @@ def test_the_middle_of_what_is_too_long_goes():
 @pytest.mark.parametrize("policy", ["full_cache", "keydiff"])
 def test_what_is_written_is_greedy_generation(tmp_path, tokenizer, model, policy, seen):
     file = written(tmp_path / "niah.jsonl", NEEDLE, NEEDLE | {"input": "a lamp .\nquestion size Bob ?"})
-    task = ruler(file, tokenizer, seen=seen, new_tokens=6)
+    task = ruler(file, tokenizer, seen=seen, max_new_tokens=6)
     said = {}
 
     def keep(text, prompt):
@@ -148,7 +149,7 @@ def test_what_is_written_is_greedy_generation(tmp_path, tokenizer, model, policy
 
 
 def test_writing_ends_where_the_model_says(tmp_path, tokenizer, model, monkeypatch):
-    task = ruler(written(tmp_path / "niah.jsonl", NEEDLE), tokenizer, new_tokens=6)
+    task = ruler(written(tmp_path / "niah.jsonl", NEEDLE), tokenizer, max_new_tokens=6)
     said = []
     object.__setattr__(task, "score", lambda text, prompt: said.append(text) or 0.0)
     list(task.measure(model, task.batches()[0], [full_cache()]))
@@ -213,19 +214,45 @@ def test_classes_counts_paragraphs_and_code():
 
 
 def test_the_best_answer_counts_and_only_the_first_line_of_examples():
-    prompt = Prompt("x", (1,), (2,), ("seven lamps", "lamps"), 8, score="triviaqa")
-    assert worth("\nlamps\nseven", prompt) == 1.0
-    prompt = Prompt("x", (1,), (2,), ("city",), 8, ("city", "date"), "trec_e")
-    assert worth("city\ndate", prompt) == 1.0
-    assert {name for name, _ in DATASETS.values()} <= set(dir(scores)) and len(DATASETS) == 21
+    prompt = FreeTextPrompt("x", (1,), (2,), ("seven lamps", "lamps"), 8, score="triviaqa")
+    assert score_answer("\nlamps\nseven", prompt) == 1.0
+    prompt = FreeTextPrompt("x", (1,), (2,), ("city",), 8, ("city", "date"), "trec_e")
+    assert score_answer("city\ndate", prompt) == 1.0
+    assert {name for name, _ in DATASETS.values()} <= set(dir(scores)) and len(DATASETS) == 22
+
+
+CHOICES = {
+    "_id": "b2", "domain": "Single-Document QA", "context": "Bob sold the boat .", "question": "Who sold it ?",
+    "choice_A": "Alice", "choice_B": "Bob", "choice_C": "Carol", "choice_D": "nobody", "answer": "B", "dataset": None,
+}  # fmt: skip
+
+
+def test_a_line_of_longbench_v2_is_asked_with_its_choices(tmp_path, tokenizer):
+    (task,) = parse_tasks(f"longbench:{written(tmp_path / 'v2.jsonl', CHOICES)}", tokenizer)
+    (prompt,) = task.prompts
+    words = tokenizer.decode(prompt.question_ids).replace("<unk>", "").split()
+    assert (prompt.id, prompt.answers, prompt.max_new_tokens) == ("longbench_v2 b2", ("B",), 128)
+    assert words[:6] == ["sold", "it", "?", "Alice", "Bob", "Carol"] and "letter" in words
+    assert task.score("The correct answer is (B).", prompt) == task.score("B", prompt) == 1.0
+    assert task.score("The correct answer is (A)", prompt) == task.score("Bob", prompt) == 0.0
+    refused = (({"answer": "Bob"}, "answer is .Bob.; expected the letter"), ({"choice_C": None}, "has no choice_C"))
+    for change, sentence in refused:
+        with pytest.raises(UserError, match=sentence):
+            longbench(written(tmp_path / "v2.jsonl", CHOICES | change), tokenizer)
+
+
+def test_choices_by_hand():
+    assert scores.choice("**The correct answer is (C)** since A and B", "C") == 1.0
+    assert scores.choice("(D) nobody", "D") == scores.choice("d. The answer: A", "A") == 1.0
+    assert scores.choice("A lamp was sold", "A") == scores.choice("", "A") == 0.0
 
 
 BAD = {
     "no context": (longbench, HOTPOT | {"context": None}, "line 1 has no context"),
-    "no answers": (longbench, HOTPOT | {"answers": []}, "line 1 has no answers"),
+    "no answers": (longbench, HOTPOT | {"answers": []}, r"answers is \[\]; expected at least one text"),
     "no such dataset": (longbench, HOTPOT | {"dataset": "mine"}, "'mine' is none of LongBench's"),
     "no classes": (longbench, HOTPOT | {"dataset": "trec"}, "line 1 has no all_classes"),
-    "no outputs": (ruler, NEEDLE | {"outputs": "4"}, "line 1 has no outputs"),
+    "no outputs": (ruler, NEEDLE | {"outputs": "4"}, "outputs is '4'; expected a list"),
     "one line": (ruler, NEEDLE | {"input": "all in one line"}, "has no line break before a question"),
 }
 
@@ -250,7 +277,13 @@ def test_what_else_is_refused(tmp_path, tokenizer):
             read(tmp_path / "empty.jsonl", tokenizer)
         with pytest.raises(UserError, match="has no tokenizer"):
             read(file, None)
-    with pytest.raises(UserError, match="must hold"):
+    for item, sentence in ((f"ruler:{file}:most=0", "most is 0"), (f"ruler:{file}:new=0", "new is 0")):
+        with pytest.raises(UserError, match=sentence):
+            parse_tasks(item, tokenizer)
+    for options in ({"max_new_tokens": 0}, {"max_tokens": 0}):
+        with pytest.raises(UserError, match=r"is 0, and an? .* has 1 token or more"):
+            ruler(file, tokenizer, **options)
+    with pytest.raises(UserError, match="holds no"):
         longbench(file, tokenizer, template=tmp_path / "template.txt")
     with pytest.raises(UserError, match="cannot be read"):
         longbench(file, tokenizer, template=tmp_path / "none.txt")

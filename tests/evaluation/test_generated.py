@@ -7,7 +7,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from kv_gym.evaluation.configurations import Configuration, full_cache
 from kv_gym.evaluation.tasks import parse_tasks
-from kv_gym.evaluation.tasks.wording import Wording
+from kv_gym.evaluation.tasks.generated import WordEncoder
 from kv_gym.policies import make_policy
 from kv_gym.reference.tokenizer import build_tokenizer, encode
 
@@ -34,10 +34,10 @@ def model():
 
 
 def test_words_become_tokens_of_the_model(letters):
-    ours, theirs = Wording.of(build_tokenizer()), Wording.of(letters)
-    assert ours == Wording.of(None) and (ours.beginning, theirs.beginning) == ((1,), ())
-    assert ours.ids(("code", "Bob")) == tuple(encode(("code", "Bob")))
-    assert letters.decode(theirs.ids(("code", "Bob"))) == " code Bob"
+    ours, theirs = WordEncoder.for_tokenizer(build_tokenizer()), WordEncoder.for_tokenizer(letters)
+    assert ours == WordEncoder.for_tokenizer(None) and (ours.beginning, theirs.beginning) == ((1,), ())
+    assert ours.encode(("code", "Bob")) == tuple(encode(("code", "Bob")))
+    assert letters.decode(theirs.encode(("code", "Bob"))) == " code Bob"
 
 
 @pytest.mark.parametrize("name", ["multi_key:64", "multi_key:64:seen", "dialogue:128", "copy:32", "fact:64"])

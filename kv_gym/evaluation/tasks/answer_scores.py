@@ -1,9 +1,10 @@
-"""What an answer in free text is worth, from 0 to 1: the measures of RULER and of LongBench, written anew.
+"""Scores of answers in free text, from 0 to 1: the measures of RULER and of LongBench, written anew.
 
 RULER: Hsieh et al. 2024 (arXiv 2404.06654), section 4 (recall-based accuracy). LongBench: Bai et al. 2023 (arXiv
 2308.14508), table 1 and appendix. Differs from LongBench in: Chinese is compared by characters and not by words of a
 segmenter, and ROUGE-L is the plain one of Lin 2004 (section 3.1) over whole texts, so numbers of those datasets are
-not to be set beside published ones.
+not comparable with published ones. The choices of LongBench v2: Bai et al. 2024 (arXiv 2412.15204); a letter that
+stands at the beginning of an answer counts, too.
 """
 
 from __future__ import annotations
@@ -16,18 +17,18 @@ from collections.abc import Sequence
 _ARTICLES = {"a", "an", "the"}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _NUMBER = re.compile(r"\d+")
+_CHOICE = re.compile(r"(?i:answer(?: is|:)) *\(?([A-D])\b|^\W*([A-D])(?:[).:,\n]|\s*$)")
 
 
 def match_all(prediction: str, answers: Sequence[str]) -> float:
     """Share of the answers that occur in the prediction, whatever their case (RULER, all tasks but questions)."""
-    said = prediction.lower()
-    return sum(answer.lower() in said for answer in answers) / len(answers)
+    lower = prediction.lower()
+    return sum(answer.lower() in lower for answer in answers) / len(answers)
 
 
 def match_part(prediction: str, answers: Sequence[str]) -> float:
     """1 where any of the answers occurs in the prediction, whatever its case (RULER's questions)."""
-    said = prediction.lower()
-    return float(any(answer.lower() in said for answer in answers))
+    return float(match_all(prediction, answers) > 0)
 
 
 def f1(prediction: Sequence[str], answer: Sequence[str]) -> float:
@@ -101,6 +102,12 @@ def retrieval(prediction: str, answer: str) -> float:
     """Share of the numbers in the prediction that are the number of the right paragraph, the first in the answer."""
     right = _NUMBER.search(answer)
     return count(prediction, right[0]) if right else 0.0
+
+
+def choice(prediction: str, answer: str) -> float:
+    """1 where the prediction names the answer's letter: ``The correct answer is (B)``, or ``B.`` at its beginning."""
+    named = _CHOICE.search(prediction.replace("*", ""))
+    return float(named is not None and answer in named.groups())
 
 
 def code_similarity(prediction: str, answer: str) -> float:

@@ -1,0 +1,83 @@
+"""Task files: JSON lines, read with errors that name the line."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import islice
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import AfterValidator, BaseModel, ConfigDict
+
+from kv_gym.errors import UserError
+from kv_gym.files import read_json_lines
+from kv_gym.models.loading import beginning_ids
+
+
+def _with_content(text: str) -> str:
+    if not text.strip():
+        raise ValueError("expected a text that is not empty")
+    return text
+
+
+def _with_items(texts: list[str]) -> list[str]:
+    if not texts:
+        raise ValueError("expected at least one text")
+    return texts
+
+
+Text = Annotated[str, AfterValidator(_with_content)]
+"""A text that is not empty."""
+Texts = Annotated[list[str], AfterValidator(_with_items)]
+"""At least one text."""
+
+
+class TaskLine(BaseModel):
+    """A line of a task file; keys that a subclass does not know say nothing of the question and are left out."""
+
+    model_config = ConfigDict(extra="ignore", strict=True)
+
+
+def read_records(path: str | Path, expected: str, count: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
+    """The objects of a file of JSON lines; a key whose value is null is absent.
+
+    Args:
+        path: a file in UTF-8; empty lines are skipped.
+        expected: what an object should hold, for the errors.
+        count: how many lines to read, all by default.
+
+    Yields:
+        File and line as errors name them, and the object.
+
+    Raises:
+        UserError: missing or unreadable file, bad JSON, a line that is no object, or no line at all.
+    """
+    expected = f"expected JSON lines with {expected}"
+    number = 0
+    for number, data in islice(read_json_lines(path, expected), count):
+        where = f"{path}, line {number}"
+        if not isinstance(data, Mapping):
+            raise UserError(f"{where} is no JSON object; {expected}")
+        yield where, {name: value for name, value in data.items() if value is not None}
+    if not number:
+        raise UserError(f"task file {path} holds no task; {expected}")
+
+
+def require_tokenizer(tokenizer, place: str | Path) -> None:
+    """Raise a UserError where a text has no tokenizer to make tokens of it."""
+    if tokenizer is None:
+        raise UserError(
+            f"{place} holds text and the model has no tokenizer; give the tokenizer, or a model that has one"
+        )
+
+
+def encode_text(tokenizer, text: str, is_context: bool = False) -> list[int]:
+    """Token ids of a text: a context begins with the tokenizer's beginning token, and nothing has an end token.
+
+    Args:
+        tokenizer: the model's.
+        text: a context, or what follows one.
+        is_context: whether it is a context; one that has no token of its own gets no beginning token either.
+    """
+    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    return [*beginning_ids(tokenizer), *ids] if is_context and ids else ids
