@@ -18,6 +18,8 @@ from kv_gym.evaluation.tasks import list_tasks, parse_tasks, read_tasks
 from kv_gym.files import MODEL
 from kv_gym.live.guard import REACTIONS, SIGNALS
 from kv_gym.models import load_model
+from kv_gym.pages import list_page_policies
+from kv_gym.pages.features import FEATURES
 from kv_gym.policies.scoring.inputs import INPUTS
 from kv_gym.traces import prompts_from_jsonl
 from kv_gym.training.joint import LOSSES
@@ -79,6 +81,7 @@ def test_the_index_lists_every_guide():
         ("change-the-reward", {*TARGETS, *LOSSES}),
         ("write-an-agent", INPUTS),
         ("live-cache", {*SIGNALS, *REACTIONS}),
+        ("evict-pages", {*list_page_policies(), *FEATURES}),
     ],
 )
 def test_lists_of_names_are_complete(page, known):

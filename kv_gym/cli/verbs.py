@@ -357,6 +357,16 @@ def _page_cells(row: dict) -> list[str]:
     return [row["policy"], seed, f"{row['capacity']:,}", f"{row['hit_rate']:.4f}", bytes_found]
 
 
+@verb(
+    pages, "kv_gym.pages.train_pages", arguments=("agent", "requests"), kinds={"requests": Path}, command_name="train"
+)
+def _pages_train(call: Call) -> None:
+    card = call().card
+    rates = ", ".join(f"{name} {rate:.4f}" for name, rate in card.validation.items())
+    stands_in = "; it is worse than LRU there, so LRU stands in" if card.fallback else ""
+    typer.echo(f"{call['out']}: hit rate on the validation part: {rates}{stands_in}")
+
+
 app.add_typer(trace, name="trace")
 app.add_typer(pages, name="pages")
 

@@ -161,7 +161,7 @@ class PageEpisode:
         observation = self.rules.nothing()
         count = len(self.shown)
         if count:
-            seen = feature_matrix(Candidates(self.cache, self.shown), self.rules.features, self.rules.capacity)
+            seen = feature_matrix(Candidates(self.cache, self.shown), self.rules.features)
             for name, column in zip(self.rules.features, seen.T, strict=True):
                 observation[name][:count] = column
             observation["mask"][:count] = 1
@@ -239,6 +239,8 @@ class KVPageEnv(gym.Env[Observation, Any]):
     | `age` | accesses since the page was last used |
     | `gap` | mean number of accesses between its uses |
     | `hits` | uses while it was cached, the first not counted |
+    | `seen` | requests for it so far, also while it was not cached |
+    | `period` | accesses between its last two uses, also where it left between them; a million after one use |
     | `size` | share of the capacity |
     | `ttl` | logarithm of the seconds until it expires; 1 where it does not |
     | `depth` | its place in the request that first asked for it |

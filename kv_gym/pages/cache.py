@@ -33,7 +33,11 @@ class Candidates:
         ttl: `[K]` float32 seconds until it expires; infinite where it does not.
         depth: `[K]` float32 place in the request that first asked for it, from 0.
         length: `[K]` float32 pages of the request that last used it.
+        seen: `[K]` float32 how often it was asked for so far, also while it was not cached.
+        period: `[K]` float32 accesses between its last two uses, also where it left between them; 0 after one use.
         next_use: `[K]` int64 next access, where the cache was made with ``future=True``.
+        capacity: of the cache.
+        access: number of the current access.
     """
 
     def __init__(self, cache: PageCache, pages: list[int]):
@@ -71,6 +75,22 @@ class Candidates:
     @property
     def length(self) -> np.ndarray:  # noqa: D102
         return np.array([self._cache.length[page] for page in self.pages], np.float32)
+
+    @property
+    def seen(self) -> np.ndarray:  # noqa: D102
+        return np.array([self._cache.seen[page] for page in self.pages], np.float32)
+
+    @property
+    def period(self) -> np.ndarray:  # noqa: D102
+        return np.array([self._cache.period[page] for page in self.pages], np.float32)
+
+    @property
+    def capacity(self) -> int:  # noqa: D102
+        return self._cache.capacity
+
+    @property
+    def access(self) -> int:  # noqa: D102
+        return self._cache.access
 
     @property
     def next_use(self) -> np.ndarray:  # noqa: D102
@@ -142,7 +162,7 @@ class PageCache:
         access: number of the current access.
         incoming: the page that room is made for.
         size: cached pages, and their sizes.
-        last_use, uses, created, gap, length, depth: of each page, as :class:`Candidates` has them.
+        last_use, uses, created, gap, length, depth, seen, period: of each page, as :class:`Candidates` has them.
         due: next use of each page, where the cache looks ahead.
     """
 
@@ -165,6 +185,7 @@ class PageCache:
         self.last_use, self.uses = [0] * trace.footprint, [0] * trace.footprint
         self.created, self.due = [0] * trace.footprint, [NEVER] * trace.footprint
         self.gap, self.length = [0.0] * trace.footprint, [1] * trace.footprint
+        self.seen, self.period = [0] * trace.footprint, [0] * trace.footprint
         self.depth, self._parent = lists["depth"], list(lists["parents"])
         self.clear()
 
@@ -283,6 +304,8 @@ class PageCache:
     def _touch(self, page: int, at: int, length: int) -> None:
         gap = at - self.last_use[page]
         self.gap[page] = gap if not self.gap[page] else 0.5 * (self.gap[page] + gap)
+        self.seen[page] += 1
+        self.period[page] = gap
         self.last_use[page], self.length[page] = at, length
         if self._next is not None:
             self.due[page] = self._next[at]
@@ -291,6 +314,9 @@ class PageCache:
         self.size[page] = size
         self.used += size
         self.uses[page], self.gap[page], self.created[page] = 0, 0.0, at
+        if self.seen[page]:
+            self.period[page] = at - self.last_use[page]
+        self.seen[page] += 1
         self.last_use[page], self.length[page] = at, length
         if self._next is not None:
             self.due[page] = self._next[at]

@@ -39,21 +39,23 @@ def compare_page_policies(
     oversize: str = "refuse",
     format: str = "auto",
     seeds: int = 3,
+    warm_up: float = 0.0,
 ) -> list[dict]:
     """Run page policies over a trace of cache requests and count their hits.
 
     Args:
         requests: a trace, or the file of one.
-        policies: names, with settings after colons (`s3_fifo:small=0.2`), class paths, or exported agents (.onnx).
+        policies: names, with settings after colons (`s3_fifo:small=0.2`), class paths, or folders of trained ones.
         capacities: pages, or bytes where the trace has sizes.
         semantics: objects: every page stands alone; prefix: requests are chains of which only the ends may leave.
         oversize: what becomes of an object that is larger than the cache: refuse the trace, or pass it by.
         format: of the file: auto, mooncake, keys, times, csv, nginx or cache2k.
         seeds: how often a policy that draws at random is run.
+        warm_up: share of the requests that only fill the cache; hits are counted after them.
 
     Returns:
         Rows with `policy`, `capacity`, `semantics`, `trace`, `accesses`, `hits`, `hit_rate`, `byte_hit_rate` (None
-        without sizes), `evictions` and `seed` (None where nothing is drawn).
+        without sizes), `evictions`, `late_share` (None without a time limit) and `seed` (None where nothing is drawn).
 
     Raises:
         UserError: a file that cannot be read, an unknown policy, or a capacity that some object does not fit into.
@@ -69,7 +71,7 @@ def compare_page_policies(
     for capacity in numbers:
         for name, policy in chosen:
             for seed, seeded in _seeded(policy, seeds):
-                row = simulate(trace, seeded, capacity, semantics, oversize).row()
+                row = simulate(trace, seeded, capacity, semantics, oversize, warm_up=warm_up).row()
                 rows.append(row | {"policy": name if isinstance(name, str) else policy.name, "seed": seed})
     return rows
 

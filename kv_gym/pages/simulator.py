@@ -23,10 +23,11 @@ class SimulationResult:
 
     Attributes:
         policy, capacity, semantics, trace: what was run.
-        accesses, hits: pages asked for, and found.
+        accesses, hits: pages asked for, and found, after the warm-up.
         hit_rate: their ratio.
         byte_hit_rate: share of the bytes found, or None where the trace has no sizes.
-        evictions: pages that were evicted.
+        evictions: pages that were evicted, those of the warm-up too.
+        late_share: of a policy with a time limit: share of decisions that came late, so that LRU stood in.
         hit: `[accesses]` bool, where asked for.
     """
 
@@ -39,6 +40,7 @@ class SimulationResult:
     hit_rate: float
     byte_hit_rate: float | None
     evictions: int
+    late_share: float | None = None
     hit: np.ndarray | None = None
 
     def row(self) -> dict:
@@ -55,24 +57,29 @@ def simulate(
     semantics: str = "objects",
     oversize: str = "refuse",
     record_hits: bool = False,
+    warm_up: float = 0.0,
 ) -> SimulationResult:
     """Count a policy's hits over a trace, beginning with an empty cache.
 
     Args:
         trace: the requests.
         policy: a name of :func:`~kv_gym.pages.list_page_policies`, with settings after colons (``belady:bypass=true``),
-            a class path, an exported agent, or a policy object.
+            a class path, the folder of a trained one, or a policy object.
         capacity: pages, or bytes where the trace has sizes.
         semantics: ``objects``: every access stands alone; ``prefix``: chains, see :class:`~.cache.PageCache`.
         oversize: what becomes of an object that is larger than the cache: ``refuse`` the trace, or ``pass`` it by.
         record_hits: keep which accesses hit.
+        warm_up: share of the requests that only fill the cache; hits are counted after them.
 
     Raises:
-        UserError: an unknown policy or semantics, a capacity that holds nothing, an object above the capacity, or a
-            policy that cannot serve prefixes.
+        UserError: an unknown policy or semantics, a warm-up of the whole trace, a capacity that holds nothing, an
+            object above the capacity, or a policy that cannot serve prefixes.
     """
     if semantics not in SEMANTICS:
         raise UserError(f"semantics {semantics!r} is not known; expected one of {', '.join(SEMANTICS)}")
+    if not 0 <= warm_up < 1:
+        raise UserError(f"a warm-up of {warm_up} leaves nothing to count; expected a share from 0 to below 1")
+    first = int(trace.starts[int(warm_up * trace.requests)])
     chosen = make_page_policy(policy)
     if semantics == "prefix" and not chosen.prefix:
         raise UserError(
@@ -88,26 +95,32 @@ def simulate(
     elif oversize != "pass":
         raise UserError(f"oversize {oversize!r} is not known; expected refuse or pass")
     plain = isinstance(chosen, LRU) and semantics == "objects" and trace.ttl is None
+    record = record_hits or first > 0
     if plain:
-        counted = _run_lru(trace, capacity, record_hits)
+        counted = _run_lru(trace, capacity, record)
     elif isinstance(chosen, QueuePolicy):
-        counted = _run_queues(trace, chosen, capacity, record_hits)
+        counted = _run_queues(trace, chosen, capacity, record)
     else:
         assert isinstance(chosen, RankingPolicy)
-        counted = _run_ranking(trace, chosen, capacity, semantics, record_hits)
+        counted = _run_ranking(trace, chosen, capacity, semantics, record)
     hits, hit_bytes, evictions, hit = counted
-    total = None if trace.sizes is None else int(trace.sizes.sum())
+    found = None if hit is None else np.array(hit, bool)
+    if first and found is not None:
+        hits = int(found[first:].sum())
+        hit_bytes = 0 if trace.sizes is None else int(trace.sizes[first:][found[first:]].sum())
+    total = None if trace.sizes is None else int(trace.sizes[first:].sum())
     return SimulationResult(
         chosen.name,
         capacity,
         semantics,
         trace.name,
-        len(trace),
+        len(trace) - first,
         hits,
-        hits / len(trace),
+        hits / (len(trace) - first),
         None if not total else hit_bytes / total,
         evictions,
-        None if hit is None else np.array(hit, bool),
+        getattr(chosen, "late_share", None),
+        found if record_hits else None,
     )
 
 

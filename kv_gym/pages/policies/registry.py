@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Mapping
-from dataclasses import fields
+from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
@@ -13,7 +13,7 @@ from typing import Any
 from kv_gym.errors import UserError
 from kv_gym.pages.policies.base import PagePolicy
 
-_NOT_POLICIES = ("base", "registry", "exported")
+_NOT_POLICIES = ("base", "learned", "registry")
 
 
 def list_page_policies() -> list[str]:
@@ -26,7 +26,8 @@ def make_page_policy(policy: str | PagePolicy, **settings: Any) -> PagePolicy:
 
     Args:
         policy: a name of :func:`list_page_policies`, with settings after colons (``s3_fifo:small=0.2``), a class path
-            ``package.module:Class``, the file of an exported agent, or a policy object, which is returned as it is.
+            ``package.module:Class``, the folder of a trained one (``runs/clone:limit=0.0005``), or a policy
+            object, which is returned as it is.
         **settings: of the policy; unknown ones are refused.
 
     Raises:
@@ -35,12 +36,13 @@ def make_page_policy(policy: str | PagePolicy, **settings: Any) -> PagePolicy:
     if isinstance(policy, PagePolicy):
         return policy
     name, *given = str(policy).split(":")
-    if str(policy).endswith(".onnx"):
-        from kv_gym.pages.policies.exported import ExportedPolicy
-
-        return ExportedPolicy.load(str(policy), **settings)
     if name in list_page_policies():
         kind = _class_in(f"kv_gym.pages.policies.{name}")
+    elif Path(name).is_dir():
+        from kv_gym.pages.policies.learned import Learned
+
+        pairs = dict(text.partition("=")[::2] for text in given)
+        return Learned.load(name, **_typed(Learned, name, pairs), **_typed(Learned, name, settings))
     elif given and "=" not in given[0]:
         kind = _from_class_path(name, given.pop(0))
     else:
@@ -69,7 +71,8 @@ def _from_class_path(module: str, attribute: str) -> type[PagePolicy]:
 
 def _typed(kind: type[PagePolicy], name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as their fields want them; texts are read as numbers or truth values where the field is one."""
-    known = {field.name: field.type for field in fields(kind) if field.init}  # type: ignore[arg-type]
+    settable = fields(kind) if is_dataclass(kind) else ()
+    known = {each.name: each.type for each in settable if each.init and not each.metadata}
     typed = {}
     for key, value in settings.items():
         if key not in known:

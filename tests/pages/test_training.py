@@ -1,0 +1,194 @@
+"""Trained page policies: they learn what there is to learn, are read back whole, and LRU stands in where it should."""
+
+import json
+from itertools import count
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from typer.testing import CliRunner
+
+from kv_gym.cli import app
+from kv_gym.errors import UserError
+from kv_gym.pages import RankingPolicy, RequestTrace, make_page_policy, simulate, train_pages
+from kv_gym.pages.cache import Candidates, PageCache
+from kv_gym.pages.policies.learned import Learned
+from kv_gym.pages.training import CandidateScorer, record_decisions
+
+CAPACITY = 60
+
+
+def loop_and_wonders(loops=60, pages=50, seed=0):
+    """Fifty pages asked for again and again, in another order each time, with as many pages that come once."""
+    random, once = np.random.default_rng(seed), count(pages)
+    keys = [key for _ in range(loops) for page in random.permutation(pages).tolist() for key in (page, next(once))]
+    return RequestTrace.from_keys(keys, "loop and wonders")
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("clone")
+    trace = loop_and_wonders()
+    return trace, folder, train_pages("clone", trace, folder, CAPACITY, rounds=2, steps=150, decisions=2000)
+
+
+def test_it_learns_to_evict_what_comes_once(trained):
+    trace, folder, _ = trained
+    rates = {
+        str(policy): simulate(trace, policy, CAPACITY, warm_up=0.7).hit_rate
+        for policy in ("lru", folder, "tail_oracle", "belady")
+    }
+    lru, learned, tail, best = rates.values()
+    assert learned > lru + 0.1 and learned > lru + 0.7 * (tail - lru), rates
+    assert tail <= best <= 0.5
+
+
+def test_it_is_read_back_as_it_was(trained):
+    trace, folder, policy = trained
+    again = make_page_policy(str(folder))
+    assert isinstance(again, Learned) and again.card == policy.card and again.name == "learned"
+    assert again.card.validation.keys() == {"learned", "lru", "tail_oracle"} and not again.card.fallback
+    assert simulate(trace, again, CAPACITY).hits == simulate(trace, policy, CAPACITY).hits
+    assert make_page_policy(f"{folder}:limit=0.5").limit == 0.5
+
+
+def test_numpy_computes_what_torch_computes():
+    torch.manual_seed(0)
+    network = CandidateScorer(3, 8)
+    features, mask = torch.rand(1, 5, 3), torch.ones(1, 5, dtype=torch.bool)
+    network.normalise(features, mask)
+    policy = Learned(card_of(features=("age", "hits", "order"), hidden=8), network.weights())
+    ours, theirs = policy.score(features[0].numpy()), network(features, mask)[0].detach().numpy()
+    np.testing.assert_allclose(ours, theirs, atol=1e-5)
+    wider = torch.cat((features, torch.rand(1, 2, 3)), 1)
+    partly = network(wider, torch.tensor([[True] * 5 + [False] * 2]))[0, :5].detach().numpy()
+    np.testing.assert_allclose(ours, partly, atol=1e-5)
+
+
+def card_of(**changes):
+    from kv_gym.pages.policies.learned import LearnedCard
+
+    known = {"candidates": 4, "trace": "t", "semantics": "objects", "capacity": 4, "seed": 0, "kv_gym": "0"}
+    return LearnedCard(**known | changes)
+
+
+def test_lru_stands_in_after_the_time_limit(trained):
+    trace, folder, _ = trained
+    policy = Learned.load(folder, limit=0.5)
+    ticks = count()
+    policy.clock = lambda: float(next(ticks))  # every decision takes a second
+    late = simulate(trace, policy, CAPACITY)
+    assert late.hits == simulate(trace, "lru", CAPACITY).hits
+    assert late.late_share == late.row()["late_share"] == 1.0 and policy.late == policy.decisions > 0
+    seconds = iter([0.0, 0.4] * 10**6)
+    policy.clock = lambda: next(seconds)
+    early = simulate(trace, policy, CAPACITY)
+    assert (early.late_share, early.hits) == (0.0, simulate(trace, str(folder), CAPACITY).hits)
+    assert simulate(trace, str(folder), CAPACITY).late_share is None
+
+
+def test_lru_stands_in_where_validation_says_so():
+    """Later pages of a request are asked for again soon after it: nothing beats LRU."""
+    trace = RequestTrace.from_keys([key for i in range(200) for key in (i, i + 1, i)], "walk")
+    weights = {name: np.ones(shape, np.float32) for name, shape in card_of(features=("age",), hidden=2).shapes.items()}
+    policy = Learned(card_of(features=("age",), hidden=2, fallback=True), weights)
+    assert simulate(trace, policy, 3).hits == simulate(trace, "lru", 3).hits
+
+
+def test_recorded_decisions_know_the_next_use():
+    trace = RequestTrace.from_keys(list("abcabdabe" * 4), "letters")
+    policy = make_page_policy("tail_oracle:candidates=4")
+    made = record_decisions(trace, policy, 3, "objects", 4, ("age",), 100, np.random.default_rng(0))
+    assert made.features.shape == (len(made.mask), 4, 1) and (made.mask.sum(1) == 3).all()
+    # the first decision: d is asked for, and a, b, c are cached; next uses are a at 6, b at 7, c at 11
+    assert made.distance[0, :3].tolist() == [11 - 5, 6 - 5, 7 - 5]
+    np.testing.assert_allclose(made.features[0, :3, 0], np.log1p([3, 2, 1]) / 10, rtol=1e-6)
+    few = record_decisions(trace, policy, 3, "objects", 4, ("age",), 2, np.random.default_rng(0))
+    assert len(few.mask) == 2
+
+
+def test_candidates_remember_what_left():
+    trace = RequestTrace.from_keys(list("abcaab"), "letters")
+    cache = PageCache(trace, 2)
+    for _ in cache.serve(0, 6):
+        cache.evict(cache.shown()[0])
+    pages = Candidates(cache, [0, 1])
+    assert (pages.seen.tolist(), pages.period.tolist()) == ([3, 2], [1, 4])
+
+
+def test_the_command_trains_and_says_how_it_went(tmp_path):
+    requests = tmp_path / "keys.txt"
+    requests.write_text("".join(f"{key}\n" for key in loop_and_wonders(20).pages))
+    words = ["clone", requests, "--out", tmp_path / "out", "--capacity", CAPACITY, "--steps", 30, "--rounds", 1]
+    done = CliRunner().invoke(app, ["pages", "train", *map(str, words)])
+    assert done.exit_code == 0, done.output
+    assert "tail_oracle 0." in done.output and (tmp_path / "out" / "policy.json").is_file()
+
+
+@pytest.mark.parametrize(
+    ("damage", "complaint"),
+    [
+        (lambda folder: flip(folder / "weights.safetensors"), "is damaged or not the one"),
+        (lambda folder: (folder / "weights.safetensors").unlink(), "cannot be read"),
+        (lambda folder: (folder / "policy.json").unlink(), "kv-gym pages train"),
+        (lambda folder: rewrite(folder, format="other"), "format is 'other'"),
+        (lambda folder: rewrite(folder, colour="red"), "unknown key 'colour'"),
+        (lambda folder: rewrite(folder, features=["colour"]), "expected some of age"),
+        (lambda folder: rewrite(folder, hidden=8), "of the shapes"),
+    ],
+)
+def test_a_damaged_or_foreign_policy_is_one_sentence(trained, tmp_path, damage, complaint):
+    trained[2].save(tmp_path)
+    damage(tmp_path)
+    with pytest.raises(UserError, match=complaint):
+        make_page_policy(str(tmp_path))
+
+
+def flip(file: Path):
+    data = bytearray(file.read_bytes())
+    data[-1] ^= 1
+    file.write_bytes(data)
+
+
+def rewrite(folder: Path, **changes):
+    file = folder / "policy.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "complaint"),
+    [
+        ({"agent": "clown"}, "unknown page agent 'clown'; known: clone"),
+        ({"features": ["colour"]}, "expected some of age"),
+        ({"rounds": 0}, "nothing to train"),
+        ({"capacity": 10**6}, "nothing leaves a cache of 1000000"),
+        ({"semantics": "blocks"}, "objects"),
+    ],
+)
+def test_mistakes_are_one_sentence(tmp_path, changes, complaint):
+    settings = {"agent": "clone", "requests": loop_and_wonders(4), "out": tmp_path, "capacity": CAPACITY} | changes
+    with pytest.raises(UserError, match=complaint):
+        train_pages(**settings)
+    with pytest.raises(UserError, match="a warm-up of 1"):
+        simulate(loop_and_wonders(4), "lru", CAPACITY, warm_up=1)
+
+
+def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
+    (tmp_path / "out").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        train_pages("clone", loop_and_wonders(4), tmp_path / "out", CAPACITY)
+
+
+class Newest(RankingPolicy):
+    """A policy of a user, without settings."""
+
+    def rank(self, candidates):
+        return candidates.age
+
+
+def test_a_class_of_a_user_needs_no_settings():
+    trace = RequestTrace.from_keys(list("abcabc"), "letters")
+    assert simulate(trace, f"{__name__}:Newest", 2).hits == 2
+    with pytest.raises(UserError, match="has no setting 'depth'; its settings: none"):
+        make_page_policy(f"{__name__}:Newest:depth=3")
