@@ -71,8 +71,8 @@ def _from_class_path(module: str, attribute: str) -> type[PagePolicy]:
 
 def _typed(kind: type[PagePolicy], name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as their fields want them; texts are read as numbers or truth values where the field is one."""
-    settable = fields(kind) if is_dataclass(kind) else ()
-    known = {each.name: each.type for each in settable if each.init and not each.metadata}
+    settable: tuple[Any, ...] = fields(kind) if is_dataclass(kind) else ()
+    known: dict[str, Any] = {each.name: each.type for each in settable if each.init and not each.metadata}
     typed = {}
     for key, value in settings.items():
         if key not in known:
