@@ -32,9 +32,6 @@ def write_users_files(folder):
             for split in ("test" if number % 4 == 0 else "train",)
         ],
     )
-    chains = [[draw.randrange(20) * 10 + depth for depth in range(draw.randint(1, 8))] for _ in range(200)]
-    requests = [{"timestamp": 10 * number, "hash_ids": chain} for number, chain in enumerate(chains)]
-    _lines(folder / "path" / "to" / "requests.jsonl", requests)
     (folder / "niah_single_1").mkdir()
     _lines(
         folder / "niah_single_1" / "validation.jsonl",
