@@ -20,5 +20,10 @@ def pipe_table(head: Sequence[str], body: Iterable[Sequence[str]], left: int | N
 
 
 def _escaped(cell: str) -> str:
-    """A cell with its bars escaped once."""
-    return cell.replace("\\|", "|").replace("|", "\\|")
+    """A cell on one line, with its bars escaped once."""
+    return one_line(cell).replace("\\|", "|").replace("|", "\\|")
+
+
+def one_line(text: str) -> str:
+    """The text on one line: white space as single spaces, other characters that do not print as boxes."""
+    return "".join(letter if letter.isprintable() else "□" for letter in " ".join(text.split()))

@@ -252,7 +252,7 @@ def _report(
 def _token_view(loaded: tuple[Any, Any], policies: str, tasks: str, task: str, tokens: int, number: int) -> dict:
     from itertools import islice
 
-    from kv_gym.evaluation.report.tokens import token_view
+    from kv_gym.evaluation.report.token_view import token_view
     from kv_gym.evaluation.tasks import read_tasks, reference_tasks
     from kv_gym.policies import make_policy
     from kv_gym.reference.heldout import held_out

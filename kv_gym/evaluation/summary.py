@@ -70,7 +70,8 @@ def _line(rows: list[Mapping], measure: str) -> dict:
         found = Estimate(first[measure], first[measure], first[measure], "contexts")
     line = {"task": first["task"], **{name: first.get(name) for name in CONFIGURATION}}
     line |= {"learned": learned, "seeds": len(rows), measure: found.mean}
-    line |= {"low": max(found.low, 0.0), "high": min(found.high, 1.0)}  # Student's t knows nothing of shares
+    # Student's t knows nothing of shares; a likelihood has no upper end
+    line |= {"low": max(found.low, 0.0), "high": found.high if measure == "nll" else min(found.high, 1.0)}
     line |= {"over": found.over, "chosen_on_validation": bool(first.get("chosen_on_validation")), "rows": rows}
     for name in _MEANS:
         known = [row[name] for row in rows if row.get(name) is not None]

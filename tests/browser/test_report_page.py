@@ -7,7 +7,7 @@ from report_rows import ABLATIONS, BAD_NAME, rows
 from kv_gym import EvictingCache, make_policy
 from kv_gym.evaluation.report import Results
 from kv_gym.evaluation.report.page import write_page
-from kv_gym.evaluation.report.tokens import token_view
+from kv_gym.evaluation.report.token_view import token_view
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
 
 LENGTH = 61
@@ -55,7 +55,7 @@ def choose(page, name, value):
 
 
 def table(page, name):
-    """Rows of a table: what each cell says unrounded, and which arm, budget and so on it is of."""
+    """Rows of a table: what each cell says unrounded, and which configuration, budget and so on it is of."""
     return page.execute_script(
         """return [...document.querySelectorAll(`#${arguments[0]} tbody tr`)].map((line) => ({...line.dataset,
         ...Object.fromEntries([...line.cells].map((cell) => [cell.dataset.field, cell.dataset.value]))}))""",
@@ -73,8 +73,8 @@ def mean(values):
 @pytest.mark.parametrize("task", ["multi_key 512", "dialogue turns 512"])
 def test_tables_hold_the_numbers_of_the_rows(page, task):
     choose(page, "task", task)
-    shown = {(line["arm"], float(line["budget"])): line for line in table(page, "quality-table")}
-    costs = {(line["arm"], float(line["budget"])): line for line in table(page, "frontier-table")}
+    shown = {(line["configuration"], float(line["budget"])): line for line in table(page, "quality-table")}
+    costs = {(line["configuration"], float(line["budget"])): line for line in table(page, "frontier-table")}
     groups = {}
     for row in rows():
         if row["task"] == task:
@@ -92,7 +92,7 @@ def test_tables_hold_the_numbers_of_the_rows(page, task):
 
 def test_charts_draw_a_mark_for_every_point_that_is_shown(page):
     count = "return document.querySelectorAll('#chart-accuracy .mark-symbol > path').length"
-    press = "document.querySelector(`#legend button[data-arm='${arguments[0]}']`).click()"
+    press = "document.querySelector(`#legend button[data-configuration='${arguments[0]}']`).click()"
     shown = [row for row in rows() if row["task"] == "multi_key 512" and row["seed"] in (None, 0)]
     drawn = {(row["policy"], row["budget"]) for row in shown if row["policy"] != "full_cache"}
     assert page.execute_script(count) == len(drawn)  # keydiff with the setting that does best
@@ -131,7 +131,7 @@ def test_columns_sort_both_ways(page):
 
 
 def test_heads_show_slots_and_the_gain_over_the_best_heuristic(page):
-    choose(page, "heads-arm", "joint, uniform")
+    choose(page, "heads-configuration", "joint, uniform")
     choose(page, "heads-budget", 0.125)
     cells = {
         (int(c["layer"]), int(c["head"])): (float(c["slots"]), float(c["gain"])) for c in table(page, "heads-table")
@@ -147,7 +147,7 @@ def test_heads_show_slots_and_the_gain_over_the_best_heuristic(page):
 
 
 def test_parts_and_ablations_hold_the_numbers_of_the_rows(page):
-    told = {(line["arm"], line["part"]): float(line["accuracy"]) for line in table(page, "parts-table")}
+    told = {(line["configuration"], line["part"]): float(line["accuracy"]) for line in table(page, "parts-table")}
     assert told == {("joint, uniform", "turn 1"): 21 / 24, ("joint, uniform", "turn 2"): 0.5}
     told = {line["variant"]: float(line["accuracy"]) for line in table(page, "ablations-table")}
     assert told == {row["variant"]: row["accuracy"] for row in ABLATIONS}

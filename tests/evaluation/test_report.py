@@ -15,9 +15,9 @@ from typer.testing import CliRunner
 from kv_gym.cli import app
 from kv_gym.errors import UserError
 from kv_gym.evaluation.report import Results, markdown, merged, read_results, report
-from kv_gym.evaluation.report.look import looks
+from kv_gym.evaluation.report.charts import chart_styles
 from kv_gym.evaluation.report.page import LIMIT, write_page
-from kv_gym.evaluation.report.points import points
+from kv_gym.evaluation.report.summaries import summaries
 from kv_gym.files import MODEL
 
 
@@ -28,8 +28,8 @@ def results():
     return found
 
 
-def at(found, arm, budget, task="multi_key 512"):
-    (point,) = [p for p in found if (p["arm"], p["budget"], p["task"]) == (arm, budget, task)]
+def at(found, configuration, budget, task="multi_key 512"):
+    (point,) = [p for p in found if (p["configuration"], p["budget"], p["task"]) == (configuration, budget, task)]
     return point
 
 
@@ -124,7 +124,7 @@ def test_files_that_are_no_results_are_refused(tmp_path, text):
 
 
 def test_training_runs_become_one_point_with_students_interval(results):
-    point = at(points(results.rows), "joint, uniform", 0.25)
+    point = at(summaries(results.rows), "joint, uniform", 0.25)
     shares = [15 / 16, 15 / 16, 1.0]
     mean = sum(shares) / 3
     half = 4.302653 * math.sqrt(sum((s - mean) ** 2 for s in shares) / 2) / math.sqrt(3)
@@ -134,13 +134,13 @@ def test_training_runs_become_one_point_with_students_interval(results):
     assert (point["bytes"], point["weights"], point["total_bytes"]) == (250, 300, 550)
     assert point["slots"] == [[11.0, 20.0], [30.0, 40.0]]
     assert point["parts"] == [
-        {"part": "turn 1", "accuracy": 21 / 24, "asked": 24}, {"part": "turn 2", "accuracy": 0.5, "asked": 24},
+        {"part": "turn 1", "accuracy": 21 / 24, "questions": 24}, {"part": "turn 2", "accuracy": 0.5, "questions": 24},
     ]  # fmt: skip
 
 
 def test_roles_labels_and_intervals_over_contexts(results):
-    found = points(results.rows)
-    roles = {p["arm"]: p["role"] for p in found}
+    found = summaries(results.rows)
+    roles = {p["configuration"]: p["role"] for p in found}
     assert roles == {
         "full_cache": "full", "joint, uniform": "learned", "keydiff, uniform": "heuristic",
         f"{BAD_NAME}, uniform": "heuristic", "keydiff, global:softmax": "heuristic",
@@ -154,7 +154,7 @@ def test_roles_labels_and_intervals_over_contexts(results):
 
 
 def test_gains_and_differences_are_over_the_best_heuristic(results):
-    found = points(results.rows)
+    found = summaries(results.rows)
     learned = at(found, "joint, uniform", 0.25)
     assert learned["gain_over"] == "keydiff, uniform"
     assert learned["head_gain"] == [pytest.approx([0.4, -0.1]), pytest.approx([0.0, 0.5])]
@@ -170,21 +170,21 @@ def test_the_frontier_holds_what_nothing_beats_in_both():
         row("tova", 0.125, [2], cache_bytes=20), row("keydiff", 0.125, [3], cache_bytes=30),
         row("knorm", 0.125, [1], cache_bytes=40), row("full_cache", 1.0, [4], cache_bytes=100),
     ]  # fmt: skip
-    front = {p["policy"] for p in points(wanted) if p["front_total_bytes"]}
+    front = {p["policy"] for p in summaries(wanted) if p["front_total_bytes"]}
     assert front == {"h2o", "keydiff", "full_cache"}
 
 
 def test_the_smallest_budget_is_the_last_that_holds_before_the_first_that_does_not():
     full = row("full_cache", 1.0, [4] * 4)
     kept = {0.5: [4] * 4, 0.25: [4] * 4, 0.125: [3, 4, 4, 4], 0.0625: [4] * 4}
-    found = points([full, *(row("h2o", budget, right) for budget, right in kept.items())])
+    found = summaries([full, *(row("h2o", budget, right) for budget, right in kept.items())])
     assert [p["budget"] for p in found if p["smallest"]] == [0.25]
 
 
 def test_replay_and_live_rows_of_one_arm_make_one_point():
     replayed = {"policy": "a", "budget": 0.125, "task": "t", "utility_kept": 0.5, "n": 3}
     live = {"policy": "a", "budget": 0.125, "task": "t", "accuracy": 0.25, "accuracy_interval": 0.1, "n": 9}
-    (point,) = points([replayed, live])
+    (point,) = summaries([replayed, live])
     assert (point["utility_kept"], point["accuracy"], point["nll"]) == (0.5, 0.25, None)
     assert (point["accuracy_low"], point["accuracy_high"]) == pytest.approx((0.15, 0.35))
 
@@ -194,26 +194,26 @@ def test_a_budget_of_one_slot_and_one_of_everything_are_two():
     most = {"policy": "a", "budget": 1.0, "task": "t", "accuracy": 0.75}
     found = Results()
     found.add({"rows": [least, most]}, "rows")
-    assert [p["accuracy"] for p in points(found.rows)] == [0.25, 0.75]
+    assert [p["accuracy"] for p in summaries(found.rows)] == [0.25, 0.75]
     assert [line["accuracy"] for line in merged({"rows": [least, most]})] == [0.25, 0.75]
 
 
 def test_contexts_in_which_nothing_was_asked_say_nothing():
     lines = [row("a", 0.5, [1, 3]), row("b", 0.5, [3, 4])]
-    alone = points(lines)[0]
+    alone = summaries(lines)[0]
     for line in lines:
         line["contexts"]["silent"] = [0, 0, None]
-    assert points(lines)[0] == alone and None not in (alone["accuracy_low"], alone["difference_low"])
+    assert summaries(lines)[0] == alone and None not in (alone["accuracy_low"], alone["difference_low"])
 
 
 def test_learned_policies_and_nulls_look_like_it_and_hues_are_not_shared(results):
-    seen = looks(points(results.rows))
+    seen = chart_styles(summaries(results.rows))
     assert next(iter(seen)) == "joint, uniform" and seen["joint, uniform"].colour == "blue"
-    assert {look.colour for look in seen.values() if look.role == "null"} == {"grey"}
+    assert {style.colour for style in seen.values() if style.role == "null"} == {"grey"}
     assert seen["keydiff, uniform"].colour == seen["keydiff, global:softmax"].colour
     assert seen["keydiff, uniform"].dash != seen["keydiff, global:softmax"].dash
     assert seen["keydiff, uniform"].prime and not seen["keydiff, global:softmax"].prime
-    assert len({(look.colour, look.mark, tuple(look.dash)) for look in seen.values()}) == len(seen)
+    assert len({(style.colour, style.mark, tuple(style.dash)) for style in seen.values()}) == len(seen)
 
 
 # the page
@@ -270,8 +270,8 @@ def test_the_page_needs_no_network_and_lets_only_its_own_scripts_run(page):
 
 def test_the_page_holds_every_number_of_the_points_unrounded(page, results):
     data = json.loads(Page(page).scripts[0])
-    for point in points(results.rows):
-        told = at(data["points"], point["arm"], point["budget"], point["task"])
+    for point in summaries(results.rows):
+        told = at(data["points"], point["configuration"], point["budget"], point["task"])
         for name in ("accuracy", "accuracy_low", "nll", "utility_kept", "total_bytes", "milliseconds", "difference"):
             assert told[name] == point[name]
     assert [row["low"] for row in data["ablations"]] == [pytest.approx(0.88), 0.6]
@@ -309,12 +309,47 @@ def test_what_files_say_of_themselves_is_no_markup_in_markdown(tmp_path):
     assert "](http" not in text.replace("\\](http", "")
 
 
+UNPRINTABLE = "a\nb\x00\x1b[31m\x07 \ud83d c"
+
+
+def test_names_that_do_not_print_break_neither_tables_nor_pictures(tmp_path):
+    lines = [row(UNPRINTABLE, share, [1, 2], task=UNPRINTABLE, parts={UNPRINTABLE: {"questions": 4, "correct": 2}})
+             for share in (0.5, 0.25)]  # fmt: skip
+    results = {"rows": [*lines, {"variant": UNPRINTABLE, "budget": 0.5, "accuracy": 0.5}]}
+    text = report([results], tmp_path / "out").read_text()
+    shown = "a b□□[31m□ □ c"
+    assert [line.count("|") for line in text.splitlines() if line.startswith("|")] == [7] * 4
+    assert shown in text and not any(letter in text for letter in "\x00\x1b\x07")
+    assert (tmp_path / "out" / "report.png").read_bytes()[:4] == b"\x89PNG"
+    data = json.loads(Page((tmp_path / "out" / "report.html").read_text()).scripts[0])
+    assert data["tasks"] == [shown] == [data["points"][0]["task"]] and data["ablations"][0]["variant"] == shown
+    assert markdown(lines).count("\n") == 4
+
+
+def test_python_gives_files_and_results_alike(tmp_path):
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"rows": rows()}))
+    pages = [report(given, tmp_path / "page.html").read_text() for given in ([str(file)], [{"rows": rows()}], file)]
+    assert pages[0] == pages[1] == pages[2]
+    with pytest.raises(UserError, match=r"none\.json is no result file"):
+        report([tmp_path / "none.json"], tmp_path / "page.html")
+
+
+def test_a_likelihood_above_one_has_its_own_interval():
+    lines = [row("a", 0.5, [1, 2, 4])]
+    for entry in lines[0]["contexts"].values():
+        entry[2] *= 10
+    lines[0]["nll"] = sum(entry[2] for entry in lines[0]["contexts"].values()) / 12
+    (point,) = summaries(lines)
+    assert 1 < point["nll_low"] < point["nll"] < point["nll_high"]
+
+
 def test_likelihoods_that_are_no_numbers_are_unknown(tmp_path):
     lines = [row("a", 0.5, [1, 2]), row("b", 0.5, [1, 2])]
     lines[0]["contexts"]["context 0"][2] = math.nan
     found = Results()
     found.add({"rows": lines}, "rows")
-    (point, _) = points(found.rows)
+    (point, _) = summaries(found.rows)
     assert point["nll_low"] == point["nll_high"] == 0.25  # the second context's alone
     write_page(found, tmp_path / "page.html")
 
@@ -326,8 +361,10 @@ def test_a_missing_plotting_library_is_one_sentence(monkeypatch, tmp_path, resul
 
 
 def test_nothing_to_show_and_a_file_in_the_way_are_refused(tmp_path, results):
-    with pytest.raises(UserError, match="nothing to report"):
+    with pytest.raises(UserError, match="nothing to report: no row"):
         report(Results(), tmp_path / "report.html")
+    with pytest.raises(UserError, match="result 1 is int; expected a file or folder of results, or what evaluate"):
+        report([3], tmp_path / "report.html")
     (tmp_path / "taken").write_text("")
     with pytest.raises(UserError, match=r"name a folder, or a file that ends in .html"):
         report(results, tmp_path / "taken")

@@ -8,7 +8,7 @@ from live_models import feed, tiny, tokens
 
 from kv_gym import EvictingCache, make_policy
 from kv_gym.errors import UserError
-from kv_gym.evaluation.report.tokens import answer_places, pieces, token_view
+from kv_gym.evaluation.report.token_view import answer_places, token_texts, token_view
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion
 
 LENGTH = 37
@@ -89,7 +89,7 @@ def test_answers_are_looked_up_whole():
 
 
 def test_tokens_keep_the_spaces_that_stand_between_them():
-    assert pieces([3, 1, 2], decode) == ["w3", " w1", " w2"]
+    assert token_texts([3, 1, 2], decode) == ["w3", " w1", " w2"]
 
 
 def test_a_policy_that_scores_by_budget_is_refused(model):

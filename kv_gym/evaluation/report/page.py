@@ -20,15 +20,16 @@ from typing import Any
 from kv_gym.budgets import format_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.report import charts
-from kv_gym.evaluation.report.look import COLOURS, looks
-from kv_gym.evaluation.report.points import MEASURES, points
-from kv_gym.evaluation.report.reading import Results
+from kv_gym.evaluation.report.charts import COLOURS, chart_styles
+from kv_gym.evaluation.report.results import Results
+from kv_gym.evaluation.report.summaries import MEASURES, summaries
 from kv_gym.files import atomic_write
+from kv_gym.markdown import one_line
 
 FOLDER = Path(__file__).with_name("web")
 SCRIPTS = ("charts.js", "tables.js", "tokens.js", "page.js")
 LIMIT = 5_000_000  # bytes of a page
-# beside the colours of arms: name -> (in light, in dark)
+# beside the colours of configurations: name -> (in light, in dark)
 _SURFACES = {
     "paper": ("#f6f7f9", "#101317"), "card": ("#ffffff", "#181c22"), "stripe": ("#fafbfc", "#1b2027"),
     "hover": ("#eef3f8", "#232a33"), "ink": COLOURS["ink"], "muted": ("#59626e", "#a2acb8"),
@@ -40,10 +41,10 @@ def write_page(results: Results, file: str | Path, title: str = "kv_gym report",
     """Write the interactive page.
 
     Args:
-        results: rows and ablations, as :func:`~kv_gym.evaluation.report.reading.read_results` gives them.
+        results: rows and ablations, as :func:`~kv_gym.evaluation.report.results.read_results` gives them.
         file: HTML to write.
         title: of the page.
-        tokens: one context's tokens and ranks, of :func:`~kv_gym.evaluation.report.tokens.token_view`.
+        tokens: one context's tokens and ranks, of :func:`~kv_gym.evaluation.report.token_view.token_view`.
 
     Raises:
         UserError: the extra `report` is not installed, there is nothing to show, or the page would exceed 5 MB.
@@ -51,7 +52,7 @@ def write_page(results: Results, file: str | Path, title: str = "kv_gym report",
     file = Path(file)
     charts.altair()
     if not (results.rows or results.ablations or tokens):
-        raise UserError("there is nothing to report; name result files, or a model and policies for the token view")
+        raise UserError("there is nothing to report: no row, no ablation, no token view; give results that hold some")
     page = _page(_content(results, title, tokens))
     if len(page) > LIMIT:
         raise UserError(
@@ -65,33 +66,34 @@ def write_page(results: Results, file: str | Path, title: str = "kv_gym report",
 
 
 def _content(results: Results, title: str, tokens: dict | None) -> dict[str, Any]:
-    """All that the page's scripts are told."""
-    found = points(results.rows)
-    seen = looks(found)
+    """The data of the page's scripts."""
+    found = summaries(results.rows)
+    styles = chart_styles(found)
     shown = [p["budget"] for p in found if p["role"] != "full"]
     specs: dict[str, Any] = {}
     for measure in MEASURES:
         if any(p[measure] is not None for p in found):
-            specs[measure] = charts.quality(measure, seen, _property, shown)
+            specs[measure] = charts.quality(measure, styles, _property, shown)
     for cost in charts.COSTS:
         if any(p[cost] is not None and p["accuracy"] is not None for p in found):
-            specs[cost] = charts.frontier(cost, seen, _property)
+            specs[cost] = charts.frontier(cost, styles, _property)
     if any(p["slots"] for p in found):
         specs["slots"] = charts.heads("slots")
     if any(p["head_gain"] for p in found):
         gains = (value for p in found for layer in p["head_gain"] or () for value in layer if value is not None)
         specs["gain"] = charts.heads("gain", max((abs(value) for value in gains), default=0.0) or 1.0)
     if any(p["parts"] for p in found):
-        specs["parts"] = charts.parts(seen, _property)
+        specs["parts"] = charts.parts(styles, _property)
     ablations = [_variant(row) for row in results.ablations]
     if ablations:
         specs["ablation"] = charts.ablation(_property)
     for point in found:
         point |= {name: _short(point[name]) for name in ("slots", "head_gain")}
         del point["head_utility"]  # the gain is what is drawn
+    tasks = list(dict.fromkeys(one_line(row.get("task") or "") for row in results.rows))
     return {
-        "title": title, "tasks": list(dict.fromkeys(row.get("task") or "" for row in results.rows)), "points": found,
-        "looks": {arm: vars(look) for arm, look in seen.items()}, "specs": specs, "ablations": ablations,
+        "title": title, "tasks": tasks, "points": found, "specs": specs, "ablations": ablations,
+        "styles": {label: vars(style) for label, style in styles.items()},
         "commands": results.commands, "versions": results.versions, "tokens": tokens,
     }  # fmt: skip
 
@@ -103,6 +105,7 @@ def _variant(row: dict) -> dict[str, Any]:
     if half is not None:
         low, high = row["accuracy"] - half, row["accuracy"] + half
     known = {name: row.get(name) for name in ("variant", "budget", "accuracy", "difference")}
+    known["variant"] = one_line(row["variant"])
     return known | {"low": low, "high": high, "budget_text": format_budget(row["budget"])}
 
 

@@ -47,9 +47,9 @@ const charts = (() => {
     for (const [key, chart] of drawn) if (!keys || keys.includes(key)) await draw(chart);
   }
 
-  function highlight(arm) {
+  function highlight(configuration) {
     for (const { view } of drawn.values()) {
-      if (view && "highlight" in view.getState().signals) view.signal("highlight", arm).runAsync();
+      if (view && "highlight" in view.getState().signals) view.signal("highlight", configuration).runAsync();
     }
   }
 
@@ -60,19 +60,19 @@ const charts = (() => {
     "triangle-up": "M 0,-4.4 L 4.6,3.6 -4.6,3.6 z", "triangle-down": "M 0,4.4 L 4.6,-3.6 -4.6,-3.6 z",
     "triangle-right": "M 4.4,0 L -3.6,4.6 -3.6,-4.6 z", "triangle-left": "M -4.4,0 L 3.6,4.6 3.6,-4.6 z",
   };
-  function symbol(look) {
+  function symbol(style) {
     const space = "http://www.w3.org/2000/svg";
     const svg = document.createElementNS(space, "svg");
     for (const [name, value] of Object.entries({ width: 26, height: 12, viewBox: "-13 -6 26 12", "aria-hidden": "true" })) {
       svg.setAttribute(name, value);
     }
     const line = document.createElementNS(space, "line");
-    const strong = look.role === "learned" ? 3 : 1.5;
-    const style = { x1: -13, x2: 13, stroke: `var(--c-${look.colour})`, "stroke-width": strong, "stroke-dasharray": look.dash.join(" ") };
-    for (const [name, value] of Object.entries(style)) line.setAttribute(name, value);
+    const strong = style.role === "learned" ? 3 : 1.5;
+    const attributes = { x1: -13, x2: 13, stroke: `var(--c-${style.colour})`, "stroke-width": strong, "stroke-dasharray": style.dash.join(" ") };
+    for (const [name, value] of Object.entries(attributes)) line.setAttribute(name, value);
     const mark = document.createElementNS(space, "path");
-    mark.setAttribute("d", shapes[look.mark]);
-    mark.setAttribute("fill", `var(--c-${look.colour})`);
+    mark.setAttribute("d", shapes[style.mark]);
+    mark.setAttribute("fill", `var(--c-${style.colour})`);
     svg.append(line, mark);
     return svg;
   }

@@ -3,13 +3,13 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const find = (id) => document.getElementById(id);
-  const { points, looks, specs } = data;
-  const hidden = new Set(Object.keys(looks).filter((arm) => !looks[arm].prime));
+  const { points, styles, specs } = data;
+  const hidden = new Set(Object.keys(styles).filter((configuration) => !styles[configuration].prime));
   const light = ["slots", "head_utility", "head_gain", "parts"]; // what charts over budgets do not draw
   const slim = points.map((point) => Object.fromEntries(Object.entries(point).filter(([name]) => !light.includes(name))));
   let task = data.tasks[0];
   const ofTask = () => points.filter((point) => point.task === task);
-  const shown = () => slim.filter((point) => point.task === task && !hidden.has(point.arm));
+  const shown = () => slim.filter((point) => point.task === task && !hidden.has(point.configuration));
   const has = (field, among = points) => among.some((point) => point[field] !== null && point[field] !== undefined);
   const options = (select, values, texts) => {
     const before = select.value;
@@ -23,7 +23,7 @@
 
   const measures = { accuracy: "Accuracy", nll: "NLL", utility_kept: "Utility kept" };
   const costs = { total_bytes: "Accuracy against bytes", milliseconds: "Accuracy against time" };
-  const policy = { field: "arm", title: "policy", form: "text" };
+  const policy = { field: "configuration", title: "policy", form: "text" };
   const budget = { field: "budget_text", title: "budget", form: "text", sort: "budget" };
   const interval = (field, title, form) => ({ field, title, form, low: `${field}_low`, high: `${field}_high` });
   const columns = {
@@ -38,33 +38,33 @@
   const used = (list, rows) => list.filter((column) => has(column.field, rows) && (column.form !== "flag" || rows.some((row) => row[column.field])));
 
   function legend() {
-    for (const [arm, look] of Object.entries(looks)) {
+    for (const [configuration, style] of Object.entries(styles)) {
       const button = document.createElement("button");
       button.type = "button";
-      button.dataset.arm = arm;
-      button.dataset.role = look.role;
-      button.dataset.prime = look.prime;
-      button.title = arm;
+      button.dataset.configuration = configuration;
+      button.dataset.role = style.role;
+      button.dataset.prime = style.prime;
+      button.title = configuration;
       const name = document.createElement("span");
-      name.textContent = arm;
-      button.append(charts.symbol(look), name);
-      button.addEventListener("click", () => { hidden.has(arm) ? hidden.delete(arm) : hidden.add(arm); pressed(); });
-      for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => charts.highlight(hidden.has(arm) ? "" : arm));
+      name.textContent = configuration;
+      button.append(charts.symbol(style), name);
+      button.addEventListener("click", () => { hidden.has(configuration) ? hidden.delete(configuration) : hidden.add(configuration); pressed(); });
+      for (const event of ["mouseenter", "focus"]) button.addEventListener(event, () => charts.highlight(hidden.has(configuration) ? "" : configuration));
       for (const event of ["mouseleave", "blur"]) button.addEventListener(event, () => charts.highlight(""));
       find("legend").append(button);
     }
-    const few = Object.values(looks).every((look) => look.prime);
+    const few = Object.values(styles).every((style) => style.prime);
     find("more").hidden = find("prime").hidden = few;
     const open = (wide) => { find("legend").toggleAttribute("data-open", wide); find("more").setAttribute("aria-expanded", String(wide)); find("more").textContent = wide ? "fewer" : "more"; };
-    open(Object.keys(looks).length < 20);
+    open(Object.keys(styles).length < 20);
     find("more").addEventListener("click", () => open(!find("legend").hasAttribute("data-open")));
-    const choose = (keep) => { hidden.clear(); Object.keys(looks).filter((arm) => !keep(arm)).forEach((arm) => hidden.add(arm)); pressed(); };
-    find("prime").addEventListener("click", () => choose((arm) => looks[arm].prime));
+    const choose = (keep) => { hidden.clear(); Object.keys(styles).filter((configuration) => !keep(configuration)).forEach((configuration) => hidden.add(configuration)); pressed(); };
+    find("prime").addEventListener("click", () => choose((configuration) => styles[configuration].prime));
     find("every").addEventListener("click", () => { open(true); choose(() => true); });
     pressed();
   }
   function pressed() {
-    for (const button of find("legend").children) button.setAttribute("aria-pressed", String(!hidden.has(button.dataset.arm)));
+    for (const button of find("legend").children) button.setAttribute("aria-pressed", String(!hidden.has(button.dataset.configuration)));
     charts.refresh();
   }
 
@@ -84,7 +84,7 @@
     const first = (role) => ofTask().filter((p) => p.smallest && role.includes(p.role)).sort((a, b) => a.budget - b.budget || b.accuracy - a.accuracy)[0];
     for (const [role, name] of [[["learned"], "learned policy"], [["heuristic", "null"], "heuristic"]]) {
       const best = first(role);
-      if (best) card(best.budget_text, `of the cache holds the full cache's accuracy within a point: ${best.arm}, the best ${name}`, looks[best.arm].colour);
+      if (best) card(best.budget_text, `of the cache holds the full cache's accuracy within a point: ${best.configuration}, the best ${name}`, styles[best.configuration].colour);
       else if (full && ofTask().some((p) => role.includes(p.role) && p.accuracy !== null)) card("–", `no ${name} keeps the full cache's accuracy within a point`, "grey");
     }
     if (full) card(`${(100 * full.accuracy).toFixed(1)}%`, "of the questions are answered right with the full cache", "ink");
@@ -96,14 +96,14 @@
     const able = ofTask().filter((point) => point.slots || point.head_gain);
     find("heads").hidden = !able.length;
     if (!able.length) return [];
-    const arms = Object.keys(looks).filter((arm) => able.some((point) => point.arm === arm));
-    options(find("heads-arm"), arms, arms);
-    const mine = able.filter((point) => point.arm === find("heads-arm").value);
+    const configurations = Object.keys(styles).filter((configuration) => able.some((point) => point.configuration === configuration));
+    options(find("heads-configuration"), configurations, configurations);
+    const mine = able.filter((point) => point.configuration === find("heads-configuration").value);
     const known = budgets(mine);
     options(find("heads-budget"), known.map(([value]) => value), known.map(([, text]) => text));
     const point = mine.find((one) => String(one.budget) === find("heads-budget").value);
     const grid = point.slots || point.head_gain;
-    find("heads-told").textContent = (point.slots ? "Slots held by each KV head, mean over contexts" : "")
+    find("heads-caption").textContent = (point.slots ? "Slots held by each KV head, mean over contexts" : "")
       + (point.head_gain ? `${point.slots ? "; " : ""}utility kept by each head beyond that of ${point.gain_over}, the best heuristic at this budget` : "") + ".";
     return grid.flatMap((line, layer) => line.map((_, head) => ({
       layer, head, slots: point.slots ? point.slots[layer][head] : null, gain: point.head_gain ? point.head_gain[layer][head] : null,
@@ -125,9 +125,9 @@
     const known = budgets(able.filter((point) => point.role !== "full"));
     options(find("parts-budget"), known.map(([value]) => value), known.map(([, text]) => text));
     pieces = able.filter((point) => point.role === "full" || String(point.budget) === find("parts-budget").value)
-      .flatMap((point) => point.parts.map((part) => ({ arm: point.arm, role: point.role, ...part })));
+      .flatMap((point) => point.parts.map((part) => ({ configuration: point.configuration, role: point.role, ...part })));
     const list = [policy, { field: "part", title: "part", form: "text" }, { field: "accuracy", title: "accuracy", form: "percent" },
-      { field: "asked", title: "asked", form: "whole" }];
+      { field: "questions", title: "questions", form: "whole" }];
     tables.show(find("parts-table"), "Along the context", list, pieces);
   }
 
@@ -160,7 +160,7 @@
       ...Object.entries(costs).map(([key, title]) => ["frontier", key, title, "points", knowing(key, "accuracy"), `${title}, as in the table below`]),
       ["heads", "slots", "Slots held", "cells", () => cells.filter((cell) => cell.slots !== null)],
       ["heads", "gain", "Gain over the best heuristic", "cells", () => cells.filter((cell) => cell.gain !== null)],
-      ["parts", "parts", "Accuracy by part", "parts", () => pieces.filter((piece) => !hidden.has(piece.arm))],
+      ["parts", "parts", "Accuracy by part", "parts", () => pieces.filter((piece) => !hidden.has(piece.configuration))],
       ["ablations", "ablation", "Accuracy of every variant", "ablations", () => [...variants].sort((a, b) => b.accuracy - a.accuracy)],
     ];
     const there = wanted.filter(([, key]) => specs[key]);
@@ -180,7 +180,7 @@
     find("task").parentElement.hidden = data.tasks.length < 2;
     find("task").addEventListener("change", () => { task = find("task").value; showTask(); charts.refresh(); });
     find("bar").hidden = find("quality").hidden = !points.length;
-    find("heads-arm").addEventListener("change", () => { showHeads(); charts.refresh(["slots", "gain"]); });
+    find("heads-configuration").addEventListener("change", () => { showHeads(); charts.refresh(["slots", "gain"]); });
     find("heads-budget").addEventListener("change", () => { showHeads(); charts.refresh(["slots", "gain"]); });
     find("parts-budget").addEventListener("change", () => { showParts(); charts.refresh(["parts"]); });
     find("ablations-budget").addEventListener("change", () => { showAblations(); charts.refresh(["ablation"]); });

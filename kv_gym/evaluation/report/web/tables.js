@@ -39,7 +39,7 @@ const tables = (() => {
     const body = table.createTBody();
     for (const row of sorted(rows, columns.find((column) => column.field === state.field), state.down)) {
       const line = body.insertRow();
-      for (const name of ["task", "arm", "budget", "role", "layer", "head", "part", "variant"]) {
+      for (const name of ["task", "configuration", "budget", "role", "layer", "head", "part", "variant"]) {
         if (row[name] !== undefined) line.dataset[name] = row[name];
       }
       for (const column of columns) fill(line.insertCell(), column, row);

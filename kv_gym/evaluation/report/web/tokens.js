@@ -77,7 +77,7 @@ const tokens = (() => {
     const numbers = (count) => Array.from({ length: count }, (_, i) => String(i));
     choices(find("layer"), ["all", ...numbers(data.layers)], -1);
     choices(find("head"), ["all", ...numbers(data.heads)], -1);
-    find("told").textContent = data.told;
+    find("caption").textContent = data.caption;
     const spaces = data.texts.map((text) => text.match(/^\s*/)[0]); // stand outside of what is shaded and struck through
     const spans = data.texts.map((text, i) => {
       const span = document.createElement("span");

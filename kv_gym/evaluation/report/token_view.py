@@ -51,11 +51,11 @@ def token_view(
     Raises:
         UserError: a policy that cannot run live, or one that scores differently at every budget.
     """
-    panel = PolicyGroup(tuple(policies.values()))
+    group = PolicyGroup(tuple(policies.values()))
     ids = torch.tensor([context.context_ids], device=model.device)
-    told: list[dict[str, Any]] = []
+    rankings: list[dict[str, Any]] = []
     layers = heads = 0
-    with EvictingCache(model, policy=panel, budget=1.0) as cache:
+    with EvictingCache(model, policy=group, budget=1.0) as cache:
         model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
         for name, policy in policies.items():
             rule = "global" if policy.comparable else f"global:{NORMALISATION}"
@@ -68,29 +68,29 @@ def token_view(
             in_model = _priorities(cache, policy, 1.0, rule)
             layers, heads = in_model.shape[:2]
             sinks, recent = protection_for(policy, None, None)
-            told.append(
+            rankings.append(
                 {"name": name, "sinks": sinks, "recent": recent, "rule": rule, "in_head": in_head,
                  "in_model": _ranks(in_model.flatten())}
             )  # fmt: skip
     size = len(context.context_ids)
     wide = {"in_head": _width(size), "in_model": _width(layers * heads * size)}
-    for policy_told in told:
-        policy_told |= {key: _packed(policy_told[key], count) for key, count in wide.items()}
+    for ranking in rankings:
+        ranking |= {key: _packed(ranking[key], count) for key, count in wide.items()}
     questions = [{"question": decode(q.question_ids), "answer": decode(q.answer_ids)} for q in context.questions]
-    compared = ", ".join(dict.fromkeys(str(one["rule"]) for one in told))
+    compared = ", ".join(dict.fromkeys(str(one["rule"]) for one in rankings))
     return {
-        "texts": pieces(context.context_ids, decode),
+        "texts": token_texts(context.context_ids, decode),
         "asked": sorted(answer_places(context) if asked is None else asked), "layers": layers, "heads": heads,
-        "bytes": wide, "policies": told, "questions": questions,
+        "bytes": wide, "policies": rankings, "questions": questions,
         "slots": [{"name": format_budget(share), "slots": slots_after(share, size)} for share in SHARES],
-        "told": (
+        "caption": (
             f"A context of {size} tokens, scored once by every policy with its questions unseen. The shade is a "
             f"token's rank among its head's, or among all slots of the model under one threshold ({compared})."
         ),
     }  # fmt: skip
 
 
-def pieces(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
+def token_texts(ids: Sequence[int], decode: Callable[[Sequence[int]], str]) -> list[str]:
     """The text of every token with the space before it: many tokenizers leave that out of a token that stands alone."""
     pairs = [list(ids[max(0, i - 1) : i + 1]) for i in range(len(ids))]
     return [decode(pair)[len(decode(pair[:-1])) :] if i else decode(pair) for i, pair in enumerate(pairs)]

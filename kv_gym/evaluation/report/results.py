@@ -1,10 +1,11 @@
-"""What a report is made of: rows of results and of ablations, read from files and folders."""
+"""Results of a report: rows of results and of ablations, read from files and folders."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 from kv_gym.budgets import budget_key
 from kv_gym.errors import UserError
@@ -31,7 +32,7 @@ class Results:
     versions: dict[str, str] = field(default_factory=dict)
     _cells: dict[tuple, int] = field(default_factory=dict, repr=False)
 
-    def add(self, data: dict, where: str) -> None:
+    def add(self, data: Mapping[str, Any], where: str) -> None:
         """Take in ``{"rows": [...], "command", "versions"}``.
 
         Args:
@@ -45,6 +46,20 @@ class Results:
             self._add_row(row, f"{where}, row {number}")
         self._add_origin(data)
 
+    def read(self, path: str | Path) -> None:
+        """Read a result file, or a folder: every ``.json`` and ``.jsonl`` below that holds results.
+
+        Raises:
+            UserError: a path that is not there, a named file that is no result, a folder without any, or a bad row.
+        """
+        path = Path(path)
+        if path.is_dir():
+            files = [file for file in sorted(path.rglob("*.json*")) if file.suffix in (".json", ".jsonl")]
+            if not [file for file in files if _read(file, self, required=False)]:
+                raise UserError(f"folder {path} holds no results; {EXPECTED}")
+        else:
+            _read(path, self, required=True)
+
     def _add_row(self, row: dict, where: str) -> None:
         if isinstance(row, dict) and "variant" in row:
             self.ablations.append(validated(AblationRow, row, where).model_dump())
@@ -54,7 +69,7 @@ class Results:
         self.rows[place : place + 1] = [row]
         self._add_origin(row)
 
-    def _add_origin(self, data: dict) -> None:
+    def _add_origin(self, data: Mapping[str, Any]) -> None:
         command, versions = data.get("command"), data.get("versions")
         if isinstance(command, str) and command and command not in self.commands:
             self.commands.append(command)
@@ -65,20 +80,10 @@ class Results:
 
 
 def read_results(paths: Iterable[str | Path]) -> Results:
-    """Read result files: folders (every ``.json`` and ``.jsonl`` below that holds results), or files by name.
-
-    Raises:
-        UserError: a path that is not there, a named file that is no result, a folder without any, or a bad row.
-    """
+    """Read result files and folders, see :meth:`Results.read`."""
     results = Results()
-    for path in map(Path, paths):
-        if path.is_dir():
-            found = [file for file in sorted(path.rglob("*.json*")) if file.suffix in (".json", ".jsonl")]
-            taken = [_read(file, results, required=False) for file in found]
-            if not any(taken):
-                raise UserError(f"folder {path} holds no results; {EXPECTED}")
-        else:
-            _read(path, results, required=True)
+    for path in paths:
+        results.read(path)
     return results
 
 
@@ -90,9 +95,9 @@ def _read(file: Path, results: Results, required: bool) -> bool:
             data = {"rows": [row for _, row in lines]}
         else:
             data = read_json(file, EXPECTED, non_finite_as_null=True)
-        told = [_is_result(row) for row in data["rows"]]
-        # a folder may hold measurements of other things beside
-        usable = any(told) and (required or all(told))
+        known = [_is_result(row) for row in data["rows"]]
+        # a folder may hold measurements of other things, too
+        usable = any(known) and (required or all(known))
     except (OSError, ValueError, KeyError, TypeError):
         usable = False
     if usable:
@@ -103,10 +108,10 @@ def _read(file: Path, results: Results, required: bool) -> bool:
 
 
 def _cell(row: dict) -> tuple:
-    """What a row tells of: by its hash where it has one."""
+    """A key of what a row measured: its hash where it has one."""
     if row.get("cell"):
         return (row["cell"],)
-    # replay and live decoding write rows of the same arm, which complete one another
+    # replay and live decoding write rows of the same configuration, which complete one another
     return (
         *(row[name] for name in (*CONFIGURATION, "task", "seed")),
         budget_key(row["budget"]),
