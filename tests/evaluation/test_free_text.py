@@ -1,4 +1,4 @@
-"""Files of RULER and LongBench in their published form, answers written freely, and what these are worth."""
+"""Files of RULER and LongBench in their published form, and scores of free text."""
 
 import json
 
@@ -54,14 +54,14 @@ def model():
     return LlamaForCausalLM(config).eval()
 
 
-def written(path, *lines):
+def write_lines(path, *lines):
     path.parent.mkdir(exist_ok=True)
     path.write_text("\n".join(map(json.dumps, lines)) + "\n", encoding="utf-8")
     return path
 
 
 def test_a_ruler_line_is_context_and_last_line(tmp_path, tokenizer):
-    file = written(tmp_path / "niah_single_1" / "validation.jsonl", NEEDLE, NEEDLE | {"outputs": ["nine"]})
+    file = write_lines(tmp_path / "niah_single_1" / "validation.jsonl", NEEDLE, NEEDLE | {"outputs": ["nine"]})
     task = ruler(file, tokenizer)
     first, second = task.prompts
     assert tokenizer.decode(first.context_ids) == (
@@ -80,20 +80,20 @@ def test_a_ruler_line_is_context_and_last_line(tmp_path, tokenizer):
 
 
 def test_ruler_scores_questions_by_any_answer(tmp_path, tokenizer):
-    task = ruler(written(tmp_path / "qa_1" / "validation.jsonl", NEEDLE), tokenizer)
+    task = ruler(write_lines(tmp_path / "qa_1" / "validation.jsonl", NEEDLE), tokenizer)
     assert task.score("it is 7", task.prompts[0]) == 1.0
-    file = written(tmp_path / "niah.jsonl", NEEDLE)
+    file = write_lines(tmp_path / "niah.jsonl", NEEDLE)
     (task,) = parse_tasks(f"ruler:{file}:score=part", tokenizer)
     assert task.score("it is 7", task.prompts[0]) == 1.0 and task.name == "ruler niah"
 
 
 def test_a_longbench_line_is_context_then_question(tmp_path, tokenizer):
-    file = written(tmp_path / "hotpotqa_e.jsonl", HOTPOT | {"dataset": "hotpotqa_e"})
+    file = write_lines(tmp_path / "hotpotqa_e.jsonl", HOTPOT | {"dataset": "hotpotqa_e"})
     task = longbench(file, tokenizer)
     (prompt,) = task.prompts
     assert tokenizer.decode(prompt.context_ids) == f"<bos> {HOTPOT['context']}"
     assert tokenizer.decode(prompt.question_ids) == HOTPOT["input"]
-    twice = written(tmp_path / "twice.jsonl", HOTPOT, HOTPOT | {"input": "where was Alice ?"})
+    twice = write_lines(tmp_path / "twice.jsonl", HOTPOT, HOTPOT | {"input": "where was Alice ?"})
     assert [each.id for each in longbench(twice, tokenizer).prompts] == ["hotpotqa a1", "hotpotqa a1 1"]
     assert (prompt.id, prompt.max_new_tokens, prompt.answers) == ("hotpotqa_e a1", 32, ("the old mill", "mill"))
     assert task.score("in the mill", prompt) == pytest.approx(2 / 3)  # [in, mill] against [mill]
@@ -106,7 +106,7 @@ def test_a_longbench_line_is_context_then_question(tmp_path, tokenizer):
     assert seen.context_ids == (*prompt.context_ids, *prompt.question_ids) and not seen.question_ids
 
 
-def test_the_middle_of_what_is_too_long_goes():
+def test_the_middle_of_a_long_context_is_left_out():
     assert without_middle([1, 2, 3, 4, 5, 6, 7], 5) == (1, 2, 3, 6, 7)
     assert without_middle([1, 2, 3], 1) == (1,)
     assert without_middle([1, 2, 3], 3) == without_middle([1, 2, 3], None) == (1, 2, 3)
@@ -114,13 +114,13 @@ def test_the_middle_of_what_is_too_long_goes():
 
 @pytest.mark.parametrize("seen", [False, True])
 @pytest.mark.parametrize("policy", ["full_cache", "keydiff"])
-def test_what_is_written_is_greedy_generation(tmp_path, tokenizer, model, policy, seen):
-    file = written(tmp_path / "niah.jsonl", NEEDLE, NEEDLE | {"input": "a lamp .\nquestion size Bob ?"})
+def test_answers_are_greedy_generation(tmp_path, tokenizer, model, policy, seen):
+    file = write_lines(tmp_path / "niah.jsonl", NEEDLE, NEEDLE | {"input": "a lamp .\nquestion size Bob ?"})
     task = ruler(file, tokenizer, seen=seen, max_new_tokens=6)
-    said = {}
+    texts = {}
 
     def keep(text, prompt):
-        said[prompt.id] = text
+        texts[prompt.id] = text
         return 0.25
 
     object.__setattr__(task, "score", keep)
@@ -145,24 +145,26 @@ def test_what_is_written_is_greedy_generation(tmp_path, tokenizer, model, policy
                     tokens.append(int(last.argmax()))
                     last = model(input_ids=torch.tensor([tokens[-1:]]), past_key_values=cache).logits[0, -1]
             assert outcome.slots.unique().tolist() == [3.0]
-        assert said[prompt.id] == tokenizer.decode(tokens, skip_special_tokens=True)
+        assert texts[prompt.id] == tokenizer.decode(tokens, skip_special_tokens=True)
 
 
-def test_writing_ends_where_the_model_says(tmp_path, tokenizer, model, monkeypatch):
-    task = ruler(written(tmp_path / "niah.jsonl", NEEDLE), tokenizer, max_new_tokens=6)
-    said = []
-    object.__setattr__(task, "score", lambda text, prompt: said.append(text) or 0.0)
+def test_generation_ends_at_the_models_end_token(tmp_path, tokenizer, model, monkeypatch):
+    task = ruler(write_lines(tmp_path / "niah.jsonl", NEEDLE), tokenizer, max_new_tokens=6)
+    texts = []
+    object.__setattr__(task, "score", lambda text, prompt: texts.append(text) or 0.0)
     list(task.measure(model, task.batches()[0], [full_cache()]))
-    whole = tokenizer(said[0], add_special_tokens=False)["input_ids"]
+    whole = tokenizer(texts[0], add_special_tokens=False)["input_ids"]
     monkeypatch.setattr(model.generation_config, "eos_token_id", [whole[2], 0])
     list(task.measure(model, task.batches()[0], [full_cache()]))
-    assert tokenizer(said[1], add_special_tokens=False)["input_ids"] == whole[: whole.index(whole[2]) + 1]
+    assert tokenizer(texts[1], add_special_tokens=False)["input_ids"] == whole[: whole.index(whole[2]) + 1]
 
 
 def test_a_table_over_files_of_all_kinds(tmp_path, tokenizer, model):
-    needle = written(tmp_path / "niah.jsonl", NEEDLE)
-    hotpot = written(tmp_path / "hotpotqa.jsonl", HOTPOT)
-    mine = written(tmp_path / "mine.jsonl", {"context": "code Bob 5 .", "question": "question code Bob", "answer": "5"})
+    needle = write_lines(tmp_path / "niah.jsonl", NEEDLE)
+    hotpot = write_lines(tmp_path / "hotpotqa.jsonl", HOTPOT)
+    mine = write_lines(
+        tmp_path / "mine.jsonl", {"context": "code Bob 5 .", "question": "question code Bob", "answer": "5"}
+    )
     names = f"ruler:{needle}:new=3,longbench:{hotpot},{mine},{mine}:seen"
     data = evaluate(["keydiff"], [4], model=model, tasks=parse_tasks(names, tokenizer), progress=False)
     assert [row["task"] for row in data["rows"][::2]] == ["ruler niah", "longbench hotpotqa", "mine", "mine seen"]
@@ -182,7 +184,7 @@ def test_string_matches():
 
 def test_f1_of_words():
     assert scores.words("The  quick, (brown) fox's an") == ["quick", "brown", "foxs"]
-    # 2 of 3 words said, 2 of 4 words wanted: P = 2/3, R = 1/2
+    # 2 of 3 words texts, 2 of 4 words wanted: P = 2/3, R = 1/2
     assert scores.qa_f1("The red red fox!", "a red, old fox jumps") == pytest.approx(2 * (2 / 3) * 0.5 / (2 / 3 + 0.5))
     assert scores.qa_f1("nothing", "fox") == scores.qa_f1("", "fox") == 0.0
     assert scores.qa_f1_characters("北京市。", "北京") == pytest.approx(0.8)
@@ -228,7 +230,7 @@ CHOICES = {
 
 
 def test_a_line_of_longbench_v2_is_asked_with_its_choices(tmp_path, tokenizer):
-    (task,) = parse_tasks(f"longbench:{written(tmp_path / 'v2.jsonl', CHOICES)}", tokenizer)
+    (task,) = parse_tasks(f"longbench:{write_lines(tmp_path / 'v2.jsonl', CHOICES)}", tokenizer)
     (prompt,) = task.prompts
     words = tokenizer.decode(prompt.question_ids).replace("<unk>", "").split()
     assert (prompt.id, prompt.answers, prompt.max_new_tokens) == ("longbench_v2 b2", ("B",), 128)
@@ -238,7 +240,7 @@ def test_a_line_of_longbench_v2_is_asked_with_its_choices(tmp_path, tokenizer):
     refused = (({"answer": "Bob"}, "answer is .Bob.; expected the letter"), ({"choice_C": None}, "has no choice_C"))
     for change, sentence in refused:
         with pytest.raises(UserError, match=sentence):
-            longbench(written(tmp_path / "v2.jsonl", CHOICES | change), tokenizer)
+            longbench(write_lines(tmp_path / "v2.jsonl", CHOICES | change), tokenizer)
 
 
 def test_choices_by_hand():
@@ -261,11 +263,11 @@ BAD = {
 def test_bad_lines_are_refused_in_one_sentence(tmp_path, tokenizer, name):
     read, line, message = BAD[name]
     with pytest.raises(UserError, match=message):
-        read(written(tmp_path / "file.jsonl", line), tokenizer)
+        read(write_lines(tmp_path / "file.jsonl", line), tokenizer)
 
 
 def test_what_else_is_refused(tmp_path, tokenizer):
-    file = written(tmp_path / "file.jsonl", NEEDLE)
+    file = write_lines(tmp_path / "file.jsonl", NEEDLE)
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "template.txt").write_text("{input}")
     with pytest.raises(UserError, match="no score 'some'"):

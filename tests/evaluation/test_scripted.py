@@ -53,13 +53,13 @@ def one_by_one(model, task, script, policy, share):
         nonlocal last
         last = model(input_ids=torch.tensor([ids]), past_key_values=cache).logits[0, -1].log_softmax(-1)
 
-    def say(cache, ids):
+    def feed_and_judge(cache, ids):
         """Log-likelihood of each token before it is fed, and whether it is the likeliest."""
-        said = []
+        judged = []
         for token in ids:
-            said.append((last[token].item(), int(last.argmax()) == token) if last is not None else None)
+            judged.append((last[token].item(), int(last.argmax()) == token) if last is not None else None)
             feed(cache, [token])
-        return said
+        return judged
 
     def read(judging):
         cache = EvictingCache(model, policy, budget, trigger=NATIVE.get(task.trigger, task.trigger))
@@ -67,22 +67,22 @@ def one_by_one(model, task, script, policy, share):
             if index == 0 and not segment.answers:
                 feed(cache, list(segment.ids))
             else:
-                said = say(cache, segment.ids)
+                judged = feed_and_judge(cache, segment.ids)
                 for answer in segment.answers if judging else ():
-                    judge(said[answer.start : answer.stop], answer.part)
+                    judge(judged[answer.start : answer.stop], answer.part)
             if segment.compress and task.trigger == "turn" and index:
                 cache.compress()
         return cache
 
-    def judge(said, part):
-        found.append((part, all(right for _, right in said), -sum(p for p, _ in said) / len(said)))
+    def judge(judged, part):
+        found.append((part, all(right for _, right in judged), -sum(p for p, _ in judged) / len(judged)))
 
     if any(segment.answers for segment in script.segments):
         read(True).detach()
     for question in script.questions:
         with read(False) as cache:
-            say(cache, question.question_ids)
-            judge(say(cache, question.answer_ids), question.part)
+            feed_and_judge(cache, question.question_ids)
+            judge(feed_and_judge(cache, question.answer_ids), question.part)
     return found
 
 
@@ -142,7 +142,7 @@ def test_all_configurations_of_a_policy_share_its_second_reading(model, tasks, m
 def test_the_full_cache_is_plain_transformers(model, tasks, name):
     task = tasks[name]
     batch = task.batches()[0]
-    # another configuration beside it, which cuts in every way there is: the full cache must not notice
+    # another configuration with it, compressed in every way there is: the full cache must not notice
     rule = parse_allocation("global:softmax")
     configurations = [Configuration("keydiff", make_policy("keydiff"), 4, rule, sinks=0, recent=0), full_cache()]
     (_, cut), (_, outcomes) = task.measure(model, batch, configurations)
@@ -206,23 +206,23 @@ def test_the_list_that_is_copied_is_one_the_model_can_copy(model):
     assert first != second and len(set(first)) == 65  # a beginning and 64 distinct words
 
 
-def test_a_dialogue_asks_once_about_what_was_told_before(tasks):
+def test_a_dialogue_asks_once_about_earlier_turns(tasks):
     words = build_tokenizer()
     for number, script in enumerate(tasks["dialogue turns"].scripts):
-        told, asked = [], []
+        turns, asked = [], []
         for segment in script.segments:
             if segment.compress:
-                told.append(words.decode(segment.ids))
+                turns.append(words.decode(segment.ids))
                 continue
             (answer,) = segment.answers
             text = words.decode(segment.ids).split()
             assert (answer.start, answer.stop) == (3, 5) and text[0] == "question" and text[-1] == "."
             fact, turn = " ".join(text[1:5]), int(answer.part.removeprefix("turn "))
-            assert turn == len(told)
-            assert fact in " ".join(told[:-1]) if turn > 1 else fact in told[0]
+            assert turn == len(turns)
+            assert fact in " ".join(turns[:-1]) if turn > 1 else fact in turns[0]
             asked.append(fact)
-        assert len(told) == 2 and len(asked) == len(set(asked)) == 4
-        assert " ".join(told).replace("<bos> ", "") == " ".join(
+        assert len(turns) == 2 and len(asked) == len(set(asked)) == 4
+        assert " ".join(turns).replace("<bos> ", "") == " ".join(
             make_context("dialogue", 256, 1_000_060_256 + number, 8).words
         )
 
@@ -319,7 +319,7 @@ def test_bad_texts_are_refused_in_one_sentence(tmp_path):
             perplexity(tmp_path / file, words, **lengths)
 
 
-def test_no_dialogue_asks_for_a_fact_that_a_turn_tears_apart():
+def test_no_dialogue_asks_for_a_fact_that_two_turns_share():
     words, torn = build_tokenizer(), 0
     for number, script in enumerate(parse_tasks("dialogue:512:count=12")[0].scripts):
         turns = [words.decode(segment.ids) for segment in script.segments if segment.compress]
