@@ -12,7 +12,7 @@ _HOMES = {
     "PageCache": "kv_gym.pages.cache",
     "PagePolicy": "kv_gym.pages.policies.base",
     "QueuePolicy": "kv_gym.pages.policies.base",
-    "RankingPolicy": "kv_gym.pages.policies.base",
+    "PageRankingPolicy": "kv_gym.pages.policies.base",
     "RequestTrace": "kv_gym.pages.requests",
     "compare_page_policies": "kv_gym.pages.compare",
     "list_page_policies": "kv_gym.pages.policies.registry",

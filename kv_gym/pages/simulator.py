@@ -9,8 +9,8 @@ import numpy as np
 
 from kv_gym.errors import UserError
 from kv_gym.pages.cache import Candidates, PageCache
-from kv_gym.pages.policies.base import PagePolicy, QueuePolicy, RankingPolicy
-from kv_gym.pages.policies.lru import LRU
+from kv_gym.pages.policies.base import PagePolicy, PageRankingPolicy, QueuePolicy
+from kv_gym.pages.policies.lru import PageLRU
 from kv_gym.pages.policies.registry import make_page_policy
 from kv_gym.pages.requests import RequestTrace
 
@@ -94,14 +94,14 @@ def simulate(
         trace.check_capacity(capacity)
     elif oversize != "pass":
         raise UserError(f"oversize {oversize!r} is not known; expected refuse or pass")
-    plain = isinstance(chosen, LRU) and semantics == "objects" and trace.ttl is None
+    plain = isinstance(chosen, PageLRU) and semantics == "objects" and trace.ttl is None
     record = record_hits or first > 0
     if plain:
         counted = _run_lru(trace, capacity, record)
     elif isinstance(chosen, QueuePolicy):
         counted = _run_queues(trace, chosen, capacity, record)
     else:
-        assert isinstance(chosen, RankingPolicy)
+        assert isinstance(chosen, PageRankingPolicy)
         counted = _run_ranking(trace, chosen, capacity, semantics, record)
     hits, hit_bytes, evictions, hit = counted
     found = None if hit is None else np.array(hit, bool)
@@ -195,13 +195,13 @@ def _run_queues(
 
 
 def _run_ranking(
-    trace: RequestTrace, policy: RankingPolicy, capacity: int, semantics: str, record: bool
+    trace: RequestTrace, policy: PageRankingPolicy, capacity: int, semantics: str, record: bool
 ) -> tuple[int, int, int, list[bool] | None]:
     policy.reset(0)
     cache = PageCache(
         trace, capacity, semantics, policy.candidates, policy.needs_future, getattr(policy, "priority", None)
     )
-    bypasses = type(policy).declines is not RankingPolicy.declines
+    bypasses = type(policy).declines is not PageRankingPolicy.declines
     hit: list[bool] | None = [] if record else None
     for request in range(trace.requests):
         before = cache.hits

@@ -21,7 +21,7 @@ from kv_gym import __version__
 from kv_gym.errors import UserError
 from kv_gym.pages.cache import Candidates, PageCache
 from kv_gym.pages.features import FEATURES, feature_matrix
-from kv_gym.pages.policies.base import RankingPolicy
+from kv_gym.pages.policies.base import PageRankingPolicy
 from kv_gym.pages.policies.learned import Learned, LearnedCard
 from kv_gym.pages.policies.tail_oracle import TailOracle
 from kv_gym.pages.readers import read_requests
@@ -94,7 +94,7 @@ def train_pages(
     trace = requests if isinstance(requests, RequestTrace) else read_requests(requests, format)
     seen = trace.part(0, max(1, int(VALIDATION * trace.requests)))
 
-    def hit_rate(policy: RankingPolicy | str) -> float:
+    def hit_rate(policy: PageRankingPolicy | str) -> float:
         return simulate(seen, policy, capacity, semantics, oversize, warm_up=TRAINING / VALIDATION).hit_rate
 
     oracle = TailOracle(candidates=candidates)
@@ -113,7 +113,7 @@ def train_pages(
     random = np.random.default_rng(seed)
     torch.manual_seed(seed)
     network = CandidateScorer(len(features), hidden)
-    behaviour: RankingPolicy = oracle
+    behaviour: PageRankingPolicy = oracle
     recorded: list[Decisions] = []
     learned: list[tuple[float, Learned]] = []
     for _ in range(rounds):
@@ -148,7 +148,7 @@ class Decisions(NamedTuple):
 
 def record_decisions(
     trace: RequestTrace,
-    policy: RankingPolicy,
+    policy: PageRankingPolicy,
     capacity: int,
     semantics: str,
     candidates: int,

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from kv_gym.cli import app
 from kv_gym.errors import UserError
-from kv_gym.pages import RankingPolicy, RequestTrace, make_page_policy, simulate, train_pages
+from kv_gym.pages import PageRankingPolicy, RequestTrace, make_page_policy, simulate, train_pages
 from kv_gym.pages.cache import Candidates, PageCache
 from kv_gym.pages.policies.learned import Learned
 from kv_gym.pages.training import CandidateScorer, record_decisions
@@ -180,7 +180,7 @@ def test_a_file_in_the_place_of_the_folder_is_refused(tmp_path):
         train_pages("clone", loop_and_wonders(4), tmp_path / "out", CAPACITY)
 
 
-class Newest(RankingPolicy):
+class Newest(PageRankingPolicy):
     """A policy of a user, without settings."""
 
     def rank(self, candidates):

@@ -1,7 +1,7 @@
 """What a page policy is: it says which page leaves a full cache.
 
-There are two kinds. A :class:`RankingPolicy` scores the candidates that it is shown, as :class:`kv_gym.Policy` scores
-the slots of a KV cache: it has no memory of its own, and the same object acts in ``KVPage-v0``, in the simulator and
+There are two kinds. A :class:`PageRankingPolicy` scores the candidates that it is shown, as a policy of slots scores
+those of a KV cache: it has no memory of its own, and the same object acts in ``KVPage-v0``, in the simulator and
 in an exported form. A :class:`QueuePolicy` keeps queues of its own, as most classic algorithms do.
 """
 
@@ -80,7 +80,7 @@ class QueuePolicy(PagePolicy, ABC):
         return ()
 
 
-class RankingPolicy(PagePolicy, ABC):
+class PageRankingPolicy(PagePolicy, ABC):
     """A policy that scores candidates; the one with the lowest score leaves, ties to the least recently used.
 
     Attributes:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from kv_gym.pages.cache import Candidates, PageCache
-from kv_gym.pages.policies.base import RankingPolicy
+from kv_gym.pages.policies.base import PageRankingPolicy
 
 
 @dataclass(eq=False)
-class BeladyPrefix(RankingPolicy):
+class BeladyPrefix(PageRankingPolicy):
     """Farthest next use among all leaves; a page whose next use is farther than all of theirs is not stored."""
 
     needs_future = True

@@ -23,7 +23,7 @@ from kv_gym.errors import UserError
 from kv_gym.files import atomic_write, read_json, validated
 from kv_gym.pages.cache import Candidates
 from kv_gym.pages.features import FEATURES, feature_matrix
-from kv_gym.pages.policies.base import RankingPolicy
+from kv_gym.pages.policies.base import PageRankingPolicy
 
 _CARD, _WEIGHTS = "policy.json", "weights.safetensors"
 
@@ -83,7 +83,7 @@ class LearnedCard(BaseModel):
 
 
 @dataclass(eq=False)
-class Learned(RankingPolicy):
+class Learned(PageRankingPolicy):
     """Scores of a network, higher = keep.
 
     Attributes:

@@ -10,7 +10,7 @@ from kv_gym.pages.requests import RequestTrace
 
 
 @dataclass(eq=False)
-class LFU(QueuePolicy):
+class PageLFU(QueuePolicy):
     """Least frequently used, counted while cached, in constant time per access."""
 
     def start(self, capacity: int, trace: RequestTrace) -> None:

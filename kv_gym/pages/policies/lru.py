@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from kv_gym.pages.cache import Candidates
-from kv_gym.pages.policies.base import RankingPolicy
+from kv_gym.pages.policies.base import PageRankingPolicy
 
 
 @dataclass(eq=False)
-class LRU(RankingPolicy):
+class PageLRU(PageRankingPolicy):
     """Least recently used; the first candidate is the one."""
 
     candidates: int = 1

@@ -12,13 +12,13 @@ import numpy as np
 
 from kv_gym.errors import UserError
 from kv_gym.pages.cache import Candidates, PageCache
-from kv_gym.pages.policies.base import RankingPolicy
+from kv_gym.pages.policies.base import PageRankingPolicy
 
 STRATEGIES = ("lru", "lfu", "slru", "fifo", "mru", "filo")
 
 
 @dataclass(eq=False)
-class SGLangLeaves(RankingPolicy):
+class SGLangLeaves(PageRankingPolicy):
     """The leaf with the smallest priority leaves.
 
     Attributes:

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from kv_gym.pages.cache import Candidates
-from kv_gym.pages.policies.base import RankingPolicy
+from kv_gym.pages.policies.base import PageRankingPolicy
 
 
 @dataclass(eq=False)
-class TailOracle(RankingPolicy):
+class TailOracle(PageRankingPolicy):
     """Farthest next use among the candidates.
 
     Attributes:

@@ -11,11 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 
 from kv_gym.pages.cache import Candidates
-from kv_gym.pages.policies.base import RankingPolicy
+from kv_gym.pages.policies.base import PageRankingPolicy
 
 
 @dataclass(eq=False)
-class VLLMPrefixLRU(RankingPolicy):
+class VLLMPrefixLRU(PageRankingPolicy):
     """The first of the free queue."""
 
     candidates: int = 1
