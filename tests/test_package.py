@@ -147,6 +147,7 @@ def test_the_wheel_holds_all_code_and_data_and_no_tests(wheel):
     data |= {str(path.relative_to(ROOT)) for path in (ROOT / "kv_gym" / "evaluation" / "report" / "web").glob("*.*")}
     data |= {f"kv_gym/_data/agents/{path.name}" for path in (ROOT / "agents").glob("*.yml")}
     data |= {f"kv_gym/_data/traces/{path.relative_to(SAMPLE)}" for path in SAMPLE.rglob("*") if path.is_file()}
+    data |= {f"kv_gym/_data/requests/{path.name}" for path in (ROOT / "traces" / "requests").iterdir()}
     ours = {name for name in names if ".dist-info/" not in name}
     assert ours == code | data
 
