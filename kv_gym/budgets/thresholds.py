@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -64,9 +65,9 @@ class ThresholdAllocation(Allocation):
         return cls(setting) if setting in ("", *NORMALISATIONS) else None
 
     @property
+    @abstractmethod
     def rule(self) -> str:
         """The rule's name without its normalisation."""
-        raise NotImplementedError
 
     @property
     def name(self) -> str:

@@ -80,10 +80,10 @@ def predicted_bits(
     if not 0 <= flip <= 1:
         raise UserError(f"a share of {flip} bits cannot be turned over; expected 0 to 1")
     if predictor == "learned":
-        told = learned_bits(bits, trace)
+        predicted = learned_bits(bits, trace)
     else:
-        told = {"oracle": bits, "zeros": np.zeros_like(bits), "ones": np.ones_like(bits)}[predictor]
-    return told ^ (np.random.default_rng(seed).random(len(bits)) < flip)
+        predicted = {"oracle": bits, "zeros": np.zeros_like(bits), "ones": np.ones_like(bits)}[predictor]
+    return predicted ^ (np.random.default_rng(seed).random(len(bits)) < flip)
 
 
 def learned_bits(bits: np.ndarray, trace: RequestTrace, share: float = 0.3, rounds: int = 30) -> np.ndarray:
@@ -129,6 +129,6 @@ def access_features(trace: RequestTrace) -> np.ndarray:
     )
 
 
-def prediction_errors(bits: np.ndarray, told: np.ndarray) -> tuple[int, int]:
+def prediction_errors(bits: np.ndarray, predicted: np.ndarray) -> tuple[int, int]:
     """How many bits were predicted 0 and are 1, and how many were predicted 1 and are 0."""
-    return int((bits & ~told).sum()), int((~bits & told).sum())
+    return int((bits & ~predicted).sum()), int((~bits & predicted).sum())

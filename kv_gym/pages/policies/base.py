@@ -10,11 +10,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections import OrderedDict
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from kv_gym.pages.cache import Candidates, PageCache
+from kv_gym.pages.predictions import predicted_bits
 from kv_gym.pages.requests import RequestTrace
 
 
@@ -78,6 +80,26 @@ class QueuePolicy(PagePolicy, ABC):
     def discard(self, page: int) -> Iterable[int]:
         """Pages to throw out right after an access to `page`, forgotten by the policy already."""
         return ()
+
+
+@dataclass(eq=False)
+class PredictionPolicy(QueuePolicy, ABC):
+    """A queue policy that is told one bit about every access; for pages of equal size.
+
+    Attributes:
+        predictor: see :func:`~kv_gym.pages.predictions.predicted_bits`.
+        flip: share of bits turned over.
+        seed: of the policy's draws and of what is turned over.
+    """
+
+    needs_future = True
+    predictor: str = "oracle"
+    flip: float = 0.0
+    seed: int = 0
+
+    def predictions(self, bits: np.ndarray, capacity: int, trace: RequestTrace) -> list[bool]:
+        """What the predictor says of every access, where `bits` `[accesses]` are the true ones."""
+        return predicted_bits(bits, trace, capacity, self.predictor, self.flip, self.seed).tolist()
 
 
 class PageRankingPolicy(PagePolicy, ABC):

@@ -30,6 +30,7 @@ class Belady(QueuePolicy):
         self._heap: list[tuple[int, int, int]] = []
         self._capacity = capacity
         self._sizes: dict[int, int] = {}
+        self._used = 0
 
     def _push(self, page: int) -> None:
         self._due[page] = due = self._next[self.now]
@@ -49,7 +50,7 @@ class Belady(QueuePolicy):
     def admits(self, page: int, size: int) -> bool:
         if not self.bypass:
             return True
-        full = sum(self._sizes.values()) + size > self._capacity
+        full = self._used + size > self._capacity
         return not (full and self._due and self._next[self.now] >= self._farthest()[0])
 
     def evict(self, incoming: int, size: int) -> int:
@@ -60,8 +61,9 @@ class Belady(QueuePolicy):
     def admit(self, page: int, size: int) -> None:
         if self.bypass:
             self._sizes[page] = size
+            self._used += size
         self._push(page)
 
     def remove(self, page: int) -> None:
         del self._due[page]
-        self._sizes.pop(page, None)
+        self._used -= self._sizes.pop(page, 0)

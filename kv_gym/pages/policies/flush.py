@@ -9,29 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from kv_gym.pages.policies.base import QueuePolicy
-from kv_gym.pages.predictions import discard_bits, predicted_bits
+from kv_gym.pages.policies.base import PredictionPolicy
+from kv_gym.pages.predictions import discard_bits
 from kv_gym.pages.requests import RequestTrace
 
 
 @dataclass(eq=False)
-class Flush(QueuePolicy):
-    """Deterministic paging with discard bits; for pages of equal size.
-
-    Attributes:
-        predictor: see :func:`~kv_gym.pages.predictions.predicted_bits`.
-        flip: share of bits turned over.
-        seed: of what is turned over.
-    """
-
-    needs_future = True
-    predictor: str = "oracle"
-    flip: float = 0.0
-    seed: int = 0
+class Flush(PredictionPolicy):
+    """Deterministic paging with discard bits."""
 
     def start(self, capacity: int, trace: RequestTrace) -> None:
-        bits = discard_bits(trace, capacity)
-        self._bits = predicted_bits(bits, trace, capacity, self.predictor, self.flip, self.seed).tolist()
+        self._bits = self.predictions(discard_bits(trace, capacity), capacity, trace)
         self._cached: dict[int, None] = {}
         self._flushed: list[int] = []
 

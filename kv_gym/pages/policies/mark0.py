@@ -11,30 +11,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kv_gym.pages.policies.base import QueuePolicy
-from kv_gym.pages.predictions import discard_bits, predicted_bits
+from kv_gym.pages.policies.base import PredictionPolicy
+from kv_gym.pages.predictions import discard_bits
 from kv_gym.pages.requests import RequestTrace
 
 
 @dataclass(eq=False)
-class Mark0(QueuePolicy):
-    """Randomised paging with discard bits; for pages of equal size.
+class Mark0(PredictionPolicy):
+    """Randomised paging with discard bits."""
 
-    Attributes:
-        predictor: see :func:`~kv_gym.pages.predictions.predicted_bits`.
-        flip: share of bits turned over.
-        seed: of the draws and of what is turned over.
-    """
-
-    needs_future = True
     stochastic = True
-    predictor: str = "oracle"
-    flip: float = 0.0
-    seed: int = 0
 
     def start(self, capacity: int, trace: RequestTrace) -> None:
-        bits = discard_bits(trace, capacity)
-        self._bits = predicted_bits(bits, trace, capacity, self.predictor, self.flip, self.seed).tolist()
+        self._bits = self.predictions(discard_bits(trace, capacity), capacity, trace)
         self._random = np.random.default_rng([self.seed, 1])
         self._cached: set[int] = set()
         self._at_start: set[int] = set()  # cached when the phase began

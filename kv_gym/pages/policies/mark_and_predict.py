@@ -10,30 +10,19 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from kv_gym.pages.policies.base import QueuePolicy
-from kv_gym.pages.predictions import phase_bits, predicted_bits
+from kv_gym.pages.policies.base import PredictionPolicy
+from kv_gym.pages.predictions import phase_bits
 from kv_gym.pages.requests import RequestTrace
 
 
 @dataclass(eq=False)
-class MarkAndPredict(QueuePolicy):
-    """Randomised marking with phase bits; with constant bits it is random marking. For pages of equal size.
+class MarkAndPredict(PredictionPolicy):
+    """Randomised marking with phase bits; with constant bits it is random marking."""
 
-    Attributes:
-        predictor: see :func:`~kv_gym.pages.predictions.predicted_bits`.
-        flip: share of bits turned over.
-        seed: of the draws and of what is turned over.
-    """
-
-    needs_future = True
     stochastic = True
-    predictor: str = "oracle"
-    flip: float = 0.0
-    seed: int = 0
 
     def start(self, capacity: int, trace: RequestTrace) -> None:
-        bits = phase_bits(trace, capacity)
-        self._bits = predicted_bits(bits, trace, capacity, self.predictor, self.flip, self.seed).tolist()
+        self._bits = self.predictions(phase_bits(trace, capacity), capacity, trace)
         self._random = np.random.default_rng([self.seed, 1])
         self._idle: dict[int, bool] = {}  # cached pages and their latest bit
         # unmarked pages with bit 1 and with bit 0, as lists from which one is drawn and swapped out in constant time
