@@ -228,7 +228,7 @@ def verb(
         own = [parameter.replace(kind=inspect.Parameter.KEYWORD_ONLY) for parameter in own]
         if has_model:
             model = source.parameters["model"]
-            text = " ".join(filter(None, (model.help, "Folder, hub id, or `reference`.")))
+            text = " ".join(filter(None, (model.help, "Folder, GGUF file, hub id, or `reference`.")))
             info = typer.Option("--model", help=text, show_default=False)
             own = [_parameter("model", Annotated[str, info], _NO_DEFAULT if model.required else None), *own]
             options += [_parameter("device", Device, "cpu"), _parameter("dtype", Dtype, "auto")]

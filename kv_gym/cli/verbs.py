@@ -224,7 +224,7 @@ def _generate(call: Call) -> None:
 def _report(
     call: Call,
     model: Annotated[
-        str | None, typer.Option(help="Show which tokens stay: folder or hub id of a model, or `reference`.")
+        str | None, typer.Option(help="Show which tokens stay: folder, GGUF file or hub id of a model, or `reference`.")
     ] = None,
     policies: Annotated[str, typer.Option(help="With --model: names, class paths or folders, with commas.")] = "",
     tasks: Annotated[str, typer.Option(help="With --model: task file (JSON lines), or `reference`.")] = "reference",

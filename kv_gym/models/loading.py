@@ -1,6 +1,6 @@
 """Load a transformers decoder and its tokenizer the way recording and live decoding need them.
 
-Nothing that is loaded can run code: weights are safetensors only, and ``trust_remote_code`` is off everywhere.
+Nothing that is loaded can run code: weights are safetensors or GGUF only, and ``trust_remote_code`` is off everywhere.
 """
 
 from __future__ import annotations
@@ -9,6 +9,10 @@ import hashlib
 import json
 import re
 from collections.abc import Sequence
+from contextlib import nullcontext, redirect_stderr
+from dataclasses import dataclass
+from importlib.util import find_spec
+from io import StringIO
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +39,8 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
     """A model in evaluation mode and its tokenizer. Code that comes with a model is never run.
 
     Args:
-        path_or_id: a folder, from which nothing but local files is read, or a model's name on the Hub.
+        path_or_id: a folder with ``config.json``, a ``.gguf`` file or a folder with one, from which nothing but local
+            files is read; or a model's name on the Hub. Weights of a GGUF file are dequantised.
         device: such as ``cpu`` or ``cuda``; None takes CUDA where there is one.
         dtype: ``float32``, ``float16``, ``bfloat16``, or ``auto``: float32 on a CPU, the checkpoint's own on CUDA.
 
@@ -43,31 +48,30 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
         The model, and its tokenizer, or None where it comes without the files of one.
 
     Raises:
-        UserError: no such model, device or dtype, missing weights, files that cannot be read, or a model that kv_gym
-            does not support.
+        UserError: no such model, device or dtype, missing weights, files that cannot be read, a GGUF file without the
+            extra ``gguf``, or a model that kv_gym does not support.
     """
-    from transformers import AutoConfig, AutoModelForCausalLM, logging
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, logging
 
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; expected one of {', '.join(_DTYPES)}")
     target = usable_device(device)
-    local = Path(path_or_id).is_dir()
-    if local and not (Path(path_or_id) / "config.json").is_file():
-        raise UserError(f"folder {path_or_id} holds no config.json; expected a model that save_pretrained wrote")
-    if not local and (Path(path_or_id).exists() or not _HUB_NAME.fullmatch(str(path_or_id))):
-        raise UserError(f"there is no model folder {path_or_id}; expected one with config.json, or a name on the Hub")
+    source = _Source.find(path_or_id)
     logging.disable_progress_bar()  # its bar would stand between ours
     verbosity = logging.get_verbosity()
     logging.set_verbosity_error()  # what is missing is said below, in one sentence
     loaded_dtype = "float32" if dtype == "auto" and target.type == "cpu" else dtype
     try:
-        config = AutoConfig.from_pretrained(path_or_id, local_files_only=local, trust_remote_code=False)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            path_or_id, config=config, dtype=loaded_dtype, local_files_only=local, trust_remote_code=False,
-            use_safetensors=True, attn_implementation="sdpa", output_loading_info=True,
-        )  # fmt: skip
+        config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=False)
+        if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+            raise UserError(f"a model of type {config.model_type!r} is no decoder; expected a causal language model")
+        with redirect_stderr(StringIO()) if source.gguf else nullcontext():  # another bar, which has no switch
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **source.arguments, **source.loading_options(), config=config, dtype=loaded_dtype,
+                trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True,
+            )  # fmt: skip
     except Exception as error:  # of a damaged folder, transformers lets through whatever its parts raise
-        hub = "" if local else " (and there is no folder of this name)"
+        hub = "" if source.local else " (and there is no folder of this name)"
         raise UserError(f"cannot load model {path_or_id}{hub}: {_reason(error)}") from None
     finally:
         logging.set_verbosity(verbosity)
@@ -79,22 +83,99 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
             "files, or save it again with save_pretrained"
         )
     refuse_unsupported(model)
-    return model.to(target).eval(), _load_tokenizer(path_or_id, local)
+    return model.to(target).eval(), _load_tokenizer(source)
 
 
-def _load_tokenizer(path_or_id: str | Path, local: bool) -> Any:
+@dataclass(frozen=True)
+class _Source:
+    """Where a model is loaded from.
+
+    Attributes:
+        name: what the user gave.
+        arguments: of transformers' ``from_pretrained``, for configuration, model and tokenizer alike.
+        local: it lies on this machine.
+        gguf: it is a GGUF file.
+        tokenizer: it may come with a tokenizer.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    local: bool = True
+    gguf: bool = False
+    tokenizer: bool = True
+
+    @classmethod
+    def find(cls, path_or_id: str | Path) -> _Source:
+        """Look at what a path or name stands for; a GGUF file is refused here by what its header says."""
+        path, name = Path(path_or_id), str(path_or_id)
+        if path.is_dir():
+            files = sorted(path.glob("*.gguf"))
+            if (path / "config.json").is_file():
+                # transformers 5.2 makes up a tokenizer of three words where a folder has none
+                has_tokenizer = any(any(path.glob(part)) for part in ("tokenizer*", "vocab*", "*.model"))
+                arguments = {"pretrained_model_name_or_path": path_or_id, "local_files_only": True}
+                return cls(name, arguments, tokenizer=has_tokenizer)
+            if len(files) > 1:
+                raise UserError(
+                    f"folder {path_or_id} holds {len(files)} GGUF files and no config.json; name one of them, such as "
+                    f"{files[0]}"
+                )
+            if not files:
+                raise UserError(
+                    f"folder {path_or_id} holds no config.json and no GGUF file; expected a model that save_pretrained "
+                    "wrote, or one file NAME.gguf"
+                )
+            path = files[0]
+        elif not path.is_file() or path.suffix.lower() != ".gguf":
+            if path.exists() or not _HUB_NAME.fullmatch(name):
+                raise UserError(
+                    f"there is no model folder {path_or_id}; expected one with config.json, a GGUF file, or a name on "
+                    "the Hub"
+                )
+            return cls(name, {"pretrained_model_name_or_path": name, "local_files_only": False}, local=False)
+        arguments = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
+        return cls(name, arguments, gguf=True, tokenizer=_read_gguf_header(path))
+
+    def loading_options(self) -> dict[str, Any]:
+        """Arguments of ``from_pretrained`` for the model alone: safetensors only, or plain weights of a GGUF file."""
+        if not self.gguf:
+            return {"use_safetensors": True}
+        import transformers
+
+        # older versions dequantise always and have no such class
+        kind = getattr(transformers, "GgufConfig", None)
+        return {} if kind is None else {"quantization_config": kind(dequantize=True)}
+
+
+def _read_gguf_header(file: Path) -> bool:
+    """Whether a GGUF file holds a tokenizer; one that cannot be loaded is refused before its weights are read."""
+    if any(find_spec(package) is None for package in ("gguf", "accelerate")):
+        raise UserError(f"reading {file} needs the extra gguf: pip install 'kv-gym[gguf]'")
+    from gguf import GGUFReader
+
+    try:
+        fields = GGUFReader(file).fields
+        parts = int(fields["split.count"].contents()) if "split.count" in fields else 1
+        fields["general.architecture"].contents()  # transformers knows it or refuses it, before it reads weights
+    except Exception:  # of a damaged file, its reader lets through what numpy raises
+        raise UserError(f"{file} is damaged or no GGUF file; expected a whole one with its architecture") from None
+    if parts > 1:
+        raise UserError(f"{file} is one of {parts} parts of a model; join them first with llama-gguf-split --merge")
+    return "tokenizer.ggml.model" in fields
+
+
+def _load_tokenizer(source: _Source) -> Any:
     from transformers import AutoTokenizer
 
-    # transformers 5.2 makes up a tokenizer of three words where a folder has none
-    if local and not any(any(Path(path_or_id).glob(name)) for name in ("tokenizer*", "vocab*", "*.model")):
+    if not source.tokenizer:
         return None
     try:
-        return AutoTokenizer.from_pretrained(path_or_id, local_files_only=local, trust_remote_code=False)
+        return AutoTokenizer.from_pretrained(**source.arguments, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises nothing more special
-        if not local and not _on_hub(str(path_or_id), _TOKENIZER_FILES):
+        if not source.local and not _on_hub(source.name, _TOKENIZER_FILES):
             return None  # a model may come without one: prompts are then given as token ids
         raise UserError(
-            f"the tokenizer of model {path_or_id} cannot be read: {_reason(error)}; repair its files, or upgrade "
+            f"the tokenizer of model {source.name} cannot be read: {_reason(error)}; repair its files, or upgrade "
             "transformers if a newer version wrote them"
         ) from None
 
