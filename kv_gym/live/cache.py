@@ -53,7 +53,8 @@ class EvictingCache(Cache):
         model.generate(**inputs, past_key_values=cache)
 
     Args:
-        model: a transformers decoder on the attention interface, with sdpa or eager attention.
+        model: a transformers decoder on the attention interface, with sdpa or eager attention; or a wrapper of one,
+            such as PEFT's.
         policy: name, class path, exported folder, or :class:`~kv_gym.policies.Policy`.
         budget: an int is slots per KV head, a share in (0, 1] is of the tokens seen when the trigger fires; what is
             protected counts. At or above the length nothing is evicted.
@@ -78,7 +79,7 @@ class EvictingCache(Cache):
             that no query is farther from a key than the cache is long; None: the policy's own.
 
     Attributes:
-        model: the transformers decoder.
+        model: the transformers decoder, without its wrapper.
         config: the settings, resolved and validated.
         monitor: what the guard measured; None without a guard.
 
@@ -109,12 +110,13 @@ class EvictingCache(Cache):
         )  # fmt: skip
         self._initial_budget = self.config.budget
         self.monitor = None if guard is None else GuardMonitor(guard)
-        text_config = model.config.get_text_config()
+        self.model = self.config.model
+        text_config = self.model.config.get_text_config()
         layers = list(DynamicCache(config=text_config).layers)
         for ordinal, index in enumerate(full_layers(text_config)):
             layers[index] = EvictingLayer(index, ordinal, self.config)
         super().__init__(layers=layers)
-        self.model = model
+        self._in_forward = False
         self._attach()
 
     # what it holds
@@ -259,7 +261,7 @@ class EvictingCache(Cache):
             guard=guard, positions=positions,
         )  # fmt: skip
         twin = copy.copy(self)
-        twin.config = config
+        twin.config, twin._in_forward = config, False
         twin._initial_budget = self._initial_budget if budget is None else config.budget
         twin.monitor = copy.copy(self.monitor) if guard is None else GuardMonitor(guard)
         twin.layers = [
@@ -334,12 +336,17 @@ class EvictingCache(Cache):
         """Add one layer's new keys and values; see :meth:`EvictingLayer.update`.
 
         Raises:
-            UserError: the cache is detached.
+            UserError: the cache is detached, or the forward did not announce itself to the cache.
         """
         if not self._attachment.alive:
             raise UserError(
                 "the cache is detached from its model, by detach() or because a forward failed: "
                 "make a new one, or write `with cache:` around what uses it"
+            )
+        if not self._in_forward:  # neither padding nor the forward's end would be seen
+            raise UserError(
+                f"a forward reached the cache past the hooks on {type(self.model.base_model).__name__}: give the cache "
+                "to the model that it was made for, called as a whole"
             )
         return super().update(key_states, value_states, layer_idx, *args, **kwargs)
 
@@ -365,9 +372,11 @@ class EvictingCache(Cache):
             _refuse_shifted(positions, self.seen, first.tokens_seen)
         if self.config.needs_second_reading:
             first.store_unread(arguments.get("input_ids"), positions, token_mask, self.seen)
+        self._in_forward = True
 
     def after_forward(self) -> None:
         """A forward ended: check the guard's signal, and evict now if that needs all layers to have read it."""
+        self._in_forward = False
         if self.monitor is not None and (signals := self.layer_signals()):
             self._check_guard(torch.stack([signal.to(signals[0].device) for signal in signals]).mean(0))
         if self.config.evicts_after_forward:
@@ -378,6 +387,7 @@ class EvictingCache(Cache):
 
     def forward_failed(self) -> None:
         """A forward with this cache raised: some layers may hold its tokens and some not."""
+        self._in_forward = False
         self.detach()
 
     def activate_past_recording(self) -> None:

@@ -29,6 +29,7 @@ from kv_gym.live.tiers import Drop, LowPrecision, Merge, MergeValues, RecordingT
 from kv_gym.models.attention import full_layers, refuse_unsupported
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.models.hidden_states import full_attention_modules
+from kv_gym.models.wrapped_model import transformers_model
 from kv_gym.policies import Policy, StatefulPolicy, make_policy
 
 POSITIONS = ("original", "cache")
@@ -123,7 +124,7 @@ class CacheConfig:
     """The settings of an :class:`~kv_gym.live.EvictingCache`, resolved and valid for its model.
 
     Attributes:
-        model: the transformers decoder.
+        model: the transformers decoder, without a wrapper that it may have had.
         policy: scores the slots.
         budget: slots per KV head, or share of the tokens seen when the trigger fires.
         sinks, recent: first and last tokens that always stay.
@@ -158,6 +159,7 @@ class CacheConfig:
 
         None stands for the default, which for protection and positions is the policy's own.
         """
+        model = transformers_model(model)
         refuse_unsupported(model)
         return cls(model, **_parsed(settings))
 

@@ -22,6 +22,7 @@ from typing import Any, Protocol
 from torch import Tensor, nn
 
 from kv_gym.errors import UserError
+from kv_gym.models.wrapped_model import transformers_model
 
 PREFIX = "kv_gym_"
 SUPPORTED = ("sdpa", "eager")
@@ -125,6 +126,7 @@ def attach(model) -> None:
     Raises:
         UserError: the model does not run on the attention interface, or with an implementation that is not supported.
     """
+    model = transformers_model(model)
     if model in _attached:
         _attached[model].count += 1
         return
@@ -142,6 +144,7 @@ def attach(model) -> None:
 
 def detach(model) -> None:
     """Undo one :func:`attach`; the last one restores the model's own attention."""
+    model = transformers_model(model)
     if model not in _attached:
         return
     _attached[model].count -= 1
@@ -226,6 +229,7 @@ def output_projection(module: nn.Module, query_heads: int, d: int) -> Tensor:
 
 def refuse_unsupported(model) -> None:
     """Raise a UserError for a model whose layers do not cache plain keys and values (see `full_layers`)."""
+    model = transformers_model(model)
     config = model.config.get_text_config()
     name = type(model).__name__
     if getattr(config, "kv_lora_rank", None):

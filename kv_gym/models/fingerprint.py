@@ -12,6 +12,7 @@ from torch import Tensor
 
 from kv_gym.errors import UserError
 from kv_gym.models.attention import full_layers
+from kv_gym.models.wrapped_model import effective_parameters, transformers_model
 
 
 @dataclass(frozen=True)
@@ -41,8 +42,17 @@ class Fingerprint:
         """Read a transformers model.
 
         A checkpoint has one fingerprint in float32 and bfloat16, and in float16 too if it was saved in 16 bits; a
-        float32 checkpoint loaded in float16 is rounded to another model and has another weights hash.
+        float32 checkpoint loaded in float16 is rounded to another model and has another weights hash. What counts is
+        what the model computes with: a model with an adapter has the fingerprint of the merged model, and offloaded
+        or repacked weights have that of the same weights in memory.
+
+        Args:
+            model: a transformers decoder, or a wrapper of one.
+
+        Raises:
+            UserError: weights that are not there.
         """
+        model = transformers_model(model)
         config = model.config.get_text_config()
         heads = config.num_attention_heads
         rope = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None)
@@ -106,8 +116,8 @@ def state_dict_hash(tensors: Mapping[str, Tensor], prefix: str = "") -> str:
 
 def _weights_hash(model) -> str:
     digest = hashlib.sha256()
-    for name, parameter in sorted(model.named_parameters()):
-        flat = parameter.detach().flatten()
+    for name, parameter in effective_parameters(model):
+        flat = parameter.flatten()
         values = flat[:: max(1, flat.numel() // 4096)]
         digest.update(f"{name}{tuple(parameter.shape)}".encode())
         # through bfloat16, so that a checkpoint has one hash in every precision that it is loaded in

@@ -18,6 +18,7 @@ from kv_gym.models.attention import attach, detach, refuse_unsupported
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.models.hidden_states import attach_hidden_state_hooks, remove_hidden_state_hooks
 from kv_gym.models.loading import token_rows, tokenizer_hash, usable_device
+from kv_gym.models.wrapped_model import transformers_model
 from kv_gym.policies.base import Policy, StatefulPolicy
 from kv_gym.policies.registry import make_policy
 from kv_gym.traces.prompts import Prompt
@@ -73,6 +74,7 @@ def record(
         UserError: a model that is not supported, settings or prompts that are not usable, or a folder that holds
             something else; nothing half-written stays behind.
     """
+    model = transformers_model(model)
     refuse_unsupported(model)
     prompts = list(prompts)
     if not prompts:
@@ -127,6 +129,7 @@ def record_sequence(
     Raises:
         UserError: a model or settings that are not usable.
     """
+    model = transformers_model(model)
     refuse_unsupported(model)
     with _attached(model, hidden):
         return _record_prompt(model, prompt, window, _stateful_policies(stats), blocks, hidden)
