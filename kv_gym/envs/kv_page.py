@@ -13,7 +13,7 @@ from gymnasium import spaces
 from kv_gym.errors import UserError
 from kv_gym.pages import RequestTrace, read_requests
 from kv_gym.pages.cache import Candidates, PageCache
-from kv_gym.pages.features import FEATURES, feature_matrix
+from kv_gym.pages.features import BASIC_FEATURES, check_features, feature_matrix
 
 Observation = dict[str, np.ndarray]
 
@@ -35,7 +35,7 @@ class PageEpisodes:
         capacity: int | None = None,
         candidates: int = 16,
         semantics: str = "prefix",
-        features: Sequence[str] = FEATURES,
+        features: Sequence[str] = BASIC_FEATURES,
         horizon: int = 256,
         action: str = "ranking",
         reward: str = "hits",
@@ -54,9 +54,7 @@ class PageEpisodes:
             raise UserError(f"horizon {horizon} serves no request; expected 1 or more")
         if not (len(part) == 2 and 0 <= part[0] < part[1] <= 1):
             raise UserError(f"part {part} is no stretch of the trace; expected two shares, such as (0.0, 0.7)")
-        unknown = [name for name in features if name not in FEATURES]
-        if unknown or not features:
-            raise UserError(f"features {list(features)} are not known; expected some of {', '.join(FEATURES)}")
+        check_features(features)
         self.trace = requests if isinstance(requests, RequestTrace) else read_requests(requests or sample_requests())
         if semantics == "prefix" and self.trace.sizes is not None:
             raise UserError("blocks of prefixes are of one size, and this trace has sizes: choose semantics='objects'")
@@ -110,7 +108,9 @@ class PageEpisode:
         start: number of the first request.
 
     Attributes:
-        shown: candidates of the decision that is due; empty when the slice is over.
+        shown: candidates of the decision that is due; empty where the trace is over.
+        over: whether the slice is over; what is shown then is the next decision after it.
+        evicted: the page that left last, or -1.
     """
 
     def __init__(self, rules: PageEpisodes, start: int):
@@ -119,9 +119,11 @@ class PageEpisode:
         self.cache = PageCache(rules.trace, rules.capacity, rules.semantics, rules.candidates, future=True)
         self._warm()
         self._before = (self.cache.hits, self.cache.served, self.cache.evictions)
-        self._counted = self.cache.hits
-        self._serving: Iterator[None] = self.cache.serve(start, self.stop)
+        self._counted = 0  # hits that rewards have paid
+        self._at_end: dict[str, Any] = {}
         self.shown: list[int] = []
+        self.over, self.evicted = False, -1
+        self._serving = self._serve()
         self._go_on()
 
     def _warm(self) -> None:
@@ -137,6 +139,12 @@ class PageEpisode:
             begin = int(np.searchsorted(trace.starts, max(trace.starts[self.start] - enough, 0), side="right")) - 1
         for _ in cache.serve(min(begin, self.start), self.start):
             cache.evict(cache.shown()[0])
+
+    def _serve(self) -> Iterator[None]:
+        yield from self.cache.serve(self.start, self.stop)
+        self._at_end = self.describe()
+        self.over = True
+        yield from self.cache.serve(self.stop, self.rules.trace.requests)
 
     def _go_on(self) -> None:
         while next(self._serving, self) is None:
@@ -168,8 +176,8 @@ class PageEpisode:
         return observation
 
     def describe(self) -> dict[str, Any]:
-        """The info of a step."""
-        return {
+        """The info of a step; hits after the slice do not count."""
+        return self._at_end or {
             "hit_rate": self.hits / max(self.accesses, 1),
             "hits": self.hits,
             "accesses": self.accesses,
@@ -181,10 +189,11 @@ class PageEpisode:
         """Evict by the action, go on to the next decision, and give the reward."""
         place = self._chosen(action)
         regret = self._regret(place) if self.rules.reward == "belady" else 0.0
-        self.cache.evict(self.shown[place])
+        self.evicted = self.shown[place]
+        self.cache.evict(self.evicted)
         self._go_on()
-        gained = self.cache.hits - self._counted
-        self._counted = self.cache.hits
+        hits = self.describe()["hits"]
+        gained, self._counted = hits - self._counted, hits
         return -regret if self.rules.reward == "belady" else float(gained)
 
     def _chosen(self, action: Any) -> int:
@@ -246,12 +255,19 @@ class KVPageEnv(gym.Env[Observation, Any]):
     | `depth` | its place in the request that first asked for it |
     | `length` | pages of the request that last used it |
     | `order` | its place among the least recently used |
+    | `previous` | accesses between the two uses before the last; shown, like all that follow, if `features` names it |
+    | `often`, `steady` | uses that count half after 1,000, and after 30,000 accesses |
+    | `behind` | pages that followed it in the request that last used it |
+    | `known` | pages of this request, from its first on, that earlier requests had asked for |
+    | `turn` | turns of its conversation: one more than that of the request that brought the last known page |
+    | `pace` | accesses between this request and the use of the last known page before |
+    | `parent_age` | accesses since the page before it in the chain was used |
     | `mask` | 1 where there is a candidate |
 
     ## Rewards
 
-    `reward="hits"`: pages found in the cache until the next decision; their sum over an episode is its hits, less those
-    before the first decision. `reward="belady"`: 0 for the candidate whose next use is farthest, down to -1 for one
+    `reward="hits"`: pages found in the cache until the next decision; their sum over an episode is its hits.
+    `reward="belady"`: 0 for the candidate whose next use is farthest, down to -1 for one
     that is asked for at once: `log(1 + its distance) / log(1 + the farthest distance) - 1`.
 
     ## Starting State
@@ -261,7 +277,8 @@ class KVPageEnv(gym.Env[Observation, Any]):
 
     ## Episode End
 
-    After `horizon` requests the episode is truncated; it never terminates. The last observation has no candidates.
+    After `horizon` requests the episode is truncated; it never terminates. The last observation is the next decision
+    after them, with which a value can be estimated; it has no candidates where nothing leaves any more.
 
     ## Arguments
 
@@ -271,7 +288,7 @@ class KVPageEnv(gym.Env[Observation, Any]):
     - `candidates`: K, how many of the least recently used pages are shown.
     - `semantics`: `prefix`: requests are chains, only leaves that no request uses may leave; `objects`: every page
       stands alone.
-    - `features`: which features, in which order.
+    - `features`: which features, in which order; by default the first ten.
     - `horizon`: requests of an episode.
     - `action`, `reward`: see above.
     - `part`: the share of the trace that episodes are drawn from, such as `(0.0, 0.7)` for training.
@@ -289,24 +306,17 @@ class KVPageEnv(gym.Env[Observation, Any]):
     def __init__(
         self,
         requests: str | Path | RequestTrace | None = None,
-        capacity: int | None = None,
-        candidates: int = 16,
-        semantics: str = "prefix",
-        features: Sequence[str] = FEATURES,
-        horizon: int = 256,
-        action: str = "ranking",
-        reward: str = "hits",
-        part: Sequence[float] = (0.0, 1.0),
         render_mode: str | None = None,
+        **settings: Any,
     ):
-        """Read the trace.
+        """Read the trace; `settings` are the arguments above.
 
         Raises:
             UserError: a trace or a setting that cannot be used.
         """
         if render_mode not in (None, *self.metadata["render_modes"]):
             raise UserError(f"render_mode {render_mode!r} is not known; expected None or 'ansi'")
-        self.rules = PageEpisodes(requests, capacity, candidates, semantics, features, horizon, action, reward, part)
+        self.rules = PageEpisodes(requests, **settings)
         self.observation_space: spaces.Space = self.rules.observation_space
         self.action_space = self.rules.action_space
         self.render_mode = render_mode
@@ -329,12 +339,11 @@ class KVPageEnv(gym.Env[Observation, Any]):
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Evict a page and serve requests up to the next decision."""
         episode = self._episode
-        if episode is None or not episode.shown:
+        if episode is None or episode.over:
             raise UserError("step was called before reset, or after the end of the episode: call reset first")
-        leaving = episode.shown[episode._chosen(action)]
         reward = episode.act(action)
-        self._last = f"page {leaving} left, reward {reward:g}"
-        return episode.observe(), reward, False, not episode.shown, episode.describe()
+        self._last = f"page {episode.evicted} left, reward {reward:g}"
+        return episode.observe(), reward, False, episode.over, episode.describe()
 
     def action_masks(self) -> np.ndarray:
         """`[K]` bool, which candidates there are; what `sb3_contrib.MaskablePPO` asks for."""
@@ -347,7 +356,7 @@ class KVPageEnv(gym.Env[Observation, Any]):
         if self.render_mode is None or self._episode is None:
             return None
         pages = " ".join(map(str, self._episode.shown)) or "-"
-        rate = self._episode.hits / max(self._episode.accesses, 1)
+        rate = self._episode.describe()["hit_rate"]
         return f"hit rate {rate:.3f} | {self._last or 'begin'} | candidates, oldest first: {pages}\n"
 
 
@@ -373,12 +382,12 @@ def begin_episode(
         if not rules.first <= int(start) <= latest:
             raise UserError(f"start {start} is outside the trace; expected {rules.first} to {latest}")
         episode = PageEpisode(rules, int(start))
-        if not episode.shown:
+        if episode.over:
             raise UserError(f"nothing leaves the cache in the {rules.horizon} requests from {start} on: choose others")
         return episode
     for _ in range(_TRIES):
         episode = PageEpisode(rules, int(random.integers(rules.first, latest + 1)))
-        if episode.shown:
+        if not episode.over:
             return episode
     raise UserError(
         f"in {_TRIES} stretches of {rules.horizon} requests nothing left the cache: give a smaller capacity or a "

@@ -65,7 +65,7 @@ class KVPageVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         if not self._episodes:
             raise UserError("step was called before reset: call reset first")
         rewards = np.array([one.act(action) for one, action in zip(self._episodes, actions, strict=True)])
-        over = np.array([not one.shown for one in self._episodes])
+        over = np.array([one.over for one in self._episodes])
         infos: dict[str, Any] = {}
         if over.any():
             final_obs = np.full(self.num_envs, None, dtype=object)
@@ -88,7 +88,7 @@ class KVPageVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
 
     def _infos(self, whose: Any) -> dict[str, Any]:
         """Gymnasium's form of batched infos: every `key` has a `_key` that says for whom it holds."""
-        held = np.asarray(whose, bool)
+        present = np.asarray(whose, bool)
         each = [one.describe() for one in self._episodes]
         arrays = {key: np.array([one[key] for one in each]) for key in each[0]}
-        return arrays | {f"_{key}": held.copy() for key in arrays}
+        return arrays | {f"_{key}": present.copy() for key in arrays}

@@ -6,6 +6,7 @@ import heapq
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from itertools import islice
 
 import numpy as np
@@ -15,10 +16,18 @@ from kv_gym.pages.requests import NEVER, RequestTrace
 Priority = Callable[["PageCache", int], tuple]
 
 
+_NAMES = (
+    "last_use", "uses", "created", "gap", "length", "seen", "period", "previous", "often", "steady", "place", "known",
+    "turn", "pace", "depth",
+)  # fmt: skip
+COLUMNS = {name: place for place, name in enumerate(_NAMES)}
+"""Rows of :attr:`PageCache.table` by name."""
+
+HALF_LIVES = {"often": 1_000.0, "steady": 30_000.0}  # accesses after which a use counts half
+
+
 class Candidates:
     """Pages of which one is to leave, the least recently used first, and what is known of them.
-
-    Each attribute is computed when it is asked for: a decision costs what its policy looks at.
 
     Args:
         cache: where they are cached.
@@ -26,75 +35,94 @@ class Candidates:
 
     Attributes:
         pages: K numbers.
-        age: `[K]` float32 accesses since each was last used.
-        gap: `[K]` float32 mean number of accesses between its uses (moving average), or its age where it had one use.
-        hits: `[K]` float32 uses while it was cached, the first not counted.
-        size: `[K]` float32 bytes, or 1.
-        ttl: `[K]` float32 seconds until it expires; infinite where it does not.
-        depth: `[K]` float32 place in the request that first asked for it, from 0.
-        length: `[K]` float32 pages of the request that last used it.
-        seen: `[K]` float32 how often it was asked for so far, also while it was not cached.
-        period: `[K]` float32 accesses between its last two uses, also where it left between them; 0 after one use.
+        columns: `[columns, K]` float64, what the cache has noted of each, read in one go.
+        age: `[K]` accesses since each was last used.
+        gap: `[K]` mean number of accesses between its uses (moving average), or its age where it had one use.
+        hits: `[K]` uses while it was cached, the first not counted.
+        size: `[K]` bytes, or 1.
+        ttl: `[K]` seconds until it expires; infinite where it does not.
+        depth: `[K]` place in the request that first asked for it, from 0.
+        length: `[K]` pages of the request that last used it.
+        seen: `[K]` how often it was asked for so far, also while it was not cached.
+        period: `[K]` accesses between its last two uses, also where it left between them; a million after one use.
         next_use: `[K]` int64 next access, where the cache was made with ``future=True``.
         capacity: of the cache.
         access: number of the current access.
     """
 
     def __init__(self, cache: PageCache, pages: list[int]):
-        self._cache, self.pages = cache, pages
+        self.cache, self.pages = cache, pages
 
     def __len__(self) -> int:
         return len(self.pages)
 
-    @property
+    @cached_property
+    def _places(self) -> np.ndarray:
+        return np.array(self.pages)
+
+    @cached_property
+    def columns(self) -> np.ndarray:  # noqa: D102
+        return self.cache.table.take(self._places, 1)
+
+    def column(self, name: str) -> np.ndarray:
+        """`[K]` float64, one of :data:`COLUMNS`."""
+        return self.columns[COLUMNS[name]]
+
+    @cached_property
     def age(self) -> np.ndarray:  # noqa: D102
-        now, last = self._cache.access, self._cache.last_use
-        return np.array([now - last[page] for page in self.pages], np.float32)
+        return self.cache.access - self.column("last_use")
 
     @property
     def gap(self) -> np.ndarray:  # noqa: D102
-        gap = np.array([self._cache.gap[page] for page in self.pages], np.float32)
-        return np.where(gap > 0, gap, self.age)
+        gap = self.column("gap")
+        return np.where(gap, gap, self.age)
 
     @property
     def hits(self) -> np.ndarray:  # noqa: D102
-        return np.array([self._cache.uses[page] for page in self.pages], np.float32)
+        return self.column("uses")
 
     @property
     def size(self) -> np.ndarray:  # noqa: D102
-        return np.array([self._cache.size[page] for page in self.pages], np.float32)
+        return np.array([self.cache.size[page] for page in self.pages], float)
 
     @property
     def ttl(self) -> np.ndarray:  # noqa: D102
-        return np.array([self._cache.seconds_left(page) for page in self.pages], np.float32)
+        return np.array([self.cache.seconds_left(page) for page in self.pages])
 
     @property
     def depth(self) -> np.ndarray:  # noqa: D102
-        return np.array([self._cache.depth[page] for page in self.pages], np.float32)
+        return self.column("depth")
 
     @property
     def length(self) -> np.ndarray:  # noqa: D102
-        return np.array([self._cache.length[page] for page in self.pages], np.float32)
+        return self.column("length")
 
     @property
     def seen(self) -> np.ndarray:  # noqa: D102
-        return np.array([self._cache.seen[page] for page in self.pages], np.float32)
+        return self.column("seen")
 
     @property
     def period(self) -> np.ndarray:  # noqa: D102
-        return np.array([self._cache.period[page] for page in self.pages], np.float32)
+        return self.column("period")
+
+    @property
+    def parent_age(self) -> np.ndarray:
+        """`[K]` accesses since the page before each in its chain was used; its own age where there is none."""
+        parents = self.cache.parents.take(self._places)
+        last = self.cache.table[COLUMNS["last_use"]].take(parents, mode="clip")
+        return self.cache.access - np.where(parents < 0, self.column("last_use"), last)
 
     @property
     def capacity(self) -> int:  # noqa: D102
-        return self._cache.capacity
+        return self.cache.capacity
 
     @property
     def access(self) -> int:  # noqa: D102
-        return self._cache.access
+        return self.cache.access
 
     @property
     def next_use(self) -> np.ndarray:  # noqa: D102
-        return np.array([self._cache.due[page] for page in self.pages])
+        return np.array([self.cache.due[page] for page in self.pages])
 
 
 class OldestLeaves:
@@ -162,7 +190,15 @@ class PageCache:
         access: number of the current access.
         incoming: the page that room is made for.
         size: cached pages, and their sizes.
-        last_use, uses, created, gap, length, depth, seen, period: of each page, as :class:`Candidates` has them.
+        table: `[columns, footprint]` float64, what is noted of every page, by :data:`COLUMNS`: access of its last use,
+            uses while it was cached, access at which it was stored, moving mean of the accesses between uses, pages of
+            the request that last used it, requests for it, accesses between its last two uses and between the two
+            before, uses of which those long ago count less, with half-lives of 1,000 and 30,000 accesses; of the
+            request that last used it: the page's place, how many of its first pages were known, its turn (one more
+            than that of the request that first brought the last known page) and the accesses since that page was used;
+            place in the request that first asked for it.
+        last_use, uses, created: rows of the table, of which single entries are read and written fast.
+        parents: `[footprint]` int64, the page before each one in the chain it was stored with, or -1.
         due: next use of each page, where the cache looks ahead.
     """
 
@@ -182,11 +218,18 @@ class PageCache:
         self._times = lists.get("times")
         self._ttl = lists.get("ttl") if self._times is not None else None
         self._next = lists["next_use"] if future or priority else None
-        self.last_use, self.uses = [0] * trace.footprint, [0] * trace.footprint
-        self.created, self.due = [0] * trace.footprint, [NEVER] * trace.footprint
-        self.gap, self.length = [0.0] * trace.footprint, [1] * trace.footprint
-        self.seen, self.period = [0] * trace.footprint, [0] * trace.footprint
-        self.depth, self._parent = lists["depth"], list(lists["parents"])
+        self.table = np.zeros((len(COLUMNS), trace.footprint))
+        self.table[COLUMNS["depth"]] = trace.depth
+        self.table[COLUMNS["length"]], self.table[COLUMNS["period"]] = 1, 1e6
+        rows = {name: memoryview(row) for name, row in zip(_NAMES, self.table, strict=True)}
+        self.last_use, self.uses, self.created, self._seen = (rows[n] for n in ("last_use", "uses", "created", "seen"))
+        self._gap, self._period, self._previous = rows["gap"], rows["period"], rows["previous"]
+        self._often, self._steady = rows["often"], rows["steady"]
+        self._length, self._place, self._known = rows["length"], rows["place"], rows["known"]
+        self._turn, self._pace = rows["turn"], rows["pace"]
+        self.due = [NEVER] * trace.footprint
+        self.parents = trace.parents.copy()
+        self._parent = memoryview(self.parents)
         self.clear()
 
     def clear(self) -> None:
@@ -230,7 +273,7 @@ class PageCache:
             self.served_bytes += size
             if page in self.size and not self._expired(page, at):
                 self._count_hit(page)
-                self._touch(page, at, 1)
+                self._note(page, at)
                 self._free.move_to_end(page)
             elif size <= self.capacity:
                 self.incoming = page
@@ -238,7 +281,7 @@ class PageCache:
                     yield
                 if self.incoming < 0:
                     continue
-                self._store(page, size, at, 1)
+                self._store(page, size, at)
                 self._free[page] = 0
 
     def _serve_chain(self, begin: int, end: int) -> Iterator[None]:
@@ -247,11 +290,13 @@ class PageCache:
         known = 0
         while known < length and pages[known] in self.size:
             known += 1
+        request = self._describe_request(pages, begin)
         for offset in range(known):
             page = pages[offset]
             self.access = begin + offset
             self._count_hit(page)
-            self._touch(page, begin + offset, length)
+            self._note(page, begin + offset)
+            self._note_request(page, offset, request)
             self._pin(page)
         self.served_bytes += length
         stored = known
@@ -259,7 +304,8 @@ class PageCache:
             page = pages[offset]
             self.access = begin + offset
             if page in self.size:  # a page that stayed although one before it had left
-                self._touch(page, begin + offset, length)
+                self._note(page, begin + offset)
+                self._note_request(page, offset, request)
                 self._pin(page)
             else:
                 self.incoming = page
@@ -267,7 +313,8 @@ class PageCache:
                     yield
                 if self.used + 1 > self.capacity:
                     break  # all that is cached is in use by this request, or its tail was declined
-                self._store(page, 1, begin + offset, length)
+                self._store(page, 1, begin + offset)
+                self._note_request(page, offset, request)
                 if offset:
                     self._children[pages[offset - 1]] = self._children.get(pages[offset - 1], 0) + 1
                     self._parent[page] = pages[offset - 1]
@@ -301,27 +348,49 @@ class PageCache:
         self.hit_bytes += self.size[page]
         self.uses[page] += 1
 
-    def _touch(self, page: int, at: int, length: int) -> None:
+    def _note(self, page: int, at: int) -> None:
+        """Note that a cached page is used."""
         gap = at - self.last_use[page]
-        self.gap[page] = gap if not self.gap[page] else 0.5 * (self.gap[page] + gap)
-        self.seen[page] += 1
-        self.period[page] = gap
-        self.last_use[page], self.length[page] = at, length
+        mean = self._gap[page]
+        self._gap[page] = 0.5 * (mean + gap) if mean else gap
+        self._note_access(page, at)
+
+    def _store(self, page: int, size: int, at: int) -> None:
+        self.size[page] = size
+        self.used += size
+        self.uses[page], self._gap[page], self.created[page] = 0, 0.0, at
+        self._note_access(page, at)
+        if self._ttl is not None and self._times is not None:
+            self._expires[page] = self._times[at] + self._ttl[at]
+
+    def _note_access(self, page: int, at: int) -> None:
+        """Note what is known of a page whether or not it was cached."""
+        gap = at - self.last_use[page]
+        if self._seen[page]:
+            self._previous[page], self._period[page] = self._period[page], gap
+        self._seen[page] += 1
+        self._often[page] = 1 + self._often[page] * 0.5 ** (gap / HALF_LIVES["often"])
+        self._steady[page] = 1 + self._steady[page] * 0.5 ** (gap / HALF_LIVES["steady"])
+        self.last_use[page] = at
         if self._next is not None:
             self.due[page] = self._next[at]
 
-    def _store(self, page: int, size: int, at: int, length: int) -> None:
-        self.size[page] = size
-        self.used += size
-        self.uses[page], self.gap[page], self.created[page] = 0, 0.0, at
-        if self.seen[page]:
-            self.period[page] = at - self.last_use[page]
-        self.seen[page] += 1
-        self.last_use[page], self.length[page] = at, length
-        if self._next is not None:
-            self.due[page] = self._next[at]
-        if self._ttl is not None and self._times is not None:
-            self._expires[page] = self._times[at] + self._ttl[at]
+    def _describe_request(self, pages: list[int], at: int) -> tuple[int, int, float, float]:
+        """Of a chain: its length, how many of its first pages were asked for before, its turn and its pace."""
+        known = 0
+        while known < len(pages) and self._seen[pages[known]]:
+            known += 1
+        if not known:
+            return len(pages), 0, 1.0, 0.0
+        last = pages[known - 1]
+        return len(pages), known, self._turn[last] + 1, at + known - 1 - self.last_use[last]
+
+    def _note_request(self, page: int, place: int, request: tuple[int, int, float, float]) -> None:
+        """Note the request that used a page."""
+        length, known, turn, pace = request
+        self._length[page], self._place[page], self._known[page], self._pace[page] = length, place, known, pace
+        if not self._turn[page]:  # of the request that first brought it
+            self._turn[page] = turn
 
     # decisions
 

@@ -3,30 +3,78 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import lru_cache
 
 import numpy as np
 
-from kv_gym.pages.cache import Candidates
+from kv_gym.errors import UserError
+from kv_gym.pages.cache import COLUMNS, HALF_LIVES, Candidates
+from kv_gym.pages.requests import RequestTrace
 
-_FEATURES: dict[str, Callable[[Candidates], np.ndarray]] = {
-    "age": lambda pages: np.log1p(pages.age) / 10,
-    "gap": lambda pages: np.log1p(pages.gap) / 10,
-    "hits": lambda pages: np.log1p(pages.hits) / 4,
-    "seen": lambda pages: np.log1p(pages.seen) / 5,
-    "period": lambda pages: np.log1p(np.where(pages.period > 0, pages.period, 1e6)) / 10,
-    "size": lambda pages: np.log1p(pages.size / pages.capacity * 1000) / 7,
+
+def _decayed(name: str) -> Callable[[Candidates], np.ndarray]:
+    return lambda pages: pages.column(name) * 0.5 ** (pages.age / HALF_LIVES[name])
+
+
+# names, and either a column of the cache or what is computed from several; then what its logarithm is divided by
+_LOGARITHMS: dict[str, tuple[str | Callable[[Candidates], np.ndarray], float]] = {
+    "age": (lambda pages: pages.age, 10),
+    "gap": (lambda pages: pages.gap, 10),
+    "hits": ("uses", 4),
+    "seen": ("seen", 5),
+    "period": ("period", 10),
+    "size": (lambda pages: pages.size / pages.capacity * 1000, 7),
+    "depth": ("depth", 5),
+    "length": ("length", 5),
+    "previous": ("previous", 10),
+    "often": (_decayed("often"), 2),
+    "steady": (_decayed("steady"), 3),
+    "behind": (lambda pages: pages.length - 1 - pages.column("place"), 5),
+    "known": ("known", 5),
+    "turn": ("turn", 3),
+    "pace": ("pace", 10),
+    "parent_age": (lambda pages: pages.parent_age, 10),
+}
+_OTHERS: dict[str, Callable[[Candidates], np.ndarray]] = {
     "ttl": lambda pages: np.where(
         np.isfinite(pages.ttl), np.log1p(np.minimum(np.maximum(pages.ttl, 0), 1e7)) / 16, 1.0
     ),
-    "depth": lambda pages: np.log1p(pages.depth) / 5,
-    "length": lambda pages: np.log1p(pages.length) / 5,
     "order": lambda pages: np.arange(len(pages)) / 16,
 }
 
-FEATURES = tuple(_FEATURES)
-"""Names of the features: accesses since the last use, mean accesses between uses, hits while cached, requests so far
-(also while it was not cached), accesses between the last two of them, size as a share of the capacity, seconds until it
-expires, place in its request, pages of that request (all as logarithms), and place among the least recently used."""
+BASIC_FEATURES = ("age", "gap", "hits", "seen", "period", "size", "ttl", "depth", "length", "order")
+"""What ``KVPage-v0`` shows by default: accesses since the last use, mean accesses between uses, hits while cached,
+requests so far (also while it was not cached), accesses between the last two of them, size as a share of the capacity,
+seconds until it expires, place in its request, pages of that request (all as logarithms), and place among the least
+recently used."""
+
+CHAIN_FEATURES = ("depth", "length", "behind", "known", "turn", "pace", "parent_age")
+"""Those that say something of prefixes only: beside `depth` and `length`, of the request that last used the page, how
+many of its pages come behind it, how many were known from earlier requests, which turn of a conversation it is and how
+long ago the turn before was; and accesses since the page before it in the chain was used."""
+
+FEATURES = (*BASIC_FEATURES, "previous", "often", "steady", *CHAIN_FEATURES[2:])
+"""All: also the accesses between the two uses before the last, and two counts of uses that decay."""
+
+
+def features_of(trace: RequestTrace, semantics: str) -> tuple[str, ...]:
+    """The features that can differ between pages of a trace."""
+    useless = {
+        *(CHAIN_FEATURES if semantics == "objects" else ()),
+        *(("size",) if trace.sizes is None else ()),
+        *(("ttl",) if trace.ttl is None else ()),
+    }
+    return tuple(name for name in FEATURES if name not in useless)
+
+
+def check_features(features: Sequence[str]) -> None:
+    """Refuse names that are no features.
+
+    Raises:
+        UserError: an unknown name, or none at all.
+    """
+    if not features or set(features) - set(FEATURES):
+        raise UserError(f"features {list(features)} are not known; expected some of {', '.join(FEATURES)}")
 
 
 def feature_matrix(candidates: Candidates, features: Sequence[str]) -> np.ndarray:
@@ -36,4 +84,22 @@ def feature_matrix(candidates: Candidates, features: Sequence[str]) -> np.ndarra
         candidates: the pages.
         features: names of :data:`FEATURES`.
     """
-    return np.stack([_FEATURES[name](candidates) for name in features], 1).astype(np.float32)
+    columns, computed, scales, others = _layout(tuple(features))
+    made = candidates.columns.take(columns, 0)
+    for place, compute in computed:
+        made[place] = compute(candidates)
+    made = np.log((made + 1).astype(np.float32)) * scales  # of float32: five times as fast as log1p of float64
+    for place, compute in others:
+        made[place] = compute(candidates)
+    return made.T
+
+
+@lru_cache
+def _layout(features: tuple[str, ...]) -> tuple[np.ndarray, list, np.ndarray, list]:
+    """Rows of the table to take at once, and what is computed in their place: before the logarithm, or without one."""
+    sources = [_LOGARITHMS.get(name, ("seen", 1.0)) for name in features]
+    columns = np.array([COLUMNS[source] if isinstance(source, str) else 0 for source, _ in sources])
+    computed = [(place, source) for place, (source, _) in enumerate(sources) if not isinstance(source, str)]
+    scales = np.array([[1 / scale] for _, scale in sources], np.float32)
+    others = [(place, _OTHERS[name]) for place, name in enumerate(features) if name in _OTHERS]
+    return columns, computed, scales, others

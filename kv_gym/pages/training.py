@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kv_gym import __version__
 from kv_gym.errors import UserError
 from kv_gym.pages.cache import Candidates, PageCache
-from kv_gym.pages.features import FEATURES, feature_matrix
+from kv_gym.pages.features import FEATURES, check_features, feature_matrix
 from kv_gym.pages.policies.base import PageRankingPolicy
 from kv_gym.pages.policies.learned import Learned, LearnedCard
 from kv_gym.pages.policies.tail_oracle import TailOracle
@@ -86,9 +86,7 @@ def train_pages(
         raise UserError(f"unknown page agent {agent!r}; known: {', '.join(AGENTS)}")
     if Path(out).is_file():
         raise UserError(f"{out} is a file; name a folder to write the policy into")
-    unknown = [name for name in features if name not in FEATURES]
-    if unknown or not features:
-        raise UserError(f"features {list(features)} are not known; expected some of {', '.join(FEATURES)}")
+    check_features(features)
     if candidates < 2 or min(hidden, rounds, decisions, steps) < 1:
         raise UserError("nothing to train; expected 2 candidates or more, and 1 or more of all other numbers")
     trace = requests if isinstance(requests, RequestTrace) else read_requests(requests, format)

@@ -125,7 +125,7 @@ def test_steps_of_the_sb3_batch_are_those_of_the_scalar_environment():
         assert (rewards[0], dones[0], infos[0]["hits"]) == (reward, over, info["hits"])
         assert ("terminal_observation" in infos[0]) == over
     assert all((infos[0]["terminal_observation"][key] == observation[key]).all() for key in observation)
-    assert infos[0]["TimeLimit.truncated"] is True and not infos[0]["terminal_observation"]["mask"].any()
+    assert infos[0]["TimeLimit.truncated"] is True and infos[0]["terminal_observation"]["mask"].any()
     assert observations["mask"][0].any()  # begun again
     assert batch.get_images() == [None, None]
     masks = batch.env_method("action_masks")  # as MaskablePPO asks for them
