@@ -133,15 +133,19 @@ class RequestTrace:
         """`[footprint]` int64, the page before each one where it was first asked for, or -1."""
         before = np.concatenate(([-1], self.pages[:-1]))
         before[self.starts[:-1]] = -1
-        _, first = np.unique(self.pages, return_index=True)
-        return before[first]
+        return self._at_first_use(before, -1)
 
     @cached_property
     def depth(self) -> np.ndarray:
         """`[footprint]` int64, the place of each page in the request that first asked for it, from 0."""
-        place = np.arange(len(self)) - np.repeat(self.starts[:-1], np.diff(self.starts))
-        _, first = np.unique(self.pages, return_index=True)
-        return place[first]
+        return self._at_first_use(np.arange(len(self)) - np.repeat(self.starts[:-1], np.diff(self.starts)), 0)
+
+    def _at_first_use(self, values: np.ndarray, missing: int) -> np.ndarray:
+        """Of each page the value of its first access; a part of a trace may lack some pages."""
+        found = np.full(self.footprint, missing)
+        pages, first = np.unique(self.pages, return_index=True)
+        found[pages] = values[first]
+        return found
 
     @cached_property
     def lists(self) -> dict[str, list]:
