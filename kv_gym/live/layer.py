@@ -14,7 +14,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.layer_state import LayerState
-from kv_gym.live.ragged_attention import attend_ragged, causal_mask
+from kv_gym.live.ragged_attention import attend_kernel, attend_ragged, causal_mask, reads_in_place
 from kv_gym.live.slots import EqualSlots, RaggedSlots
 from kv_gym.models.attention import AttentionCall, observe_next_attention
 from kv_gym.models.hidden_states import current_hidden_states
@@ -92,7 +92,8 @@ class EvictingLayer(CacheLayerMixin):
         self.seen += keys.shape[2]
         hidden = current_hidden_states(self.state.index) if self.state.config.needs_hidden else None
         chunks = self._chunks(keys)
-        if len(chunks) == 1 and isinstance(chunks[0], slice) and isinstance(self.state.slots, EqualSlots):
+        at_once = len(chunks) == 1 and isinstance(chunks[0], slice) and isinstance(self.state.slots, EqualSlots)
+        if at_once and (self.state.tier.packed() is None or not reads_in_place(keys)):
             self.state.append(keys, values, None, hidden)
             visible = self.state.visible_slots()
             keys, values = visible.data("keys"), visible.data("values")
@@ -134,9 +135,11 @@ class EvictingLayer(CacheLayerMixin):
             else:
                 query, token_mask, padded = call.query, chunk, True
                 self.state.append(keys, values, token_mask, hidden)
-            slots = self.state.visible_slots()
-            if isinstance(slots, RaggedSlots):
-                dropout = call.kwargs.get("dropout", 0.0)
+            dropout = call.kwargs.get("dropout", 0.0)
+            packed = self.state.tier.packed() if token_mask is None else None
+            if packed is not None and reads_in_place(query, dropout):
+                outputs.append(attend_kernel(query, self.state.slots, call.scaling, packed))
+            elif isinstance(slots := self.state.visible_slots(), RaggedSlots):
                 outputs.append(attend_ragged(query, slots, call.scaling, token_mask, dropout))
             else:
                 visible = replace(call, query=query, key=slots.data("keys"), value=slots.data("values"))

@@ -1,17 +1,58 @@
-"""Attention over heads of different lengths: one product per head on a CPU, one variable-length kernel on a GPU.
+"""Attention over heads of different lengths: which of four forms reads the slots, and the forms themselves.
 
-The kernel's call has not been run on a GPU yet: tests check it against a slow stand-in for the kernel.
+| form | serves | runs on |
+|---|---|---|
+| ``kernel`` | decoding steps | a GPU with Triton (:mod:`kv_gym.live.ragged_kernel`); low-precision tiers in place |
+| ``varlen`` | several new tokens, in 16 bits | a GPU: ``torch.nn.attention.varlen`` |
+| ``padded`` | everything but padding tokens | any device; copies all heads to the length of the longest |
+| ``per_head`` | everything | any device; one product per head, so best on a CPU |
+
+On a GPU the first one that serves the call is used, on a CPU the last one; :func:`ragged_backend` chooses another.
+No GPU has run the first two yet (November 2026): tests run the kernel in Triton's interpreter and ``varlen`` against a
+slow stand-in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import importlib.util
+import inspect
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from functools import cache
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from kv_gym.live.slots import RaggedSlots
+from kv_gym.errors import UserError
+from kv_gym.live.slots import EqualSlots, RaggedSlots, Slots
+from kv_gym.live.tiers import PackedPairs
+
+BACKENDS = ("kernel", "varlen", "padded", "per_head")
+_chosen: ContextVar[str | None] = ContextVar("ragged_backend", default=None)
+
+
+@contextmanager
+def ragged_backend(name: str) -> Iterator[None]:
+    """Read heads of different lengths in this form, one of `BACKENDS`, wherever it serves the call.
+
+        with ragged_backend("padded"):
+            model.generate(**inputs, past_key_values=cache)
+
+    Raises:
+        UserError: an unknown name, or a form that this installation lacks.
+    """
+    if name not in BACKENDS:
+        raise UserError(f"ragged backend {name!r} is unknown; expected one of {', '.join(BACKENDS)}")
+    if name == "kernel" and not _has_triton():
+        raise UserError("the kernel needs Triton, which is not installed: pip install 'kv-gym[gpu]'")
+    token = _chosen.set(name)
+    try:
+        yield
+    finally:
+        _chosen.reset(token)
 
 
 def attend_ragged(
@@ -29,16 +70,109 @@ def attend_ragged(
     Returns:
         `[batch, m, query_heads, d]`; zero where a query is padding.
     """
-    if (
-        query.device.type == "cuda"
-        and token_mask is None
-        and not dropout
-        and query.dtype in (torch.float16, torch.bfloat16)
-    ):
+    backend = backend_for(query, token_mask, dropout)
+    if backend == "kernel":
+        return attend_kernel(query, slots, scaling)
+    if backend == "varlen":
         return attend_varlen(query, slots, scaling)
-    if query.device.type != "cpu" and token_mask is None:
+    if backend == "padded":
         return attend_padded(query, slots, scaling, dropout)
     return attend_per_head(query, slots, scaling, token_mask, dropout)
+
+
+def backend_for(query: Tensor, token_mask: Tensor | None = None, dropout: float = 0.0) -> str:
+    """Which of `BACKENDS` reads the slots for the queries `[batch, query_heads, m, d]`."""
+    if token_mask is not None:
+        return "per_head"
+    chosen, on_gpu = _chosen.get(), query.device.type == "cuda"
+    plain = not dropout and not (query.requires_grad and torch.is_grad_enabled())
+    serves = {
+        "kernel": plain and query.shape[2] == 1 and _kernel_serves(query),
+        "varlen": plain and on_gpu and query.dtype in (torch.float16, torch.bfloat16) and _has_varlen(),
+        "padded": True,
+        "per_head": True,
+    }
+    if chosen is not None and serves[chosen]:
+        return chosen
+    if query.device.type == "cpu":
+        return "per_head"
+    return next(name for name in BACKENDS if serves[name])
+
+
+def reads_in_place(query: Tensor, dropout: float = 0.0) -> bool:
+    """Whether the pairs of a low-precision tier are read as they are stored, and not brought back before."""
+    return backend_for(query, None, dropout) == "kernel"
+
+
+def _kernel_serves(query: Tensor) -> bool:
+    """Whether the kernel runs here on queries `[..., d]`; on a CPU that takes Triton's interpreter."""
+    runs = query.device.type == "cuda" or (_chosen.get() == "kernel" and os.environ.get("TRITON_INTERPRET") == "1")
+    if not runs or not _has_triton():
+        return False
+    from kv_gym.live.ragged_kernel import DTYPES, LARGEST_HEAD
+
+    return query.dtype in DTYPES and query.shape[-1] <= LARGEST_HEAD
+
+
+@cache
+def _has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+@cache
+def _has_varlen() -> bool:
+    """Whether this torch reads a part of every sequence: 2.11 has the function without that."""
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return False
+    from torch.nn.attention.varlen import varlen_attn
+
+    return {"seqused_k", "enable_gqa", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
+
+
+def attend_kernel(query: Tensor, slots: Slots, scaling: float, packed: PackedPairs | None = None) -> Tensor:
+    """A decoding step over slots and, read where they lie, over the evicted pairs of a low-precision tier.
+
+    Args:
+        query: `[batch, query_heads, 1, d]`.
+        slots: of any layout, with the new token's key and value appended.
+        scaling: factor on the products.
+        packed: what the tier holds; None: nothing.
+
+    Returns:
+        `[batch, 1, query_heads, d]`.
+    """
+    from kv_gym.live.ragged_kernel import attend_rows
+
+    batch, query_heads, _, d = query.shape
+    (keys, values), starts, lengths, longest = _rows(slots, ("keys", "values"))
+    queries = query.reshape(len(starts), -1, d)
+    out, lse = attend_rows(queries, keys, values, starts, lengths, scaling, longest)
+    if packed is not None:
+        names = ("keys_codes", "values_codes", "keys_grid", "values_grid")
+        (keys, values, *grids), starts, lengths, longest = _rows(packed.slots, names)
+        if packed.balance is not None:  # keys are stored multiplied by it
+            queries = queries / packed.balance.view(-1, 1, d).to(queries.dtype)
+        evicted, evicted_lse = attend_rows(
+            queries, keys, values, starts, lengths, scaling, longest, packed.bits, *grids
+        )
+        # the tier's part of the weight; the newest token is in `slots`, so `lse` is finite
+        share = (evicted_lse - lse).sigmoid()[..., None]
+        out = (out * (1 - share) + evicted * share).to(query.dtype)
+    return out.view(batch, 1, query_heads, d)
+
+
+def _rows(slots: Slots, names: Sequence[str]) -> tuple[list[Tensor], Tensor, Tensor, int]:
+    """Flat buffers `[slots, ...]`, where every row starts, how long it is, and how long one can be."""
+    buffers = [slots.buffers[name] for name in names]
+    device = buffers[0].device
+    if isinstance(slots, EqualSlots):
+        batch, heads, capacity = buffers[0].shape[:3]
+        starts = torch.arange(batch * heads, device=device) * capacity
+        lengths = torch.full((batch * heads,), slots.length, device=device)
+        return [buffer.contiguous().flatten(0, 2) for buffer in buffers], starts, lengths, slots.length
+    assert isinstance(slots, RaggedSlots)
+    starts, lengths = (part.flatten().to(device, non_blocking=True) for part in (slots.starts, slots.lengths))
+    return buffers, starts, lengths, int(slots.capacities.max())
 
 
 def attend_per_head(
@@ -92,10 +226,7 @@ def _per_head(slots: RaggedSlots, name: str) -> Sequence[Tensor]:
 
 
 def attend_varlen(query: Tensor, slots: RaggedSlots, scaling: float) -> Tensor:
-    """One kernel for all heads: every (row, KV head) is a sequence of its own with a group of query heads.
-
-    Not run on a GPU yet.
-    """
+    """One kernel for all heads: every (row, KV head) is a sequence of its own with a group of query heads."""
     from torch.nn.attention.varlen import varlen_attn
 
     batch, query_heads, m, d = query.shape

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from kv_gym.errors import UserError
-from kv_gym.live.tiers.base import Drop, EvictedPairs, LayerTier, Tier
+from kv_gym.live.tiers.base import Drop, EvictedPairs, LayerTier, PackedPairs, Tier
 from kv_gym.live.tiers.low_precision import LowPrecision
 from kv_gym.live.tiers.merge import Merge, MergeValues
 from kv_gym.live.tiers.recording import RecordingTier, TierRecorder
 
 __all__ = [
-    "Drop", "EvictedPairs", "LayerTier", "LowPrecision", "Merge", "MergeValues", "RecordingTier", "TIERS",
-    "Tier", "TierRecorder", "parse_tier",
+    "Drop", "EvictedPairs", "LayerTier", "LowPrecision", "Merge", "MergeValues", "PackedPairs", "RecordingTier",
+    "TIERS", "Tier", "TierRecorder", "parse_tier",
 ]  # fmt: skip
 
 _BY_NAME: dict[str, Tier] = {

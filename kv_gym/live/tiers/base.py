@@ -74,6 +74,22 @@ class EvictedPairs:
         return slots.clone() if self.trim else slots
 
 
+@dataclass(frozen=True)
+class PackedPairs:
+    """Evicted pairs in low precision, as a kernel reads them in place.
+
+    Attributes:
+        slots: buffers ``keys_codes`` and ``values_codes`` `[..., d * bits / 8]` uint8, ``keys_grid`` and
+            ``values_grid`` `[..., groups, 2]` float16, as :func:`~kv_gym.live.tiers.quantiser.quantise` makes them.
+        bits: per number.
+        balance: `[batch, kv_heads, d]`, what keys were multiplied by before they were rounded; None: nothing.
+    """
+
+    slots: Slots
+    bits: int
+    balance: Tensor | None = None
+
+
 class LayerTier:
     """What one layer does with its evicted pairs, and stores of them; a subclass overrides what it needs.
 
@@ -116,6 +132,10 @@ class LayerTier:
 
     def visible(self, dtype: torch.dtype) -> Slots | None:
         """Keys and values of `stored` as attention reads them, or None."""
+        return None
+
+    def packed(self) -> PackedPairs | None:
+        """The same pairs as they are stored; None where there are none, or they can only be read by `visible`."""
         return None
 
     def tensors(self) -> Iterator[Tensor]:

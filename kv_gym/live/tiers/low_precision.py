@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kv_gym.errors import UserError
 from kv_gym.live.slots import Slots
-from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier
+from kv_gym.live.tiers.base import EvictedPairs, LayerTier, PackedPairs, Tier
 from kv_gym.live.tiers.quantiser import dequantise, quantise
 from kv_gym.policies.base import Paper
 
@@ -27,8 +27,9 @@ class LowPrecision(Tier):
     """Evicted pairs are quantised and go on taking part in attention; they never return to full precision.
 
     Policies score, count and observe the full-precision slots alone, with a softmax over these: they choose as if
-    evicted pairs were dropped. Every forward brings the whole tier back to the model's precision, one layer at a
-    time: that saves memory and not time (on a CPU a step takes longer than with the full cache).
+    evicted pairs were dropped. On a GPU a decoding step reads the tier as it is stored (see
+    :mod:`kv_gym.live.ragged_kernel`). Other forwards bring the whole tier back to the model's precision, one layer at
+    a time: that saves memory and not time (on a CPU a step takes longer than with the full cache).
 
     Attributes:
         bits: per number, 2, 4 or 8.
@@ -141,6 +142,12 @@ class QuantisedLayer(LayerTier):
         if self.stored is None:
             return None
         return self.stored.with_data({name: self._dequantised(self.stored, name, dtype) for name in self.names})
+
+    def packed(self) -> PackedPairs | None:
+        if self.stored is None:
+            return None
+        balance = None if self.balance is None else self.balance.masked_fill(self.balance == 0, 1)
+        return PackedPairs(self.stored, self.settings.bits, balance)
 
     def keys(self, dtype: torch.dtype) -> tuple[Tensor, Tensor] | None:
         """Keys alone, `[batch, kv_heads, longest, d]`, and which are real; None: none yet."""

@@ -11,7 +11,7 @@ from torch import Tensor
 from kv_gym.errors import UserError
 from kv_gym.live.guard import Guard, LayerAttention, attention_signal, output_signal
 from kv_gym.live.slots import Slots
-from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier
+from kv_gym.live.tiers.base import EvictedPairs, LayerTier, PackedPairs, Tier
 from kv_gym.live.tiers.low_precision import LowPrecision, QuantisedLayer
 
 
@@ -155,6 +155,9 @@ class TierRecorder(LayerTier):
 
     def visible(self, dtype: torch.dtype) -> Slots | None:
         return self.inner.visible(dtype)
+
+    def packed(self) -> PackedPairs | None:
+        return self.inner.packed()
 
     def tensors(self) -> Iterator[Tensor]:
         yield from super().tensors()
