@@ -42,21 +42,24 @@ def _record(
     call: Call,
     prompts: Annotated[Path | None, typer.Option(help="JSON lines with context and continuations.")] = None,
     text: Annotated[Path | None, typer.Option(help="A text file, cut into contexts and continuations.")] = None,
-    tasks: Annotated[str | None, typer.Option(help="`reference`: the bundled task generator.")] = None,
+    tasks: Annotated[
+        str | None,
+        typer.Option(
+            help="`reference`, the bundled task generator; or tasks by name, such as needle:640:keys=4:split=train."
+        ),
+    ] = None,
     task: ReferenceTask = "multi_key",
-    tokens: Annotated[int, typer.Option(help="With --text or --tasks: tokens per context.")] = 512,
+    tokens: Annotated[int, typer.Option(help="With --text or reference: tokens per context.")] = 512,
     continuation_tokens: Annotated[int, typer.Option(help="With --text: tokens per continuation.")] = 128,
-    continuations: Annotated[int, typer.Option(min=1, help="With --tasks: questions per context.")] = 8,
+    continuations: Annotated[int, typer.Option(min=1, help="With reference: questions per context.")] = 8,
     count: Annotated[int, typer.Option(min=1, help="How many contexts.")] = 64,
     split: Annotated[
-        str, typer.Option(help="With --text or --tasks: train or test (of --tasks: the pinned ones).")
+        str, typer.Option(help="Of the traces: train or test (of reference: the pinned contexts).")
     ] = "train",
-    seed: Annotated[int, typer.Option(help="With --tasks: names the training contexts.")] = 0,
+    seed: Annotated[int, typer.Option(help="With reference: names the training contexts.")] = 0,
 ) -> None:
     if sum(source is not None for source in (prompts, text, tasks)) != 1:
-        raise UserError("record needs exactly one of --prompts FILE.jsonl, --text FILE or --tasks reference")
-    if tasks is not None and tasks != "reference":
-        raise UserError(f"unknown --tasks {tasks!r}; expected `reference` (or use --prompts FILE.jsonl)")
+        raise UserError("record needs exactly one of --prompts FILE.jsonl, --text FILE or --tasks TASKS")
     from kv_gym.traces import prompts_from_jsonl, prompts_from_text
 
     _, tokenizer = call.model
@@ -66,6 +69,12 @@ def _record(
     elif text is not None:
         listed = prompts_from_text(text, tokenizer, tokens, continuation_tokens, count, split)
         recipe = {"source": "text", "file": text.name, "tokens": tokens, "continuation_tokens": continuation_tokens}
+    elif tasks is not None and tasks != "reference":
+        from kv_gym.evaluation.tasks import parse_tasks
+        from kv_gym.evaluation.tasks.prompts import prompts_of_tasks
+
+        listed = prompts_of_tasks(parse_tasks(tasks, tokenizer, count), split)
+        recipe = {"source": "tasks", "tasks": tasks}
     else:
         from kv_gym.reference.prompts import reference_prompts, reference_recipe
 

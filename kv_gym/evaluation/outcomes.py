@@ -33,6 +33,8 @@ class Outcome:
         seconds: thread CPU seconds (``time.thread_time``) of the cuts and of all that came after the first one for
             this configuration alone, divided evenly among a batch's contexts and their parts. With one thread that is
             all the work there is.
+        answers: of tasks that list them, each answer in the order of the questions: 2 where it is right, 1 where only
+            its first token is, else 0; and -log p of the whole answer, nats.
     """
 
     context: str
@@ -43,6 +45,7 @@ class Outcome:
     cache_bytes: int
     slots: Tensor | None
     seconds: float
+    answers: tuple[tuple[int, float], ...] = ()
 
 
 @dataclass
@@ -73,10 +76,12 @@ def to_json(outcome: Outcome | ReplayOutcome) -> dict[str, Any]:
 
 def from_json(data: Mapping[str, Any]) -> Outcome | ReplayOutcome:
     """The outcome that :func:`to_json` was given."""
+    answers = tuple((int(grade), float(nll)) for grade, nll in data.get("answers", ()))
+    data = {name: each for name, each in data.items() if name != "answers"}
     grids = {name: torch.tensor(each, dtype=torch.float64) for name, each in data.items() if isinstance(each, list)}
     if "kept" in data:
         return ReplayOutcome(**dict(data) | grids)
-    return Outcome(**dict(data) | grids | {"nll": math.nan if data["nll"] is None else data["nll"]})
+    return Outcome(answers=answers, **dict(data) | grids | {"nll": math.nan if data["nll"] is None else data["nll"]})
 
 
 def per_context(outcomes: Sequence[Outcome]) -> list[Outcome]:
@@ -94,6 +99,7 @@ def per_context(outcomes: Sequence[Outcome]) -> list[Outcome]:
             max(part.cache_bytes for part in same),
             same[-1].slots,
             sum(part.seconds for part in same),
+            tuple(answer for part in same for answer in part.answers),
         )
         for context, same in parts.items()
     ]
@@ -136,6 +142,9 @@ def _answer_fields(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             for context, loss in zip(contexts, losses, strict=True)
         },
         "cache_bytes": fmean(context.cache_bytes for context in contexts),
+        "answers": {context.context: [list(answer) for answer in context.answers] for context in contexts}
+        if any(context.answers for context in contexts)
+        else None,
     }
 
 

@@ -117,6 +117,9 @@ class Row(BaseModel):
             questions, or nats per answer), and the upper end of its 95 % interval. ``kv-gym fit`` only.
         contexts: ``{id: [correct, questions, nll]}``, the nll summed over the context's answers; in replay ``{id:
             [utility kept, utility, None]}``. Differences between configurations are paired by these.
+        answers: ``{id: [[grade, nll], ...]}`` of tasks that list them: grade 2 where an answer is right, 1 where
+            only its first token is, else 0; nll of the whole answer. :func:`kv_gym.evaluation.summary.regraded` makes
+            rows of other measures of them.
         parts: ``{part: {"questions", "correct"}}`` for tasks with parts, such as the turns of a dialogue.
         cache_bytes: all that the compressed cache of one context holds, mean over contexts.
         policy_bytes: weights of the policy, held once.
@@ -157,6 +160,7 @@ class Row(BaseModel):
     loss: Number = None
     loss_upper: Number = None
     contexts: Annotated[dict[str, list], PlainValidator(_contexts)] = {}
+    answers: dict[str, list[tuple[int, float]]] | None = None
     parts: Annotated[dict[str, dict], PlainValidator(_parts)] = {}
     cache_bytes: Number = None
     policy_bytes: Number = None

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from itertools import groupby
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -61,7 +62,13 @@ class Segment:
 
 @dataclass(frozen=True)
 class ForkedQuestion:
-    """A question asked on a copy of the cache when all segments have been read, so that no other question sees it."""
+    """A question asked on a copy of the cache when all segments have been read, so that no other question sees it.
+
+    Attributes:
+        question_ids: what follows the context.
+        answer_ids: the whole answer.
+        part: which part of the context it belongs to, see :attr:`kv_gym.evaluation.outcomes.Outcome.part`.
+    """
 
     question_ids: tuple[int, ...]
     answer_ids: tuple[int, ...]
@@ -108,12 +115,16 @@ class ScriptedTask(Task):
         name, trigger: see :class:`~kv_gym.evaluation.tasks.base.Task`.
         scripts: the contexts.
         rows: how many of equal shape are read together.
+        by_token: whether each token of a forked question's answer is judged as an answer of its own.
+        list_answers: whether outcomes list the answers to forked questions one by one.
     """
 
     name: str
     trigger: str
     scripts: Sequence[TaskScript]
     rows: int = 8
+    by_token: bool = False
+    list_answers: bool = False
 
     @cached_property
     def hash(self) -> str:  # type: ignore[override]
@@ -121,6 +132,8 @@ class ScriptedTask(Task):
         digest = hashlib.sha256()
         for script in self.scripts:
             digest.update(json.dumps(astuple(script)).encode())
+        if self.by_token:
+            digest.update(b"by token")
         return digest.hexdigest()
 
     def batches(self) -> list[Sequence[TaskScript]]:
@@ -144,7 +157,65 @@ class ScriptedTask(Task):
                     bases[id(policy)] = _second_reading(shared, same, stack)
             for configuration in configurations:
                 cache, seconds = bases.get(id(configuration.policy), (shared, 0.0))
-                yield configuration, _measure_one(model, cache, seconds, prefill, configuration)
+                yield configuration, self._measure_one(model, cache, seconds, prefill, configuration)
+
+    @torch.no_grad()
+    def _measure_one(
+        self, model, shared: EvictingCache, seconds: float, prefill: _BatchReader, configuration: Configuration
+    ) -> list[Outcome]:
+        """Outcomes of one configuration; `seconds` were spent on it before."""
+        batch = prefill.batch
+        length, segments = batch[0].length, batch[0].segments
+        budget = configuration.budget if length is None else slots_after(configuration.budget, length)
+        reader = _BatchReader(batch, list(prefill.answers), prefill.last_logits)
+        nbytes, slots, started = 0, None, time.thread_time() - seconds
+        last_compression = max((index for index, segment in enumerate(segments) if segment.compress), default=None)
+        with fork_for(shared, configuration, budget) as cache:
+            for index, segment in enumerate(segments):
+                if index:
+                    reader.feed(model, cache, index)
+                if segment.compress:
+                    cache.compress()
+                if index == last_compression:
+                    paused = time.thread_time()
+                    nbytes, slots = bytes_held(cache), cache.kept().double().cpu()
+                    started += time.thread_time() - paused
+            questions = [(row, question) for row, script in enumerate(batch) for question in script.questions]
+            reader.answers += self._ask(model, cache, questions)
+        seconds = (time.thread_time() - started) / len(batch)
+        return _outcomes(reader, nbytes // len(batch), slots, seconds)
+
+    def _ask(self, model, cache: EvictingCache, questions: Sequence[tuple[int, ForkedQuestion]]) -> Iterator[_Answer]:
+        """Ask each question on a copy of its row of the cache, questions of equal size together."""
+
+        def size(item: tuple[int, ForkedQuestion]) -> tuple[int, int]:
+            return len(item[1].question_ids), len(item[1].answer_ids)
+
+        for (question_size, answer_size), items in groupby(sorted(questions, key=size), size):
+            same = list(items)
+            for group in (same[start : start + LARGEST_GROUP] for start in range(0, len(same), LARGEST_GROUP)):
+                ids = token_rows(model, [(*question.question_ids, *question.answer_ids) for _, question in group])
+                with cache.fork() as fork, torch.no_grad():
+                    fork.batch_select_indices(torch.tensor([row for row, _ in group], device=model.device))
+                    logits = model(
+                        input_ids=ids[:, :-1], past_key_values=fork, use_cache=True, logits_to_keep=answer_size
+                    ).logits
+                likelihood, expected = logits.float().log_softmax(-1), ids[:, question_size:]
+                for (row, question), answer in zip(group, self._judged(likelihood, expected), strict=True):
+                    yield from (_Answer(row, question.part, *each) for each in answer)
+
+    def _judged(self, likelihood: Tensor, expected: Tensor) -> Iterator[list[tuple]]:
+        """Of each answer, whether it is right, its nll and what is listed of it; with `by_token`, of each token."""
+        if self.by_token:
+            tokens = judge_answers(likelihood.flatten(0, 1)[:, None], expected.flatten()[:, None])
+            judged = list(zip(*tokens, strict=True))
+            size = expected.shape[1]
+            yield from (judged[start : start + size] for start in range(0, len(judged), size))
+            return
+        first = likelihood[:, 0].argmax(-1) == expected[:, 0]
+        for right, nll, begun in zip(*judge_answers(likelihood, expected), first.tolist(), strict=True):
+            listed = (int(begun) + int(right), round(nll * expected.shape[1], 3)) if self.list_answers else None
+            yield [(right, nll, listed)]
 
 
 def _second_reading(
@@ -157,18 +228,36 @@ def _second_reading(
     return cache, time.thread_time() - started
 
 
+class _Answer(NamedTuple):
+    """One answer that was judged.
+
+    Attributes:
+        row: of the batch.
+        part: of the context.
+        right: whether greedy decoding would have given it.
+        nll: mean over its tokens of -log p, nats.
+        listed: what an outcome lists of it, see :attr:`kv_gym.evaluation.outcomes.Outcome.answers`; None: nothing.
+    """
+
+    row: int
+    part: str
+    right: bool
+    nll: float
+    listed: tuple[int, float] | None = None
+
+
 @dataclass
 class _BatchReader:
     """Feeds a batch of scripts and judges their answers.
 
     Attributes:
         batch: scripts of one shape.
-        answers: (row, part, whether it is right, nll) of every answer so far.
+        answers: every answer so far.
         last_logits: `[rows, vocabulary]` after the last token fed; None before the first.
     """
 
     batch: Sequence[TaskScript]
-    answers: list[tuple[int, str, bool, float]] = field(default_factory=list)
+    answers: list[_Answer] = field(default_factory=list)
     last_logits: Tensor | None = None
 
     @torch.no_grad()
@@ -184,7 +273,9 @@ class _BatchReader:
             for span in spans:
                 tokens = slice(span.start, span.stop)
                 right, nll = judge_answers(likelihood[:, tokens], ids[:, tokens])
-                self.answers += [(row, span.part, *both) for row, both in enumerate(zip(right, nll, strict=True))]
+                self.answers += [
+                    _Answer(row, span.part, *both) for row, both in enumerate(zip(right, nll, strict=True))
+                ]
         self.last_logits = logits[:, -1]
 
 
@@ -200,75 +291,28 @@ def judge_answers(likelihood: Tensor, expected: Tensor) -> tuple[list[bool], lis
     return right.tolist(), nll.tolist()
 
 
-@torch.no_grad()
-def _measure_one(
-    model, shared: EvictingCache, seconds: float, prefill: _BatchReader, configuration: Configuration
-) -> list[Outcome]:
-    """Outcomes of one configuration; `seconds` were spent on it before."""
-    batch = prefill.batch
-    length, segments = batch[0].length, batch[0].segments
-    budget = configuration.budget if length is None else slots_after(configuration.budget, length)
-    reader = _BatchReader(batch, list(prefill.answers), prefill.last_logits)
-    nbytes, slots, started = 0, None, time.thread_time() - seconds
-    last_compression = max((index for index, segment in enumerate(segments) if segment.compress), default=None)
-    with fork_for(shared, configuration, budget) as cache:
-        for index, segment in enumerate(segments):
-            if index:
-                reader.feed(model, cache, index)
-            if segment.compress:
-                cache.compress()
-            if index == last_compression:
-                paused = time.thread_time()
-                nbytes, slots = bytes_held(cache), cache.kept().double().cpu()
-                started += time.thread_time() - paused
-        questions = [(row, question) for row, script in enumerate(batch) for question in script.questions]
-        reader.answers += _ask(model, cache, questions)
-    seconds = (time.thread_time() - started) / len(batch)
-    return _outcomes(reader, nbytes // len(batch), slots, seconds)
-
-
 def bytes_held(cache: EvictingCache) -> int:
     """Bytes of a copy, which has no room for tokens to come: configurations grow their buffers by different steps."""
     with cache.fork() as copy:
         return copy.nbytes()
 
 
-def _ask(
-    model, cache: EvictingCache, questions: Sequence[tuple[int, ForkedQuestion]]
-) -> Iterator[tuple[int, str, bool, float]]:
-    """Ask each question on a copy of its row of the cache, questions of equal size together."""
-
-    def size(item: tuple[int, ForkedQuestion]) -> tuple[int, int]:
-        return len(item[1].question_ids), len(item[1].answer_ids)
-
-    for (question_size, _), items in groupby(sorted(questions, key=size), size):
-        same = list(items)
-        for group in (same[start : start + LARGEST_GROUP] for start in range(0, len(same), LARGEST_GROUP)):
-            ids = token_rows(model, [(*question.question_ids, *question.answer_ids) for _, question in group])
-            with cache.fork() as fork, torch.no_grad():
-                fork.batch_select_indices(torch.tensor([row for row, _ in group], device=model.device))
-                logits = model(input_ids=ids[:, :-1], past_key_values=fork, use_cache=True).logits
-            likelihood = logits[:, question_size - 1 :].float().log_softmax(-1)
-            judged = zip(*judge_answers(likelihood, ids[:, question_size:]), strict=True)
-            for (row, question), (right, nll) in zip(group, judged, strict=True):
-                yield row, question.part, right, nll
-
-
 def _outcomes(reader: _BatchReader, nbytes: int, slots: Tensor | None, seconds: float) -> list[Outcome]:
-    parts: dict[tuple[int, str], list[tuple[bool, float]]] = defaultdict(list)
-    for row, part, right, nll in reader.answers:
-        parts[row, part].append((right, nll))
+    parts: dict[tuple[int, str], list[_Answer]] = defaultdict(list)
+    for answer in reader.answers:
+        parts[answer.row, answer.part].append(answer)
     parts_of_row = [sum(1 for other, _ in parts if other == row) for row in range(len(reader.batch))]
     return [
         Outcome(
             reader.batch[row].id,
             part,
             len(answers),
-            float(sum(right for right, _ in answers)),
-            math.fsum(nll for _, nll in answers),
+            float(sum(answer.right for answer in answers)),
+            math.fsum(answer.nll for answer in answers),
             nbytes,
             None if slots is None else slots[:, row],
             seconds / parts_of_row[row],
+            tuple(answer.listed for answer in answers if answer.listed is not None),
         )
         for (row, part), answers in sorted(parts.items(), key=lambda item: item[0][0])
     ]
