@@ -92,7 +92,7 @@ def top_mask(priorities: Tensor, counts: Tensor) -> Tensor:
     return (inverse_permutation(order) < counts[..., None]) & (priorities > LOWEST)
 
 
-def slot_to_evict(scores: Tensor, positions: Tensor, first: int, last: int, layer: int = 0) -> Tensor:
+def slot_to_evict(scores: Tensor, positions: Tensor, first: int, last: int, layer: int | None = 0) -> Tensor:
     """The slot of lowest priority in every head, `[batch, kv_heads, 1]` int64.
 
     The same choice in a fraction of the operations, for caches that evict one token after another.
@@ -102,7 +102,7 @@ def slot_to_evict(scores: Tensor, positions: Tensor, first: int, last: int, laye
         positions: of the slots, the same shape.
         first: positions below it are protected.
         last: positions from it on are protected; :data:`UNSEEN` protects none.
-        layer: named in the error.
+        layer: named in the error; None: `scores` are of all layers, with one more axis in front.
 
     Raises:
         UserError: a score is NaN; as of :func:`priorities`.
@@ -115,7 +115,8 @@ def slot_to_evict(scores: Tensor, positions: Tensor, first: int, last: int, laye
     return torch.where(scores == lowest, positions, UNSEEN).argmin(-1, keepdim=True)
 
 
-def _refuse_nan(scores: Tensor, layer: int) -> None:
+def _refuse_nan(scores: Tensor, layer: int | None) -> None:
     """Refuse NaN on a CPU; a device would have to be waited for."""
     if scores.device.type == "cpu" and bool(scores.isnan().any()):
-        raise UserError(f"a policy scored NaN in layer {layer}; expected finite scores (are the keys finite?)")
+        where = "while decoding" if layer is None else f"in layer {layer}"
+        raise UserError(f"a policy scored NaN {where}; expected finite scores (are the keys finite?)")

@@ -22,6 +22,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 from kv_gym.budgets import Allocation
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
+from kv_gym.live.decoding import decide_together
 from kv_gym.live.guard import Guard, GuardMonitor
 from kv_gym.live.layer import EvictingLayer, copy_layer
 from kv_gym.live.layer_state import MAX_PENDING, LayerState
@@ -379,6 +380,8 @@ class EvictingCache(Cache):
         self._in_forward = False
         if self.monitor is not None and (signals := self.layer_signals()):
             self._check_guard(torch.stack([signal.to(signals[0].device) for signal in signals]).mean(0))
+        if undecided := [state for state in self._states if state.newest is not None]:
+            decide_together(undecided)
         if self.config.evicts_after_forward:
             rows_to_evict = self._states[0].rows_to_evict()
             if any(rows_to_evict):

@@ -324,6 +324,23 @@ class CacheConfig:
         )
 
     @cached_property
+    def decides_together(self) -> bool:
+        """Whether all layers score and cut the token of a decoding step together, at the end of the forward.
+
+        The same decisions as one layer after the other, in a fraction of the operations: every layer has attended by
+        then, and neither scores nor cuts need its queries.
+        """
+        return (
+            self.scores_on_arrival
+            and not self.needs_hidden
+            and self.trigger.every is not None
+            and not self.trigger.within_forward
+            and self.allocation.equal
+            and isinstance(self.layer_tier, Drop)
+            and not self.evicts_after_forward
+        )
+
+    @cached_property
     def stored_scores(self) -> dict[str, Policy]:
         """The policies whose scores are stored when a token comes, by the name of the buffer."""
         members = enumerate(self.tracked_policies) if self.policy not in self.tracked_policies else ()

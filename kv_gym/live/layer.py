@@ -123,7 +123,8 @@ class EvictingLayer(CacheLayerMixin):
         # transformers' mask is not used: it is one for all layers, and it may be skipped where its `is_causal` would
         # align the wrong corner; sdpa is causal by itself where nothing is stored
         is_causal = m == n and call.implementation == "sdpa"
-        return replace(call, mask=None if is_causal else causal_mask(m, n, call.query)).run()
+        call.mask = None if is_causal else causal_mask(m, n, call.query)
+        return call.run()
 
     def _attend_in_chunks(self, call: AttentionCall, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
         outputs, padded = [], self.token_mask is not None
@@ -151,15 +152,19 @@ class EvictingLayer(CacheLayerMixin):
 
     @torch.no_grad()
     def _observe_and_evict(self, query: Tensor, token_mask: Tensor | None) -> None:
+        if self.state.newest is not None:  # decided at the end of the forward, and the policy sees no queries
+            return
         self.state.observe(query, token_mask)
         rows_to_evict = self.state.rows_to_evict()
         if any(rows_to_evict) and not self.state.config.evicts_after_forward:
             self.state.evict(rows_to_evict)
 
     def _chunks(self, keys: Tensor) -> list[PrefillChunk]:
-        tokens = zip(self.state.tokens_seen, self.state.evicted_at, strict=True)
-        waiting = [seen - (at or 0) for seen, at in tokens] or [0] * len(keys)
-        return prefill_chunks(self.state.config.block_size, waiting, keys.shape[2], self.token_mask)
+        block_size, waiting = self.state.config.block_size, []
+        if block_size is not None:
+            tokens = zip(self.state.tokens_seen, self.state.evicted_at, strict=True)
+            waiting = [seen - (at or 0) for seen, at in tokens] or [0] * len(keys)
+        return prefill_chunks(block_size, waiting, keys.shape[2], self.token_mask)
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Keys that the next forward sees, and the offset that puts the newest at their true position."""
@@ -216,7 +221,7 @@ def prefill_chunks(
 
     Args:
         block_size: real tokens between two evictions inside a forward, each of which ends a chunk; None: no such ones.
-        waiting: per row, real tokens since the last eviction.
+        waiting: per row, real tokens since the last eviction; not used without blocks.
         m: columns of the forward.
         token_mask: `[batch, m]` bool on the CPU, which of them are tokens and not padding; None means all.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import lru_cache
 
 import torch
 from torch import Tensor, nn
@@ -43,6 +44,8 @@ class LayerState:
             positions of them; -1 where they are padding. In the first evicting layer alone, None where no policy asks.
         output: slices of the output projection `[query_heads, d, D]`, where a policy needs them; the model's own
             memory.
+        newest: keys, values and positions of a decoding step's token, until all layers have read it and are scored
+            and cut together (:mod:`kv_gym.live.decoding`); else None.
     """
 
     def __init__(self, index: int, ordinal: int, config: CacheConfig):
@@ -57,6 +60,7 @@ class LayerState:
         self.unread: Tensor | None = None
         self.scaling: float | None = None
         self.output: Tensor | None = None
+        self.newest: dict[str, Tensor] | None = None
 
     # taking tokens in
 
@@ -79,7 +83,18 @@ class LayerState:
         positions = self._next_positions(m, token_mask, keys.device).expand(batch, heads, m)
         self.tokens_seen = [seen + count for seen, count in zip(self.tokens_seen, counts, strict=True)]
         pairs = {"keys": keys, "values": values, "positions": positions}
+        if self.decides_with_others(m, token_mask):
+            self.newest = pairs
+            if not (isinstance(self.slots, EqualSlots) and self.slots.has_gap):  # room for the score to come
+                pairs = pairs | {"scores": torch.zeros_like(positions, dtype=torch.float32)}
+            self.slots = self.slots.append(pairs, self._slack())
+            return
         self._store(pairs, token_mask, self._slack(), hidden)
+
+    def decides_with_others(self, m: int, token_mask: Tensor | None) -> bool:
+        """Whether a forward of `m` tokens is a decoding step that all layers score and cut together at its end."""
+        alike = m == 1 and token_mask is None and isinstance(self.slots, EqualSlots) and self.slots.length > 0
+        return alike and self.config.decides_together
 
     def _store(
         self, pairs: dict[str, Tensor], token_mask: Tensor | None, slack: int, hidden: Tensor | None = None
@@ -91,18 +106,23 @@ class LayerState:
             valid = torch.ones_like(positions, dtype=torch.bool)
             if token_mask is not None and token_mask.dim() == 2:
                 valid &= token_mask[:, None].to(valid.device)
-            seen, budget = _per_row(self.tokens_seen, valid.device), self._view_budget(None, valid)
-            about = valid, seen, budget, self.index, self.scaling
-            view = CacheView(pairs["keys"], pairs["values"], positions, *about, hidden=hidden)
+            view = self.new_view(pairs, valid, hidden)
             for i, policy in config.stateful_policies:
                 new |= {f"{i}/{name}": tensor for name, tensor in policy.initial_state(view).items()}
             new |= {name: policy.score(view).float() for name, policy in config.stored_scores.items()}
         self.slots = self.slots.append(new, slack, token_mask)
 
+    def new_view(self, pairs: Mapping[str, Tensor], valid: Tensor, hidden: Tensor | None = None) -> CacheView:
+        """New tokens alone, as policies see them that score or begin their state on arrival."""
+        seen, budget = _per_row(self.tokens_seen, valid.device), self._view_budget(None, valid)
+        return CacheView(
+            **pairs, valid=valid, seen=seen, budget=budget, layer=self.index, scaling=self.scaling, hidden=hidden
+        )
+
     def _next_positions(self, m: int, token_mask: Tensor | None, device: torch.device) -> Tensor:
         """Positions of new tokens, `[batch or 1, 1, m]`."""
         if token_mask is None and len(set(self.tokens_seen)) == 1:
-            return torch.arange(self.tokens_seen[0], self.tokens_seen[0] + m, device=device)[None, None]
+            return _consecutive(self.tokens_seen[0], m, device)
         ahead = torch.arange(m) if token_mask is None else token_mask.cumsum(1) - 1
         return (_per_row(self.tokens_seen, device)[:, None] + ahead.to(device))[:, None]
 
@@ -216,9 +236,9 @@ class LayerState:
         return view, filled
 
     def _view_budget(self, rows_to_evict: Sequence[bool] | None, like: Tensor) -> Tensor:
-        return _per_row(self._row_budgets(rows_to_evict), like.device)[:, None].expand(-1, like.shape[1])
+        return _per_row(self.row_budgets(rows_to_evict), like.device)[:, None].expand(-1, like.shape[1])
 
-    def _row_budgets(self, rows_to_evict: Sequence[bool] | None) -> list[int]:
+    def row_budgets(self, rows_to_evict: Sequence[bool] | None) -> list[int]:
         """Slots per head of every row; no limit for rows that are not to be cut."""
         rows_to_evict = [True] * len(self.tokens_seen) if rows_to_evict is None else rows_to_evict
         budgets = {seen: self.config.slots_after(seen) for seen in set(self.tokens_seen)}
@@ -249,7 +269,7 @@ class LayerState:
         Where shares are not equal a small layer may have to give way to others, unless there is room for all tokens.
         """
         most = max(self.tokens_seen) if self.config.allocation.own_totals else self.slots.longest
-        return min(self._row_budgets(rows_to_evict)) >= most
+        return min(self.row_budgets(rows_to_evict)) >= most
 
     def evict(self, rows_to_evict: Sequence[bool] | None = None, trim: bool = False) -> None:
         """Keep what the policy would within the budget, by this layer's own slots; the rest is freed.
@@ -261,13 +281,13 @@ class LayerState:
         if self.fits_budget(rows_to_evict):
             self.mark_evicted(rows_to_evict)
             return
-        budgets = set(self._row_budgets(rows_to_evict))
+        budgets = set(self.row_budgets(rows_to_evict))
         if not (self.config.allocation.equal and isinstance(self.slots, EqualSlots) and len(budgets) == 1):
             self.keep_slots(self.config.allocation.kept([self.score_slots(rows_to_evict)])[0], trim)
             return
         (budget,) = budgets
-        if self._can_overwrite_one(self.slots, budget, trim):
-            self._overwrite_one(self.slots, budget)
+        if not trim and self.can_remove_one(budget):
+            self._remove_lowest(self.slots, budget)
             return
         layer = self.score_slots(rows_to_evict)
         if not self.tier.drops:
@@ -276,20 +296,29 @@ class LayerState:
             )
         self.slots.keep_top(layer.priorities, budget, self._slack(), trim)
 
-    def _can_overwrite_one(self, slots: EqualSlots, budget: int, trim: bool) -> bool:
+    def can_remove_one(self, budget: int) -> bool:
         """Whether just one slot of every head goes and may be overwritten in place, as at every decoding step."""
-        one = slots.length == budget + 1 and self.tier.drops and not trim
+        slots = self.slots
+        one = isinstance(slots, EqualSlots) and slots.length == budget + 1 and self.tier.drops
         return one and slots.can_overwrite(budget, self._slack())
 
-    def _overwrite_one(self, slots: EqualSlots, budget: int) -> None:
-        self._begin_eviction(None)
+    def _remove_lowest(self, slots: EqualSlots, budget: int) -> None:
+        self.begin_eviction(None)
         scores = slots["scores"] if "scores" in slots.buffers else self.config.policy.score(self.view())
         first, last = self.config.protected_range(budget, self.tokens_seen[0])
-        slots.overwrite(slot_to_evict(scores, slots["positions"], first, last, self.index))
+        self.remove_one(slot_to_evict(scores, slots["positions"], first, last, self.index))
+
+    def remove_one(self, victims: Tensor) -> None:
+        """Remove the slots `victims [batch, kv_heads, 1]`, where :meth:`can_remove_one`."""
+        assert isinstance(self.slots, EqualSlots)
+        if self.config.trigger.every == 1:  # the next token evicts again: it may as well be written there
+            self.slots.leave_gap(victims)
+        else:
+            self.slots.overwrite(victims)
 
     def score_slots(self, rows_to_evict: Sequence[bool] | None = None) -> ScoredLayer:
         """The layer with its slots scored, ready to be cut in the rows `rows_to_evict`; None means all."""
-        self._begin_eviction(rows_to_evict)
+        self.begin_eviction(rows_to_evict)
         stored = "scores" in self.slots.buffers
         if stored and not self.config.allocation.needs_queries:
             # nobody reads keys and values where scores are stored
@@ -302,7 +331,8 @@ class LayerState:
             scores = filled["scores"] if stored else self.config.policy.score(view)
         return self.config.scored_layer(scores, view, self.ordinal)
 
-    def _begin_eviction(self, rows_to_evict: Sequence[bool] | None) -> None:
+    def begin_eviction(self, rows_to_evict: Sequence[bool] | None) -> None:
+        """Note that the rows `rows_to_evict` are cut now; None means all."""
         self.mark_evicted(rows_to_evict)
         self.appended = 0
         self.config.warn_of_length(max(self.tokens_seen))
@@ -479,6 +509,12 @@ def _observed(
         for name, tensor in observe_blocks(policy, row_view, query[one][:, :, columns], row_state).items():
             after[name][one] = tensor
     return after
+
+
+@lru_cache(maxsize=2)
+def _consecutive(first: int, count: int, device: torch.device) -> Tensor:
+    """Positions from `first` on, `[1, 1, count]`: the same for all layers, so made once a forward and never changed."""
+    return torch.arange(first, first + count, device=device)[None, None]
 
 
 def _per_row(numbers: Sequence[int], device: torch.device) -> Tensor:

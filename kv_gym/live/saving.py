@@ -112,6 +112,7 @@ def _slots_to_write(slots: Slots) -> tuple[dict[str, Any], dict[str, Tensor | No
             copy[filled.to(buffer.device)] = buffer[filled.to(buffer.device)]
         return {}, parts | {"lengths": slots.lengths, "capacities": slots.capacities}
     assert isinstance(slots, EqualSlots)
+    slots.close_gap()
     for name, buffer in slots.buffers.items():
         parts[f"slots.{name}"] = copy = buffer.clone()
         copy[:, :, slots.length :] = 0

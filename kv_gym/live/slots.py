@@ -47,7 +47,8 @@ class Slots(ABC):
         """Add tokens behind those of every head.
 
         Args:
-            new: one tensor `[batch, kv_heads, new, ...]` for each buffer.
+            new: one tensor `[batch, kv_heads, new, ...]` for each buffer; what comes later may be left out where
+                there is a gap.
             slack: by how many slots a full buffer grows at least.
             token_mask: `[batch, new]` or `[batch, kv_heads, new]` bool on the CPU, which of them to store; None means
                 all.
@@ -141,10 +142,15 @@ class EqualSlots(Slots):
     def __init__(self, buffers: Mapping[str, Tensor] | None = None, length: int = 0, borrowed: bool = False):
         self.buffers = dict(buffers or {})
         self.length, self.borrowed = length, borrowed
+        # `[batch, kv_heads, 1]`, an evicted slot of every head that the next token may be written to; until then the
+        # last survivor lies behind the filled part. Whoever reads or changes slots calls `close_gap` first.
+        self._gap: Tensor | None = None
+        self._newest: Tensor | None = None  # the slots that the last token was written to, where that was a gap
 
     def __getitem__(self, name: str) -> Tensor:
         """The filled part of a buffer, `[batch, kv_heads, length, ...]`; a view."""
-        return self.buffers[name][:, :, : self.length]
+        self.close_gap()
+        return self.buffers[name].narrow(2, 0, self.length)
 
     @property
     def longest(self) -> int:
@@ -160,8 +166,14 @@ class EqualSlots(Slots):
     def append(self, new: Mapping[str, Tensor], slack: int, token_mask: Tensor | None = None) -> Slots:
         if token_mask is not None:
             return self.to_ragged(new).append(new, slack, token_mask)
+        m = next(iter(new.values())).shape[2]
+        if self._gap is not None and m == 1:
+            self._fill_gap(new)
+            return self
+        self.close_gap()
+        self._newest = None
         start = self.length
-        self.length += next(iter(new.values())).shape[2]
+        self.length += m
         if start == 0:  # the first ones are held as they come, without a copy
             self.buffers, self.borrowed = dict(new), True
             return self
@@ -175,6 +187,29 @@ class EqualSlots(Slots):
             self.buffers[name][:, :, start : self.length] = tensor
         self.borrowed = False  # borrowed buffers have no room, so all of them have grown
         return self
+
+    def _fill_gap(self, new: Mapping[str, Tensor]) -> None:
+        """Write one token per head where the last evicted one lay."""
+        assert self._gap is not None
+        self._newest, self._gap = self._gap, None
+        self.length += 1
+        self._write_one(self._newest, new)
+
+    def _write_one(self, index: Tensor, new: Mapping[str, Tensor]) -> None:
+        """Write tensors `[batch, kv_heads, 1, ...]` into the slots `index [batch, kv_heads, 1]`."""
+        indices: dict[tuple[int, ...], Tensor] = {}
+        for name, tensor in new.items():
+            buffer, width = self._writable(name), tensor.shape[3:]
+            if width not in indices:
+                indices[width] = _expand_index(index, tensor) if width else index
+            buffer.scatter_(2, indices[width], tensor)
+
+    def write_newest(self, name: str, tensor: Tensor) -> None:
+        """Replace a buffer's entries of the token that was appended last, `[batch, kv_heads, 1]`."""
+        if self._newest is None:
+            self._writable(name)[:, :, self.length - 1 : self.length] = tensor
+        else:
+            self._write_one(self._newest, {name: tensor})
 
     def keep(self, kept: Tensor, slack: int, trim: bool = False) -> Slots:
         lengths, index = kept.sum(2).cpu(), kept.flatten().nonzero()[:, 0]
@@ -205,10 +240,28 @@ class EqualSlots(Slots):
         """Whether `count` slots may stay in these buffers: they are ours, and not more than `slack` too large."""
         return not self.borrowed and self._any().shape[2] <= count + max(MIN_SLACK, slack)
 
+    @property
+    def has_gap(self) -> bool:
+        """Whether the next token will be written where an evicted one lay, and needs no room."""
+        return self._gap is not None
+
+    def leave_gap(self, victims: Tensor) -> None:
+        """Remove the slots `victims [batch, kv_heads, 1]`, for the next token to be written there: nothing moves."""
+        self.close_gap()
+        self.length, self._gap, self._newest = self.length - 1, victims, None
+
+    def close_gap(self) -> None:
+        """Move the last survivor of every head into the gap that :meth:`leave_gap` left, if there is one."""
+        if self._gap is not None:
+            victims, self._gap = self._gap, None
+            self.length += 1
+            self.overwrite(victims)
+
     def overwrite(self, victims: Tensor) -> None:
         """Remove the slots `victims [batch, kv_heads, v]`: survivors among the last v slots move into their place."""
+        self.close_gap()
         v = victims.shape[2]
-        self.length -= v
+        self.length, self._newest = self.length - v, None
         if v == 1:
             source = torch.full_like(victims, self.length)  # moves onto itself where the last slot is the victim
         else:
@@ -218,9 +271,8 @@ class EqualSlots(Slots):
             # follows them moves dead slots onto dead slots, which keeps the sizes alike without asking the device
             source = self.length + dead[:, :, self.length :].byte().argsort(dim=2, stable=True)
             victims = victims.gather(2, (victims >= self.length).byte().argsort(dim=2, stable=True))
-        for name, buffer in self.buffers.items():
-            if _is_frozen(buffer):
-                buffer = self.buffers[name] = buffer.clone()
+        for name in self.buffers:
+            buffer = self._writable(name)
             buffer.scatter_(2, _expand_index(victims, buffer), take(buffer, source))
 
     def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
@@ -231,8 +283,9 @@ class EqualSlots(Slots):
         self.buffers[name] = tensor
 
     def write(self, name: str, tensor: Tensor) -> None:
-        if self.borrowed or _is_frozen(self.buffers[name]):
+        if self.borrowed:
             self.buffers[name] = self.buffers[name].clone()
+        self._writable(name)
         self[name].copy_(tensor)
 
     def data(self, name: str) -> Tensor:
@@ -245,9 +298,10 @@ class EqualSlots(Slots):
         return heads[:, :, None]
 
     def drop_newest(self, count: int) -> None:
+        self.close_gap()
         if self.borrowed:  # from now on there is room, and new tokens would be written into it
             self._map(torch.clone)
-        self.length -= count
+        self.length, self._newest = self.length - count, None
 
     def select_rows(self, rows: Tensor) -> None:
         self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
@@ -280,6 +334,14 @@ class EqualSlots(Slots):
     def _map(self, change: Callable[[Tensor], Tensor]) -> None:
         """Replace every buffer by `change` of its filled part."""
         self.buffers, self.borrowed = {name: change(self[name]) for name in self.buffers}, False
+        self._newest = None
+
+    def _writable(self, name: str) -> Tensor:
+        """A buffer that may be written to."""
+        buffer = self.buffers[name]
+        if _is_frozen(buffer):
+            buffer = self.buffers[name] = buffer.clone()
+        return buffer
 
 
 class RaggedSlots(Slots):

@@ -162,6 +162,7 @@ class _AttachedModel:
         self.count, self.original = 1, original
         self._failing = False
         decoder = model.base_model
+        self._parameters = tuple(inspect.signature(decoder.forward).parameters)
         self._before_hook = decoder.register_forward_pre_hook(self._before, with_kwargs=True)
         self._after_hook = decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True)
 
@@ -172,13 +173,13 @@ class _AttachedModel:
 
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         _pop_observer()  # left by a forward that failed between a cache's update and its attention
-        arguments = _arguments(decoder, args, kwargs)
+        arguments = self._arguments(args, kwargs)
         check = getattr(arguments.get("past_key_values"), "before_forward", None)
         if check is not None:
             check(arguments)
 
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        cache = _arguments(decoder, args, kwargs).get("past_key_values")
+        cache = self._arguments(args, kwargs).get("past_key_values")
         if output is not None:
             if self.count == 0:
                 self._after_hook.remove()
@@ -191,9 +192,8 @@ class _AttachedModel:
             finally:
                 self._failing = False
 
-
-def _arguments(decoder: nn.Module, args: tuple, kwargs: dict) -> dict[str, Any]:
-    return {**dict(zip(inspect.signature(decoder.forward).parameters, args, strict=False)), **kwargs}
+    def _arguments(self, args: tuple, kwargs: dict) -> dict[str, Any]:
+        return {**dict(zip(self._parameters, args, strict=False)), **kwargs}
 
 
 def attention_modules(model) -> dict[int, nn.Module]:

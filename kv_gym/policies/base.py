@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
@@ -112,6 +112,14 @@ class Policy(ABC):
     @abstractmethod
     def score(self, view: CacheView) -> Tensor:
         """Scores `[batch, kv_heads, tokens]`, higher = keep; values at invalid slots do not matter."""
+
+    def score_layers(self, views: Sequence[CacheView]) -> list[Tensor]:
+        """Scores of several layers, as :meth:`score` gives them for each; a policy that can batch them overrides it.
+
+        Args:
+            views: of one shape, in the order of the layers.
+        """
+        return [self.score(view) for view in views]
 
 
 class WindowPolicy(Policy):

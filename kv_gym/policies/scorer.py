@@ -9,7 +9,8 @@ trains all heads against one another. :mod:`kv_gym.policies.scoring.inputs` has 
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, dataclass, field
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -160,13 +161,28 @@ class Scorer(Policy):
 
     @torch.no_grad()
     def score(self, view: CacheView) -> Tensor:
+        heads = view.keys.shape[1]
+        first = self._ordinal(view.layer) * heads
+        return self._score_heads(view, slice(first, first + heads))
+
+    @torch.no_grad()
+    def score_layers(self, views: Sequence[CacheView]) -> list[Tensor]:
+        """All layers as one batched product, where they are the model's and no input depends on the layer."""
+        heads = views[0].keys.shape[1]
+        per_layer = self.needs_hidden or self.needs_queries
+        if per_layer or [view.layer for view in views] != list(self.fingerprint.layers):
+            return super().score_layers(views)
+        names = ("keys", "values", "positions", "valid")
+        joined = {name: torch.cat([getattr(view, name) for view in views], 1) for name in names}
+        return list(self._score_heads(replace(views[0], **joined), slice(None)).split(heads, 1))
+
+    def _score_heads(self, view: CacheView, networks: slice) -> Tensor:
+        """Scores `[batch, heads, tokens]` of a view whose heads have the networks of that run."""
         batch, heads, n, _ = view.keys.shape
         if next(self.network.parameters()).device != view.keys.device:
             self.network.to(view.keys.device)
-        first = self._ordinal(view.layer) * heads
-        inputs = read_inputs(view, self.inputs)
-        flat = inputs.transpose(0, 1).reshape(heads, batch * n, -1)
-        return self.network(flat, slice(first, first + heads)).view(heads, batch, n).transpose(0, 1)
+        flat = read_inputs(view, self.inputs).transpose(0, 1).reshape(heads, batch * n, -1)
+        return self.network(flat, networks).view(heads, batch, n).transpose(0, 1)
 
     def _ordinal(self, layer: int) -> int:
         try:

@@ -8,6 +8,9 @@ from transformers import Cache
 
 from kv_gym import EvictingCache
 from kv_gym.errors import UserError
+from kv_gym.live.config import CacheConfig
+from kv_gym.models.fingerprint import Fingerprint
+from kv_gym.policies.scorer import GroupedScorer, Scorer
 
 EXACT = {"rtol": 0, "atol": 1e-5}
 UNIFORM = {"policy": "h2o", "budget": 0.5, "trigger": "every:3", "recent": 2}
@@ -367,3 +370,31 @@ def test_other_caches_are_transformers_own_business():
     model = tiny()
     with EvictingCache(model) as cache, pytest.raises(ValueError, match="cache_implementation"):
         model.generate(tokens(1, 4), past_key_values=cache, cache_implementation="static", max_new_tokens=1)
+
+
+@pytest.mark.parametrize("trigger", ["every:1", "lagged:2"])
+@pytest.mark.parametrize("policy", ["knorm", "scorer"])
+def test_deciding_for_all_layers_together_equals_layer_by_layer(policy, trigger, monkeypatch, tmp_path):
+    """Scores of new tokens in one product, and new tokens where evicted ones lay, change no decision and no logit."""
+    model, ids = tiny(), tokens(2, 40)
+    if policy == "scorer":
+        torch.manual_seed(0)
+        fingerprint = Fingerprint.of(model)
+        network = GroupedScorer(3 * fingerprint.kv_heads, fingerprint.head_dim, 8, ("key", "value"))
+        policy = Scorer(network, fingerprint, (1, 100), (1, 2))
+    seen = []
+    for together in (True, False):
+        if not together:
+            monkeypatch.setattr(CacheConfig, "decides_together", False)
+        with EvictingCache(model, policy, 12, trigger=trigger, recent=2) as cache, torch.no_grad():
+            assert cache.config.decides_together == together
+            logits = [model(ids[:, :20], past_key_values=cache).logits[:, -1]]
+            logits += [model(ids[:, i : i + 1], past_key_values=cache).logits[:, -1] for i in range(20, 33)]
+            saved = EvictingCache.load(cache.save(tmp_path / f"{together}.safetensors"), model, policy)
+            for each in (cache.fork(), saved, cache):
+                with each:
+                    logits += [model(ids[:, i : i + 1], past_key_values=each).logits[:, -1] for i in range(33, 37)]
+                    logits.append(model(ids[:, 37:], past_key_values=each).logits[:, -1])
+            seen.append((torch.stack(logits), [cache.kept_positions(layer) for layer in LAYERS]))
+    torch.testing.assert_close(seen[0][0], seen[1][0], rtol=0, atol=1e-9)
+    assert all(torch.equal(mine, alone) for mine, alone in zip(seen[0][1], seen[1][1], strict=True))
