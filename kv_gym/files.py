@@ -14,10 +14,11 @@ import math
 import os
 import re
 import reprlib
+import stat
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar, get_args
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, get_args
 
 from kv_gym.errors import UserError
 
@@ -64,14 +65,32 @@ def read_text(path: str | Path, expected: str = "expected a UTF-8 text", largest
     Raises:
         UserError: the file cannot be opened, is too large or is not UTF-8.
     """
-    try:
-        with open(path, "rb") as file:
-            data = file.read(largest + 1)
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); {expected}") from None
+    return _decoded(read_bytes(path, expected, largest), str(path), 1, expected)
+
+
+def read_bytes(path: str | Path, expected: str, largest: int = LARGEST_TEXT) -> bytes:
+    """The bytes of a file; arguments and errors of :func:`read_text`."""
+    with open_file(path, expected) as file:
+        data = file.read(largest + 1)
     if len(data) > largest:
         raise UserError(f"{path} is larger than {largest} bytes; {expected}")
-    return _decoded(data, str(path), 1, expected)
+    return data
+
+
+@contextmanager
+def open_file(path: str | Path, expected: str) -> Iterator[BinaryIO]:
+    """A file that is read in binary; arguments as for :func:`read_text`.
+
+    Raises:
+        UserError: it cannot be opened, or read within the block; or it is a device, which may have no end.
+    """
+    try:
+        with open(path, "rb") as file:
+            if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
+                raise UserError(f"{path} is a device and no file; {expected}")
+            yield file
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {expected}") from None
 
 
 def read_json(
@@ -165,24 +184,21 @@ def read_json_lines(
     Raises:
         UserError: the file cannot be read, or a line is no JSON or holds what the module's readers refuse.
     """
-    try:
-        with open(path, "rb") as file:
-            number = 0
-            while line := file.readline(LARGEST_JSON + 1):
-                number += 1
-                if len(line) > LARGEST_JSON:
-                    raise UserError(f"{path}, line {number}: longer than {LARGEST_JSON} bytes; {expected}")
-                try:
-                    text = _decoded(line, str(path), number, expected)
-                    if text.strip():
-                        data = parse_json(text, str(path), expected, line=number, non_finite_as_null=non_finite_as_null)
-                        yield number, data
-                except UserError:
-                    if partial_last_line and not line.endswith(b"\n"):
-                        return
-                    raise
-    except OSError as error:
-        raise UserError(f"{path} cannot be read ({error.strerror}); {expected}") from None
+    with open_file(path, expected) as file:
+        number = 0
+        while line := file.readline(LARGEST_JSON + 1):
+            number += 1
+            if len(line) > LARGEST_JSON:
+                raise UserError(f"{path}, line {number}: longer than {LARGEST_JSON} bytes; {expected}")
+            try:
+                text = _decoded(line, str(path), number, expected)
+                if text.strip():
+                    data = parse_json(text, str(path), expected, line=number, non_finite_as_null=non_finite_as_null)
+                    yield number, data
+            except UserError:
+                if partial_last_line and not line.endswith(b"\n"):
+                    return
+                raise
 
 
 def read_yaml(path: str | Path, expected: str = "expected a YAML document", largest: int = LARGEST_YAML) -> Any:

@@ -146,6 +146,13 @@ def test_a_written_file_and_its_folder_reach_the_disk_before_the_name_is_taken(t
     assert calls == [str(tmp_path / "a.json.tmp"), "replace", str(tmp_path)]
 
 
+@pytest.mark.parametrize("read", [read_text, lambda file: list(read_json_lines(file))])
+def test_a_device_is_no_file(tmp_path, read):
+    (tmp_path / "a.jsonl").symlink_to("/dev/zero")  # bytes without end
+    with pytest.raises(UserError, match=r"a\.jsonl is a device and no file; expected"):
+        read(tmp_path / "a.jsonl")
+
+
 def test_a_block_that_fails_leaves_the_earlier_file_and_nothing_else(tmp_path):
     file = tmp_path / "a.json"
     file.write_text("earlier")

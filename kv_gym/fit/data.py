@@ -11,7 +11,7 @@ from typing import Any
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, read_tasks, reference_tasks, tasks_hash
-from kv_gym.files import parse_json
+from kv_gym.files import open_file, parse_json
 from kv_gym.traces.prompts import Prompt, prompts_from_jsonl, prompts_from_text
 
 REFERENCE = "reference"
@@ -121,17 +121,12 @@ def contexts_for(validation: int, count: int) -> int:
 
 def _kind(path: Path) -> str:
     """``questions``, ``continuations`` or ``text``, by the first line that is not empty."""
+    with open_file(path, f"expected JSON lines, a text, or the word {REFERENCE}") as file:
+        first = next((line for line in file if line.strip()), b"")
     try:
-        with path.open(encoding="utf-8-sig") as file:
-            first = next((line for line in file if line.strip()), "")
-    except OSError as error:
-        raise UserError(
-            f"cannot read {path} ({error.strerror}); expected JSON lines, a text, or the word {REFERENCE}"
-        ) from None
+        line = parse_json(first.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError:
         raise UserError(f"{path} is no UTF-8 text; convert it first") from None
-    try:
-        line = parse_json(first, str(path))
     except UserError:
         line = None
     names = set(line) if isinstance(line, dict) else set()

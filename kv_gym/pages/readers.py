@@ -6,6 +6,7 @@ import gzip
 import io
 import lzma
 import re
+import zlib
 from collections.abc import Callable, Iterator
 from datetime import datetime
 from pathlib import Path
@@ -50,7 +51,7 @@ def read_requests(path: str | Path, format: str = "auto") -> RequestTrace:
     try:
         kind = _detect(path) if format == "auto" else format
         return FORMATS[kind](path)
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
         raise UserError(f"{path} cannot be read: {error}") from None
 
 

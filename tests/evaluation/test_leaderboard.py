@@ -16,6 +16,7 @@ from kv_gym import EvictingCache, cli
 from kv_gym.errors import UserError
 from kv_gym.evaluation.leaderboard import compact, leaderboard, page, publish, read_rows, read_spec
 from kv_gym.evaluation.leaderboard.identity import _code, exported_hash, model_hash, policy_hash
+from kv_gym.evaluation.leaderboard.results import ResultFolder, write_batch
 from kv_gym.evaluation.measure import replay
 from kv_gym.evaluation.tasks.scripted import ScriptedTask
 from kv_gym.files import bundled
@@ -183,6 +184,14 @@ def test_an_interruption_loses_the_batch_under_way_alone(place, tmp_path, rows, 
     assert counted == [2]
     assert without_times(again) == without_times(rows)
     assert not list((tmp_path / "state" / "batches").glob("*.jsonl"))
+
+
+def test_a_damaged_batch_is_refused(tmp_path):
+    file = write_batch(tmp_path, 0, [{"cell": "a", "batch": 0, "outcomes": [{"context": "0", "correct": 1.0}]}])
+    assert ResultFolder(tmp_path).batches["a"][0]["outcomes"] == [{"context": "0", "correct": 1.0}]
+    file.write_text(file.read_text().replace("1.0", "0.0"))
+    with pytest.raises(UserError, match="is damaged, or an earlier version wrote it: remove it"):
+        ResultFolder(tmp_path)
 
 
 def test_two_processes_write_the_rows_of_one(place, tmp_path, rows):

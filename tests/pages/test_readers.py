@@ -109,9 +109,11 @@ def test_files_that_cannot_be_read(tmp_path):
     with pytest.raises(UserError, match="there is no file"):
         read_requests(tmp_path / "none")
     broken = tmp_path / "broken.gz"
-    broken.write_bytes(gzip.compress(b"1\n2\n" * 5000)[:40])
-    with pytest.raises(UserError, match="cannot be read"):
-        read_requests(broken, "keys")
+    packed = gzip.compress(b"1\n2\n" * 5000)
+    for damaged in (packed[:40], packed[:20] + b"\xff" * 20 + packed[40:]):
+        broken.write_bytes(damaged)
+        with pytest.raises(UserError, match="cannot be read"):
+            read_requests(broken, "keys")
     other = tmp_path / "latin"
     other.write_bytes(b"caf\xe9\n")
     with pytest.raises(UserError, match="line 1: no UTF-8 text"):

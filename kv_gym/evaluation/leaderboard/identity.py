@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_gym.errors import UserError
-from kv_gym.files import MODEL, read_json
+from kv_gym.files import MODEL, read_bytes, read_json
 from kv_gym.models.fingerprint import state_dict_hash
 from kv_gym.policies import Policy
 
@@ -48,7 +48,7 @@ def exported_hash(folder: str | Path) -> str:
     folder = Path(folder)
     try:
         about = read_json(folder / "policy.json")
-        weights = hashlib.sha256((folder / "policy.safetensors").read_bytes()).hexdigest()
+        weights = hashlib.sha256(read_bytes(folder / "policy.safetensors", "expected weights")).hexdigest()
         about = {name: value for name, value in about.items() if name != "training"}
     except (OSError, ValueError, AttributeError):
         raise UserError(f"folder {folder} holds no exported policy; expected what `kv-gym train` writes") from None

@@ -58,8 +58,12 @@ class ResultFolder:
             self.add_batch(file)
 
     def add_batch(self, file: Path) -> None:
-        """Read what a batch gave."""
-        for line in _lines(file):
+        """Read what a batch gave.
+
+        Raises:
+            UserError: the file is not as :func:`write_batch` left it.
+        """
+        for line in _batch_lines(file):
             self.batches[line["cell"]][line["batch"]] = line
 
     def save(self) -> None:
@@ -71,7 +75,7 @@ class ResultFolder:
     def remove_finished_batches(self) -> None:
         """Remove the files of batches all of whose cells are rows."""
         for file in self._batches.glob("*.jsonl"):
-            if all(line["cell"] in self.rows for line in _lines(file)):
+            if all(line["cell"] in self.rows for line in _batch_lines(file)):
                 file.unlink()
 
     def measured(self, cell: str, batches: int) -> dict[str, Any] | None:
@@ -89,8 +93,16 @@ class ResultFolder:
 def write_batch(folder: Path, number: int, lines: Sequence[dict]) -> Path:
     """Write what the cells of one batch gave into a file of their own in the folder of a leaderboard."""
     name = digest([number, sorted(line["cell"] for line in lines)])[:24]
-    write_rows(folder / BATCHES / f"{name}.jsonl", lines)
+    write_rows(folder / BATCHES / f"{name}.jsonl", [*lines, {"sha256": digest(lines)}])
     return folder / BATCHES / f"{name}.jsonl"
+
+
+def _batch_lines(file: Path) -> list[dict[str, Any]]:
+    expected = "remove it, and its cells are measured again"
+    *lines, last = [line for _, line in read_json_lines(file, expected)] or [None]
+    if last != {"sha256": digest(lines)}:
+        raise UserError(f"{file} is damaged, or an earlier version wrote it: {expected}")
+    return lines
 
 
 def _lines(file: Path) -> list[dict[str, Any]]:

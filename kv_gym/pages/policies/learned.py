@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kv_gym.errors import UserError
-from kv_gym.files import atomic_write, read_json, validated
+from kv_gym.files import atomic_write, read_bytes, read_json, validated
 from kv_gym.pages.cache import Candidates
 from kv_gym.pages.features import FEATURES, feature_matrix
 from kv_gym.pages.policies.base import PageRankingPolicy
@@ -117,10 +117,7 @@ class Learned(PageRankingPolicy):
         file = Path(folder) / _CARD
         card = validated(LearnedCard, read_json(file, expected), str(file))
         file = Path(folder) / _WEIGHTS
-        try:
-            data = file.read_bytes()
-        except OSError as error:
-            raise UserError(f"{file} cannot be read ({error.strerror}); {expected}") from None
+        data = read_bytes(file, expected)
         if hashlib.sha256(data).hexdigest() != card.weights_sha256:
             raise UserError(f"{file} is damaged or not the one that {_CARD} names; train or copy the policy again")
         from safetensors import SafetensorError
