@@ -55,6 +55,7 @@ class CacheView:
         hidden: `[B, n, D]` hidden state of each slot's token, as the layer's attention received it, or None if not
             declared as needed. A live cache has those of new tokens and keeps none, so that only static policies,
             which score a token once, may need them.
+        largest_budget: the largest of `budget`, or a bound of it, where the host knows one; None: it does not.
         output: `[Hq, d, D]` the output projection, the slice that each query head's output is multiplied by, or None
             if not declared as needed.
         future: only for oracles, only in replay.
@@ -73,6 +74,7 @@ class CacheView:
     hidden: Tensor | None = None
     future: Future | None = None
     output: Tensor | None = None
+    largest_budget: int | None = None
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, budget: int | Tensor = 1, **fields) -> CacheView:
@@ -80,9 +82,9 @@ class CacheView:
         batch, heads, n, _ = keys.shape
         positions = torch.arange(n, device=keys.device).expand(batch, heads, n)
         seen = torch.full((batch,), n, device=keys.device)
-        per_head = torch.as_tensor(budget, device=keys.device).expand(batch, heads)
+        per_head = budget if isinstance(budget, Tensor) else torch.full((), budget, device=keys.device)
         valid = torch.ones_like(positions, dtype=torch.bool)
-        return cls(keys, values, positions, valid, seen, per_head, **fields)
+        return cls(keys, values, positions, valid, seen, per_head.to(keys.device).expand(batch, heads), **fields)
 
     @property
     def age(self) -> Tensor:
@@ -91,7 +93,7 @@ class CacheView:
 
     def with_budget(self, budget: Tensor) -> CacheView:
         """The same view for another budget `[B, H]`."""
-        return replace(self, budget=budget)
+        return replace(self, budget=budget, largest_budget=None)
 
     def protected(self, sinks: int, recent: int) -> Tensor:
         """Slots of the first `sinks` and last `recent` tokens, `[B, H, n]` bool; see :func:`protected_tokens`."""

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kv_gym.budgets.allocation import ScoredLayer
@@ -51,5 +50,4 @@ class Ada(ThresholdAllocation):
         budget = layer.view.budget
         floor = (budget.double() * self.alpha + 1e-6).long()  # the tiny term keeps 0.2 * 15 at 3
         priorities = layer.priorities.masked_fill(top_mask(layer.priorities, floor), _HIGHEST)
-        rows = zip(priorities.flatten(1), budget.sum(1).tolist(), strict=True)
-        return torch.stack([highest(row, total) for row, total in rows]).view_as(priorities).sum(-1)
+        return highest(priorities.flatten(1), budget.sum(1)).view_as(priorities).sum(-1)

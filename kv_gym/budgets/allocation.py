@@ -5,7 +5,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from torch import Tensor
 
@@ -13,6 +13,20 @@ from kv_gym.budgets.order import priorities, top_mask
 from kv_gym.cache_view import CacheView, protected_tokens
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Paper, Policy
+
+
+class RowCounts(NamedTuple):
+    """What the host knows of a row of the batch.
+
+    Attributes:
+        seen: tokens seen.
+        budget: slots per head, an equal share of the total.
+        protected: how many slots of every head are protected at most.
+    """
+
+    seen: int
+    budget: int
+    protected: int
 
 
 @dataclass(frozen=True)
@@ -24,19 +38,25 @@ class ScoredLayer:
         priorities: `[batch, kv_heads, tokens]` int64, see :func:`kv_gym.budgets.priorities`.
         ordinal: which of the model's evicting layers it is, from 0.
         layer_count: how many evicting layers the model has.
-        protected_slots: `[batch]` int64, how many slots of every head are protected at most; None means none.
+        row_counts: per row, so that no rule has to ask an accelerator; empty: nothing is protected, and the others are
+            read from the view.
     """
 
     view: CacheView
     priorities: Tensor
     ordinal: int = 0
     layer_count: int = 1
-    protected_slots: Tensor | None = None
+    row_counts: Sequence[RowCounts] = ()
+
+    def __post_init__(self) -> None:
+        if not self.row_counts:
+            rows = zip(self.view.seen.tolist(), self.view.budget[:, 0].tolist(), strict=True)
+            object.__setattr__(self, "row_counts", [RowCounts(seen, budget, 0) for seen, budget in rows])
 
     @classmethod
     def of(
         cls, scores: Tensor, allocation: Allocation, view: CacheView, sinks: int, recent: int, ordinal: int = 0,
-        layer_count: int = 1,
+        layer_count: int = 1, seen: Sequence[int] | None = None, budgets: Sequence[int] | None = None,
     ) -> ScoredLayer:  # fmt: skip
         """A layer from a policy's scores.
 
@@ -48,10 +68,17 @@ class ScoredLayer:
             recent: last tokens that always stay.
             ordinal: which of the evicting layers it is, from 0.
             layer_count: how many evicting layers the model has.
+            seen: the view's, where the host knows it; None: it is read from the view.
+            budgets: the row's equal shares, likewise.
         """
+        seen = view.seen.tolist() if seen is None else seen
+        budgets = view.budget[:, 0].tolist() if budgets is None else budgets
+        rows = [
+            RowCounts(tokens, slots, sum(protected_tokens(slots, sinks, recent)))
+            for tokens, slots in zip(seen, budgets, strict=True)
+        ]
         order = priorities(allocation.compared(scores, view), view, view.protected(sinks, recent))
-        first, last = protected_tokens(view.budget[:, 0], sinks, recent)
-        return cls(view, order, ordinal, layer_count, first + last)
+        return cls(view, order, ordinal, layer_count, rows)
 
 
 class Allocation(ABC):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kv_gym.budgets.allocation import ScoredLayer
 from kv_gym.budgets.layer_shares import LayerShares, window_attention
-from kv_gym.cache_view import CacheView
+from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Paper
 
@@ -49,15 +49,16 @@ class Cake(LayerShares):
     def needs_queries(self) -> int:
         return self.window
 
-    def weights(self, layers: Sequence[ScoredLayer], free: Sequence[int], capacity: Sequence[int]) -> list[list[float]]:
-        return torch.stack([self._preference(layer.view) for layer in layers], 1).tolist()
+    def weights(self, layers: Sequence[ScoredLayer], free: Sequence[int], capacity: Sequence[int]) -> Tensor:
+        device = layers[0].priorities.device
+        return torch.stack([to_device(self._preference(layer), device) for layer in layers], 1)
 
-    def _preference(self, view: CacheView) -> Tensor:
+    def _preference(self, layer: ScoredLayer) -> Tensor:
         """`[batch]` float64."""
-        attention, real = window_attention(view, self.window, self.rule)
-        older = view.age >= self.window  # [batch, kv_heads, tokens], as the window's own tokens are always kept
+        attention, real = window_attention(layer, self.window, self.rule)
+        older = layer.view.age >= self.window  # [batch, kv_heads, tokens], as the window's own tokens are always kept
         group = attention.shape[1] // older.shape[1]
-        attention = attention * (older & view.valid).repeat_interleave(group, 1)[:, :, None]
+        attention = attention * (older & layer.view.valid).repeat_interleave(group, 1)[:, :, None]
         entropy = (-attention * (attention + 1e-10).log()).sum((1, 2, 3)).double().clamp(min=0)
         queries = real.sum(1)
         mean = attention.sum(2, keepdim=True) / queries.clamp(min=1)[:, None, None, None]

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from kv_gym.budgets.allocation import Allocation, ScoredLayer
 from kv_gym.budgets.order import LOWEST, sortable
+from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.files import atomic_write, read_json, validated
 from kv_gym.models.fingerprint import state_dict_hash
@@ -109,9 +110,11 @@ class Calibrated(Allocation):
                 f"allocation {self.name!r} was made for {self.layers} evicting layers of {self.kv_heads} KV heads, and "
                 f"this model has {layer.layer_count} of {heads}: make it anew with `kv-gym calibrate`"
             )
-        rows = zip(layer.view.budget[:, 0].tolist(), layer.view.seen.tolist(), strict=True)
-        edges = [float("-inf") if slots >= seen else self.threshold(slots, seen) for slots, seen in rows]
-        least = sortable(torch.tensor(edges, device=layer.priorities.device)) << 31
+        edges = [
+            float("-inf") if row.budget >= row.seen else self.threshold(row.budget, row.seen)
+            for row in layer.row_counts
+        ]  # fmt: skip
+        least = to_device(sortable(torch.tensor(edges)) << 31, layer.priorities.device)
         return ((layer.priorities >= least[:, None, None]) & (layer.priorities > LOWEST)).sum(-1)
 
     def threshold(self, slots: int, seen: int) -> float:

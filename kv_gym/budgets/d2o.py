@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kv_gym.budgets.allocation import ScoredLayer
 from kv_gym.budgets.layer_shares import LayerShares, window_attention
-from kv_gym.cache_view import CacheView
+from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Paper
 
@@ -45,14 +45,15 @@ class D2OShares(LayerShares):
     def needs_queries(self) -> int:
         return self.window
 
-    def weights(self, layers: Sequence[ScoredLayer], free: Sequence[int], capacity: Sequence[int]) -> list[list[float]]:
-        return torch.stack([(-self._spread(layer.view)).exp() for layer in layers], 1).tolist()
+    def weights(self, layers: Sequence[ScoredLayer], free: Sequence[int], capacity: Sequence[int]) -> Tensor:
+        device = layers[0].priorities.device
+        return torch.stack([to_device((-self._spread(layer)).exp(), device) for layer in layers], 1)
 
-    def _spread(self, view: CacheView) -> Tensor:
+    def _spread(self, layer: ScoredLayer) -> Tensor:
         """Variance over tokens, `[batch]` float64 in [0, 1]."""
-        attention, _ = window_attention(view, self.window, self.rule)
-        group = attention.shape[1] // view.valid.shape[1]
-        valid = view.valid.repeat_interleave(group, 1)
+        attention, _ = window_attention(layer, self.window, self.rule)
+        group = attention.shape[1] // layer.view.valid.shape[1]
+        valid = layer.view.valid.repeat_interleave(group, 1)
         received = attention.sum(2).double()  # [batch, query_heads, tokens], zero where not valid
         count = valid.sum(-1)
         mean = received.sum(-1) / count.clamp(min=1)

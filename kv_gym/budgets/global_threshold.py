@@ -13,6 +13,7 @@ from torch import Tensor
 
 from kv_gym.budgets.allocation import ScoredLayer
 from kv_gym.budgets.thresholds import ThresholdAllocation, highest
+from kv_gym.devices import to_device
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class GlobalThreshold(ThresholdAllocation):
 
     def kept(self, layers: Sequence[ScoredLayer]) -> list[Tensor]:
         sizes = [layer.priorities[0].numel() for layer in layers]
-        rows = torch.cat([layer.priorities.flatten(1) for layer in layers], 1)
-        totals = torch.stack([layer.view.budget.sum(1) for layer in layers]).sum(0)
-        kept = torch.stack([highest(row, int(total)) for row, total in zip(rows, totals, strict=True)])
-        return [part.view_as(layer.priorities) for part, layer in zip(kept.split(sizes, 1), layers, strict=True)]
+        device = layers[0].priorities.device  # the layers of a model may lie on several
+        rows = torch.cat([to_device(layer.priorities.flatten(1), device) for layer in layers], 1)
+        totals = torch.stack([to_device(layer.view.budget.sum(1), device) for layer in layers]).sum(0)
+        parts = zip(highest(rows, totals).split(sizes, 1), layers, strict=True)
+        return [to_device(part.view_as(layer.priorities), layer.priorities.device) for part, layer in parts]

@@ -11,11 +11,13 @@ import torch
 from torch import Tensor
 
 from kv_gym.budgets.allocation import Allocation, ScoredLayer, Uniform
+from kv_gym.budgets.order import inverse_permutation
 from kv_gym.cache_view import CacheView
+from kv_gym.devices import number_tensor, to_device
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
 
-_STEPS = 2**48  # weights are rounded to this many parts of the largest; integers then leave nothing to rounding
+_STEPS = 2**30  # weights are rounded to this many parts of the largest; times a total they still fit into int64
 
 
 @dataclass(frozen=True)
@@ -53,8 +55,13 @@ class LayerShares(Allocation):
         return self.within.compared(scores, view)
 
     @abstractmethod
-    def weights(self, layers: Sequence[ScoredLayer], free: Sequence[int], capacity: Sequence[int]) -> list[list[float]]:
+    def weights(
+        self, layers: Sequence[ScoredLayer], free: Sequence[int], capacity: Sequence[int]
+    ) -> list[list[float]] | Tensor:
         """What the layers of the model get, in proportion: for each row one number per evicting layer of the model.
+
+        A rule with `whole_model` gives them as a tensor `[batch, layers]` float64, and no layer then gets more than it
+        holds.
 
         Args:
             layers: as in :meth:`slots`.
@@ -63,28 +70,33 @@ class LayerShares(Allocation):
         """
 
     def slots(self, layers: Sequence[ScoredLayer]) -> list[Tensor]:
-        count, first = layers[0].layer_count, layers[0].view
-        seen = first.seen.tolist()
-        mean = [min(budget, n) for budget, n in zip(first.budget[:, 0].tolist(), seen, strict=True)]
-        protected = [0] * len(mean) if layers[0].protected_slots is None else layers[0].protected_slots.tolist()
-        protected = [min(count, slots) for count, slots in zip(protected, mean, strict=True)]
+        first, device = layers[0], layers[0].priorities.device
+        mean = [min(row.budget, row.seen) for row in first.row_counts]
+        protected = [min(row.protected, slots) for row, slots in zip(first.row_counts, mean, strict=True)]
         free = [slots - count for slots, count in zip(mean, protected, strict=True)]
-        capacity = [n - count for n, count in zip(seen, protected, strict=True)]
-        cached = _cached_slots(layers) if self.whole_model else [[n] * count for n in seen]
-        shares = []
-        for row, weights in enumerate(self.weights(layers, free, capacity)):
-            caps = [max(0, slots - protected[row]) for slots in cached[row]]
-            shares.append([protected[row] + slots for slots in apportion(free[row] * count, weights, caps)])
-        return [self.within.slots([_with_share(layer, shares)])[0] for layer in layers]
+        capacity = [row.seen - count for row, count in zip(first.row_counts, protected, strict=True)]
+        weights, totals = self.weights(layers, free, capacity), [slots * first.layer_count for slots in free]
+        front = number_tensor(protected, device)[:, None]
+        if isinstance(weights, Tensor):  # how many slots each layer holds matters, and only the device knows it
+            caps = (torch.stack([_slots_per_head(layer.view, device) for layer in layers], 1) - front).clamp(min=0)
+            shares = front + apportion_rows(number_tensor(totals, device), weights, caps)
+            columns = [shares[:, place] for place in range(len(layers))]
+        else:
+            parts = [
+                apportion(total, row, [cap] * first.layer_count)
+                for total, row, cap in zip(totals, weights, capacity, strict=True)
+            ]  # fmt: skip
+            columns = [front[:, 0] + number_tensor([row[layer.ordinal] for row in parts], device) for layer in layers]
+        return [self.within.slots([_with_share(*pair)])[0] for pair in zip(layers, columns, strict=True)]
 
 
-def _cached_slots(layers: Sequence[ScoredLayer]) -> list[list[int]]:
-    """Slots that each layer holds per head, rounded down; one list per row."""
-    return torch.stack([layer.view.valid.sum((1, 2)) // layer.view.valid.shape[1] for layer in layers], 1).tolist()
+def _slots_per_head(view: CacheView, device: torch.device) -> Tensor:
+    """Slots that a layer holds per head, rounded down, `[batch]`."""
+    return to_device(view.valid.sum((1, 2)) // view.valid.shape[1], device)
 
 
-def _with_share(layer: ScoredLayer, shares: list[list[int]]) -> ScoredLayer:
-    share = torch.tensor([row[layer.ordinal] for row in shares], device=layer.view.budget.device)
+def _with_share(layer: ScoredLayer, share: Tensor) -> ScoredLayer:
+    share = to_device(share, layer.view.budget.device)
     return replace(layer, view=layer.view.with_budget(share[:, None].expand_as(layer.view.budget)))
 
 
@@ -107,32 +119,50 @@ def apportion(total: int, weights: Sequence[float], caps: Sequence[int]) -> list
 
 @lru_cache(maxsize=512)  # every layer of a model asks for the same
 def _apportion(total: int, weights: tuple[float, ...], caps: tuple[int, ...]) -> tuple[int, ...]:
-    largest = max(weights) or 1.0
-    exact = [round(weight / largest * _STEPS) for weight in weights]
-    parts, rest, open_parts = list(caps), min(total, sum(caps)), list(range(len(caps)))
-    while True:
-        shares = (
-            {i: exact[i] for i in open_parts} if any(exact[i] for i in open_parts) else dict.fromkeys(open_parts, 1)
-        )
-        mass = sum(shares.values())
-        full = {i for i, share in shares.items() if rest * share >= caps[i] * mass}
-        if not full:
+    exact = torch.tensor([weights], dtype=torch.float64)
+    return tuple(apportion_rows(torch.tensor([total]), exact, torch.tensor([caps], dtype=torch.int64))[0].tolist())
+
+
+def apportion_rows(totals: Tensor, weights: Tensor, caps: Tensor) -> Tensor:
+    """:func:`apportion` for rows, where their tensors are: an accelerator is not waited for.
+
+    Args:
+        totals: `[rows]` int64.
+        weights: `[rows, parts]` float64.
+        caps: `[rows, parts]` int64.
+
+    Returns:
+        `[rows, parts]` int64.
+    """
+    largest = weights.amax(1, keepdim=True)
+    exact = (weights / torch.where(largest > 0, largest, 1.0) * _STEPS).round().long()
+    rest = torch.minimum(totals, caps.sum(1))[:, None]
+    is_open = torch.ones_like(caps, dtype=torch.bool)
+    for _ in range(caps.shape[1]):  # a round closes a part at least, or changes nothing
+        left, shares, mass = _open_shares(rest, exact, caps, is_open)
+        full = is_open & (left * shares >= caps * mass)
+        if full.device.type == "cpu" and not bool(full.any()):
             break
-        rest -= sum(caps[i] for i in full)
-        open_parts = [i for i in open_parts if i not in full]
-    for i, share in shares.items():
-        parts[i] = rest * share // mass
-    remaining = rest - sum(parts[i] for i in shares)
-    for i in sorted(shares, key=lambda i: (-(rest * shares[i] % mass), i))[:remaining]:
-        parts[i] += 1
-    return tuple(parts)
+        is_open = is_open & ~full
+    left, shares, mass = _open_shares(rest, exact, caps, is_open)
+    parts = torch.where(is_open, left * shares // mass, caps)
+    remainders = torch.where(is_open, left * shares % mass, -1)
+    remaining = rest - parts.sum(1, keepdim=True)
+    return parts + (inverse_permutation(remainders.argsort(dim=1, descending=True, stable=True)) < remaining).long()
 
 
-def window_attention(view: CacheView, window: int, rule: str) -> tuple[Tensor, Tensor]:
+def _open_shares(rest: Tensor, exact: Tensor, caps: Tensor, is_open: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What the full parts leave `[rows, 1]`, how the open ones share it `[rows, parts]`, and the sum of these."""
+    shares = exact * is_open
+    shares = torch.where(shares.sum(1, keepdim=True) > 0, shares, is_open.long())
+    return rest - (caps * ~is_open).sum(1, keepdim=True), shares, shares.sum(1, keepdim=True).clamp(min=1)
+
+
+def window_attention(layer: ScoredLayer, window: int, rule: str) -> tuple[Tensor, Tensor]:
     """Attention of the last queries, for rules that weigh layers by it.
 
     Args:
-        view: one layer.
+        layer: whose queries.
         window: how many of the last queries; a context that is shorter has fewer.
         rule: the allocation's name, for the refusal.
 
@@ -143,7 +173,8 @@ def window_attention(view: CacheView, window: int, rule: str) -> tuple[Tensor, T
     Raises:
         UserError: the view does not hold the queries.
     """
-    wanted = min(window, int(view.seen.max()))
+    view = layer.view
+    wanted = min(window, max(row.seen for row in layer.row_counts))
     stored = 0 if view.queries is None else view.queries.shape[2]
     if stored < wanted:
         raise UserError(

@@ -6,7 +6,6 @@ from abc import abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor
 
 from kv_gym.budgets.allocation import Allocation
@@ -85,13 +84,19 @@ class ThresholdAllocation(Allocation):
         return NORMALISATIONS[self.normalisation](scores, view) if self.normalisation else scores
 
 
-def highest(priorities: Tensor, count: int) -> Tensor:
-    """Exactly the `count` highest priorities of a row `[n]`, or all valid ones: bool `[n]`; ties go to the first."""
-    valid = priorities > LOWEST
-    if count >= int(valid.sum()):
-        return valid
-    if count < 1:
-        return torch.zeros_like(valid)
-    edge = priorities.kthvalue(len(priorities) - count + 1).values
+def highest(priorities: Tensor, counts: Tensor) -> Tensor:
+    """Exactly the highest priorities of every row, or all valid ones; ties go to the first.
+
+    Args:
+        priorities: `[rows, n]` int64.
+        counts: `[rows]` int64, how many; no host is asked.
+
+    Returns:
+        `[rows, n]` bool.
+    """
+    n = priorities.shape[1]
+    counts = counts.clamp(0, n)[:, None]
+    edge = priorities.sort(descending=True).values.gather(1, (counts - 1).clamp(min=0))
     above, tied = priorities > edge, priorities == edge
-    return above | (tied & (tied.cumsum(0) <= count - above.sum()))
+    best = above | (tied & (tied.cumsum(1) <= counts - above.sum(1, keepdim=True)))
+    return best & (counts > 0) & (priorities > LOWEST)

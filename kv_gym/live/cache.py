@@ -20,6 +20,7 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from kv_gym.budgets import Allocation
+from kv_gym.devices import HostCopy, to_device
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.decoding import decide_together
@@ -118,6 +119,7 @@ class EvictingCache(Cache):
             layers[index] = EvictingLayer(index, ordinal, self.config)
         super().__init__(layers=layers)
         self._in_forward = False
+        self._newest_are_real: HostCopy | None = None  # of a decoding step's mask, see `_check_later`
         self._attach()
 
     # what it holds
@@ -150,13 +152,13 @@ class EvictingCache(Cache):
         return positions.masked_fill(positions == last, -1)
 
     def kept(self) -> Tensor:
-        """How many tokens each head holds, `[evicting layers, batch, kv_heads]` int64.
+        """How many tokens each head holds, `[evicting layers, batch, kv_heads]` int64 on the CPU.
 
         Raises:
             UserError: nothing was seen yet.
         """
         self._refuse_empty()
-        return torch.stack([state.slots.counts() for state in self._states])
+        return torch.stack([state.slots.counts().cpu() for state in self._states])
 
     def nbytes(self) -> int:
         """Bytes of all that the cache holds: keys, values, positions, state, queries, tiers, with buffers' slack."""
@@ -200,8 +202,9 @@ class EvictingCache(Cache):
         unread = states[0].unread
         if isinstance(policy, StatefulPolicy) and policy.repetition and unread is not None and unread.shape[1]:
             by_index = {state.index: state for state in states}
-            run_second_reading(self.model, policy, unread, by_index, self.layers, self.seen)
-            states[0].unread = None
+            padded = states[0].unread_is_padded
+            run_second_reading(self.model, policy, unread, by_index, self.layers, self.seen, padded)
+            states[0].unread, states[0].unread_is_padded = None, False
 
     def restore(self) -> None:
         """Put back every evicted pair in full precision, in all rows, and evict nothing until :meth:`reset`.
@@ -364,7 +367,11 @@ class EvictingCache(Cache):
         if arguments.get("pixel_values") is not None:
             raise UserError("an evicting cache serves text only and was given images: leave pixel_values out")
         first = self._states[0]
-        token_mask = new_token_mask(arguments.get("attention_mask"), self.seen, first.tokens_seen)
+        mask = arguments.get("attention_mask")
+        if self._is_decoding_step(mask):
+            self._check_later(mask)
+            mask = None
+        token_mask = new_token_mask(mask, self.seen, first.tokens_seen)
         for layer in self._evicting:
             layer.token_mask = token_mask
         positions = arguments.get("position_ids")
@@ -374,6 +381,26 @@ class EvictingCache(Cache):
         if self.config.needs_second_reading:
             first.store_unread(arguments.get("input_ids"), positions, token_mask, self.seen)
         self._in_forward = True
+
+    def _is_decoding_step(self, mask: Any) -> bool:
+        """Whether a mask is for a single new token and on an accelerator, which is not to be waited for."""
+        return isinstance(mask, Tensor) and mask.device.type != "cpu" and mask.shape == (mask.shape[0], self.seen + 1)
+
+    def _check_later(self, mask: Tensor) -> None:
+        """Take a single new token as real, and refuse the mask of an earlier one that turns out to hide it.
+
+        Raises:
+            UserError: an earlier mask hid its new token in some row.
+        """
+        if self._newest_are_real is None:
+            self._newest_are_real = HostCopy(mask[:, -1].all())
+        elif self._newest_are_real.has_arrived():
+            hidden, self._newest_are_real = not bool(self._newest_are_real.tensor), None
+            if hidden:
+                raise UserError(
+                    "the attention mask hid a single new token, which on an accelerator is taken to be real: give "
+                    "tokens one by one without padding, and leave rows that have ended out of the batch"
+                )
 
     def after_forward(self) -> None:
         """A forward ended: check the guard's signal, and evict now if that needs all layers to have read it."""
@@ -470,9 +497,12 @@ class EvictingCache(Cache):
             for state in states:
                 state.evict(rows_to_evict, trim)
             return
-        layers = [state.score_slots(rows_to_evict) for state in states]
-        for state, kept in zip(states, allocation.kept(layers), strict=True):
-            state.keep_slots(kept, trim)
+        masks = allocation.kept([state.score_slots(rows_to_evict) for state in states])
+        lengths: Iterable[Tensor | None] = [None] * len(states)
+        if any(state.waits_to_keep(trim) for state in states):  # one wait for all layers
+            lengths = HostCopy.read(torch.stack([to_device(kept.sum(2), masks[0].device) for kept in masks]))
+        for state, kept, counts in zip(states, masks, lengths, strict=True):
+            state.keep_slots(kept, trim, counts)
 
     def _use_budget(self, budget: str | int | float) -> None:
         self.config = self.config.fork(budget=budget)

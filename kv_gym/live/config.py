@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -362,10 +362,20 @@ class CacheConfig:
         """Last tokens that always stay: `recent`, or those that the trigger leaves alone."""
         return max(self.recent, self.trigger.lag)
 
-    def scored_layer(self, scores: Tensor, view: CacheView, ordinal: int) -> ScoredLayer:
-        """A layer ready to be cut; `ordinal` is which of the evicting layers it is."""
+    def scored_layer(
+        self, scores: Tensor, view: CacheView, ordinal: int, seen: Sequence[int], budgets: Sequence[int]
+    ) -> ScoredLayer:
+        """A layer ready to be cut.
+
+        Args:
+            scores: `[batch, kv_heads, tokens]`.
+            view: its slots.
+            ordinal: which of the evicting layers it is.
+            seen: tokens seen, per row.
+            budgets: slots per head, per row.
+        """
         return ScoredLayer.of(
-            scores, self.allocation, view, self.sinks, self.protected_recent, ordinal, self.num_layers
+            scores, self.allocation, view, self.sinks, self.protected_recent, ordinal, self.num_layers, seen, budgets
         )
 
     def protected_range(self, slots: int, seen: int) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from kv_gym.budgets import ScoredLayer, slot_to_evict, top_mask
 from kv_gym.cache_view import CacheView
+from kv_gym.devices import HostCopy, number_tensor, to_device
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.slots import EqualSlots, Slots, concatenate
@@ -42,6 +43,7 @@ class LayerState:
         scaling: factor on query-key products.
         unread: `[batch, t, 2]` int64, tokens that a policy's second reading has yet to repeat, and the model's own
             positions of them; -1 where they are padding. In the first evicting layer alone, None where no policy asks.
+        unread_is_padded: whether some of them are padding.
         output: slices of the output projection `[query_heads, d, D]`, where a policy needs them; the model's own
             memory.
         newest: keys, values and positions of a decoding step's token, until all layers have read it and are scored
@@ -58,6 +60,7 @@ class LayerState:
         self._pending_query: Tensor | None = None  # queries of the last forward that no policy was shown yet
         self.queries: Tensor | None = None
         self.unread: Tensor | None = None
+        self.unread_is_padded = False
         self.scaling: float | None = None
         self.output: Tensor | None = None
         self.newest: dict[str, Tensor] | None = None
@@ -105,7 +108,7 @@ class LayerState:
         if config.stateful_policies or config.stored_scores:
             valid = torch.ones_like(positions, dtype=torch.bool)
             if token_mask is not None and token_mask.dim() == 2:
-                valid &= token_mask[:, None].to(valid.device)
+                valid &= to_device(token_mask[:, None], valid.device)
             view = self.new_view(pairs, valid, hidden)
             for i, policy in config.stateful_policies:
                 new |= {f"{i}/{name}": tensor for name, tensor in policy.initial_state(view).items()}
@@ -114,7 +117,7 @@ class LayerState:
 
     def new_view(self, pairs: Mapping[str, Tensor], valid: Tensor, hidden: Tensor | None = None) -> CacheView:
         """New tokens alone, as policies see them that score or begin their state on arrival."""
-        seen, budget = _per_row(self.tokens_seen, valid.device), self._view_budget(None, valid)
+        seen, budget = number_tensor(self.tokens_seen, valid.device), self._view_budget(None, valid)
         return CacheView(
             **pairs, valid=valid, seen=seen, budget=budget, layer=self.index, scaling=self.scaling, hidden=hidden
         )
@@ -124,7 +127,7 @@ class LayerState:
         if token_mask is None and len(set(self.tokens_seen)) == 1:
             return _consecutive(self.tokens_seen[0], m, device)
         ahead = torch.arange(m) if token_mask is None else token_mask.cumsum(1) - 1
-        return (_per_row(self.tokens_seen, device)[:, None] + ahead.to(device))[:, None]
+        return (number_tensor(self.tokens_seen, device)[:, None] + to_device(ahead, device))[:, None]
 
     def store_unread(self, ids: Tensor | None, positions: Tensor | None, token_mask: Tensor | None, seen: int) -> None:
         """Keep the ids of new tokens until they are read again.
@@ -145,9 +148,10 @@ class LayerState:
             )
         if positions is None:
             positions = torch.arange(seen, seen + ids.shape[1])[None]
-        new = torch.stack((ids, positions.to(ids.device).expand_as(ids)), -1)
+        new = torch.stack((ids, to_device(positions, ids.device).expand_as(ids)), -1)
         if token_mask is not None:
-            new.masked_fill_(~token_mask.to(ids.device)[..., None], -1)
+            self.unread_is_padded = True
+            new.masked_fill_(~to_device(token_mask, ids.device)[..., None], -1)
         self.unread = new if self.unread is None else torch.cat((self.unread, new), 1)
 
     def use_output_projection(self, module: nn.Module, query_heads: int, d: int) -> None:
@@ -194,9 +198,10 @@ class LayerState:
             return
         view, filled = self._view(None)
         view = replace(view, queries=None, state={})
+        newest_last = isinstance(self.slots, EqualSlots) and self.appended >= query.shape[2]
         for i, policy in self.config.stateful_policies:
             state = {name: filled[buffer] for name, buffer in self._state_names(i)}
-            for name, tensor in _observed(policy, view, query, state, token_mask).items():
+            for name, tensor in _observed(policy, view, query, state, token_mask, newest_last).items():
                 self.slots.write(f"{i}/{name}", tensor)
 
     def write_state(self, state: Mapping[str, Tensor]) -> None:
@@ -224,7 +229,7 @@ class LayerState:
             filled["values"],
             filled["positions"],
             valid,
-            seen=_per_row(self.tokens_seen, valid.device),
+            seen=number_tensor(self.tokens_seen, valid.device),
             budget=self._view_budget(rows_to_evict, valid),
             layer=self.index,
             scaling=self.scaling,
@@ -232,11 +237,12 @@ class LayerState:
             # the policy's own: it is the only one tracked, unless it is a group, which does not score
             state={name: filled[buffer] for name, buffer in self._state_names(0)},
             output=self.output,
+            largest_budget=max(self.row_budgets(rows_to_evict)),
         )
         return view, filled
 
     def _view_budget(self, rows_to_evict: Sequence[bool] | None, like: Tensor) -> Tensor:
-        return _per_row(self.row_budgets(rows_to_evict), like.device)[:, None].expand(-1, like.shape[1])
+        return number_tensor(self.row_budgets(rows_to_evict), like.device)[:, None].expand(-1, like.shape[1])
 
     def row_budgets(self, rows_to_evict: Sequence[bool] | None) -> list[int]:
         """Slots per head of every row; no limit for rows that are not to be cut."""
@@ -291,9 +297,8 @@ class LayerState:
             return
         layer = self.score_slots(rows_to_evict)
         if not self.tier.drops:
-            self._hand_to_tier(
-                top_mask(layer.priorities, layer.view.budget), self.slots.length - budget, trim, equal=True
-            )
+            kept = top_mask(layer.priorities, layer.view.budget)
+            self._hand_to_tier(kept, self.slots.bounds - budget, trim, equal=True)
         self.slots.keep_top(layer.priorities, budget, self._slack(), trim)
 
     def can_remove_one(self, budget: int) -> bool:
@@ -324,12 +329,13 @@ class LayerState:
             # nobody reads keys and values where scores are stored
             filled, valid = self.slots.padded(("positions", "scores"))
             nothing, scores = filled["scores"][..., None][..., :0], filled["scores"]
-            seen, budget = _per_row(self.tokens_seen, valid.device), self._view_budget(rows_to_evict, valid)
+            seen, budget = number_tensor(self.tokens_seen, valid.device), self._view_budget(rows_to_evict, valid)
             view = CacheView(nothing, nothing, filled["positions"], valid, seen, budget, self.index)
         else:
             view, filled = self._view(rows_to_evict)
             scores = filled["scores"] if stored else self.config.policy.score(view)
-        return self.config.scored_layer(scores, view, self.ordinal)
+        budgets = self.row_budgets(rows_to_evict)
+        return self.config.scored_layer(scores, view, self.ordinal, self.tokens_seen, budgets)
 
     def begin_eviction(self, rows_to_evict: Sequence[bool] | None) -> None:
         """Note that the rows `rows_to_evict` are cut now; None means all."""
@@ -345,19 +351,33 @@ class LayerState:
         before = zip(self.tokens_seen, self.evicted_at, rows, strict=True)
         self.evicted_at = [seen if evicts else at for seen, at, evicts in before]
 
-    def keep_slots(self, kept: Tensor, trim: bool = False) -> None:
-        """Keep the slots `kept [batch, kv_heads, longest]` bool and hand the others to the tier."""
-        if not self.tier.drops:
-            self._hand_to_tier(kept, int((self.slots.counts() - kept.sum(2).cpu()).max()), trim, equal=False)
-        self.slots = self.slots.keep(kept, self._slack(), trim)
+    def waits_to_keep(self, trim: bool = False) -> bool:
+        """Whether :meth:`keep_slots` has to know the new lengths on the host."""
+        return self.slots.waits_to_keep(self._slack(), trim)
 
-    def _hand_to_tier(self, kept: Tensor, most: int, trim: bool, equal: bool) -> None:
-        """Show the tier which slots are about to go, at most `most` of a head, and take over what it changes."""
-        if not most:
+    def keep_slots(self, kept: Tensor, trim: bool = False, lengths: Tensor | None = None) -> None:
+        """Keep some slots and hand the others to the tier.
+
+        Args:
+            kept: `[batch, kv_heads, longest]` bool.
+            trim: keep no room for tokens to come.
+            lengths: ``kept.sum(2)`` on the CPU, where it is known there already.
+        """
+        if lengths is None and (kept.device.type == "cpu" or self.waits_to_keep(trim)):
+            lengths = HostCopy.read(kept.sum(2))
+        if not self.tier.drops:
+            bounds = self.slots.bounds
+            self._hand_to_tier(kept, bounds if lengths is None else bounds - lengths, trim, equal=False)
+        self.slots = self.slots.keep(kept, self._slack(), trim, lengths)
+
+    def _hand_to_tier(self, kept: Tensor, most: Tensor, trim: bool, equal: bool) -> None:
+        """Show the tier which slots are about to go, at most `most [batch, kv_heads]`; take over what it changes."""
+        if not bool(most.any()):
             return
         filled, valid = self.slots.padded(SLOT_BUFFERS)
         keys, values, positions = (filled[name] for name in SLOT_BUFFERS)
-        pairs = EvictedPairs(keys, values, positions, valid, kept, most, equal, self._slack(), trim)
+        seen = max(self.tokens_seen)
+        pairs = EvictedPairs(keys, values, positions, valid, kept, most, seen, equal, self._slack(), trim)
         for name, tensor in (self.tier.take(pairs) or {}).items():
             self.slots.write(name, tensor)
 
@@ -432,14 +452,14 @@ class LayerState:
             twin.tier = self.tier.fork()
         else:
             complete = not self.tokens_seen or bool(
-                (self.slots.counts() == torch.tensor(self.tokens_seen)[:, None]).all()
+                (self.slots.counts().cpu() == torch.tensor(self.tokens_seen)[:, None]).all()
             )
             twin.tier = config.layer_tier.begin_after(self.tier, self.ordinal, not self.tokens_seen, complete)
         if not self.tokens_seen:
             return twin
         twin.slots = self.slots.clone(self._buffers_for(config))
         if self.unread is not None and config.needs_second_reading:
-            twin.unread = self.unread.clone()
+            twin.unread, twin.unread_is_padded = self.unread.clone(), self.unread_is_padded
         if self.queries is not None and config.num_queries:
             twin.queries = self.queries[:, :, -config.num_queries :].clone()
         if config.scores_on_arrival and "scores" not in twin.slots.buffers:
@@ -476,12 +496,17 @@ def last_queries(known: Tensor | None, new: Tensor, count: int, token_mask: Tens
     both = new if known is None else torch.cat((known, new), 2)
     real = torch.ones(both.shape[0], both.shape[2], dtype=torch.bool)
     real[:, -new.shape[2] :] = token_mask
-    order = real.byte().argsort(dim=1, stable=True)[:, -count:].to(new.device)  # padding first
+    order = to_device(real.byte().argsort(dim=1, stable=True)[:, -count:], new.device)  # padding first
     return both.gather(2, order[:, None, :, None].expand(-1, both.shape[1], -1, both.shape[3]))
 
 
 def _observed(
-    policy: StatefulPolicy, view: CacheView, query: Tensor, state: dict[str, Tensor], token_mask: Tensor | None
+    policy: StatefulPolicy,
+    view: CacheView,
+    query: Tensor,
+    state: dict[str, Tensor],
+    token_mask: Tensor | None,
+    newest_last: bool,
 ) -> dict[str, Tensor]:
     """The state after a forward's queries `[batch, query_heads, m, d]`.
 
@@ -489,10 +514,10 @@ def _observed(
     be read alone.
     """
     if token_mask is None:
-        return observe_blocks(policy, view, query, state)
+        return observe_blocks(policy, view, query, state, newest_last=newest_last)
     after = {name: tensor.clone() for name, tensor in state.items()}
     for row in range(len(token_mask)):
-        columns = token_mask[row].nonzero()[:, 0].to(query.device)
+        columns = to_device(token_mask[row].nonzero()[:, 0], query.device)
         if not len(columns):
             continue
         one = slice(row, row + 1)
@@ -506,7 +531,8 @@ def _observed(
             budget=view.budget[one],
         )
         row_state = {name: tensor[one] for name, tensor in state.items()}
-        for name, tensor in observe_blocks(policy, row_view, query[one][:, :, columns], row_state).items():
+        observed = observe_blocks(policy, row_view, query[one][:, :, columns], row_state, newest_last=False)
+        for name, tensor in observed.items():
             after[name][one] = tensor
     return after
 
@@ -515,10 +541,3 @@ def _observed(
 def _consecutive(first: int, count: int, device: torch.device) -> Tensor:
     """Positions from `first` on, `[1, 1, count]`: the same for all layers, so made once a forward and never changed."""
     return torch.arange(first, first + count, device=device)[None, None]
-
-
-def _per_row(numbers: Sequence[int], device: torch.device) -> Tensor:
-    """Numbers per row as int64 `[batch]`; alike ones reach a device without a wait."""
-    if len(set(numbers)) == 1:
-        return torch.full((len(numbers),), numbers[0], device=device)
-    return torch.tensor(numbers, device=device)

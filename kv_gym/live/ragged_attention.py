@@ -171,8 +171,7 @@ def _rows(slots: Slots, names: Sequence[str]) -> tuple[list[Tensor], Tensor, Ten
         lengths = torch.full((batch * heads,), slots.length, device=device)
         return [buffer.contiguous().flatten(0, 2) for buffer in buffers], starts, lengths, slots.length
     assert isinstance(slots, RaggedSlots)
-    starts, lengths = (part.flatten().to(device, non_blocking=True) for part in (slots.starts, slots.lengths))
-    return buffers, starts, lengths, int(slots.capacities.max())
+    return buffers, slots.starts_on_device.flatten(), slots.lengths.flatten(), int(slots.capacities.max())
 
 
 def attend_per_head(
@@ -236,7 +235,7 @@ def attend_varlen(query: Tensor, slots: RaggedSlots, scaling: float) -> Tensor:
     # [batch * kv heads * m, group, d]: the queries of one KV head lie together, in the order of time
     queries = query.view(batch, heads, group, m, d).transpose(2, 3).reshape(-1, group, d)
     sequences = batch * heads
-    ends = torch.cat((slots.starts.flatten(), slots.capacities.sum()[None])).int()
+    ends = torch.cat((slots.starts.flatten(), slots.capacities.sum()[None])).int()  # on the CPU
     out = varlen_attn(
         queries,
         slots.buffers["keys"][:, None],
@@ -248,7 +247,7 @@ def attend_varlen(query: Tensor, slots: RaggedSlots, scaling: float) -> Tensor:
         scale=scaling,
         window_size=(-1, 0),
         enable_gqa=group > 1,
-        seqused_k=slots.lengths.flatten().int().to(device, non_blocking=True),
+        seqused_k=slots.lengths.flatten().int(),
     )
     assert isinstance(out, Tensor)  # nothing else was asked for
     return out.view(batch, heads, m, group, -1).transpose(1, 2).reshape(batch, m, query_heads, -1)

@@ -16,6 +16,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from kv_gym.devices import number_tensor
 from kv_gym.errors import UserError
 from kv_gym.live.slots import EqualSlots, Slots
 from kv_gym.models.attention import attention_modules
@@ -75,7 +76,7 @@ class RopeShift:
         positions = filled["positions"]
         last = torch.iinfo(torch.int64).max
         rank = positions.masked_fill(~valid, last).argsort(-1).argsort(-1)
-        seen = torch.tensor(tokens_seen, device=positions.device)[:, None, None]
+        seen = number_tensor(tokens_seen, positions.device)[:, None, None]
         target = seen - valid.sum(-1, keepdim=True) + rank
         return self.rotate(filled["keys"], (target - positions).masked_fill(~valid, 0))
 

@@ -109,7 +109,7 @@ def _slots_to_write(slots: Slots) -> tuple[dict[str, Any], dict[str, Tensor | No
         filled = slots.filled()
         for name, buffer in slots.buffers.items():
             parts[f"slots.{name}"] = copy = torch.zeros_like(buffer)
-            copy[filled.to(buffer.device)] = buffer[filled.to(buffer.device)]
+            copy[filled] = buffer[filled]
         return {}, parts | {"lengths": slots.lengths, "capacities": slots.capacities}
     assert isinstance(slots, EqualSlots)
     slots.close_gap()
@@ -245,6 +245,7 @@ class SavedCache:
         state.queries, state.unread = tensors.get("queries"), tensors.get("unread")
         if state.unread is not None:
             counts = (state.unread[..., 0] >= 0).sum(1).tolist()
+            state.unread_is_padded = any(count < state.unread.shape[1] for count in counts)
             too_many = any(count > row for count, row in zip(counts, state.tokens_seen, strict=True))
             if too_many or bool((state.unread >= MAX_TOKENS).any()):
                 raise self._damaged("tokens that were never seen")
@@ -284,10 +285,10 @@ class SavedCache:
 
     def _check_positions(self, slots: Slots, tokens_seen: Sequence[int]) -> None:
         """Refuse unless every head holds distinct tokens that its row has seen."""
-        counts = slots.counts().flatten()
-        positions = slots.data("positions").flatten().cpu()
+        counts, positions = slots.counts().flatten().cpu(), slots.data("positions").flatten()
         if isinstance(slots, RaggedSlots):
             positions = positions[slots.filled()]
+        positions = positions.cpu()
         head = torch.arange(len(counts)).repeat_interleave(counts)
         seen = torch.tensor(tokens_seen).repeat_interleave(len(counts) // len(tokens_seen))[head]
         if bool(((positions < 0) | (positions >= seen)).any()):

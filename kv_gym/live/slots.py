@@ -13,6 +13,8 @@ from collections.abc import Callable, Collection, Mapping
 import torch
 from torch import Tensor
 
+from kv_gym.devices import HostCopy, to_device
+
 MIN_SLACK = 16
 
 
@@ -30,8 +32,21 @@ class Slots(ABC):
 
     @property
     @abstractmethod
+    def bounds(self) -> Tensor:
+        """At least as many as the slots of every head, `[batch, kv_heads]` int64 on the CPU; exact on a CPU."""
+
+    @property
     def longest(self) -> int:
-        """Slots of the head that holds most."""
+        """Slots of the head that holds most; on an accelerator a bound of that."""
+        return int(self.bounds.max())
+
+    @property
+    def device(self) -> torch.device:
+        """Where the buffers are."""
+        return self._any().device
+
+    def _any(self) -> Tensor:
+        return next(iter(self.buffers.values()))
 
     @property
     @abstractmethod
@@ -40,31 +55,44 @@ class Slots(ABC):
 
     @abstractmethod
     def counts(self) -> Tensor:
-        """Slots of every head, `[batch, kv_heads]` int64 on the CPU."""
+        """Slots of every head, `[batch, kv_heads]` int64 on the device of the buffers."""
 
     @abstractmethod
-    def append(self, new: Mapping[str, Tensor], slack: int, token_mask: Tensor | None = None) -> Slots:
+    def append(
+        self,
+        new: Mapping[str, Tensor],
+        slack: int,
+        token_mask: Tensor | None = None,
+        most: Tensor | None = None,
+        limit: int | None = None,
+    ) -> Slots:
         """Add tokens behind those of every head.
 
         Args:
             new: one tensor `[batch, kv_heads, new, ...]` for each buffer; what comes later may be left out where
                 there is a gap.
             slack: by how many slots a full buffer grows at least.
-            token_mask: `[batch, new]` or `[batch, kv_heads, new]` bool on the CPU, which of them to store; None means
-                all.
+            token_mask: `[batch, new]` or `[batch, kv_heads, new]` bool, which of them to store; None means all.
+            most: `[batch, kv_heads]` int64 on the CPU, how many of them at most; None where `token_mask` is on the CPU.
+            limit: no head holds more than so many afterwards; None: not known.
 
         Returns:
             The slots to use from here on: these, or ragged ones.
         """
 
     @abstractmethod
-    def keep(self, kept: Tensor, slack: int, trim: bool = False) -> Slots:
+    def waits_to_keep(self, slack: int, trim: bool = False) -> bool:
+        """Whether :meth:`keep` has to know the new lengths on the host, for which an accelerator is waited for."""
+
+    @abstractmethod
+    def keep(self, kept: Tensor, slack: int, trim: bool = False, lengths: Tensor | None = None) -> Slots:
         """Keep the slots `kept [batch, kv_heads, longest]` bool and free the rest.
 
         Args:
             kept: which slots stay.
             slack: room beside a head's length that it may keep.
             trim: free all slack.
+            lengths: ``kept.sum(2)`` on the CPU, where it is known there already.
 
         Returns:
             The slots to use from here on: these, or ragged ones.
@@ -153,6 +181,10 @@ class EqualSlots(Slots):
         return self.buffers[name].narrow(2, 0, self.length)
 
     @property
+    def bounds(self) -> Tensor:
+        return torch.full(self._heads(), self.length)
+
+    @property
     def longest(self) -> int:
         return self.length
 
@@ -161,11 +193,18 @@ class EqualSlots(Slots):
         return self.length
 
     def counts(self) -> Tensor:
-        return torch.full(self._heads(), self.length)
+        return torch.full(self._heads(), self.length, device=self.device)
 
-    def append(self, new: Mapping[str, Tensor], slack: int, token_mask: Tensor | None = None) -> Slots:
+    def append(
+        self,
+        new: Mapping[str, Tensor],
+        slack: int,
+        token_mask: Tensor | None = None,
+        most: Tensor | None = None,
+        limit: int | None = None,
+    ) -> Slots:
         if token_mask is not None:
-            return self.to_ragged(new).append(new, slack, token_mask)
+            return self.to_ragged(new).append(new, slack, token_mask, most, limit)
         m = next(iter(new.values())).shape[2]
         if self._gap is not None and m == 1:
             self._fill_gap(new)
@@ -211,10 +250,12 @@ class EqualSlots(Slots):
         else:
             self._write_one(self._newest, {name: tensor})
 
-    def keep(self, kept: Tensor, slack: int, trim: bool = False) -> Slots:
-        lengths, index = kept.sum(2).cpu(), kept.flatten().nonzero()[:, 0]
-        flat = {name: self[name].flatten(0, 2)[index] for name in self.buffers}
-        return RaggedSlots(flat, lengths, lengths.clone())
+    def waits_to_keep(self, slack: int, trim: bool = False) -> bool:
+        return self.device.type != "cpu"
+
+    def keep(self, kept: Tensor, slack: int, trim: bool = False, lengths: Tensor | None = None) -> Slots:
+        flat = {name: self[name].flatten(0, 2) for name in self.buffers}
+        return RaggedSlots(flat, self.bounds, self.bounds).keep(kept, slack, True, lengths)
 
     def keep_top(self, priorities: Tensor, count: int, slack: int, trim: bool = False) -> None:
         """Keep the `count` slots of highest priority in every head.
@@ -277,7 +318,7 @@ class EqualSlots(Slots):
 
     def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
         filled = {name: self[name] for name in (self.buffers if names is None else names)}
-        return filled, torch.ones(*self._heads(), self.length, dtype=torch.bool, device=self._any().device)
+        return filled, torch.ones(*self._heads(), self.length, dtype=torch.bool, device=self.device)
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.buffers[name] = tensor
@@ -304,7 +345,7 @@ class EqualSlots(Slots):
         self.length, self._newest = self.length - count, None
 
     def select_rows(self, rows: Tensor) -> None:
-        self._map(lambda tensor: tensor.index_select(0, rows.to(tensor.device)))
+        self._map(lambda tensor: tensor.index_select(0, to_device(rows, tensor.device)))
 
     def clone(self, names: Mapping[str, str] | None = None) -> Slots:
         names = {name: name for name in self.buffers} if names is None else names
@@ -312,21 +353,17 @@ class EqualSlots(Slots):
 
     def to_ragged(self, like: Mapping[str, Tensor] | None = None) -> RaggedSlots:
         if self.length:
-            lengths = self.counts()
             flat = {name: self[name].flatten(0, 2).clone() for name in self.buffers}
-            return RaggedSlots(flat, lengths, lengths.clone())
+            return RaggedSlots(flat, self.bounds, self.bounds)
         assert like is not None
         nothing = torch.zeros(next(iter(like.values())).shape[:2], dtype=torch.int64)
         empty = {name: tensor.new_empty(0, *tensor.shape[3:]) for name, tensor in like.items()}
-        return RaggedSlots(empty, nothing, nothing.clone())
+        return RaggedSlots(empty, nothing, nothing)
 
     def own_memory(self) -> None:
         for name, buffer in self.buffers.items():
             if buffer.untyped_storage().nbytes() != buffer.numel() * buffer.element_size():
                 self.buffers[name] = buffer.clone(memory_format=torch.contiguous_format)
-
-    def _any(self) -> Tensor:
-        return next(iter(self.buffers.values()))
 
     def _heads(self) -> torch.Size:
         return self._any().shape[:2]
@@ -348,70 +385,127 @@ class RaggedSlots(Slots):
     """Slots of heads of different lengths, from none to all tokens.
 
     A buffer is `[total, ...]`; the head (row, KV head) fills ``lengths[row, head]`` of the ``capacities[row, head]``
-    entries from ``starts[row, head]`` on. These three are int64 tensors on the CPU, so attention never asks a device
-    how long its heads are.
+    entries from ``starts[row, head]`` on, and what lies in the others is never used.
+
+    Sizes follow from what the host knows, capacities and bounds; how long heads really are is known to the device
+    alone, so nothing here waits for an accelerator but an eviction that must know how much memory to free. After
+    other evictions the lengths travel to the host by themselves, and tighten the bounds once they are there.
+
+    Args:
+        buffers: tensors `[total, ...]` on one device.
+        lengths: `[batch, kv_heads]` int64, on any device.
+        capacities: `[batch, kv_heads]` int64 on the CPU.
+        bounds: `[batch, kv_heads]` int64 on the CPU, none below its length; None where `lengths` are on the CPU.
+
+    Attributes:
+        lengths: on the device of the buffers.
+        capacities, starts: on the CPU.
+        starts_on_device: `starts` on the device of the buffers.
     """
 
-    def __init__(self, buffers: Mapping[str, Tensor], lengths: Tensor, capacities: Tensor):
+    def __init__(
+        self, buffers: Mapping[str, Tensor], lengths: Tensor, capacities: Tensor, bounds: Tensor | None = None
+    ):
         self.buffers = dict(buffers)
-        self.lengths, self.capacities = lengths, capacities
-        self.starts = _starts(capacities)
+        self._bounds = lengths if bounds is None else bounds
+        self.lengths = to_device(lengths, self.device)
+        self._set_capacities(capacities)
+        self._since_known = 0  # tokens that came since the lengths from which `_bounds` were counted on
+        self._copy: HostCopy | None = None  # lengths after an eviction
+        self._since_copy: Tensor | int = 0  # tokens that came since
 
     @property
-    def longest(self) -> int:
-        return int(self.lengths.max())
+    def bounds(self) -> Tensor:
+        return self.lengths if self.device.type == "cpu" else self._bounds
 
     @property
     def mean(self) -> int:
-        return int(self.lengths.sum()) // self.lengths.numel()
+        return int(self.bounds.sum()) // self.bounds.numel()
 
     def counts(self) -> Tensor:
         return self.lengths
 
-    def append(self, new: Mapping[str, Tensor], slack: int, token_mask: Tensor | None = None) -> Slots:
+    def append(
+        self,
+        new: Mapping[str, Tensor],
+        slack: int,
+        token_mask: Tensor | None = None,
+        most: Tensor | None = None,
+        limit: int | None = None,
+    ) -> Slots:
         m = next(iter(new.values())).shape[2]
-        counts: Tensor | int = m
-        if token_mask is not None:
-            token_mask = (token_mask[:, None] if token_mask.dim() == 2 else token_mask).expand(*self.lengths.shape, m)
-            counts = token_mask.sum(2)
-        if int((self.capacities - self.lengths - counts).min()) < 0 or _is_frozen(self._any()):
-            self._lay_out(self.lengths + torch.as_tensor(counts).clamp(min=_room(slack)))
-        ends = self.starts + self.lengths
         if token_mask is None:  # a decoding step comes here: few operations
-            index, selected = (ends if m == 1 else ends[..., None] + torch.arange(m)).flatten(), None
-        else:
-            index, selected = runs(ends, token_mask.sum(2)), token_mask.flatten().nonzero()[:, 0]
+            self._make_room(m, slack)
+            ends = self.starts_on_device + self.lengths
+            index = (ends if m == 1 else ends[..., None] + torch.arange(m, device=self.device)).flatten()
+            for name, tensor in new.items():
+                self.buffers[name].index_copy_(0, index, tensor.flatten(0, 2))
+            self.lengths = self.lengths + m
+            return self
+        token_mask = (token_mask[:, None] if token_mask.dim() == 2 else token_mask).expand(*self.lengths.shape, m)
+        self._make_room(token_mask.sum(2).cpu() if most is None else most, slack, limit)
+        token_mask = to_device(token_mask, self.device)
+        counts = token_mask.sum(2)
+        # every entry of the buffers asks which new token it takes, if any: sizes then do not depend on the mask
+        heads, offsets = self._entries()
+        offsets -= self.lengths.flatten()[heads]
+        takes = (offsets >= 0) & (offsets < counts.flatten()[heads])
+        order = token_mask.byte().argsort(dim=-1, descending=True, stable=True).flatten()
+        index = heads * m + order[heads * m + offsets.clamp_(0, m - 1)]
         for name, tensor in new.items():
-            flat = tensor.flatten(0, 2)
-            flat = flat if selected is None else flat[selected.to(flat.device)]
-            self.buffers[name].index_copy_(0, index.to(flat.device), flat)
+            self.buffers[name] = _chosen(takes, tensor.flatten(0, 2)[index], self.buffers[name])
         self.lengths = self.lengths + counts
         return self
 
-    def keep(self, kept: Tensor, slack: int, trim: bool = False) -> Slots:
-        kept = kept.cpu()
-        lengths, offsets = kept.sum(2), torch.arange(kept.shape[2])
-        entries = self.starts[..., None] + offsets
-        if trim or self.capacities.sum() > lengths.sum() + lengths.numel() * _room(slack) or _is_frozen(self._any()):
-            self._take(entries[kept], lengths)
-            return self
-        # nothing is to be freed: the survivors among each head's last slots move over its victims
-        front = offsets < lengths[..., None]
-        # as many of one as of the other in every head, both in the order of heads
-        holes = entries[(offsets < self.lengths[..., None]) & front & ~kept]
-        moved = entries[kept & ~front]
-        for buffer in self.buffers.values():
-            buffer.index_copy_(0, holes.to(buffer.device), buffer[moved.to(buffer.device)])
-        self.lengths = lengths
+    def _make_room(self, counts: Tensor | int, slack: int, limit: int | None = None) -> None:
+        """Take `counts` more tokens into the bounds; where a head has no room for them, lay out anew."""
+        full = _is_frozen(self._any())
+        if not full and self._lacks_room(counts, limit):
+            self._read_copy()
+            full = self._lacks_room(counts, limit)
+        if full:
+            self._lay_out(_limited(self.bounds + torch.as_tensor(counts).clamp(min=_room(slack)), limit))
+        self._count(counts)
+        self._bounds = _limited(self._bounds, limit)
+
+    def _lacks_room(self, counts: Tensor | int, limit: int | None) -> bool:
+        return bool((self.capacities < _limited(self.bounds + counts, limit)).any())
+
+    def _count(self, counts: Tensor | int) -> None:
+        """Count tokens that came."""
+        self._bounds, self._since_copy = self._bounds + counts, self._since_copy + counts
+        self._since_known += counts if isinstance(counts, int) else int(counts.max())
+
+    def _read_copy(self) -> None:
+        """Tighten the bounds if the lengths after an earlier eviction have reached the host."""
+        if self._copy is not None and self._copy.has_arrived():
+            self._bounds, self._copy = self._copy.tensor + self._since_copy, None
+            self._since_known = int(torch.as_tensor(self._since_copy).max())
+
+    def waits_to_keep(self, slack: int, trim: bool = False) -> bool:
+        self._read_copy()
+        return self.device.type != "cpu" and (trim or self._since_known > 2 * _room(slack))
+
+    def keep(self, kept: Tensor, slack: int, trim: bool = False, lengths: Tensor | None = None) -> Slots:
+        counts = kept.sum(2)
+        if lengths is None and (self.device.type == "cpu" or self.waits_to_keep(slack, trim)):
+            lengths = HostCopy.read(counts)
+        bounds = self.bounds if lengths is None else lengths
+        too_large = trim or bool(self.capacities.sum() > bounds.sum() + bounds.numel() * _room(slack))
+        order = kept.byte().argsort(dim=-1, descending=True, stable=True)
+        self._lay_out(bounds if too_large else self.capacities, order=order)
+        self.lengths, self._bounds = counts, bounds
+        if lengths is not None:
+            self._since_known, self._copy = 0, None
+        elif self._copy is None:
+            self._copy, self._since_copy = HostCopy(counts), 0
         return self
 
     def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """A copy of what is asked for: for evictions, not for every token."""
-        offsets = torch.arange(max(1, self.longest))
+        offsets = torch.arange(max(1, self.longest), device=self.device)
         real = offsets < self.lengths[..., None]
-        index = (self.starts[..., None] + offsets).masked_fill(~real, 0)
-        device = self._any().device
-        index, real = index.to(device), real.to(device)
+        index = (self.starts_on_device[..., None] + offsets).masked_fill(~real, 0)
         out = {}
         for name in self.buffers if names is None else names:
             buffer = self.buffers[name]
@@ -425,57 +519,76 @@ class RaggedSlots(Slots):
         self.write(name, tensor)
 
     def write(self, name: str, tensor: Tensor) -> None:
-        offsets = torch.arange(self.lengths.numel()).view_as(self.lengths) * tensor.shape[2]
-        source = runs(offsets, self.lengths).to(tensor.device)
-        flat = tensor.flatten(0, 2)[source].to(self.buffers[name].dtype)
-        if _is_frozen(self._any()):
-            self._lay_out(self.capacities)
-        self.buffers[name].index_copy_(0, self.filled().to(tensor.device), flat)
+        heads, offsets = self._entries()
+        width = tensor.shape[2]
+        new = tensor.flatten(0, 2)[heads * width + offsets.clamp(max=width - 1)]
+        self.buffers[name] = _chosen(offsets < self.lengths.flatten()[heads], new, self.buffers[name])
 
     def data(self, name: str) -> Tensor:
         return self.buffers[name]
 
     def with_data(self, data: Mapping[str, Tensor]) -> Slots:
-        return RaggedSlots(data, self.lengths, self.capacities)
+        return RaggedSlots(data, self.lengths, self.capacities, self.bounds)
 
     def per_slot(self, heads: Tensor) -> Tensor:
-        return heads.flatten(0, 1).repeat_interleave(self.capacities.flatten().to(heads.device), 0)
+        return heads.flatten(0, 1)[self._entries()[0]]
 
     def drop_newest(self, count: int) -> None:
         self.lengths = self.lengths - count
+        self._count(-count)
 
     def select_rows(self, rows: Tensor) -> None:
-        rows = rows.cpu()
-        self._take(runs(self.starts[rows], self.lengths[rows]), self.lengths[rows])
+        on_host, on_device = rows.cpu(), to_device(rows, self.device)
+        self._bounds = self.bounds[on_host]
+        self._lay_out(self._bounds, starts=self.starts_on_device[on_device])
+        self.lengths, self._copy = self.lengths[on_device], None
 
     def clone(self, names: Mapping[str, str] | None = None) -> Slots:
         names = {name: name for name in self.buffers} if names is None else names
-        copy = RaggedSlots({new: self.buffers[old] for old, new in names.items()}, self.lengths, self.capacities)
-        copy._take(self.filled(), self.lengths.clone())
+        buffers = {new: self.buffers[old] for old, new in names.items()}
+        copy = RaggedSlots(buffers, self.lengths, self.capacities, self.bounds)
+        copy._lay_out(self.bounds)
         return copy
 
     def to_ragged(self, like: Mapping[str, Tensor] | None = None) -> RaggedSlots:
         return self
 
     def filled(self) -> Tensor:
-        """Indices of the real slots in the flat buffers, head after head, int64 on the CPU."""
-        return runs(self.starts, self.lengths)
+        """Indices of the real slots in the flat buffers, head after head, int64; an accelerator is waited for."""
+        heads, offsets = self._entries()
+        return (offsets < self.lengths.flatten()[heads]).nonzero()[:, 0]
 
-    def _any(self) -> Tensor:
-        return next(iter(self.buffers.values()))
+    def _entries(self) -> tuple[Tensor, Tensor]:
+        """Whose every entry of the buffers is, row after row, and which of its head's, from 0: `[total]` int64 each."""
+        capacities = to_device(self.capacities.flatten(), self.device)
+        total = int(self.capacities.sum())
+        heads = torch.arange(len(capacities), device=self.device).repeat_interleave(capacities, output_size=total)
+        return heads, torch.arange(total, device=self.device) - self.starts_on_device.flatten()[heads]
 
-    def _take(self, index: Tensor, lengths: Tensor) -> None:
-        self.buffers = {name: buffer[index.to(buffer.device)] for name, buffer in self.buffers.items()}
-        self.lengths, self.capacities, self.starts = lengths, lengths.clone(), _starts(lengths)
+    def _set_capacities(self, capacities: Tensor) -> None:
+        self.capacities, self.starts = capacities, _starts(capacities)
+        self.starts_on_device = to_device(self.starts, self.device)
 
-    def _lay_out(self, capacities: Tensor) -> None:
-        starts, total = _starts(capacities), int(capacities.sum())
-        old, new = self.filled(), runs(starts, self.lengths)
-        for name, buffer in self.buffers.items():
-            roomy = buffer.new_zeros(total, *buffer.shape[1:])  # zeros: what is padded is read, though never used
-            roomy.index_copy_(0, new.to(buffer.device), buffer.index_select(0, old.to(buffer.device)))
-            self.buffers[name] = roomy
-        self.capacities, self.starts = capacities, starts
+    def _lay_out(self, capacities: Tensor, starts: Tensor | None = None, order: Tensor | None = None) -> None:
+        """Copy all slots to new buffers.
+
+        Args:
+            capacities: of the new ones, on the CPU.
+            starts: where the slots of each head begin in the buffers so far; None means as they do.
+            order: `[batch, kv_heads, n]`, which of its slots a head takes first, second, ...; None means as they lie.
+        """
+        starts, old = self.starts_on_device if starts is None else starts, dict(self.buffers)
+        self._set_capacities(capacities)
+        heads, offsets = self._entries()
+        if order is not None:
+            width = order.shape[2]
+            offsets = order.flatten()[heads * width + offsets.clamp_(max=width - 1)]
+        index = starts.flatten()[heads] + offsets
+        for name, buffer in old.items():
+            if len(buffer):  # what follows a head's last slot is never used, so it may be any finite number
+                self.buffers[name] = buffer[index.clamp(max=len(buffer) - 1)]
+            else:
+                self.buffers[name] = buffer.new_zeros(len(index), *buffer.shape[1:])
 
 
 def concatenate(first: Slots, last: Slots) -> Slots:
@@ -485,29 +598,27 @@ def concatenate(first: Slots, last: Slots) -> Slots:
         both = {name: torch.cat((first[name], last[name]), 2) for name in names}
         return EqualSlots(both, first.length + last.length)
     front, back = first.to_ragged(), last.to_ragged()
-    lengths = front.lengths + back.lengths
-    total, starts = int(lengths.sum()), _starts(lengths)
+    bounds = front.bounds + back.bounds
+    starts, total = to_device(_starts(bounds), front.device), int(bounds.sum())
+    targets = []
+    for part, target in ((front, starts), (back, starts + front.lengths)):
+        heads, offsets = part._entries()
+        real = offsets < part.lengths.flatten()[heads]
+        # what is not real goes to one more entry at the end
+        targets.append(torch.where(real, target.flatten()[heads] + offsets, total))
     buffers = {}
     for name in names:
         like = front.buffers[name]
-        buffers[name] = like.new_empty(total, *like.shape[1:])
-        for part, target in ((front, starts), (back, starts + front.lengths)):
-            source = part.buffers[name]
-            index = runs(target, part.lengths).to(source.device)
-            buffers[name][index] = source[part.filled().to(source.device)]
-    return RaggedSlots(buffers, lengths, lengths)
+        both = like.new_zeros(total + 1, *like.shape[1:])
+        for part, index in zip((front, back), targets, strict=True):
+            both.index_copy_(0, index, part.buffers[name])
+        buffers[name] = both[:total]
+    return RaggedSlots(buffers, front.lengths + back.lengths, bounds, bounds)
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:
     """Slots `index [batch, kv_heads, kept]` of a tensor `[batch, kv_heads, slots, ...]`, as a new tensor."""
     return tensor.gather(2, _expand_index(index, tensor))
-
-
-def runs(starts: Tensor, counts: Tensor) -> Tensor:
-    """The indices start, start + 1, ... of every run, one after the other: `[sum of counts]` int64."""
-    flat = counts.flatten()
-    before = flat.cumsum(0) - flat
-    return torch.repeat_interleave(starts.flatten() - before, flat) + torch.arange(int(flat.sum()))
 
 
 def _expand_index(index: Tensor, tensor: Tensor) -> Tensor:
@@ -523,6 +634,15 @@ def _room(slack: int) -> int:
 def _starts(capacities: Tensor) -> Tensor:
     flat = capacities.flatten()
     return (flat.cumsum(0) - flat).view_as(capacities)
+
+
+def _limited(bounds: Tensor, limit: int | None) -> Tensor:
+    return bounds if limit is None else bounds.clamp(max=limit)
+
+
+def _chosen(mask: Tensor, new: Tensor, old: Tensor) -> Tensor:
+    """`new` where `mask [total]`, else `old`, in the type of `old`."""
+    return torch.where(mask.view(-1, *[1] * (old.dim() - 1)), new.to(old.dtype), old)
 
 
 def _is_frozen(buffer: Tensor) -> bool:

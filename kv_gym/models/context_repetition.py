@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
+from kv_gym.devices import number_tensor, to_device
 
 QUERY_BLOCK = 128
 """New queries that a policy observes at a time."""
@@ -36,22 +37,25 @@ class ContextRepetition:
     instruction: tuple[int, ...] = ()
     projected: bool = False
 
-    def chunks(self, text: Tensor, beginning: tuple[int, ...]) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
+    def chunks(
+        self, text: Tensor, beginning: tuple[int, ...], padded: bool = True
+    ) -> list[tuple[Tensor, Tensor, Tensor, Tensor]]:
         """The chunks of the repetition, in order.
 
         Args:
             text: `[batch, tokens]` int64, the tokens to repeat, -1 where a row has padding.
             beginning: token ids to begin with where there is no instruction.
+            padded: whether some row has padding.
 
         Returns:
             For each chunk: its token ids `[batch, m]`, -1 behind the end of a row; and, each `[batch]`, the first of
             the row's tokens that it repeats, the one after the last, and the number of the row's tokens.
         """
-        rows = [row[row >= 0] for row in text]
-        prefix = text.new_tensor(self.instruction or beginning)
-        counts = torch.tensor([len(row) for row in rows], device=text.device)
+        rows = [row[row >= 0] for row in text] if padded else list(text)
+        prefix = to_device(torch.tensor(self.instruction or beginning, dtype=text.dtype), text.device)
+        counts = number_tensor([len(row) for row in rows], text.device)
         chunks = []
-        for start in range(0, int(counts.max()), self.chunk):
+        for start in range(0, max(map(len, rows)), self.chunk):
             stop = start + self.chunk
             before = max(0, start - self.overlap)
             parts = [torch.cat((prefix, row[before:stop])) if len(row) > start else prefix[:0] for row in rows]

@@ -34,7 +34,13 @@ class CachedLayer(Protocol):
 
 @torch.no_grad()
 def run_second_reading(
-    model, policy: RereadingPolicy, text: Tensor, cached: Mapping[int, CachedLayer], layers: Sequence[Any], columns: int
+    model,
+    policy: RereadingPolicy,
+    text: Tensor,
+    cached: Mapping[int, CachedLayer],
+    layers: Sequence[Any],
+    columns: int,
+    padded: bool = True,
 ) -> None:
     """Have a model repeat the last tokens that it has cached, and update the policy's state by the attention.
 
@@ -48,19 +54,21 @@ def run_second_reading(
         cached: the full-attention layers, by their index in the model.
         layers: all layers of the cache; those with sliding windows are read, and left as they are.
         columns: tokens seen, padding included.
+        padded: whether some of `text` is padding; an accelerator is then waited for.
 
     Raises:
         UserError: rows with padding in a model with sliding-window layers, whose windows hold the padding.
     """
     repetition = policy.repetition
     assert repetition is not None
-    if bool((text < 0).any()) and len(cached) < len(layers):
+    padded = padded and bool((text < 0).any())
+    if padded and len(cached) < len(layers):
         raise UserError(
             f"policy {policy.name!r} reads the context again, which is not supported for padded batches of a "
             "model with sliding-window layers: give the rows one at a time"
         )
     following = text[..., 1].amax(1) + 1
-    for ids, first, last, counts in repetition.chunks(text[..., 0], _beginning(model)):
+    for ids, first, last, counts in repetition.chunks(text[..., 0], _beginning(model), padded):
         seen = next(iter(cached.values())).view().seen
         repeated = (seen - counts + first)[:, None], (seen - counts + last)[:, None]
         chunk_layers: list[Any] = [copy.copy(layer) for layer in layers]

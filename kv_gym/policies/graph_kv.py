@@ -53,7 +53,8 @@ class GraphKV(PolicyWrapper):
         scores = self.base_scores(view)
         batch, heads, n = scores.shape
         counts = (view.budget * self.sources).long().clamp(min=1)[..., None]
-        longest = min(n, int(counts.max()))
+        largest = int(view.budget.max()) if view.largest_budget is None else view.largest_budget
+        longest = min(n, int(largest * self.sources) + 1)  # a bound of the counts, however they are rounded
         sources = rank(scores, view).argsort(-1)[..., :longest]  # of equal scores the newer token, in any slot
         used = (torch.arange(longest, device=scores.device) < counts) & view.valid.gather(-1, sources)
         keys = view.keys.float()

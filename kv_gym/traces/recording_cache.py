@@ -78,7 +78,7 @@ class RecordingLayer(DynamicLayer):
         self.hidden = current_hidden_states(self.layer) if self.records_hidden else None
         view = CacheView.of(call.key, call.value, budget=n, layer=self.layer, scaling=call.scaling)
         for name, policy in self.policies.items():
-            self.stats[name] = observe_blocks(policy, view, call.query, policy.initial_state(view))
+            self.stats[name] = observe_blocks(policy, view, call.query, policy.initial_state(view), newest_last=True)
 
 
 class RecordingCache(Cache):
@@ -134,7 +134,7 @@ class RecordingCache(Cache):
                 for layer in layers.values():
                     layer.rereading_policy = name
                 text = torch.stack((ids, torch.arange(ids.shape[1], device=ids.device)[None]), -1)
-                run_second_reading(model, policy, text, layers, self.layers, ids.shape[1])
+                run_second_reading(model, policy, text, layers, self.layers, ids.shape[1], padded=False)
 
     @contextmanager
     def continuation(self, rows: int, block: int) -> Iterator[None]:

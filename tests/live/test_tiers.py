@@ -197,9 +197,9 @@ def reachable(thing, seen=None):
             reachable(value, seen)
     elif type(thing).__module__.startswith("kv_gym.live") and type(thing).__name__ != "CacheConfig":
         held = {name: value for name, value in vars(thing).items() if name != "_model"}
-        # which slots of flat buffers belong to whom is on the host, and no part of the cache's own count
-        host = ("lengths", "capacities", "starts")
-        reachable({name: value for name, value in held.items() if name not in host}, seen)
+        # which slots of flat buffers belong to whom is no part of the cache's own count
+        bookkeeping = ("lengths", "capacities", "starts", "starts_on_device", "_bounds", "_since_copy")
+        reachable({name: value for name, value in held.items() if name not in bookkeeping}, seen)
     return sum(seen.values())
 
 
@@ -320,7 +320,8 @@ def test_merging_by_hand():
     keys = torch.tensor([[1.0, 0.0], [3.0, 0.0], [0.0, 2.0]]).view(1, 1, 3, 2)
     values = torch.tensor([[4.0, 0.0], [0.0, 4.0], [8.0, 8.0]]).view(1, 1, 3, 2)
     kept = torch.tensor([[[True, False, False]]])
-    pairs = EvictedPairs(keys, values, torch.arange(3).view(1, 1, 3), torch.ones(1, 1, 3).bool(), kept, 2, True, 0)
+    positions, most = torch.arange(3).view(1, 1, 3), torch.tensor([[2]])
+    pairs = EvictedPairs(keys, values, positions, torch.ones(1, 1, 3).bool(), kept, most, 3, True, 0)
     layer = Merge().begin()
     changed = layer.take(pairs)
     assert layer.threshold.tolist() == [[0.5]]

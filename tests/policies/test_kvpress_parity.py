@@ -134,7 +134,8 @@ def stays(golden):
 def test_values_are_merged_as_kvpress_does(golden):
     kept, index = stays(golden)
     view = view_of(golden, make_policy("knorm"))
-    pairs = EvictedPairs(view.keys, view.values, view.positions, view.valid, kept, N // 2, True, 0)
+    most = torch.full((1, len(kept[0])), N // 2)
+    pairs = EvictedPairs(view.keys, view.values, view.positions, view.valid, kept, most, N, True, 0)
     merged = MergeValues().begin().take(pairs)["values"][0]
     wide = index[..., None].expand(-1, -1, merged.shape[-1])
     assert torch.equal(golden["keys"].gather(1, wide), golden["keys.merged"])

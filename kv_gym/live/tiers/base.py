@@ -14,6 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.live.slots import EqualSlots, Slots, take
 from kv_gym.policies.base import Paper
@@ -27,7 +28,8 @@ class EvictedPairs:
         keys, values: `[batch, kv_heads, n, d]`, a view that the eviction will overwrite.
         positions: `[batch, kv_heads, n]` int64.
         valid, kept: `[batch, kv_heads, n]` bool: real slots, and those of them that stay.
-        most: how many slots are evicted from the head that loses most; at least 1.
+        most_evicted: `[batch, kv_heads]` int64 on the CPU, how many slots each head loses at most; exact on a CPU.
+        seen: tokens seen by the row that has seen most.
         equal: every head loses equally many, and holds equally many.
         slack: slots by which buffers grow.
         trim: keep no room for pairs to come.
@@ -38,10 +40,16 @@ class EvictedPairs:
     positions: Tensor
     valid: Tensor
     kept: Tensor
-    most: int
+    most_evicted: Tensor
+    seen: int
     equal: bool
     slack: int
     trim: bool = False
+
+    @property
+    def most(self) -> int:
+        """How many slots the head loses at most that loses most; at least 1."""
+        return int(self.most_evicted.max())
 
     @property
     def evicted(self) -> Tensor:
@@ -68,9 +76,11 @@ class EvictedPairs:
             The slots to use from here on.
         """
         slots = EqualSlots() if stored is None else stored
-        slack = max(self.slack, slots.mean // 8)  # what is evicted only ever grows
-        real = None if self.equal else torch.arange(self.most) < self.evicted.sum(2).cpu()[..., None]
-        slots = slots.append(new, slack, real)
+        slack = max(self.slack, 0 if stored is None else stored.mean // 8)  # what is evicted only ever grows
+        real = None
+        if not self.equal:
+            real = torch.arange(self.most, device=self.kept.device) < self.evicted.sum(2)[..., None]
+        slots = slots.append(new, slack, real, self.most_evicted, self.seen)
         return slots.clone() if self.trim else slots
 
 
@@ -232,4 +242,4 @@ class DroppingLayer(LayerTier):
 
 def select_rows(tensor: Tensor | None, rows: Tensor) -> Tensor | None:
     """The rows `rows [new batch]` of a tensor `[batch, ...]` that may not be there yet."""
-    return None if tensor is None else tensor.index_select(0, rows.to(tensor.device))
+    return None if tensor is None else tensor.index_select(0, to_device(rows, tensor.device))

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from kv_gym.devices import number_tensor
 from kv_gym.errors import UserError
 from kv_gym.live.guard import Guard, LayerAttention, attention_signal, output_signal
 from kv_gym.live.slots import Slots
@@ -124,7 +125,7 @@ class TierRecorder(LayerTier):
         source = self.inner if isinstance(self.inner, QuantisedLayer) else self.sketch
         evicted = None if source is None else source.keys(query.dtype)
         filled, real = slots.padded(("keys", "positions"))
-        at = torch.tensor([at or 0 for at in evicted_at], device=query.device)
+        at = number_tensor([at or 0 for at in evicted_at], query.device)
         keys, positions = filled["keys"], filled["positions"]
         layer = LayerAttention(query, token_mask, keys, positions, real, scaling, at, evicted, visible)
         self.signal = attention_signal(self.guard.signal, layer, self.signal)

@@ -14,7 +14,12 @@ from kv_gym.policies.base import StatefulPolicy
 
 
 def observe_blocks(
-    policy: StatefulPolicy, view: CacheView, queries: Tensor, state: Mapping[str, Tensor], block: int = QUERY_BLOCK
+    policy: StatefulPolicy,
+    view: CacheView,
+    queries: Tensor,
+    state: Mapping[str, Tensor],
+    block: int = QUERY_BLOCK,
+    newest_last: bool | None = None,
 ) -> dict[str, Tensor]:
     """The policy's state after the last q queries, shown to it as if their tokens had arrived `block` at a time.
 
@@ -27,6 +32,8 @@ def observe_blocks(
         queries: `[B, Hq, q, d]`, those of the last q positions.
         state: tensors `[B, H, n, ...]`, with the initial state at the new slots.
         block: queries per call of `observe`.
+        newest_last: whether all slots are valid and the new tokens' are the last ones, in the order of the text: it
+            saves work. None: it is looked up where it matters, for which an accelerator is waited for.
     """
     if not state or policy.repetition:  # nothing to remember, or all of it comes from a second reading
         return dict(state)
@@ -34,10 +41,10 @@ def observe_blocks(
     q, n = queries.shape[2], view.keys.shape[2]
     offsets = torch.arange(q, device=queries.device) - q
     query_positions = view.seen[:, None] + offsets  # [B, q]
-    # checked for several blocks alone: one block cuts nothing off, and a decoding step should not wait for the device
-    newest_last = (
-        q > block and bool(view.valid.all()) and bool((view.positions[..., n - q :] == query_positions[:, None]).all())
-    )
+    if newest_last is None:  # one block cuts nothing off
+        newest_last = q > block and bool(
+            view.valid.all() & (view.positions[..., n - q :] == query_positions[:, None]).all()
+        )
     for start in range(0, q, block):
         stop = min(start + block, q)
         cut = n - q + stop if newest_last else n  # later tokens' slots do not exist yet

@@ -56,13 +56,16 @@ def number_tokens(view: CacheView) -> tuple[int, Tensor]:
     """Numbers for the cached tokens of all rows: the same token has one number in all heads of its row.
 
     Returns:
-        How many numbers there are, and the number of each slot, `[batch, kv_heads, tokens]` int64. The invalid slots
-        of a row count as one token.
+        A bound of the numbers (how many there are is not asked of an accelerator), and the number of each slot,
+        `[batch, kv_heads, tokens]` int64. The invalid slots of a row count as one token.
     """
     rows = torch.arange(len(view.positions), device=view.positions.device)[:, None, None]
     # a number for each token of each row, however far apart the positions are
-    tokens, numbers = (view.positions * len(view.positions) + rows).unique(return_inverse=True)
-    return len(tokens), numbers
+    ordered, order = (view.positions * len(view.positions) + rows).flatten().sort()
+    first = torch.ones_like(ordered)
+    first[1:] = ordered[1:] != ordered[:-1]
+    numbers = torch.empty_like(order).scatter_(0, order, first.cumsum(0) - 1)
+    return len(numbers), numbers.view_as(view.positions)
 
 
 def mean_over_heads(received: Tensor, view: CacheView) -> Tensor:
