@@ -139,8 +139,9 @@ def attention_weights(
     scores *= d**-0.5 if scaling is None else scaling
     visible = valid[:, :, None] & (positions[:, :, None] <= query_positions[:, None, :, None])  # [B, H, m, n]
     scores.masked_fill_(~visible[:, :, None], float("-inf"))
-    # a query that sees nothing (padding) gets zeros, not NaN
-    return scores.softmax(-1).nan_to_num_(0.0).reshape(batch, query_heads, m, n)
+    # a query that sees nothing (padding) gets zeros; NaN of keys or queries stays, for whoever scores by it to refuse
+    weights = scores.softmax(-1).masked_fill_(~visible.any(-1)[:, :, None, :, None], 0.0)
+    return weights.reshape(batch, query_heads, m, n)
 
 
 def group_mean(attention: Tensor, kv_heads: int) -> Tensor:

@@ -123,3 +123,13 @@ def test_expected_utility_weighs_blocks():
     future = Future(attention, torch.tensor([0.25, 0.75]))
     assert future.expected("max").flatten().tolist() == pytest.approx([0.5, 0.6])
     assert future.expected("mean").flatten().tolist() == pytest.approx([0.25, 0.6])
+
+
+def test_a_key_that_is_nan_is_not_hidden():
+    view = ragged_view()
+    keys = view.keys.clone()
+    keys[0, 0, 2] = float("nan")
+    attention = CacheView(**{**vars(view), "keys": keys}).attention()
+    assert attention[0, :3, -1].isnan().any() and attention[1].isfinite().all()
+    keys[0, 0, 2], keys[1, 1, 5] = 0.0, float("nan")  # of a slot that is not valid
+    assert CacheView(**{**vars(view), "keys": keys}).attention().isfinite().all()

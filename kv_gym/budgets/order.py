@@ -59,9 +59,10 @@ def priorities(scores: Tensor, view: CacheView, protect: Tensor | None = None) -
     """
     # adding zero makes -0.0 the same as 0.0
     scores = scores.detach().float().masked_fill(~view.valid, 0.0) + 0.0
-    _refuse_nan(scores, view.layer)
-    if scores.device.type != "cpu":
-        scores = scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))
+    if _may_wait_for(scores):
+        _refuse_nan(scores, view.layer)
+    else:
+        scores = _nan_as_lowest(scores)
     upper = sortable(scores)
     if protect is not None:
         upper.masked_fill_(protect, _PROTECTED)
@@ -108,15 +109,26 @@ def slot_to_evict(scores: Tensor, positions: Tensor, first: int, last: int, laye
         UserError: a score is NaN; as of :func:`priorities`.
     """
     scores = scores.detach().float()
+    if not _may_wait_for(scores):
+        scores = _nan_as_lowest(scores)
     if first or last < UNSEEN:
         scores = scores.masked_fill((positions < first) | (positions >= last), float("inf"))
     lowest = scores.amin(-1, keepdim=True)
-    _refuse_nan(lowest, layer)
+    if _may_wait_for(lowest):
+        _refuse_nan(lowest, layer)
     return torch.where(scores == lowest, positions, UNSEEN).argmin(-1, keepdim=True)
 
 
+def _may_wait_for(scores: Tensor) -> bool:
+    """Whether values may be looked at: on an accelerator that would wait for it."""
+    return scores.device.type == "cpu"
+
+
 def _refuse_nan(scores: Tensor, layer: int | None) -> None:
-    """Refuse NaN on a CPU; a device would have to be waited for."""
-    if scores.device.type == "cpu" and bool(scores.isnan().any()):
+    if bool(scores.isnan().any()):
         where = "while decoding" if layer is None else f"in layer {layer}"
         raise UserError(f"a policy scored NaN {where}; expected finite scores (are the keys finite?)")
+
+
+def _nan_as_lowest(scores: Tensor) -> Tensor:
+    return scores.nan_to_num(nan=float("-inf"), posinf=float("inf"), neginf=float("-inf"))

@@ -24,6 +24,13 @@ from kv_gym.devices import HostCopy, to_device
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.decoding import decide_together
+from kv_gym.live.forward_inputs import (
+    new_token_mask,
+    new_tokens,
+    prefill_is_unfinished,
+    refuse_shifted,
+    text_positions,
+)
 from kv_gym.live.guard import Guard, GuardMonitor
 from kv_gym.live.layer import EvictingLayer, copy_layer
 from kv_gym.live.layer_state import MAX_PENDING, LayerState
@@ -65,7 +72,8 @@ class EvictingCache(Cache):
             layers then stay full until the last one has been read: the peak is the full cache of what one forward
             brings; the same with any allocation under a policy that has the context read again. ``global:zscore`` (or
             ``softmax``, ``rank``) is for policies whose scores of different heads cannot be compared as they are.
-        trigger: ``prefill`` evicts once, at the end of the first forward, and later tokens are appended;
+        trigger: ``prefill`` evicts once, at the end of the first forward (of all chunks of it, with
+            ``generate(prefill_chunk_size=...)``), and later tokens are appended;
             ``every:64`` also evicts whenever 64 tokens came since it last did, at the end of that forward;
             ``block:256`` evicts after every 256 tokens, also inside a forward (with ``global``, or a policy that has
             the context read again, only at its end), so that reading a long prompt never takes more than the budget
@@ -118,7 +126,7 @@ class EvictingCache(Cache):
         for ordinal, index in enumerate(full_layers(text_config)):
             layers[index] = EvictingLayer(index, ordinal, self.config)
         super().__init__(layers=layers)
-        self._in_forward = False
+        self._in_forward = self._decoding = False  # whether a forward is under way; whether the last one was one token
         self._newest_are_real: HostCopy | None = None  # of a decoding step's mask, see `_check_later`
         self._attach()
 
@@ -361,23 +369,25 @@ class EvictingCache(Cache):
             arguments: the decoder's.
 
         Raises:
-            UserError: a mask of more than two dimensions, or one that hides other tokens than it did; packed or
-                shifted positions; or images.
+            UserError: no tokens; a mask of more than two dimensions, or one that hides other tokens than it did;
+                packed or shifted positions; or images.
         """
-        if arguments.get("pixel_values") is not None:
-            raise UserError("an evicting cache serves text only and was given images: leave pixel_values out")
-        first = self._states[0]
+        count, first = new_tokens(arguments), self._states[0]
         mask = arguments.get("attention_mask")
         if self._is_decoding_step(mask):
             self._check_later(mask)
             mask = None
         token_mask = new_token_mask(mask, self.seen, first.tokens_seen)
+        positions = text_positions(arguments.get("position_ids"))
+        # a step of decoding must not make an accelerator wait: only the first one after a longer forward is checked
+        checked = positions is not None and (count > 1 or positions.device.type == "cpu" or not self._decoding)
+        if positions is not None and checked and token_mask is None:
+            refuse_shifted(positions, self.seen, first.tokens_seen)
+        self._decoding = count == 1
+        once = self.config.trigger.every is None and any(at is None for at in first.evicted_at or [None])
+        unfinished = once and prefill_is_unfinished()
         for layer in self._evicting:
-            layer.token_mask = token_mask
-        positions = arguments.get("position_ids")
-        # a single token's position is not checked: that would make every decoding step wait for the device
-        if positions is not None and positions.shape[-1] > 1 and token_mask is None:
-            _refuse_shifted(positions, self.seen, first.tokens_seen)
+            layer.token_mask, layer.state.prefill_unfinished = token_mask, unfinished
         if self.config.needs_second_reading:
             first.store_unread(arguments.get("input_ids"), positions, token_mask, self.seen)
         self._in_forward = True
@@ -562,55 +572,6 @@ def _deprecated(old: str, new: str) -> property:
 
 for _old, _new in _RENAMED.items():
     setattr(EvictingCache, _old, _deprecated(_old, _new))
-
-
-def new_token_mask(mask: Tensor | None, seen: int, tokens_seen: Sequence[int]) -> Tensor | None:
-    """Which tokens of a coming forward are no padding: bool `[batch, m]` on the CPU, or None where none is padding.
-
-    Args:
-        mask: `[batch, seen + m]`, one for every token so far and to come, or None.
-        seen: tokens that came before, padding included.
-        tokens_seen: how many of them were real, per row.
-
-    Raises:
-        UserError: a mask of other than two dimensions, or of other tokens than came; or one that hides other tokens
-            than it hid when they came.
-    """
-    if mask is None:
-        return None
-    if not isinstance(mask, Tensor) or mask.dim() != 2:
-        raise UserError(
-            "an evicting cache makes its own causal mask and was given an explicit one of other than two "
-            "dimensions: leave attention_mask out"
-        )
-    real = mask.bool().cpu()
-    before, new = real[:, :seen].sum(1).tolist(), real[:, seen:]
-    if not new.shape[1]:
-        raise UserError(
-            f"the attention mask covers {mask.shape[1]} tokens and {seen} were seen before this forward: give one "
-            "that covers the tokens seen and the new ones"
-        )
-    if tokens_seen and before != list(tokens_seen):
-        raise UserError(
-            f"the attention mask shows {before} of the tokens seen and the cache read {list(tokens_seen)}: "
-            "what is padding is decided when a token comes, so give the same mask with the new tokens appended"
-        )
-    return None if bool(new.all()) else new
-
-
-def _refuse_shifted(positions: Tensor, seen: int, tokens_seen: Sequence[int]) -> None:
-    """Raise a UserError for position ids `[batch, m]` of packed or shifted sequences.
-
-    They count on from the tokens seen, or, in rows that hold padding, from the real ones.
-    """
-    ahead = torch.arange(positions.shape[-1], device=positions.device)
-    starts = torch.tensor([[seen], *([count] for count in tokens_seen)], device=positions.device)
-    allowed = (positions[:, None] == (starts + ahead)[None]).all(-1).any(1)
-    if not bool(allowed.all()):
-        raise UserError(
-            f"the position ids do not count on from the {seen} tokens seen, and packed or shifted "
-            "sequences are not served: leave position_ids out"
-        )
 
 
 def _storage_bytes(tensors: Iterable[Tensor]) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import lru_cache
@@ -39,6 +40,7 @@ class LayerState:
         evicted_at: `tokens_seen` at the last eviction, per row, or None.
         appended: how many of the newest tokens lie at the end of every head, in the order in which they came.
         record_past: drafts come, which may be taken back.
+        prefill_unfinished: the forward is a chunk of a prompt, and not the last one: nothing is evicted after it.
         queries: the last `[batch, query_heads, m, d]` queries that a tracked policy needs, or None.
         scaling: factor on query-key products.
         unread: `[batch, t, 2]` int64, tokens that a policy's second reading has yet to repeat, and the model's own
@@ -56,7 +58,7 @@ class LayerState:
         self.tier = config.layer_tier.begin(ordinal)
         self.tokens_seen: list[int] = []
         self.evicted_at: list[int | None] = []
-        self.appended, self.record_past = 0, False
+        self.appended, self.record_past, self.prefill_unfinished = 0, False, False
         self._pending_query: Tensor | None = None  # queries of the last forward that no policy was shown yet
         self.queries: Tensor | None = None
         self.unread: Tensor | None = None
@@ -74,6 +76,9 @@ class LayerState:
             keys, values: `[batch, kv_heads, m, d]`.
             token_mask: `[batch, m]` bool on the CPU, which of them are no padding; None means all.
             hidden: `[batch, m, D]` their hidden states, where a policy needs them; read here and not kept.
+
+        Raises:
+            UserError: keys that are not finite (on a CPU; an accelerator would have to be waited for).
         """
         self.observe_pending()
         if not self.tokens_seen:
@@ -92,12 +97,24 @@ class LayerState:
                 pairs = pairs | {"scores": torch.zeros_like(positions, dtype=torch.float32)}
             self.slots = self.slots.append(pairs, self._slack())
             return
+        self._refuse_not_finite(keys, token_mask)
         self._store(pairs, token_mask, self._slack(), hidden)
 
     def decides_with_others(self, m: int, token_mask: Tensor | None) -> bool:
         """Whether a forward of `m` tokens is a decoding step that all layers score and cut together at its end."""
         alike = m == 1 and token_mask is None and isinstance(self.slots, EqualSlots) and self.slots.length > 0
         return alike and self.config.decides_together
+
+    def _refuse_not_finite(self, keys: Tensor, token_mask: Tensor | None) -> None:
+        """Policies would rank such keys by numbers that mean nothing; those of padding may be anything."""
+        if keys.device.type != "cpu":
+            return
+        real = keys if token_mask is None else keys.transpose(1, 2)[token_mask]
+        if not math.isfinite(float(real.sum(dtype=torch.float64))):
+            raise UserError(
+                f"the keys of layer {self.index} are not finite, so no policy can choose among them: check the model's "
+                "weights, or load it in a wider dtype"
+            )
 
     def _store(
         self, pairs: dict[str, Tensor], token_mask: Tensor | None, slack: int, hidden: Tensor | None = None
@@ -267,6 +284,8 @@ class LayerState:
     def rows_to_evict(self) -> list[bool]:
         """Whether the trigger fires now, per row."""
         fires = self.config.trigger.fires
+        if self.prefill_unfinished:
+            return [False] * len(self.tokens_seen)
         return [fires(seen, at) for seen, at in zip(self.tokens_seen, self.evicted_at, strict=True)]
 
     def fits_budget(self, rows_to_evict: Sequence[bool] | None = None) -> bool:

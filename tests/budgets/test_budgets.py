@@ -13,6 +13,7 @@ from kv_gym.budgets import (
     Uniform,
     format_budget,
     keep_order,
+    order,
     parse_budget,
     protection_for,
     select,
@@ -157,6 +158,15 @@ def test_nan_scores_of_valid_slots_are_refused():
     view = view_of([[[0, 1]]], [2], [[1]])
     with pytest.raises(UserError, match="scored NaN in layer 0"):
         keep_order(torch.tensor([[[0.0, float("nan")]]]), view)
+
+
+def test_on_an_accelerator_nan_goes_first_and_protected_slots_stay(monkeypatch):
+    monkeypatch.setattr(order, "_may_wait_for", lambda scores: False)
+    scores, positions = torch.tensor([[[5.0, 4.0, float("nan"), 1.0, 3.0]]]), torch.arange(5)[None, None]
+    assert slot_to_evict(scores, positions, 1, UNSEEN).item() == 2
+    view = view_of(positions.tolist(), [5], [[4]])
+    assert keep_order(scores, view, view.positions == 2)[0, 0].tolist() == [2, 0, 1, 4, 3]
+    assert keep_order(scores, view)[0, 0].tolist() == [0, 1, 4, 3, 2]
 
 
 @dataclass(frozen=True)
