@@ -15,8 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part of kv_gym may import parts of its own layer and of those before it.
 LAYERS = (
-    {"errors", "files", "markdown"},
-    {"cache_view", "devices"},
+    {"cache_view", "devices", "errors", "files", "markdown", "records"},
     {"budgets", "models", "pages", "policies", "traces"},
     {"envs", "live", "reference"},
     {"evaluation", "interop", "training"},

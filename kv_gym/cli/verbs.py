@@ -34,18 +34,24 @@ Setting = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="NAME=VALUE", help="Any other setting of the agent, as in its file; repeatable."),
 ]
+Chat = Annotated[bool, typer.Option("--chat", help="Render questions and messages by the model's chat template.")]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps.")]
 
 
 @verb(app, "kv_gym.traces.record")
 def _record(
     call: Call,
-    prompts: Annotated[Path | None, typer.Option(help="JSON lines with context and continuations.")] = None,
+    prompts: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines, or a data set's file, with context and continuations."),
+    ] = None,
+    chat: Chat = False,
     text: Annotated[Path | None, typer.Option(help="A text file, cut into contexts and continuations.")] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
-            help="`reference`, the bundled task generator; or tasks by name, such as needle:640:keys=4:split=train."
+            help="`reference`, the bundled task generator; or tasks by name, such as needle:640:keys=4:split=train, or "
+            "a file of questions."
         ),
     ] = None,
     task: ReferenceTask = "multi_key",
@@ -60,12 +66,14 @@ def _record(
 ) -> None:
     if sum(source is not None for source in (prompts, text, tasks)) != 1:
         raise UserError("record needs exactly one of --prompts FILE.jsonl, --text FILE or --tasks TASKS")
-    from kv_gym.traces import prompts_from_jsonl, prompts_from_text
+    if chat and (text is not None or tasks == "reference"):
+        raise UserError("--chat renders what --prompts or --tasks name; leave it out")
+    from kv_gym.traces import prompts_from_text, read_prompts
 
     _, tokenizer = call.model
     recipe: dict[str, object]
     if prompts is not None:
-        listed, recipe = prompts_from_jsonl(prompts, tokenizer), {"source": "prompts"}
+        listed, recipe = read_prompts(prompts, tokenizer, chat), {"source": "prompts"}
     elif text is not None:
         listed = prompts_from_text(text, tokenizer, tokens, continuation_tokens, count, split)
         recipe = {"source": "text", "file": text.name, "tokens": tokens, "continuation_tokens": continuation_tokens}
@@ -73,13 +81,14 @@ def _record(
         from kv_gym.evaluation.tasks import parse_tasks
         from kv_gym.evaluation.tasks.prompts import prompts_of_tasks
 
-        listed = prompts_of_tasks(parse_tasks(tasks, tokenizer, count), split)
+        listed = prompts_of_tasks(parse_tasks(tasks, tokenizer, count, chat), split)
         recipe = {"source": "tasks", "tasks": tasks}
     else:
         from kv_gym.reference.prompts import reference_prompts, reference_recipe
 
         listed = list(reference_prompts(task, tokens, count, continuations, split, seed))
         recipe = reference_recipe(task, tokens, continuations, split, seed)
+    recipe |= {"chat": True} if chat else {}
     typer.echo(f"{len(call(prompts=listed, recipe=recipe))} contexts in {call['out']}")
 
 
@@ -144,7 +153,7 @@ def _evaluate(
         if tasks == "reference":
             questions = reference_tasks(task, tokens, count, tokenizer=tokenizer)
         else:
-            questions = parse_tasks(tasks, tokenizer, count)
+            questions = parse_tasks(tasks, tokenizer, count, call["chat"])
     from kv_gym.evaluation.report import markdown, merged
 
     data = call(tasks=questions)
@@ -240,6 +249,7 @@ def _report(
     task: ReferenceTask = "multi_key",
     tokens: ReferenceTokens = 512,
     context: Annotated[int, typer.Option(min=0, help="With --model: which context, from 0.")] = 0,
+    chat: Chat = False,
     device: Device = "cpu",
     dtype: Dtype = "auto",
 ) -> None:
@@ -254,11 +264,13 @@ def _report(
     read = read_results(call["results"] or ())
     view = None
     if model is not None:
-        view = _token_view(load_named_model(model, device, dtype), policies, tasks, task, tokens, context)
+        view = _token_view(load_named_model(model, device, dtype), policies, tasks, task, tokens, context, chat)
     typer.echo(f"wrote {call(results=read, tokens=view)}")
 
 
-def _token_view(loaded: tuple[Any, Any], policies: str, tasks: str, task: str, tokens: int, number: int) -> dict:
+def _token_view(
+    loaded: tuple[Any, Any], policies: str, tasks: str, task: str, tokens: int, number: int, chat: bool
+) -> dict:
     from itertools import islice
 
     from kv_gym.evaluation.report.token_view import token_view
@@ -275,7 +287,7 @@ def _token_view(loaded: tuple[Any, Any], policies: str, tasks: str, task: str, t
         sample = next(islice(held_out(task, tokens).make(), number, None), None)
         marked = None if sample is None else [i + 1 for i in sample.fact_values]  # <bos> stands before the words
     else:
-        contexts = read_tasks(tasks, tokenizer)
+        contexts = read_tasks(tasks, tokenizer, chat)
     if number >= len(contexts):
         raise UserError(f"there is no context {number}; the tasks hold {len(contexts)}, counted from 0")
     decode = tokenizer.decode if tokenizer is not None else lambda ids: " ".join(map(str, ids))
@@ -303,7 +315,7 @@ def _policies(
         typer.echo(f"{name:24} {' '.join(about.split(chr(10) * 2)[0].split())}")
 
 
-@verb(app, "kv_gym.fit.fit")
+@verb(app, "kv_gym.fit.fit", kinds={"data": Path})
 def _fit(call: Call, steps: Steps = None, setting: Setting = None) -> None:
     done = call(**_settings(setting, steps=steps))
     for sentence in done["verdict"]:

@@ -27,6 +27,7 @@ from kv_gym.evaluation.tasks.replay import replay_tasks
 from kv_gym.live.tiers import parse_tier
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, make_policy
+from kv_gym.records import read_records
 from kv_gym.traces import TraceSet, open_traces
 
 Policies = Iterable[str | Path | Policy] | Mapping[str, str | Path | Policy]
@@ -41,6 +42,7 @@ def evaluate(
     model: Any = None,
     tasks: Tasks | None = None,
     tokenizer: Any = None,
+    chat: bool = False,
     split: str | None = "test",
     sinks: int | None = None,
     recent: int | None = None,
@@ -63,6 +65,7 @@ def evaluate(
             or a list (or data set) of questions as the lines of such a file are, of contexts with questions, or of
             whole tasks.
         tokenizer: of the model; needed where tasks are text.
+        chat: render questions and messages by the model's chat template.
         split: of the traces, ``train`` or ``test``; ``all`` takes every context. In Python, so does None.
         sinks: first tokens that every policy keeps; by default each policy's own number.
         recent: last tokens that every policy keeps; by default each policy's own number.
@@ -104,7 +107,7 @@ def evaluate(
         for name, policy in chosen.items():
             if policy.needs_future:
                 raise UserError(f"policy {name} is an oracle, and a live model has no recorded future: give traces")
-        found, hashed = _tasks_of(tasks, tokenizer)
+        found, hashed = _tasks_of(tasks, tokenizer, chat)
         refuse_other_model(chosen, Fingerprint.of(model), "this model")
         configurations = [full_cache(), *configurations]
         folder = Path(str(model.config.name_or_path)).name
@@ -164,16 +167,16 @@ def traces_in_split(traces: str | Path | TraceSet, split: str | None) -> TraceSe
     return part
 
 
-def _tasks_of(tasks: Tasks | None, tokenizer: Any) -> tuple[list[Task], str]:
+def _tasks_of(tasks: Tasks | None, tokenizer: Any, chat: bool) -> tuple[list[Task], str]:
     """Whole tasks and a hash over all of them; contexts are asked questions that are unseen when they are cut."""
     if isinstance(tasks, str | Path):
-        given: list = parse_tasks(str(tasks), tokenizer)
+        given: list = parse_tasks(str(tasks), tokenizer, chat=chat)
     else:
         given = list(() if tasks is None else tasks)
     if given and all(isinstance(each, str | Path) for each in given):
-        given = [task for name in given for task in parse_tasks(str(name), tokenizer)]
+        given = [task for name in given for task in parse_tasks(str(name), tokenizer, chat=chat)]
     elif given and all(isinstance(each, Mapping) for each in given):
-        given = contexts_from_records(((f"task {n}", dict(each)) for n, each in enumerate(given, 1)), tokenizer)
+        given = contexts_from_records(read_records(given, "context, question and answer"), tokenizer, chat)
     if not given:
         raise UserError("a model needs tasks: give tasks a name such as 'multi_key:512', a file or a list of questions")
     if all(isinstance(each, Task) for each in given):

@@ -11,6 +11,7 @@ from kv_gym.evaluation.outcomes import measured_fields
 from kv_gym.evaluation.rows import complete
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.replay import replay_tasks
+from kv_gym.models.loading import refuse_too_long
 from kv_gym.policies import Policy
 
 
@@ -32,9 +33,12 @@ def measure(
         Rows (:class:`kv_gym.evaluation.rows.Row`), task by task in the order of the configurations.
 
     Raises:
-        UserError: a configuration that cannot run on the model or the recording.
+        UserError: a configuration that cannot run on the model or the recording, or a context that is longer than the
+            model's positions.
     """
-    rows = []
+    rows, tasks = [], list(tasks)
+    for task in tasks if model is not None else ():
+        refuse_too_long(model, task.longest, f"a context of task {task.name!r} with its question")
     for task in tasks:
         outcomes: list[list] = [[] for _ in configurations]
         for batch in task.batches():

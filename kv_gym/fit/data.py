@@ -10,9 +10,16 @@ from pathlib import Path
 from typing import Any
 
 from kv_gym.errors import UserError
-from kv_gym.evaluation.tasks import TaskContext, TaskQuestion, read_tasks, reference_tasks, tasks_hash
+from kv_gym.evaluation.tasks import (
+    TaskContext,
+    TaskQuestion,
+    read_tasks,
+    reference_tasks,
+    tasks_hash,
+)
 from kv_gym.files import open_file, parse_json
-from kv_gym.traces.prompts import Prompt, prompts_from_jsonl, prompts_from_text
+from kv_gym.records import Source, is_dataset, name_of, read_records
+from kv_gym.traces.prompts import Prompt, prompts_from_text, read_prompts
 
 REFERENCE = "reference"
 REFERENCE_TASK, REFERENCE_TOKENS = "multi_key", 512
@@ -61,13 +68,14 @@ class FitData:
 
 
 def read_data(
-    data: str | Path,
+    data: Source,
     tokenizer: Any = None,
     *,
     count: int = 160,
     tokens: int | None = None,
     continuation_tokens: int | None = None,
     seed: int = 0,
+    chat: bool = False,
 ) -> FitData:
     """Read contexts and divide them.
 
@@ -77,35 +85,43 @@ def read_data(
     line's own ``split`` is not looked at.
 
     Args:
-        data: JSON lines with context, question and answer, or with context and continuations; a text; or
-            ``reference``, the bundled task, whose test part are the pinned held-out contexts.
+        data: records with context, question and answer, or with context and continuations (JSON lines or a dataset,
+            see :mod:`kv_gym.records`); a text; or ``reference``, the bundled task, whose test part are the pinned
+            held-out contexts. Dialogues without question and answer are continuations.
         tokenizer: a transformers tokenizer; needed for text.
         count: contexts to train on, at most; of a text, twice as many windows are read.
         tokens: length of a text's windows, 512 by default, or of the reference contexts; others have their own.
         continuation_tokens: of a text, what follows each window and is judged, 64 by default.
         seed: of the training contexts of ``reference``.
+        chat: render text by the model's chat template; for records.
 
     Raises:
         UserError: no such file, something else in it, too few contexts, or a length that the data cannot have.
     """
     if count < FEWEST["train"]:
         raise UserError(f"count is {count}; expected at least {FEWEST['train']} contexts to train on")
-    if str(data) == REFERENCE:
-        if continuation_tokens is not None:
-            raise UserError("the reference task has questions and no continuations: leave continuation_tokens out")
+    if isinstance(data, str) and data == REFERENCE:
+        if continuation_tokens is not None or chat:
+            raise UserError(
+                "the reference task has its own questions and words: leave continuation_tokens and chat out"
+            )
         return _reference(tokens or REFERENCE_TOKENS, count, seed)
-    kind = _kind(Path(data))
-    source: dict[str, Any] = {"file": Path(data).name, "kind": kind}
+    data = data if isinstance(data, str | Path) else list(data)
+    kind = kind_of(data)
+    name = Path(data).name if isinstance(data, str | Path) else name_of(data)
+    source: dict[str, Any] = {"file": name, "kind": kind} | ({"chat": True} if chat else {})
     if kind == "text":
+        if chat:
+            raise UserError(f"{data} is a text, which no chat template renders: leave chat out, or give records")
         source |= {"tokens": tokens or 512, "continuation_tokens": continuation_tokens or CONTINUATION_TOKENS}
         windows = prompts_from_text(data, tokenizer, source["tokens"], source["continuation_tokens"], 2 * count)
         return _split("nll", _from_prompts(windows), count, source)
     if tokens is not None or continuation_tokens is not None:
-        raise UserError(f"the lines of {data} have lengths of their own: leave tokens and continuation_tokens out")
+        raise UserError(f"the records of {name} have lengths of their own: leave tokens and continuation_tokens out")
     if kind == "questions":
-        measure, contexts = "accuracy", _merge_contexts(read_tasks(data, tokenizer))
+        measure, contexts = "accuracy", _merge_contexts(read_tasks(data, tokenizer, chat))
     else:
-        measure, contexts = "nll", _from_prompts(prompts_from_jsonl(data, tokenizer))
+        measure, contexts = "nll", _from_prompts(read_prompts(data, tokenizer, chat))
     return _split(measure, sorted(contexts, key=document_of), count, source)
 
 
@@ -119,27 +135,42 @@ def contexts_for(validation: int, count: int) -> int:
     return max(sum(FEWEST.values()), min(4 * validation, count + 2 * validation))
 
 
-def _kind(path: Path) -> str:
-    """``questions``, ``continuations`` or ``text``, by the first line that is not empty."""
+def kind_of(data: Source) -> str:
+    """``questions``, ``continuations`` or ``text``, by the first record, or the first line that is not empty.
+
+    Raises:
+        UserError: data that cannot be read, or whose first record is none of these.
+    """
+    if isinstance(data, str | Path) and not is_dataset(data):
+        record = _first_line(Path(data))
+    else:
+        _, record = next(read_records(data, "a question and an answer, or continuations"))
+    names = set(record) if isinstance(record, dict) else set()
+    if names & {"continuations", "continuation_ids"}:
+        return "continuations"
+    if names & {"question", "question_ids", "answer", "answer_ids", "answers"}:
+        return "questions"
+    if "messages" in names:
+        return "continuations"
+    if isinstance(record, dict) or (isinstance(data, str | Path) and Path(data).suffix in (".jsonl", ".json")):
+        raise UserError(
+            f"the first record of {name_of(data)} has neither a question and an answer nor continuations; expected "
+            'JSON lines such as {"context": "...", "question": "...", "answer": "..."}, or a text in a file of another '
+            "name"
+        )
+    return "text"
+
+
+def _first_line(path: Path) -> Any:
+    """What the first line of a file holds, None where it is no JSON."""
     with open_file(path, f"expected JSON lines, a text, or the word {REFERENCE}") as file:
         first = next((line for line in file if line.strip()), b"")
     try:
-        line = parse_json(first.decode("utf-8-sig"), str(path))
+        return parse_json(first.decode("utf-8-sig"), str(path))
     except UnicodeDecodeError:
         raise UserError(f"{path} is no UTF-8 text; convert it first") from None
     except UserError:
-        line = None
-    names = set(line) if isinstance(line, dict) else set()
-    if names & {"continuations", "continuation_ids"}:
-        return "continuations"
-    if names & {"question", "question_ids", "answer", "answer_ids"}:
-        return "questions"
-    if isinstance(line, dict) or path.suffix in (".jsonl", ".json"):
-        raise UserError(
-            f"the first line of {path} has neither a question and an answer nor continuations; expected JSON lines "
-            'such as {"context": "...", "question": "...", "answer": "..."}, or a text in a file of another name'
-        )
-    return "text"
+        return None
 
 
 def _merge_contexts(contexts: Iterable[TaskContext]) -> list[TaskContext]:

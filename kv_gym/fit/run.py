@@ -24,6 +24,7 @@ from kv_gym.fit.loss import least_provable, measure_losses
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, make_policy
 from kv_gym.policies.scoring.inputs import HIDDEN
+from kv_gym.records import Source
 from kv_gym.traces import open_traces, record
 from kv_gym.training import train
 from kv_gym.training.masked_context import frozen_model
@@ -41,7 +42,7 @@ HEURISTICS = {  # each with the allocations that it is tried with; the best on v
 
 def fit(
     model: Any,
-    data: str | Path,
+    data: Source,
     out: str | Path,
     *,
     tokenizer: Any = None,
@@ -53,6 +54,7 @@ def fit(
     tokens: int | None = None,
     continuation_tokens: int | None = None,
     seed: int = 0,
+    chat: bool = False,
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -67,8 +69,9 @@ def fit(
 
     Args:
         model: transformers decoder.
-        data: JSON lines with context, question and answer, or context and continuations; a text file; or ``reference``,
-            the bundled task. See :func:`kv_gym.fit.data.read_data`.
+        data: JSON lines with context, question and answer, or context and continuations, or a file of a Hugging Face
+            dataset with such rows; a text file; or ``reference``, the bundled task. See
+            :func:`kv_gym.fit.data.read_data`.
         out: folder, new or of the same fit: ``policy/`` (exported), ``fit.json`` (all figures), ``README.md`` (the
             card), ``traces/`` and ``training/`` (the log).
         tokenizer: of the model; needed for text.
@@ -81,6 +84,7 @@ def fit(
         tokens: length of the windows that a text is cut into, by default 512.
         continuation_tokens: length of what follows each window, by default 64.
         seed: of the policy, and of the reference task's training contexts.
+        chat: render questions, answers and messages by the model's chat template.
         progress: show phases and bars on stderr.
         **settings: replace those of the agent.
 
@@ -99,7 +103,9 @@ def fit(
     if learner_class(agent).needs_model:
         with frozen_model(model):  # refuses models that this agent cannot train through, before anything is recorded
             pass
-    parts = read_data(data, tokenizer, count=count, tokens=tokens, continuation_tokens=continuation_tokens, seed=seed)
+    parts = read_data(
+        data, tokenizer, count=count, tokens=tokens, continuation_tokens=continuation_tokens, seed=seed, chat=chat
+    )
     _refuse_too_few(parts, tolerance, count)
     shares = _of_whole_tokens(shares, parts)
     fingerprint = Fingerprint.of(model)

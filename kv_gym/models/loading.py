@@ -257,6 +257,16 @@ def token_rows(model, rows: Sequence[Sequence[int]]) -> Tensor:
     return torch.tensor([list(row) for row in rows], dtype=torch.int64, device=model.device)
 
 
+def refuse_too_long(model, tokens: int, what: str) -> None:
+    """Raise a UserError where `what` has more tokens than the model has positions."""
+    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if limit and tokens > limit:
+        raise UserError(
+            f"{what} has {tokens} tokens and the model {limit} positions: give a shorter one, or a model for longer "
+            "contexts"
+        )
+
+
 def text_ids(tokenizer, text: str) -> list[int]:
     """Token ids of a text, without any token that the tokenizer sets before or behind it.
 

@@ -15,6 +15,7 @@ _HOMES = {
     "open_traces": "reader",
     "prompts_from_jsonl": "prompts",
     "prompts_from_text": "prompts",
+    "read_prompts": "prompts",
     "record": "recorder",
     "record_sequence": "recorder",
     "show": "summary",

@@ -1,4 +1,4 @@
-"""What to record: contexts and the continuations that follow them, from JSON lines or from running text."""
+"""What to record: contexts and the continuations that follow them, from records or from running text."""
 
 from __future__ import annotations
 
@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from kv_gym.errors import UserError
-from kv_gym.files import read_json_lines, read_text
+from kv_gym.files import read_text
+from kv_gym.models.chat_template import ChatTemplate, Messages, check_messages, context_messages
 from kv_gym.models.loading import beginning_ids, text_ids
+from kv_gym.records import Source, read_records
 from kv_gym.traces.schema import CONTROL, ID
 
 
@@ -48,30 +50,35 @@ class Prompt:
             raise UserError(f"prompt {self.id} has an empty continuation; expected at least one token in each")
 
 
-def prompts_from_jsonl(path: str | Path, tokenizer=None) -> Iterator[Prompt]:
-    """Read prompts from JSON lines, one prompt a line, checked as they are read.
+def read_prompts(source: Source, tokenizer=None, chat: bool = False) -> Iterator[Prompt]:
+    """Read prompts, one a record, checked as they are read.
 
-    A line is ``{"context": str, "continuations": [str, ...]}``, or ``{"context_ids": [int, ...],
+    A record is ``{"context": str, "continuations": [str, ...]}``, or ``{"context_ids": [int, ...],
     "continuation_ids": [[int, ...], ...]}``; optional are ``task``, ``split`` (train or test) and ``id``.
     The context gets the tokenizer's beginning token where it has one, continuations get none.
 
+    With `chat`, text is rendered by the model's chat template: the context is what the user says first, or it is a
+    dialogue ``messages``. A continuation is what the other side says next, as a text, or the messages that follow.
+    Messages without continuations are continued by their last question and its answer.
+
     Args:
-        path: a UTF-8 file.
-        tokenizer: a transformers tokenizer; needed for lines with text.
+        source: JSON lines, or a dataset, see :mod:`kv_gym.records`.
+        tokenizer: a transformers tokenizer; needed for text.
+        chat: render text by the tokenizer's chat template.
 
     Raises:
-        UserError: no such file, no line in it, or a line that is no such prompt, with its number.
+        UserError: no such source, no record in it, or one that is no such prompt, with its number.
     """
-    lines: dict[str, int] = {}
-    for number, data in read_json_lines(path, "expected one JSON object a line"):
-        where = f"{path}, line {number}"
-        prompt = _parse_prompt(data, tokenizer, where, len(lines))
-        if prompt.id in lines:
-            raise UserError(f"{where} has the id {prompt.id!r} of line {lines[prompt.id]}; expected every id once")
-        lines[prompt.id] = number
+    places: dict[str, str] = {}
+    for where, data in read_records(source, "context and continuations"):
+        prompt = _parse_prompt(data, tokenizer, chat, where, len(places))
+        if prompt.id in places:
+            raise UserError(f"{where} has the id {prompt.id!r} of {places[prompt.id]}; expected every id once")
+        places[prompt.id] = where.rpartition(", ")[2]
         yield prompt
-    if not lines:
-        raise UserError(f"{path} holds no prompt; expected one JSON object a line")
+
+
+prompts_from_jsonl = read_prompts  # the former name
 
 
 def prompts_from_text(
@@ -118,12 +125,33 @@ def prompts_from_text(
         yield Prompt(f"{document}-{i:05d}", context, [window[body:]], Path(path).stem, split, document)
 
 
-def _parse_prompt(data: Any, tokenizer, where: str, ordinal: int) -> Prompt:
-    if not isinstance(data, dict):
-        raise UserError(f"{where} is no JSON object; expected context and continuations")
-    data = {name: value for name, value in data.items() if value is not None}
+def _parse_prompt(data: dict[str, Any], tokenizer, chat: bool, where: str, ordinal: int) -> Prompt:
+    if chat and "context_ids" not in data:
+        context, continuations, content = _chat_texts(data, tokenizer, where)
+        template = ChatTemplate(tokenizer)
+        context_ids, continuation_ids = template.ids(context), [template.ids(text) for text in continuations]
+    else:
+        context_ids, continuation_ids, content = _plain_ids(data, tokenizer, where)
+    content_hash, text_hash = _hash(json.dumps(content)), _hash(json.dumps(content[0]))
+    try:
+        return Prompt(
+            id=str(data.get("id", f"{ordinal:06d}-{content_hash}")),
+            context_ids=context_ids,
+            continuation_ids=continuation_ids,
+            task=str(data.get("task", "")),
+            split=str(data.get("split", "train")),
+            text_hash=text_hash,
+        )
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+
+
+def _plain_ids(data: dict[str, Any], tokenizer, where: str) -> tuple[list[int], list[list[int]], list]:
+    """Tokens of the context and of each continuation, and both as they were written."""
     as_ids = "context_ids" in data
     names = ("context_ids", "continuation_ids") if as_ids else ("context", "continuations")
+    if "messages" in data and not as_ids:
+        raise UserError(f"{where} holds messages, which the model's chat template renders: ask for it with --chat")
     for name in names:
         if name not in data:
             raise UserError(f"{where} has no {name!r}; expected {names[0]!r} and {names[1]!r}")
@@ -136,23 +164,41 @@ def _parse_prompt(data: Any, tokenizer, where: str, ordinal: int) -> Prompt:
         raise UserError(f"{where} has an empty context; expected some text to cache")
     if not all(continuations):
         raise UserError(f"{where} has an empty continuation; expected at least one token in each")
-    if not as_ids and tokenizer is None:
+    if as_ids:
+        return context, continuations, [context, continuations]
+    if tokenizer is None:
         raise UserError(f"{where} holds text and the model came without a tokenizer; give context_ids instead")
-    content_hash, text_hash = _hash(json.dumps([context, continuations])), _hash(json.dumps(context))
-    if not as_ids:
-        context = beginning_ids(tokenizer) + text_ids(tokenizer, context)
-        continuations = [text_ids(tokenizer, text) for text in continuations]
+    context_ids = beginning_ids(tokenizer) + text_ids(tokenizer, context)
+    return context_ids, [text_ids(tokenizer, text) for text in continuations], [context, continuations]
+
+
+def _chat_texts(data: dict[str, Any], tokenizer, where: str) -> tuple[str, list[str], list]:
+    """The context and what follows it as rendered texts, and both as they were written."""
+    template, messages = ChatTemplate(tokenizer), context_messages(data, where)
+    continuations = data.get("continuations")
+    if continuations is None and "messages" in data:
+        end = -2 if len(messages) > 2 and messages[-2]["role"] == "user" and messages[-3]["role"] != "system" else -1
+        messages, continuations = messages[:end], [messages[end:]]
+    if not isinstance(continuations, list):
+        raise UserError(f"{where} has no list 'continuations'; expected texts, or lists of messages")
+    content = [list(map(dict, messages)), continuations]
     try:
-        return Prompt(
-            id=str(data.get("id", f"{ordinal:06d}-{content_hash}")),
-            context_ids=context,
-            continuation_ids=continuations,
-            task=str(data.get("task", "")),
-            split=str(data.get("split", "train")),
-            text_hash=text_hash,
-        )
+        parts = [template.split(messages, **_following(messages, each, where)) for each in continuations]
+        return (parts[0] if parts else template.split(messages))[0], [text for _, text in parts], content
     except UserError as error:
-        raise UserError(f"{where}: {error}") from None
+        raise UserError(str(error) if str(error).startswith(where) else f"{where}: {error}") from None
+
+
+def _following(messages: Messages, continuation: Any, where: str) -> dict[str, Any]:
+    """What follows a dialogue, as arguments of :meth:`ChatTemplate.split`."""
+    asked = bool(messages) and messages[-1]["role"] == "user"
+    if isinstance(continuation, str):
+        if not continuation.strip():
+            raise UserError(f"{where} has an empty continuation; expected some text in each")
+        continuation = [{"role": "assistant" if asked else "user", "content": continuation}]
+    following = list(check_messages([*messages, *continuation], where))[len(messages) :]
+    more = "" if asked else following.pop(0)["content"]
+    return {"more": more, "following": following, "reply": not following or following[-1]["role"] == "user"}
 
 
 def _are_token_ids(value: Any) -> bool:

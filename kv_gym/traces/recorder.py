@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -17,7 +16,7 @@ from kv_gym.errors import UserError
 from kv_gym.models.attention import attach, detach, refuse_unsupported
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.models.hidden_states import attach_hidden_state_hooks, remove_hidden_state_hooks
-from kv_gym.models.loading import token_rows, tokenizer_hash, usable_device
+from kv_gym.models.loading import refuse_too_long, token_rows, tokenizer_hash, usable_device
 from kv_gym.models.wrapped_model import transformers_model
 from kv_gym.policies.base import Policy, StatefulPolicy
 from kv_gym.policies.registry import make_policy
@@ -86,14 +85,8 @@ def record(
     if device is not None:
         model.to(usable_device(device))
     policies = _stateful_policies(stats)
-    longest = max(len(p.context_ids) + max(map(len, p.continuation_ids), default=0) for p in prompts)
-    limit = getattr(model.config.get_text_config(), "max_position_embeddings", None)
-    if limit and longest > limit:
-        warnings.warn(
-            f"the longest prompt has {longest} tokens and the model was made for {limit}: what it attends to beyond "
-            "may mean little",
-            stacklevel=2,
-        )
+    longest = max(prompts, key=_length)
+    refuse_too_long(model, _length(longest), f"prompt {longest.id} with its longest continuation")
     settings = {"window": window, "stats": list(policies), "blocks": blocks} | ({"hidden": True} if hidden else {})
     manifest = make_manifest(model, tokenizer, storage, settings, recipe)
     writer = TraceWriter(out, manifest)
@@ -227,6 +220,10 @@ def _continuations(model, prompt: Prompt, cache: RecordingCache, blocks: int) ->
             for row, i in enumerate(batch):
                 recorded[i] = Continuation(_tokens(prompt.continuation_ids[i]), futures[row], block)
     return tuple(recorded[i] for i in range(len(recorded)))
+
+
+def _length(prompt: Prompt) -> int:
+    return len(prompt.context_ids) + max(map(len, prompt.continuation_ids), default=0)
 
 
 def _tokens(ids: list[int]):

@@ -275,7 +275,7 @@ def test_what_else_is_refused(tmp_path, tokenizer):
     with pytest.raises(UserError, match="has no 'Q:' before a question"):
         ruler(file, tokenizer, marker="Q:")
     for read in (ruler, longbench):
-        with pytest.raises(UserError, match="holds no task"):
+        with pytest.raises(UserError, match="holds no record"):
             read(tmp_path / "empty.jsonl", tokenizer)
         with pytest.raises(UserError, match="has no tokenizer"):
             read(file, None)

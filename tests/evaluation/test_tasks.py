@@ -81,7 +81,7 @@ def test_bad_names_are_refused_in_one_sentence(name):
 
 BAD_TASKS = {
     "missing": (None, "cannot be read"),
-    "empty": ("\n", "holds no task"),
+    "empty": ("\n", "holds no record"),
     "not json": ("{", "line 1: no JSON"),
     "no answer": ('{"context_ids": [1], "question_ids": [2]}', "has no answer"),
     "empty ids": ('{"context_ids": [1], "question_ids": [2], "answer_ids": []}', "answer_ids is no list"),
@@ -145,7 +145,7 @@ def test_null_means_absent(tmp_path):
 FOREIGN = {
     "choice_A": "LongBench v2: read it as longbench:FILE",
     "choices": "write all into the question",
-    "answer_prefix": "read it as ruler:FILE",
+    "outputs": "read it as ruler:FILE",
 }
 
 

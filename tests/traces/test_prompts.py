@@ -102,7 +102,7 @@ def test_a_bad_line_is_named(line, reason, tmp_path):
 def test_files_that_hold_no_prompts(tmp_path):
     with pytest.raises(UserError, match="cannot be read"):
         list(prompts_from_jsonl(tmp_path / "missing.jsonl"))
-    with pytest.raises(UserError, match="holds no prompt"):
+    with pytest.raises(UserError, match="holds no record"):
         list(prompts_from_jsonl(jsonl(tmp_path, "", " ")))
     (tmp_path / "latin.jsonl").write_bytes(b"caf\xe9")
     with pytest.raises(UserError, match="line 1: not UTF-8"):

@@ -35,6 +35,11 @@ class Task(ABC):
     def hash(self) -> str:
         """SHA-256 of contexts, questions, answers and points of compression: equal hashes mean comparable rows."""
 
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest context with what is asked of it; 0 where no context has to fit into a model."""
+        return 0
+
     @abstractmethod
     def batches(self) -> list[Sequence[Any]]:
         """Groups of contexts that are measured together, in a fixed order; an element is one context.

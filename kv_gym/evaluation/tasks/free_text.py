@@ -20,6 +20,7 @@ from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.scripted import bytes_held
 from kv_gym.evaluation.tasks.task_files import encode_text
+from kv_gym.models.chat_template import ChatTemplate
 from kv_gym.models.loading import token_rows
 
 
@@ -75,6 +76,12 @@ class FreeTextTask(Task):
         """SHA-256 of all prompts, their answers and how they are scored."""
         return hashlib.sha256(json.dumps([astuple(prompt) for prompt in self.prompts]).encode()).hexdigest()
 
+    @property
+    def longest(self) -> int:
+        """See :attr:`kv_gym.evaluation.tasks.base.Task.longest`."""
+        lengths = (len(p.context_ids) + len(p.question_ids) + p.max_new_tokens for p in self.prompts)
+        return max(lengths, default=0)
+
     def batches(self) -> list[Sequence[FreeTextPrompt]]:
         """One prompt each: they differ in length, and answers even more so."""
         return [[prompt] for prompt in self.prompts]
@@ -114,7 +121,13 @@ class FreeTextTask(Task):
 
 
 def encode_prompt(
-    tokenizer, context: str, question: str, seen: bool = False, max_tokens: int | None = None
+    tokenizer,
+    context: str,
+    question: str,
+    answer_prefix: str = "",
+    seen: bool = False,
+    max_tokens: int | None = None,
+    chat: bool = False,
 ) -> tuple[tuple[int, ...], tuple[int, ...]]:
     """Tokens of a context and of a question.
 
@@ -122,11 +135,19 @@ def encode_prompt(
         tokenizer: the model's; its beginning token stands before the context alone.
         context: read before the compression.
         question: read after it.
+        answer_prefix: with which the answer begins.
         seen: put the question at the end of the context, and leave none.
         max_tokens: of the context; the middle of a longer one is left out.
+        chat: context and question are a user's message, rendered by the tokenizer's chat template.
     """
-    context_ids = without_middle(encode_text(tokenizer, context, is_context=True), max_tokens)
-    question_ids = tuple(encode_text(tokenizer, question))
+    if chat:
+        template = ChatTemplate(tokenizer)
+        texts = template.ask([{"role": "user", "content": context}], question, answer_prefix)
+        whole, asked = map(template.ids, texts)
+    else:
+        whole = encode_text(tokenizer, context, is_context=True)
+        asked = encode_text(tokenizer, question + answer_prefix)
+    context_ids, question_ids = without_middle(whole, max_tokens), tuple(asked)
     return (context_ids + question_ids, ()) if seen else (context_ids, question_ids)
 
 

@@ -12,8 +12,9 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks import answer_scores as scores
 from kv_gym.evaluation.tasks.free_text import FreeTextPrompt, FreeTextTask, encode_prompt
 from kv_gym.evaluation.tasks.registry import register
-from kv_gym.evaluation.tasks.task_files import TaskLine, Text, Texts, read_records, require_tokenizer
+from kv_gym.evaluation.tasks.task_files import TaskLine, Text, Texts, require_tokenizer
 from kv_gym.files import read_text, validated
+from kv_gym.records import read_records
 
 TEMPLATE = "{context}\n\n{input}\n"
 _CHOICES = "(A) {0}\n(B) {1}\n(C) {2}\n(D) {3}\nAnswer with the letter of the correct choice."
@@ -85,6 +86,7 @@ def longbench(
     file: str | Path,
     tokenizer,
     seen: bool = False,
+    chat: bool = False,
     template: str | Path | None = None,
     max_tokens: int | None = None,
     count: int | None = None,
@@ -99,6 +101,7 @@ def longbench(
         file: such as ``hotpotqa.jsonl``.
         tokenizer: the model's.
         seen: whether the question stands in the context when that is compressed.
+        chat: whether the prompt is rendered as a user's message by the model's chat template.
         template: file of a text with ``{context}``, and ``{input}`` where the question goes. All up to the end of the
             context is read before the compression, the rest after it.
         max_tokens: of a context; the middle of longer ones is left out, as LongBench does. None means all.
@@ -125,7 +128,8 @@ def longbench(
         if score == "classification" and not line.all_classes:
             raise UserError(f"{where} has no all_classes; expected a list of the names of all classes")
         context = before.replace("{input}", line.input) + line.context
-        tokens = encode_prompt(tokenizer, context, after.replace("{input}", line.input), seen, max_tokens)
+        question = after.replace("{input}", line.input)
+        tokens = encode_prompt(tokenizer, context, question, "", seen, max_tokens, chat)
         id = f"{line.dataset} {data.get('_id', number)}"
         if id in ids:  # published files give every line its id, a file of one's own may not
             id = f"{id} {number}"

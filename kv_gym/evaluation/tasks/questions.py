@@ -13,13 +13,14 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks.generated import WordEncoder, generated_contexts, name_with_seed
 from kv_gym.evaluation.tasks.registry import register
 from kv_gym.evaluation.tasks.scripted import AnswerSpan, ForkedQuestion, ScriptedTask, Segment, TaskScript
-from kv_gym.evaluation.tasks.task_files import encode_text, read_records, require_tokenizer
+from kv_gym.evaluation.tasks.task_files import encode_text, require_tokenizer
+from kv_gym.models.chat_template import ChatTemplate, answer_after, context_messages
+from kv_gym.records import Source, read_records
 
 # keys of other formats, which change what is asked: a line that has one would be another question without it
 _OTHER_FORMATS = {
     **dict.fromkeys(("choice_A", "choice_B", "choice_C", "choice_D"), "LongBench v2: read it as longbench:FILE"),
-    **dict.fromkeys(("input", "answers", "outputs", "answer_prefix"), "RULER or LongBench: read it as ruler:FILE or "
-                    "longbench:FILE"),
+    **dict.fromkeys(("input", "outputs"), "RULER or LongBench: read it as ruler:FILE or longbench:FILE"),
     **dict.fromkeys(("choices", "options", "instruction", "system"), "another format: write all into the question"),
 }  # fmt: skip
 
@@ -69,31 +70,50 @@ def group_by_task(contexts: Iterable[TaskContext]) -> dict[str, list[TaskContext
     return groups
 
 
-def read_tasks(path: str | Path, tokenizer=None) -> list[TaskContext]:
-    """Read JSON lines ``{"context", "question", "answer", "task"}``, or the same with ``context_ids`` and so on.
+def read_tasks(source: Source, tokenizer=None, chat: bool = False) -> list[TaskContext]:
+    """Read records ``{"context", "question", "answer", "task"}``, or the same with ``context_ids`` and so on.
 
-    Lines that follow one another with the same context share its prefill. Context, question and answer are
-    tokenised apart; the tokenizer's beginning token stands before the context alone.
+    Records that follow one another with the same context share its prefill. Context, question and answer are
+    tokenised apart; the tokenizer's beginning token stands before the context alone. ``answer_prefix``, if there is
+    one, is read after the question. ``answers``, a list of texts or SQuAD's ``{"text": [...]}``, may stand for
+    ``answer``: the first of them is expected, and a line break and a space set the three texts apart.
+
+    With `chat`, text is rendered by the model's chat template. The context is the beginning of a user's message that
+    the question ends, or a dialogue ``messages``, in which the question comes next; the answer is the reply, behind the
+    prefix. Messages without ``question`` and ``answer`` ask with the user's last message and expect the reply to it.
+
+    Args:
+        source: JSON lines, or a dataset, see :mod:`kv_gym.records`.
+        tokenizer: of the model; needed for text.
+        chat: render text by the tokenizer's chat template.
 
     Raises:
-        UserError: missing file, bad JSON, a missing or empty field, a line of another format, or text without a
-            tokenizer; the line is named.
+        UserError: a source that cannot be read, a missing or empty field, a record of another format, messages that do
+            not alternate, or text without a tokenizer; the record is named.
     """
-    return contexts_from_records(read_records(path, "context, question and answer"), tokenizer)
+    return contexts_from_records(read_records(source, "context, question and answer"), tokenizer, chat)
 
 
-def contexts_from_records(records: Iterable[tuple[str, dict]], tokenizer=None) -> list[TaskContext]:
+def contexts_from_records(records: Iterable[tuple[str, dict]], tokenizer=None, chat: bool = False) -> list[TaskContext]:
     """Contexts of records as the lines of a task file are, see :func:`read_tasks`.
 
     Args:
         records: what names a record in errors, and its data.
         tokenizer: of the model; needed for text.
+        chat: render text by the tokenizer's chat template.
     """
     contexts: list[TaskContext] = []
     for where, data in records:
         for name, source in _OTHER_FORMATS.items():
             if data.get(name) is not None:
                 raise UserError(f"{where} has a key {name!r}, as lines of {source}")
+        data = _with_one_answer(data, where)
+        if chat and "context_ids" not in data:
+            data = _rendered(data, tokenizer, where)
+        elif "messages" in data:
+            raise UserError(f"{where} holds messages, which the model's chat template renders: ask for it with --chat")
+        elif "answers" in data and isinstance(data.get("question"), str):
+            data = data | {"question": f"\n{data['question']}"}  # such data knows nothing of what stands before it
         context, question, answer = (_ids(data, name, tokenizer, where) for name in ("context", "question", "answer"))
         task = "" if data.get("task") is None else str(data["task"])
         asked = TaskQuestion(question, answer)
@@ -104,12 +124,46 @@ def contexts_from_records(records: Iterable[tuple[str, dict]], tokenizer=None) -
     return contexts
 
 
+def _with_one_answer(data: dict, where: str) -> dict:
+    """A record whose ``answers`` became one ``answer``, set apart by white space."""
+    answers = data.get("answers")
+    if answers is None or data.get("answer") is not None:
+        return data
+    texts = answers.get("text") if isinstance(answers, dict) else answers
+    if not isinstance(texts, list) or not texts or not isinstance(texts[0], str):
+        raise UserError(f"{where} has no answer under 'answers'; leave out questions that cannot be answered")
+    return data | {"answer": f" {texts[0]}"}
+
+
+def _rendered(data: dict, tokenizer, where: str) -> dict:
+    """A record whose texts are rendered by the chat template, with their tokens."""
+    template, messages = ChatTemplate(tokenizer), context_messages(data, where)
+    question, answer, prefix = (data.get(name) for name in ("question", "answer", "answer_prefix"))
+    if answer is None and messages[-1]["role"] == "assistant":
+        answer = messages.pop()["content"]
+    if question is None and len(messages) > 1 and messages[-1]["role"] == "user":
+        question = messages.pop()["content"]
+    for name, text in (("question", question), ("answer", answer)):
+        if not isinstance(text, str) or not text.strip():
+            raise UserError(f"{where} has no {name}; expected a text {name!r}, or messages that end with it")
+    if not isinstance(prefix, str | None):
+        raise UserError(f"{where}: answer_prefix is no text")
+    try:
+        context, asked = template.ask(messages, question, prefix or "")
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
+    ids = {"context": context, "question": asked, "answer": answer_after(prefix or "", answer)}
+    return data | {f"{name}_ids": template.ids(text) for name, text in ids.items()}
+
+
 def _ids(data: dict, name: str, tokenizer, where: str) -> tuple[int, ...]:
     ids = data.get(f"{name}_ids")
     if ids is None:
         text = data.get(name)
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where} has no {name}; expected a text {name!r} or a list of ids {name + '_ids'!r}")
+        if name == "question" and isinstance(prefix := data.get("answer_prefix", ""), str):
+            text += prefix
         require_tokenizer(tokenizer, where)
         ids = encode_text(tokenizer, text, is_context=name == "context")
         if not ids:
@@ -218,18 +272,20 @@ for _task, _help in {
     register(f"{_task}:512", _help)(partial(reference_questions, _task))
 
 
-@register("FILE", "questions of your own; `:seen` puts each at the end of its context before that is compressed")
+@register("FILE", "questions of your own; `:seen` puts each at the end of its context before that is compressed, "
+          "`:chat` renders them by the model's chat template")  # fmt: skip
 def questions_of_file(
-    file: str | Path, seen: bool = False, count: int | None = None, tokenizer=None
+    file: str | Path, seen: bool = False, chat: bool = False, count: int | None = None, tokenizer=None
 ) -> list[ScriptedTask]:
     """Questions of a file, see :func:`read_tasks`: a task for every ``task`` of its lines.
 
     Args:
-        file: JSON lines.
+        file: JSON lines, or the rows of a dataset.
         seen: whether each question stands at the end of its context when that is compressed.
+        chat: whether the model's chat template renders text.
         count: number of contexts, all by default.
         tokenizer: of the model.
     """
     build, suffix = (seen_questions, " seen") if seen else (unseen_questions, "")
-    groups = group_by_task(read_tasks(file, tokenizer)[:count])
+    groups = group_by_task(read_tasks(file, tokenizer, chat)[:count])
     return [build(contexts, (name or Path(file).stem) + suffix) for name, contexts in groups.items()]

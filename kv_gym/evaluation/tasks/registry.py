@@ -47,7 +47,9 @@ class TaskType:
         """Options that are given by their name alone."""
         return {name for name, parameter in self.options.items() if parameter.annotation is bool}
 
-    def tasks(self, item: str, argument: str, options: Iterable[str], tokenizer, count: int | None) -> list[Task]:
+    def tasks(
+        self, item: str, argument: str, options: Iterable[str], tokenizer, count: int | None, chat: bool = False
+    ) -> list[Task]:
         """Build the tasks of a name.
 
         Args:
@@ -56,8 +58,12 @@ class TaskType:
             options: ``option=value``, or the name of a flag.
             tokenizer: of the model.
             count: number of contexts where the options do not say it.
+            chat: whether the options mean ``chat`` without saying it.
         """
         values: dict[str, Any] = {} if count is None else {"count": _number(item, "count", str(count))}
+        if chat and "chat" not in self.options:
+            raise UserError(f"task {item!r} has no form for chat models; leave --chat out, or name a file of questions")
+        values |= {"chat": True} if chat else {}
         for option in options:
             name, _, text = option.partition("=")
             if name not in self.options:
@@ -120,7 +126,7 @@ def task_table() -> str:
     return pipe_table(("name", "task", "options"), rows, left=None)
 
 
-def parse_tasks(text: str, tokenizer=None, count: int | None = None) -> list[Task]:
+def parse_tasks(text: str, tokenizer=None, count: int | None = None, chat: bool = False) -> list[Task]:
     """Tasks from their names: ``name:argument:option=value:flag``, several with commas between them.
 
     :func:`list_tasks` has the names with their options. What is none of these names is a file of questions, see
@@ -132,19 +138,20 @@ def parse_tasks(text: str, tokenizer=None, count: int | None = None) -> list[Tas
         text: the names.
         tokenizer: of the model; None means the reference model's.
         count: contexts of each task that does not say it itself.
+        chat: all tasks have the option ``chat``.
 
     Raises:
         UserError: an unknown name or option, or whatever the task refuses.
     """
     if Path(text).is_file():
-        return list_tasks()["file"].tasks(text, text, [], tokenizer, count)
+        return list_tasks()["file"].tasks(text, text, [], tokenizer, count, chat)
     items = [item.strip() for item in text.split(",") if item.strip()]
     if not items:
         raise UserError(f"no task in {text!r}; name one, such as multi_key:512")
-    return [task for item in items for task in _parse(item, tokenizer, count)]
+    return [task for item in items for task in _parse(item, tokenizer, count, chat)]
 
 
-def _parse(item: str, tokenizer, count: int | None) -> list[Task]:
+def _parse(item: str, tokenizer, count: int | None, chat: bool) -> list[Task]:
     known, fields = list_tasks(), item.split(":")
     flags = set().union(*(kind.flags() for kind in known.values()))
     end = len(fields)
@@ -152,6 +159,6 @@ def _parse(item: str, tokenizer, count: int | None) -> list[Task]:
         end -= 1
     name, start = (fields[0], 1) if fields[0] in known else ("file", 0)
     argument = ":".join(fields[start:end])
-    if name == "file" and not argument.endswith(".jsonl") and not Path(argument).is_file():
+    if name == "file" and not argument.endswith((".jsonl", ".arrow", ".parquet")) and not Path(argument).exists():
         raise UserError(f"task {item!r} is neither a file nor known; known are {', '.join(known)}")
-    return known[name].tasks(item, argument, fields[end:], tokenizer, count)
+    return known[name].tasks(item, argument, fields[end:], tokenizer, count, chat)

@@ -8,8 +8,9 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks.answer_scores import match_all, match_part
 from kv_gym.evaluation.tasks.free_text import FreeTextPrompt, FreeTextTask, encode_prompt
 from kv_gym.evaluation.tasks.registry import register
-from kv_gym.evaluation.tasks.task_files import TaskLine, Text, Texts, read_records, require_tokenizer
+from kv_gym.evaluation.tasks.task_files import TaskLine, Text, Texts, require_tokenizer
 from kv_gym.files import validated
+from kv_gym.records import read_records
 
 _SCORES = {"all": match_all, "part": match_part}
 
@@ -26,6 +27,7 @@ def ruler(
     file: str | Path,
     tokenizer,
     seen: bool = False,
+    chat: bool = False,
     score: str | None = None,
     max_new_tokens: int = 128,
     marker: str | None = None,
@@ -35,13 +37,15 @@ def ruler(
     """A file as RULER's own scripts write it, JSON lines with ``input``, ``outputs`` and maybe ``answer_prefix``.
 
     The input holds context and question in one text. The question is its last line (so it is in all of RULER's
-    templates); inputs that end in something else, such as a chat template, need a `marker`. The answer's prefix is
-    read after the question.
+    templates); inputs that end in something else, such as a chat template that is written out, need a `marker`. The
+    answer's prefix is read after the question.
 
     Args:
         file: such as ``niah_single_1/validation.jsonl``.
         tokenizer: the model's.
         seen: whether the question and the prefix stand in the context when that is compressed.
+        chat: whether the input is rendered as a user's message by the model's chat template, with the prefix as the
+            beginning of the reply.
         score: ``all`` or ``part``, RULER's two string matches; by default ``part`` where the file or its folder is
             called ``qa...``, as in RULER, else ``all``.
         max_new_tokens: how many may be generated.
@@ -61,8 +65,8 @@ def ruler(
     for number, (where, data) in enumerate(read_records(file, "input and outputs", count)):
         line = validated(_RulerLine, data, where)
         start = _question_start(line.input, marker, where)
-        question = line.input[start:] + line.answer_prefix
-        ids = encode_prompt(tokenizer, line.input[:start], question, seen, max_tokens)
+        context, question = line.input[:start], line.input[start:]
+        ids = encode_prompt(tokenizer, context, question, line.answer_prefix, seen, max_tokens, chat)
         # by its line: "index" is not unique in files of some versions
         prompts.append(FreeTextPrompt(str(number), *ids, tuple(line.outputs), max_new_tokens, score=kind))
     title = file.parent.name if file.stem in ("validation", "test") else file.stem

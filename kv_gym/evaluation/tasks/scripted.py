@@ -136,6 +136,11 @@ class ScriptedTask(Task):
             digest.update(b"by token")
         return digest.hexdigest()
 
+    @property
+    def longest(self) -> int:
+        """See :attr:`kv_gym.evaluation.tasks.base.Task.longest`; a stream may be longer than the model's positions."""
+        return max(map(_script_length, self.scripts), default=0) if self.trigger == "prefill" else 0
+
     def batches(self) -> list[Sequence[TaskScript]]:
         """Groups of at most `rows` scripts of one shape, ordered by the first of each shape."""
         shapes: dict[tuple, list[TaskScript]] = defaultdict(list)
@@ -216,6 +221,11 @@ class ScriptedTask(Task):
         for right, nll, begun in zip(*judge_answers(likelihood, expected), first.tolist(), strict=True):
             listed = (int(begun) + int(right), round(nll * expected.shape[1], 3)) if self.list_answers else None
             yield [(right, nll, listed)]
+
+
+def _script_length(script: TaskScript) -> int:
+    asked = max((len(each.question_ids) + len(each.answer_ids) for each in script.questions), default=0)
+    return sum(len(segment.ids) for segment in script.segments) + asked
 
 
 def _second_reading(

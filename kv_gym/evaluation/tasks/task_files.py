@@ -1,16 +1,13 @@
-"""Task files: JSON lines, read with errors that name the line."""
+"""Task files: what a line holds, and its tokens."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from itertools import islice
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from kv_gym.errors import UserError
-from kv_gym.files import read_json_lines
 from kv_gym.models.loading import beginning_ids
 
 
@@ -36,31 +33,6 @@ class TaskLine(BaseModel):
     """A line of a task file; keys that a subclass does not know say nothing of the question and are left out."""
 
     model_config = ConfigDict(extra="ignore", strict=True)
-
-
-def read_records(path: str | Path, expected: str, count: int | None = None) -> Iterator[tuple[str, dict[str, Any]]]:
-    """The objects of a file of JSON lines; a key whose value is null is absent.
-
-    Args:
-        path: a file in UTF-8; empty lines are skipped.
-        expected: what an object should hold, for the errors.
-        count: how many lines to read, all by default.
-
-    Yields:
-        File and line as errors name them, and the object.
-
-    Raises:
-        UserError: missing or unreadable file, bad JSON, a line that is no object, or no line at all.
-    """
-    expected = f"expected JSON lines with {expected}"
-    number = 0
-    for number, data in islice(read_json_lines(path, expected), count):
-        where = f"{path}, line {number}"
-        if not isinstance(data, Mapping):
-            raise UserError(f"{where} is no JSON object; {expected}")
-        yield where, {name: value for name, value in data.items() if value is not None}
-    if not number:
-        raise UserError(f"task file {path} holds no task; {expected}")
 
 
 def require_tokenizer(tokenizer, place: str | Path) -> None:
