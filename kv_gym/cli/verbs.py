@@ -227,9 +227,15 @@ def _generate(call: Call) -> None:
             f"model {call.model_name} has no tokenizer, so text cannot be read; use kv_gym.EvictingCache in Python"
         )
     done = call(write=lambda text: typer.echo(text, nl=False))  # echo flushes, so that words appear as they come
-    fewest, most = done.spread
-    heads = "each head" if fewest == most else f"a head on average ({fewest:,} to {most:,})"
-    typer.echo(f"\n[cache: {done.kept:,.6g} of {done.seen:,} tokens in {heads}, {done.nbytes:,} bytes]", err=True)
+    typer.echo(f"\n[cache: {done.cache_held}]", err=True)
+
+
+@verb(app, "kv_gym.live.chat", kinds={"lines": None})
+def _chat(call: Call) -> None:
+    from kv_gym.budgets import parse_budget
+
+    parse_budget(call["budget"])  # before the model loads
+    call()
 
 
 @verb(

@@ -4,11 +4,22 @@ import warnings
 
 from kv_gym.live.cache import EvictingCache
 from kv_gym.live.config import CacheConfig, PolicyGroup
+from kv_gym.live.conversation import Conversation, chat
 from kv_gym.live.generate import Generated, generate
 from kv_gym.live.guard import Guard
 from kv_gym.live.ragged_attention import ragged_backend
 
-__all__ = ["CacheConfig", "EvictingCache", "Generated", "Guard", "PolicyGroup", "generate", "ragged_backend"]
+__all__ = [
+    "CacheConfig",
+    "Conversation",
+    "EvictingCache",
+    "Generated",
+    "Guard",
+    "PolicyGroup",
+    "chat",
+    "generate",
+    "ragged_backend",
+]
 
 
 def __getattr__(name: str):

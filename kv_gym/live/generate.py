@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from transformers import TextStreamer
 
 from kv_gym.errors import UserError
 from kv_gym.live.cache import EvictingCache
+from kv_gym.models.chat_template import ChatTemplate, Messages, check_messages
+from kv_gym.models.loading import refuse_too_long
 from kv_gym.policies import Policy
 
 
@@ -31,6 +34,55 @@ class Generated:
     spread: tuple[int, int]
     nbytes: int
 
+    @classmethod
+    def of(cls, text: str, cache: EvictingCache) -> Generated:
+        """Some text and what a cache holds now."""
+        kept = cache.kept()
+        return cls(text, cache.seen, float(kept.double().mean()), (int(kept.min()), int(kept.max())), cache.nbytes())
+
+    @property
+    def cache_held(self) -> str:
+        """What the cache held, in words."""
+        fewest, most = self.spread
+        heads = "each head" if fewest == most else f"a head on average ({fewest:,} to {most:,})"
+        return f"{self.kept:,.6g} of {self.seen:,} tokens in {heads}, {self.nbytes:,} bytes"
+
+
+def generate_ids(
+    model,
+    tokenizer,
+    ids: list[int],
+    cache: EvictingCache,
+    max_new_tokens: int,
+    write: Callable[[str], object] = lambda _: None,
+) -> list[int]:
+    """The tokens that follow some others, greedily, until a stop token of the model's generation configuration.
+
+    Args:
+        model: transformers decoder.
+        tokenizer: of the model.
+        ids: all tokens so far; the cache may have seen the first of them.
+        cache: that reads the rest.
+        max_new_tokens: how many to generate, at most.
+        write: is called with the text as it comes.
+
+    Raises:
+        UserError: more tokens than the model has positions, unless the cache keeps them within.
+    """
+    if cache.config.rope_shift is None:
+        refuse_too_long(model, len(ids), "the text so far")
+    tokens = torch.tensor([ids], device=model.device)
+    output = model.generate(
+        tokens,
+        attention_mask=torch.ones_like(tokens),
+        past_key_values=cache,
+        max_new_tokens=max_new_tokens,
+        do_sample=False,
+        streamer=_Streamer(tokenizer, write),
+        pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+    )
+    return output[0, len(ids) :].tolist()
+
 
 class _Streamer(TextStreamer):
     def __init__(self, tokenizer, write: Callable[[str], object]):
@@ -44,7 +96,7 @@ class _Streamer(TextStreamer):
 def generate(
     model,
     tokenizer,
-    prompt: str,
+    prompt: str | Messages,
     policy: str | Path | Policy = "keydiff",
     budget: str | int | float = 0.25,
     trigger: str = "prefill",
@@ -52,6 +104,7 @@ def generate(
     max_new_tokens: int = 64,
     write: Callable[[str], object] = lambda _: None,
     evicted: str = "drop",
+    chat: bool = False,
 ) -> Generated:
     """Generate text with an evicting cache.
 
@@ -60,7 +113,7 @@ def generate(
     Args:
         model: transformers decoder.
         tokenizer: of the model.
-        prompt: text to continue.
+        prompt: text to continue. In Python, also a dialogue to reply to, as messages with role and content.
         policy: name, class path such as ``my_policy:Peak``, or folder of a trained policy.
         budget: slots per head or share of the tokens, such as ``64``, ``0.25`` or ``1/8``.
         trigger: when to evict: ``prefill``, ``every:K``, ``block:K`` or ``lagged:K``.
@@ -68,28 +121,27 @@ def generate(
         max_new_tokens: how many tokens to generate, at most.
         write: is called with the text as it comes.
         evicted: what becomes of evicted pairs: ``drop``, ``merge``, ``merge:values``, ``bits:4`` ...
+        chat: reply to the prompt as a user's message, by the model's chat template.
 
     Returns:
         The text, and what the cache held at the end.
 
     Raises:
-        UserError: an empty prompt, no token to generate, or whatever the cache refuses.
+        UserError: an empty prompt, no token to generate, a prompt longer than the model's positions, no chat template,
+            or whatever the cache refuses.
     """
     if max_new_tokens < 1:
         raise UserError(f"max_new_tokens is {max_new_tokens}; expected a number from 1")
-    if not prompt.strip():
+    if not isinstance(prompt, str) or chat:
+        template = ChatTemplate(tokenizer)
+        messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else check_messages(prompt)
+        if not messages[-1]["content"].strip():
+            raise UserError("the prompt is empty; give some text to reply to")
+        ids = template.ids(template.render(messages))
+    elif prompt.strip():
+        ids = list(tokenizer(prompt)["input_ids"])
+    else:
         raise UserError("the prompt is empty; give some text to go on with")
-    inputs = tokenizer(prompt, return_tensors="pt", return_token_type_ids=False).to(model.device)
     with EvictingCache(model, policy, budget, allocation, trigger, evicted=evicted) as cache:
-        tokens = model.generate(
-            **inputs,
-            past_key_values=cache,
-            max_new_tokens=max_new_tokens,
-            do_sample=False,
-            streamer=_Streamer(tokenizer, write),
-            pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
-        )
-        kept = cache.kept()
-        text = tokenizer.decode(tokens[0, inputs["input_ids"].shape[1] :], skip_special_tokens=True)
-        spread = int(kept.min()), int(kept.max())
-        return Generated(text, cache.seen, float(kept.double().mean()), spread, cache.nbytes())
+        new = generate_ids(model, tokenizer, ids, cache, max_new_tokens, write)
+        return Generated.of(tokenizer.decode(new, skip_special_tokens=True), cache)

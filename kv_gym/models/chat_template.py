@@ -32,7 +32,7 @@ class ChatTemplate:
     def __init__(self, tokenizer: Any, name: str = "the model"):
         if tokenizer is None or not getattr(tokenizer, "chat_template", None):
             what = "no tokenizer" if tokenizer is None else "a tokenizer without a chat template"
-            raise UserError(f"{name} comes with {what}, so it cannot chat: leave --chat out, or take a chat model")
+            raise UserError(f"{name} comes with {what}, so it cannot chat: take a chat model, or leave --chat out")
         self.tokenizer = tokenizer
 
     def render(self, messages: Messages, reply: bool = True) -> str:
@@ -86,6 +86,33 @@ class ChatTemplate:
                 "the context serves several questions: leave --chat out and write the turns into the text"
             )
         return context, behind
+
+    def frame(self, system: str = "") -> tuple[str, str, str]:
+        """What stands around the messages of a conversation that goes on and on.
+
+        Args:
+            system: content of the system message; "" for none.
+
+        Returns:
+            Text before the first message of the user, between a message of the user and the reply, and between a reply
+            and the user's next message.
+
+        Raises:
+            UserError: the template refuses such messages, or does not repeat them as they are.
+        """
+        marks = [_MARKER.format(name) for name in ("first", "reply", "last")]
+        turns = [
+            {"role": role, "content": mark} for role, mark in zip(("user", "assistant", "user"), marks, strict=True)
+        ]
+        rest = self.render([{"role": "system", "content": system}] * bool(system) + turns)
+        parts = []
+        for mark in marks:
+            part, found, rest = rest.partition(mark)
+            parts.append(part if found else None)
+        before, _, between = parts
+        if None in parts:
+            raise UserError("the model's chat template leaves messages out, so that a cache cannot go on with them")
+        return before, rest, between
 
     def ask(self, messages: Messages, question: str, answer_prefix: str = "") -> tuple[str, str]:
         """A context, and a question with the beginning of the assistant's reply, as texts.

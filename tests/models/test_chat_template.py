@@ -102,7 +102,7 @@ def test_messages_that_do_not_alternate_are_refused(tokenizer, messages, reason)
 
 
 def test_templates_that_cannot_be_used_are_refused(tokenizer):
-    with pytest.raises(UserError, match="a tokenizer without a chat template, so it cannot chat: leave --chat out"):
+    with pytest.raises(UserError, match="a tokenizer without a chat template, so it cannot chat: take a chat model"):
         ChatTemplate(_tokenizer())
     with pytest.raises(UserError, match="no tokenizer"):
         ChatTemplate(None)
