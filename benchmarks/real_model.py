@@ -1,1 +1,163 @@
-"""stub"""
+"""How much of the cache a real language model needs: SmolLM2-135M-Instruct, questions in natural language.
+
+    make real-model
+    python benchmarks/real_model.py --out runs/real_model --publish benchmarks/results/real_model
+
+One command records contexts of the training wordings, trains `joint` with each of four utilities and takes the one that
+ranks best on validation wordings, trains its other seeds and `rloo` (KVP), chooses the settings of every heuristic on
+validation contexts, and measures all of them on test wordings: a context is read once, and every question is asked from
+a fork of the compressed cache. Test contexts are measured in portions, a few of every task at a time, and rows are
+published after each portion, so that the command may be stopped at any time; it goes on where it was. ``--contexts``
+says how many are wanted in all. Four hours on two idle cores with ``--workers 2`` and 100 contexts of every task; about
+one hour for the README's table (``--tasks needle,needles``).
+
+The model is a 4-bit copy of the published one, dequantised to float32 (`benchmarks/get_real_model.py`).
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from kv_gym.evaluation import evaluate
+from kv_gym.evaluation.leaderboard import leaderboard, publish
+from kv_gym.evaluation.rows import FULL
+from kv_gym.evaluation.summary import join_portions
+from kv_gym.evaluation.tasks import parse_tasks
+from kv_gym.evaluation.tasks.natural_language import TEXTS, ChatFrame
+from kv_gym.evaluation.tasks.prompts import prompts_of_tasks
+from kv_gym.files import read_json
+from kv_gym.models import load_model
+from kv_gym.models.loading import text_ids
+from kv_gym.traces import prompts_from_text, record
+from kv_gym.training import train
+
+TRAINING = (
+    "needle:640:keys=4:split=train:count=16",
+    "needle:1024:keys=4:split=train:first=16:count=8",
+    "told_once:640:split=train:count=12",
+)
+PROSE = {"context_tokens": 640, "continuation_tokens": 64, "count": 8}
+SETTINGS: dict[str, Any] = {"steps": 200, "contexts": 4}
+TARGETS = ("value", "mean", "output", "layers")
+TASKS = {  # by the name of --tasks: the task on test wordings, and the one whose validation wordings choose settings
+    "needle": ("needle:{tokens}", "needle:{tokens}:keys=4:split=validation"),
+    "needles": ("needle:{tokens}:keys=4", "needle:{tokens}:keys=4:split=validation"),
+    "told_once": ("told_once:{tokens}", "needle:{tokens}:keys=4:split=validation"),
+    "json": ("json:{tokens}", "needle:{tokens}:keys=4:split=validation"),
+    "quote": ("quote:{tokens}", "needle:{tokens}:keys=4:split=validation"),
+}
+HEURISTICS = ("keydiff", "snapkv", "h2o", "tova", "expected_attention")
+EQUAL = ("rloo", "joint, equal budgets")
+BUDGETS = ("1/2", "1/4", "1/8", "1/16")
+REPEAT = "\n\nRepeat the previous context exactly."  # KVzip's own words (arXiv 2505.23416, code)
+COPY = "4-bit copy of SmolLM2-135M-Instruct"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="runs/models/smollm2-135m-instruct", help="folder or hub id")
+    parser.add_argument("--out", type=Path, default=Path("runs/real_model"))
+    parser.add_argument("--tasks", default=",".join(TASKS), help="which, in the order of measuring")
+    parser.add_argument("--tokens", type=int, default=1024, help="length of a context")
+    parser.add_argument("--contexts", type=int, default=100, help="test contexts of each task")
+    parser.add_argument("--portion", type=int, default=4, help="contexts that are measured before rows are written")
+    parser.add_argument("--seeds", type=int, default=3, help="training runs")
+    parser.add_argument("--targets", default=",".join(TARGETS), help="utilities of `joint` to choose from")
+    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--publish", type=Path, help="folder for compact rows, such as benchmarks/results/real_model")
+    arguments = parser.parse_args()
+
+    kvzip, target = prepare(arguments.model, arguments.out, arguments.targets.split(","), arguments.seeds)
+    names = arguments.tasks.split(",")
+    for portion in range(-(-arguments.contexts // arguments.portion)):
+        spec = specification(arguments, names, portion + 1, kvzip, target)
+        rows = leaderboard(spec, arguments.out / f"rows-{arguments.tokens}", arguments.workers)
+        if arguments.publish is not None:
+            publish(named(join_portions(rows), kvzip, target), arguments.publish)
+        done = {row["task"]: row["n"] for row in join_portions(rows) if row["policy"] == FULL}
+        print(", ".join(f"{task}: {n} contexts" for task, n in done.items()), flush=True)
+
+
+def prepare(model_name: str, out: Path, targets: list[str], seeds: int) -> tuple[str, str]:
+    """Record, train, and choose the utility of `joint`: the names of KVzip with its instruction, and of the utility."""
+    model, tokenizer = load_model(model_name)
+    prompts = list(prompts_of_tasks(parse_tasks(",".join(TRAINING), tokenizer)))
+    prompts += prompts_from_text(TEXTS / "train.txt", tokenizer, **PROSE)
+    recipe = {"tasks": list(TRAINING), "prose": PROSE["count"]}
+    traces = record(model, prompts, out / "traces", tokenizer=tokenizer, stats=(), recipe=recipe)
+    for target in targets:
+        train("joint", traces, out / f"joint-{target}-0", model=model, target=target, **SETTINGS)
+    best = chosen_target(model, tokenizer, out, targets)
+    for seed in range(seeds):
+        train("joint", traces, out / f"joint-{best}-{seed}", seed=seed, model=model, target=best, **SETTINGS)
+        train("rloo", traces, out / f"rloo-{seed}", seed=seed, **SETTINGS)
+    words = REPEAT + ChatFrame.of(tokenizer).answer
+    return f"kvzip:instruction={' '.join(map(str, text_ids(tokenizer, words)))}", best
+
+
+def chosen_target(model: Any, tokenizer: Any, out: Path, targets: list[str]) -> str:
+    """The utility whose ranking answers most questions of validation wordings under one threshold; ties: lower NLL."""
+    if len(targets) == 1:
+        return targets[0]
+    file = out / "targets.json"
+    policies = {target: out / f"joint-{target}-0" for target in targets}
+    if not file.is_file() or {row["policy"] for row in read_json(file)["rows"]} != {FULL, *targets}:
+        tasks = parse_tasks("needle:1024:keys=4:split=validation:count=4", tokenizer)
+        evaluate(policies, ["1/8", "1/16"], model=model, tasks=tasks, allocations=["global"], json=file)
+    quality: dict[str, tuple[float, float]] = {}
+    for row in read_json(file)["rows"]:
+        known = quality.get(row["policy"], (0.0, 0.0))
+        quality[row["policy"]] = (known[0] + row["accuracy"], known[1] - row["nll"])
+    return max(targets, key=quality.__getitem__)
+
+
+def specification(arguments: argparse.Namespace, names: list[str], portions: int, kvzip: str, target: str) -> dict:
+    """What the first portions of all tasks compare."""
+    out, tasks = arguments.out, []
+    for portion in range(portions):
+        first = portion * arguments.portion
+        count = min(arguments.portion, arguments.contexts - first)
+        for task, validation in (TASKS[name] for name in names):
+            place = f":first={first}" if first else ""
+            tasks.append(
+                {
+                    "task": f"{task.format(tokens=arguments.tokens)}:count={count}{place}",
+                    "validation": validation.format(tokens=arguments.tokens),
+                }
+            )
+    return {
+        "model": arguments.model,
+        "tasks": tasks,
+        "budgets": list(BUDGETS),
+        "policies": [kvzip, *HEURISTICS],
+        "allocations": ["global"],
+        # heuristics run as chosen on validation contexts
+        "allocations_of": {name: [] for name in HEURISTICS} | {name: ["uniform"] for name in EQUAL},
+        "learned": {
+            "joint": [str(out / f"joint-{target}-{{seed}}")],
+            "joint, equal budgets": [str(out / f"joint-{target}-0")],
+            "rloo": [str(out / "rloo-{seed}")],
+        },
+        "seeds": list(range(arguments.seeds)),
+        "validation": {
+            "contexts": 4,
+            "budgets": ["1/4"],
+            "allocations": ["uniform", "global", "global:softmax"],
+            "protections": ["own", [4, 64]],
+            "windows": [128],
+        },
+    }
+
+
+def named(rows: list[dict], kvzip: str, target: str) -> list[dict]:
+    """Rows as they are published: KVzip by its name, and what was chosen and which weights were used beside them."""
+    about = {"weights": COPY, "target": target}
+    return [
+        row | about | ({"policy": "kvzip", "instruction": REPEAT} if row["policy"] == kvzip else {}) for row in rows
+    ]
+
+
+if __name__ == "__main__":
+    main()

@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from statistics import fmean
 
+import numpy as np
+
 from kv_gym.budgets import budget_key
 from kv_gym.evaluation.rows import FULL
 from kv_gym.evaluation.statistics import (
@@ -77,6 +79,77 @@ def _line(rows: list[Mapping], measure: str) -> dict:
         known = [row[name] for row in rows if row.get(name) is not None]
         line[name] = fmean(known) if known else None
     return line
+
+
+def join_portions(rows: Iterable[Mapping]) -> list[dict]:
+    """Rows of portions of one task (``:first=``), made one row for each configuration and training run.
+
+    Args:
+        rows: with their contexts; portions share none. What is no sum or mean over contexts is that of the first row.
+
+    Returns:
+        Rows in the order of first appearance.
+    """
+    portions: dict[tuple, list[Mapping]] = {}
+    for row in rows:
+        portions.setdefault((row["task"], row.get("seed"), *configuration_key(row)), []).append(row)
+    return [same[0] if len(same) == 1 else _joined(same) for same in portions.values()]  # type: ignore[misc]
+
+
+def _joined(rows: list[Mapping]) -> dict:
+    first = rows[0]
+    contexts = {name: entry for row in rows for name, entry in row["contexts"].items()}
+    counts = [row["n"] for row in rows]
+    parts: dict[str, dict] = {}
+    for name, part in ((name, part) for row in rows for name, part in row["parts"].items()):
+        known = parts.setdefault(name, {"questions": 0, "correct": 0})
+        parts[name] = {key: known[key] + part[key] for key in known}
+    grids = [row["slots"] for row in rows]
+    joined = {
+        "n": sum(counts),
+        "parts": parts,
+        "answers": {name: each for row in rows for name, each in (row["answers"] or {}).items()} or None,
+        "slots": None if None in grids else np.average(grids, axis=0, weights=counts).tolist(),
+    }
+    for name in ("cache_bytes", "milliseconds"):
+        joined[name] = float(np.average([row[name] for row in rows], weights=counts))
+    return {**first, **joined, **_answered(contexts)}
+
+
+def regrade(rows: Iterable[Mapping], first_token: bool = False, where_full_is_right: bool = False) -> list[dict]:
+    """Rows whose ``accuracy`` and ``contexts`` count other answers, made of those that rows list one by one.
+
+    Args:
+        rows: of any number of tasks; those without listed answers are left out.
+        first_token: an answer counts when its first token is right.
+        where_full_is_right: only questions count that the full cache of the same task answers wholly.
+    """
+    rows = [row for row in rows if row.get("answers")]
+    full = {row["task"]: row["answers"] for row in rows if row["policy"] == FULL}
+    found = []
+    for row in rows:
+        contexts = {}
+        for name, answers in row["answers"].items():
+            kept = answers
+            if where_full_is_right:
+                by_full = full.get(row["task"], {}).get(name, [])
+                kept = [answer for answer, (grade, _) in zip(answers, by_full, strict=True) if grade == 2]
+            right = sum(grade >= (1 if first_token else 2) for grade, _ in kept)
+            contexts[name] = [right, len(kept), sum(nll for _, nll in kept)]
+        found.append({**row, **_answered(contexts)})
+    return found
+
+
+def _answered(contexts: Mapping[str, list]) -> dict:
+    """The fields of a row that its contexts add up to."""
+    questions = sum(entry[1] for entry in contexts.values())
+    losses = [entry[2] for entry in contexts.values()]
+    return {
+        "contexts": contexts,
+        "questions": questions,
+        "accuracy": sum(entry[0] for entry in contexts.values()) / questions if questions else None,
+        "nll": None if None in losses or not questions else sum(losses) / questions,
+    }
 
 
 def best_heuristics(lines: Iterable[Mapping], measure: str = "accuracy") -> dict[tuple[str, tuple], dict]:

@@ -306,7 +306,8 @@ def cells_of(
     marked = {cell.id: (cell, False) for cell in (null_cells(task, spec) if nulls else ())}
     tiers = spec.tiers if nulls else ("drop",)
     for policy in policies:
-        fit = [rule for rule in spec.allocations if not policy.refusal(rule)]
+        rules = spec.allocations_of.get(policy.name, spec.allocations)
+        fit = [rule for rule in rules if not policy.refusal(rule)]
         for setting in cache_settings(policy, spec.budgets, fit, tiers):
             cell = Cell(policy, setting, task)
             marked.setdefault(cell.id, (cell, False))

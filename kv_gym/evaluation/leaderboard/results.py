@@ -138,10 +138,10 @@ def publish(rows: Iterable[Mapping], folder: str | Path) -> list[Path]:
 def compact(rows: Iterable[Mapping]) -> list[dict]:
     """The same rows, shorter.
 
-    What is not known is left out, hashes are cut to 16 digits, numbers to what tables show. Contexts and slots are
-    listed for one setting of each heuristic and task, the one that competes: chosen on validation contexts or, where
-    none was, of highest mean; learned policies and null hypotheses, which pages show in every allocation, list them in
-    all. Contexts of replay are numbered in the order of their ids.
+    What is not known is left out, hashes are cut to 16 digits, numbers to what tables show. Contexts, answers and slots
+    are listed for one setting of each heuristic and task, the one that competes: chosen on validation contexts or,
+    where none was, of highest mean; learned policies and null hypotheses, which pages show in every allocation, list
+    them in all. Contexts of replay are numbered in the order of their ids.
     """
     rows = list(rows)
     best = _best_settings(rows)
@@ -151,7 +151,7 @@ def compact(rows: Iterable[Mapping]) -> list[dict]:
         short = {name: _shorter(name, value, "accuracy" not in known) for name, value in known.items()}
         everywhere = row.get("seed") is not None or row["policy"] in NULLS
         if best[row["task"], row["policy"]] != _setting(row) and not everywhere:
-            short = {name: value for name, value in short.items() if name not in ("contexts", "slots")}
+            short = {name: value for name, value in short.items() if name not in ("contexts", "slots", "answers")}
         for name in ONCE:
             if name in short and before.get((row["task"], name)) == short[name]:
                 del short[name]

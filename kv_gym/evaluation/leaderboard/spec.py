@@ -5,6 +5,7 @@ tasks:
   - {task: "multi_key:512", contexts: 64, validation: "multi_key:512:seed=899"}
 budgets: [1/4, 1/8, 1/16]
 allocations: [uniform, global]       # of every policy that can use them
+allocations_of: {rloo: [uniform]}    # instead, of some
 tiers: [drop]
 policies: [all]                      # every registered policy that runs live; names; class paths; folders
 learned:                             # folders by the name that rows carry; of several the first that is there
@@ -156,6 +157,12 @@ def _task(value: Any) -> Any:
     return {"task": value} if isinstance(value, str) else value
 
 
+def _allocations_of(value: Any) -> dict[str, tuple[str, ...]]:
+    if not isinstance(value, Mapping):
+        raise ValueError("expected allocations by policy, such as rloo: [uniform]")
+    return {str(name): () if rules == [] else _allocations(rules) for name, rules in value.items()}
+
+
 def _list(value: Any) -> Any:
     if not isinstance(value, list | tuple):
         raise ValueError("expected a list")
@@ -171,6 +178,8 @@ class Spec(_Section):
         model: ``reference``, a folder or a hub id.
         dtype: that the model computes in.
         allocations, tiers: every policy meets every one that it can use.
+        allocations_of: instead of `allocations`, for some policies, by the name that rows carry; none: of a heuristic
+            only the setting that was chosen on validation contexts.
         policies: ``all``, names, class paths or exported folders.
         learned: folders with ``{seed}``, by the name that rows carry.
         seeds: training runs of each learned policy.
@@ -183,6 +192,7 @@ class Spec(_Section):
     model: StrictStr = "reference"
     dtype: StrictStr = "auto"
     allocations: Allocations = ("uniform",)
+    allocations_of: Annotated[dict[str, tuple[str, ...]], PlainValidator(_allocations_of)] = {}
     tiers: Names = ("drop",)
     policies: Names = (ALL,)
     learned: Annotated[dict[str, tuple[str, ...]], PlainValidator(_folders)] = {}
