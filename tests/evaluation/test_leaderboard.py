@@ -14,7 +14,7 @@ from typer.testing import CliRunner
 
 from kv_gym import EvictingCache, cli
 from kv_gym.errors import UserError
-from kv_gym.evaluation.leaderboard import compact, leaderboard, page, publish, read_rows, read_spec
+from kv_gym.evaluation.leaderboard import compact, leaderboard, page, plan, publish, read_rows, read_spec
 from kv_gym.evaluation.leaderboard.identity import _code, exported_hash, model_hash, policy_hash
 from kv_gym.evaluation.leaderboard.results import ResultFolder, write_batch
 from kv_gym.evaluation.measure import replay
@@ -240,6 +240,13 @@ def test_settings_are_those_that_answer_most_on_validation_contexts(place, tmp_p
     assert not any(row["chosen_on_validation"] for row in found if row["policy"] == "full_cache")
 
 
+def test_a_policy_may_have_allocations_of_its_own(place):
+    spec = read_spec(spec_of(place, allocations=["uniform"], allocations_of={"h2o": ["global"], "keydiff": []}))
+    cells = plan.cells_of(plan.TaskIdentity("t", "", "prefill", ""), spec, plan.heuristics(spec), nulls=False).values()
+    rules = {(cell.policy.name, cell.setting.allocation) for cell, _ in cells}
+    assert ("h2o", "global") in rules and not {("h2o", "uniform"), ("keydiff", "uniform")} & rules
+
+
 def test_a_configuration_that_refuses_is_a_row_with_its_sentence(place, tmp_path):
     model = LlamaForCausalLM.from_pretrained(place / "model")
     with torch.no_grad():
@@ -357,6 +364,7 @@ BAD = {
     "tasks is 'multi_key'; expected a list": {"tasks": "multi_key"},
     "budget 2.0 is a share above 1": {"budgets": ["2.0"]},
     "unknown allocation": {"allocations": ["unifrm"]},
+    "allocations_of is": {"allocations_of": ["uniform"]},
     "unknown policy 'keydif'": {"policies": ["keydif"]},
     "is an oracle": {"policies": ["oracle"]},
     "learned policy 'mine' is not in": {"learned": {"mine": "nowhere/mine-{seed}"}},

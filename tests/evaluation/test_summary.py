@@ -5,7 +5,7 @@ from statistics import fmean
 import pytest
 from slow_statistics import row
 
-from kv_gym.evaluation.summary import best_heuristics, smallest_budgets, summarise
+from kv_gym.evaluation.summary import best_heuristics, join_portions, regrade, smallest_budgets, summarise
 
 
 def test_lines_join_seeds_and_compare_with_the_best_heuristic():
@@ -53,3 +53,36 @@ def test_utility_is_a_ratio_of_sums():
     assert line["utility_kept"] == pytest.approx(2 / 5) and line["low"] == pytest.approx(1 / 3)
     assert line["high"] == pytest.approx(1 / 2) and line["nll"] is None
     assert summarise(rows) == [] and fmean([line["low"], line["high"]]) != line["utility_kept"]
+
+
+def portion(policy, right, first, **more):
+    made = row(policy, 0.5, right, parts={"a": {"questions": 4, "correct": right[0]}}, **more)
+    made["contexts"] = {str(first + number): entry for number, entry in enumerate(made["contexts"].values())}
+    made["answers"] = {
+        name: [[2, 0.5]] * entry[0] + [[0, 3.0]] * (4 - entry[0]) for name, entry in made["contexts"].items()
+    }
+    return made | {"slots": [[8.0 * len(right)]]}
+
+
+def test_portions_of_a_task_become_one_row():
+    rows = [portion("a", [4], 0), portion("b", [1], 0), portion("a", [2, 0], 1), portion("a", [3], 0, seed=1)]
+    joined, other, seed = join_portions(rows)
+    assert other is rows[1] and seed is rows[3]
+    assert (joined["n"], joined["questions"], joined["accuracy"]) == (3, 12, 0.5)
+    assert list(joined["contexts"]) == ["0", "1", "2"] and list(joined["answers"]) == ["0", "1", "2"]
+    assert joined["parts"] == {"a": {"questions": 8, "correct": 6}}
+    assert joined["slots"] == [[pytest.approx((8 + 2 * 16) / 3)]] and joined["nll"] == pytest.approx(1.5 / 12)
+
+
+def test_answers_are_graded_again_by_first_tokens_and_by_what_the_full_cache_answers():
+    rows = [portion("full_cache", [3, 0], 0), portion("a", [2, 1], 0), row("b", 0.5, [1])]
+    rows[1]["answers"] = {"0": [[2, 0.1], [0, 4.0], [1, 1.0], [2, 0.2]], "1": [[0, 4.0]] * 4}
+    of = {graded["policy"]: graded for graded in regrade(rows, first_token=True)}
+    assert set(of) == {"full_cache", "a"} and of["a"]["contexts"]["0"] == [3, 4, pytest.approx(5.3)]
+    assert of["a"]["accuracy"] == 3 / 8
+    of = {graded["policy"]: graded for graded in regrade(rows, where_full_is_right=True)}
+    assert of["full_cache"]["accuracy"] == 1 and of["a"]["contexts"] == {
+        "0": [1, 3, pytest.approx(5.1)],
+        "1": [0, 0, 0],
+    }
+    assert of["a"]["accuracy"] == 1 / 3 and of["a"]["questions"] == 3
