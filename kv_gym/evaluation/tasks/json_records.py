@@ -24,18 +24,14 @@ from kv_gym.models.loading import text_ids
 PAIRS, QUESTIONS, DIGITS = 20, 8, 5
 WORDINGS = {  # the statement is a format of `value`, the whole object
     "train": (
-        Wording("A shop keeps its prices in this JSON object: {value}", 'What is the price of "{key}"?',
-                'The price of "{key}" is'),
-        Wording("The file points.json holds {value}", 'How many points does points.json give to "{key}"?',
-                'The points of "{key}" are'),
+        Wording("Prices: {value}", 'In the prices, what number belongs to the word "{key}"?', '{{"{key}":'),
+        Wording("The file points.json holds {value}", 'How many points has "{key}" in the file?', '{{"{key}":'),
     ),
     "validation": (
-        Wording("This is the register of weights: {value}", 'Which weight does the register give for "{key}"?',
-                'The weight of "{key}" is'),
+        Wording("Weights: {value}", 'In the weights, what is the number of "{key}"?', '{{"{key}":'),
     ),
     "test": (
-        Wording("Extract the value from the JSON object below. JSON data: {value}",
-                'What is the value of the key "{key}" in the JSON data?', 'The value of the key "{key}" is'),
+        Wording("JSON: {value}", 'In the JSON object, what number belongs to the key "{key}"?', '{{"{key}":'),
     ),
 }  # fmt: skip
 
