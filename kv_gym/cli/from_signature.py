@@ -18,7 +18,7 @@ from typing import Annotated, Any
 
 import typer
 
-Device = Annotated[str, typer.Option("--device", help="cpu, cuda, ...")]
+Device = Annotated[str, typer.Option("--device", help="cpu, cuda, cuda:1, ..., or auto: over all GPUs.")]
 Dtype = Annotated[str, typer.Option("--dtype", help="auto (float32 on CPU), float32, bfloat16 or float16.")]
 
 _SCALARS = {"bool": bool, "int": int, "float": float}
@@ -167,6 +167,8 @@ class Call:
         """Import the function and call it; `more` are arguments that the command line has no option for."""
         known = self._source.parameters
         loaded = dict(zip(("model", "tokenizer"), self.model, strict=True)) if self._load is not None else {}
+        if self._load is not None:
+            loaded["device"] = None if self._load[1] == "auto" else self._load[1]
         arguments = {name: value for name, value in loaded.items() if name in known} | self.given | more
         return getattr(import_module(self._source.module), self._source.name)(**arguments)
 

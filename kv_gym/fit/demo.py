@@ -73,7 +73,10 @@ def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True) ->
         steps=AGENT_STEPS, **settings,
     )  # fmt: skip
     console.print("[bold]2. Train KVP[/] (the agent rloo) on the same traces")
-    kvp = train("rloo", folder / "traces", out / f"kvp-{seed}", seed=seed, steps=KVP_STEPS, progress=progress)
+    kvp = train(
+        "rloo", folder / "traces", out / f"kvp-{seed}", seed=seed, steps=KVP_STEPS, progress=progress,
+        device=str(model.device),
+    )  # fmt: skip
 
     console.print(f"[bold]3. Compare[/] on {len(test)} test contexts; the question is not seen while the cache is cut")
     policies = [(LEARNED, make_policy(folder / "policy"), fitted["allocation"]), (KVP, kvp, "uniform")]

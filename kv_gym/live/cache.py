@@ -417,8 +417,9 @@ class EvictingCache(Cache):
         self._in_forward = False
         if self.monitor is not None and (signals := self.layer_signals()):
             self._check_guard(torch.stack([signal.to(signals[0].device) for signal in signals]).mean(0))
-        if undecided := [state for state in self._states if state.newest is not None]:
-            decide_together(undecided)
+        undecided = [state for state in self._states if state.newest is not None]
+        for device in dict.fromkeys(state.slots.device for state in undecided):  # layers may lie on several
+            decide_together([state for state in undecided if state.slots.device == device])
         if self.config.evicts_after_forward:
             rows_to_evict = self._states[0].rows_to_evict()
             if any(rows_to_evict):

@@ -41,7 +41,8 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
     Args:
         path_or_id: a folder with ``config.json``, a ``.gguf`` file or a folder with one, from which nothing but local
             files is read; or a model's name on the Hub. Weights of a GGUF file are dequantised.
-        device: such as ``cpu`` or ``cuda``; None takes CUDA where there is one.
+        device: such as ``cpu`` or ``cuda``; ``auto`` spreads the model over all GPUs (needs accelerate); None takes
+            CUDA where there is one.
         dtype: ``float32``, ``float16``, ``bfloat16``, or ``auto``: float32 on a CPU, the checkpoint's own on CUDA.
 
     Returns:
@@ -55,7 +56,10 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
 
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; expected one of {', '.join(_DTYPES)}")
-    target = usable_device(device)
+    spread = device == "auto"
+    if spread and find_spec("accelerate") is None:
+        raise UserError("device 'auto' spreads a model over all GPUs, which needs accelerate: pip install accelerate")
+    target = usable_device(None if spread else device)
     source = _Source.find(path_or_id)
     logging.disable_progress_bar()  # its bar would stand between ours
     verbosity = logging.get_verbosity()
@@ -68,6 +72,7 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
         with redirect_stderr(StringIO()) if source.gguf else nullcontext():  # another bar, which has no switch
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **source.arguments, **source.loading_options(), config=config, dtype=loaded_dtype,
+                device_map="auto" if spread else None,
                 trust_remote_code=False, attn_implementation="sdpa", output_loading_info=True,
             )  # fmt: skip
     except Exception as error:  # of a damaged folder, transformers lets through whatever its parts raise
@@ -83,7 +88,7 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
             "files, or save it again with save_pretrained"
         )
     refuse_unsupported(model)
-    return model.to(target).eval(), _load_tokenizer(source)
+    return (model if spread else model.to(target)).eval(), _load_tokenizer(source)
 
 
 @dataclass(frozen=True)

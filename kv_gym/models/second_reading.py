@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
 from kv_gym.cache_view import CacheView, attention_weights
+from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.models.attention import AttentionCall, observe_next_attention, output_projection
 from kv_gym.models.context_repetition import QUERY_BLOCK, ContextRepetition, RereadingPolicy
@@ -126,15 +127,16 @@ class _RereadingLayer(CacheLayerMixin):
         view = replace(self._cached.view(), queries=None)
         heads, n = view.positions.shape[1:]
         m = call.query.shape[2]
+        # this layer's device: a model may lie on several
+        real, first, last = (to_device(tensor, call.query.device) for tensor in (self._real, *self._repeated))
         projected = self._repetition.projected
         if projected:
             view = replace(view, output=output_projection(call.module, call.query.shape[1], call.query.shape[3]))
         keys, values = torch.cat((view.keys, call.key), 2), torch.cat((view.values, call.value), 2)
         query_positions = view.seen[:, None] + torch.arange(m, device=keys.device)  # [B, m]
         positions = torch.cat((view.positions, query_positions[:, None].expand(-1, heads, -1)), 2)
-        valid = torch.cat((view.valid, self._real[:, None].expand(-1, heads, -1)), 2)
-        first, last = (edge[:, None] for edge in self._repeated)
-        in_chunk = view.valid & (view.positions >= first) & (view.positions < last)
+        valid = torch.cat((view.valid, real[:, None].expand(-1, heads, -1)), 2)
+        in_chunk = view.valid & (view.positions >= first[:, None]) & (view.positions < last[:, None])
         scored = valid.clone()
         scored[..., :n] &= in_chunk | (view.positions < self._repetition.sinks)
         outputs, state = [], dict(view.state)
@@ -148,10 +150,7 @@ class _RereadingLayer(CacheLayerMixin):
             attention = attention_weights(
                 call.query[:, :, block], keys, query_positions[:, block], positions, scored, call.scaling
             )[..., :n]  # fmt: skip
-            shown = (
-                in_chunk.repeat_interleave(attention.shape[1] // heads, 1)[:, :, None]
-                & self._real[:, None, block, None]
-            )
+            shown = in_chunk.repeat_interleave(attention.shape[1] // heads, 1)[:, :, None] & real[:, None, block, None]
             hidden = current_hidden_states(self._index)[:, block] if projected else None
             state = self._policy.observe_again(view, attention.masked_fill_(~shown, 0.0), state, hidden)
         self._cached.write_state(state)

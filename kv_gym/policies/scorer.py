@@ -8,9 +8,11 @@ trains all heads against one another. :mod:`kv_gym.policies.scoring.inputs` has 
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
+from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -170,7 +172,8 @@ class Scorer(Policy):
         """All layers as one batched product, where they are the model's and no input depends on the layer."""
         heads = views[0].keys.shape[1]
         per_layer = self.needs_hidden or self.needs_queries
-        if per_layer or [view.layer for view in views] != list(self.fingerprint.layers):
+        split = len({view.keys.device for view in views}) > 1
+        if per_layer or split or [view.layer for view in views] != list(self.fingerprint.layers):
             return super().score_layers(views)
         names = ("keys", "values", "positions", "valid")
         joined = {name: torch.cat([getattr(view, name) for view in views], 1) for name in names}
@@ -179,10 +182,20 @@ class Scorer(Policy):
     def _score_heads(self, view: CacheView, networks: slice) -> Tensor:
         """Scores `[batch, heads, tokens]` of a view whose heads have the networks of that run."""
         batch, heads, n, _ = view.keys.shape
-        if next(self.network.parameters()).device != view.keys.device:
-            self.network.to(view.keys.device)
         flat = read_inputs(view, self.inputs).transpose(0, 1).reshape(heads, batch * n, -1)
-        return self.network(flat, networks).view(heads, batch, n).transpose(0, 1)
+        return self._network_on(view.keys.device)(flat, networks).view(heads, batch, n).transpose(0, 1)
+
+    def _network_on(self, device: torch.device) -> GroupedScorer:
+        """The network, or a copy of it on another device: the layers of one model may lie on several."""
+        if self.network.mean.device == device:
+            return self.network
+        if device not in self._copies:
+            self._copies[device] = copy.deepcopy(self.network).to(device)
+        return self._copies[device]
+
+    @cached_property
+    def _copies(self) -> dict[torch.device, GroupedScorer]:
+        return {}
 
     def _ordinal(self, layer: int) -> int:
         try:

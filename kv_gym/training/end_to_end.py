@@ -19,6 +19,7 @@ from pydantic import PositiveFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import pad
 
+from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.policies.scorer import Scorer
 from kv_gym.traces.sequence import Sequence
@@ -55,7 +56,8 @@ class EndToEndSettings(Settings):
 class EndToEnd(Learner):
     """Trains the scores through the frozen model, by the divergence of the cut cache's predictions from the full's.
 
-    The scoring networks stay on the CPU; contexts, gates and continuations move to the model's device.
+    Contexts are kept on the host; a step moves its own, and their continuations, to the model's device. The scoring
+    networks may be on another.
     """
 
     settings_class = EndToEndSettings
@@ -109,9 +111,11 @@ class EndToEnd(Learner):
         contexts = RecordedContexts.of(sequences, self.model.device)
         n = contexts.keys.shape[3]
         gates = torch.stack([self._cut(sequence, share, n) for sequence, share in zip(sequences, shares, strict=True)])
-        gates = gates.view(contexts.keys.shape[:4]).to(self.model.device)
+        gates = to_device(gates.view(contexts.keys.shape[:4]), self.model.device)
         tokens, mask = padded_continuations(sequences, indices, self.model.device)
-        cut = continuation_logits(self.model, contexts, gates, tokens).float().log_softmax(-1)
+        with self.precision():
+            logits = continuation_logits(self.model, contexts, gates, tokens)
+        cut = logits.float().log_softmax(-1)
         known = [self._full(sequence, chosen) for sequence, chosen in zip(sequences, indices, strict=True)]
         full = torch.stack([pad(log_probs, (0, 0, 0, tokens.shape[2] - log_probs.shape[1])) for log_probs in known])
         divergence = (full.exp() * (full - cut)).sum(-1) * mask
@@ -143,7 +147,8 @@ class EndToEnd(Learner):
         gates = torch.ones(contexts.keys.shape[:4], device=self.model.device)
         read = list(range(len(sequence.continuations))) if cached else indices
         tokens, _ = padded_continuations([sequence], [read], self.model.device)
-        log_probs = continuation_logits(self.model, contexts, gates, tokens)[0].float().log_softmax(-1)
+        with self.precision():
+            log_probs = continuation_logits(self.model, contexts, gates, tokens)[0].float().log_softmax(-1)
         if not cached:
             return log_probs
         self._full_log_probs[sequence.id] = log_probs
@@ -151,7 +156,9 @@ class EndToEnd(Learner):
 
     def _cut(self, sequence: Sequence, share: float, n: int) -> Tensor:
         """Gates `[heads, n]` of a context cut to a share of its slots; 0 behind its end."""
-        scores = self.network(sequence_inputs(sequence, self.settings.inputs))  # [heads, length]
+        inputs = to_device(sequence_inputs(sequence, self.settings.inputs), self.device)
+        with self.precision():
+            scores = self.network(inputs).float()  # [heads, length]
         count = max(1, int(share * scores.numel()))
         gates = hard_top(scores.flatten(), count, self.settings.temperature).view_as(scores)
         return pad(gates, (0, n - scores.shape[1]))

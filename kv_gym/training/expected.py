@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from kv_gym.devices import to_device
 from kv_gym.training.learner import LossLearner, Metrics
 from kv_gym.training.losses import COMPARED_SLOTS
 from kv_gym.training.plackett_luce import expected_rank_cost
@@ -23,4 +24,5 @@ class Expected(LossLearner):
         """Every head's rank cost."""
         n = scores.shape[-1]
         compared = torch.randperm(n)[:COMPARED_SLOTS] if n > COMPARED_SLOTS else None
+        compared = None if compared is None else to_device(compared, scores.device)
         return expected_rank_cost(scores, utility, compared).mean(), {}

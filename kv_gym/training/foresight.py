@@ -17,6 +17,7 @@ import torch
 from pydantic import Field, NonNegativeFloat
 from torch import Tensor
 
+from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Paper
 from kv_gym.policies.scorer import GroupedScorer, Scorer
@@ -79,23 +80,29 @@ class Foresight(GroupLearner):
         settings = self.settings
         distill_steps = round(min(1.0, settings.distill) * settings.steps)
         if step < distill_steps:
-            states = self._states.draw(settings.contexts, None, highest=True)
+            states = self._states.draw(settings.contexts, None, highest=True).to(self.device)
             self.samples = len(states.heads)
-            scores = self.network(states.inputs, states.heads)
+            with self.precision():
+                scores = self.network(states.inputs, states.heads).float()
             loss = pairwise_hinge(scores, states.utility, settings.margin, states.mask)
             return {"loss": loss.detach(), "gradient_norm": self.optimizer_step(loss)}
         self.update_reference(step - distill_steps)
         with torch.no_grad():
-            states = self._states.draw(settings.contexts, self.network)
+            drawn = self._states.draw(settings.contexts, self.network)
+        states = drawn.to(self.device)
         self.samples = len(states.heads) * settings.group
-        sign, utility, weights = cut_action(states)
+        sign, utility, weights = cut_action(drawn)
+        lowest = float(utility.min()) - 1  # last in the best order too
+        utility = to_device(utility.masked_fill(~drawn.mask, lowest), self.device)
+        sign = to_device(sign, self.device)
 
         def score(network: GroupedScorer) -> Tensor:
-            return (network(states.inputs, states.heads) * sign).masked_fill(~states.mask, PADDING_SCORE)
+            with self.precision():
+                scores = network(states.inputs, states.heads).float()
+            return (scores * sign).masked_fill(~states.mask, PADDING_SCORE)
 
         with torch.no_grad():
             scores, reference = score(self.network), score(self.reference)
-        utility = utility.masked_fill(~states.mask, float(utility.min()) - 1)  # last in the best order too
         group = RankingGroup.sample(scores, reference, utility, weights, settings.group)
         return self.optimise(group, lambda: score(self.network))
 

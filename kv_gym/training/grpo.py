@@ -27,6 +27,7 @@ import torch
 from pydantic import Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 
+from kv_gym.devices import to_device
 from kv_gym.envs.rewards import budget_weights, rank_weights
 from kv_gym.policies.base import Paper
 from kv_gym.traces.sequence import Sequence
@@ -83,11 +84,13 @@ class RankingGroup:
 
         Args:
             scores, reference: `[..., n]` of the sampling and the reference policy.
-            utility, weights: as in :func:`returns_to_go`; the action is the stages with positive weights.
+            utility, weights: as in :func:`returns_to_go`, `weights` on the CPU; the action is the stages with positive
+                weights.
             size: of the group.
         """
         order = sample_rankings(scores, size)
         length = max(1, int((weights > 0).sum(-1).max()))  # 1 where no state has an action: such a step learns nothing
+        weights = to_device(weights, scores.device)
         returns = returns_to_go(order, utility, weights)
         old = RankingStages.of(scores.expand(order.shape), order, length)
         action_mask = (weights > 0)[..., :length].expand(*order.shape[1:-1], length)

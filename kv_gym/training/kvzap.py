@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from kv_gym.devices import to_device
 from kv_gym.policies.base import Paper
 from kv_gym.policies.scoring.inputs import HIDDEN
 from kv_gym.traces.sequence import Sequence
@@ -69,7 +70,7 @@ class KVzap(LossLearner):
     def loss(self, scores: Tensor, utility: Tensor) -> tuple[Tensor, Metrics]:
         """Mean squared error in nats; ``explained`` is the paper's R squared, as a mean over heads."""
         error = (scores - _log_utility(utility)).square()
-        explained = 1 - error.detach().mean((0, 2)) / self.variance
+        explained = 1 - error.detach().mean((0, 2)) / to_device(self.variance, error.device)
         return error.mean(), {"explained": explained.mean()}
 
 

@@ -9,6 +9,7 @@ import math
 import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from itertools import islice
 from typing import Annotated, Any, ClassVar
@@ -19,6 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFl
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
+from kv_gym.devices import HostCopy, to_device
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Paper
 from kv_gym.policies.scorer import GroupedScorer, Scorer
@@ -51,6 +53,8 @@ class Settings(BaseModel):
         validation: share of the documents held out to choose the best checkpoint.
         every: steps between validations (and checkpoints).
         inputs: what the networks read of a slot: names of :data:`~kv_gym.policies.scoring.inputs.INPUTS`.
+        bf16: mixed precision: products of the networks, and of the model that they train through, are in bfloat16
+            (``torch.autocast``); weights, losses and the optimiser stay in float32.
     """
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
@@ -65,6 +69,7 @@ class Settings(BaseModel):
     validation: NonNegativeFloat = 0.1
     every: PositiveInt = 50
     inputs: InputNames = DEFAULT
+    bf16: bool = False
 
     @property
     def depth(self) -> int:
@@ -102,12 +107,12 @@ class TrainingContext:
 
     def standardise(self, network: GroupedScorer) -> None:
         """Standardise the inputs in place, once, as `network` would at every step."""
-        width = self.inputs.shape[-1]
-        self.inputs.sub_(network.mean[..., :width]).mul_(network.scale[..., :width])
+        width, mean, scale = self.inputs.shape[-1], network.mean.cpu(), network.scale.cpu()
+        self.inputs.sub_(mean[..., :width]).mul_(scale[..., :width])
         if self.hidden_states is not None:
             # the heads of a layer have the same mean and scale of its hidden states: take those of the first
             first = slice(None, None, network.heads // len(self.hidden_states))
-            self.hidden_states.sub_(network.mean[first, :, width:]).mul_(network.scale[first, :, width:])
+            self.hidden_states.sub_(mean[first, :, width:]).mul_(scale[first, :, width:])
 
 
 def read_context(
@@ -165,6 +170,8 @@ class Learner(ABC):
     A step seeds its random draws by its own number, so it depends only on the state before it: a resumed run repeats
     an uninterrupted one exactly.
 
+    Contexts stay in the host's memory; a step moves what it draws of them to :attr:`device`, where the network is.
+
     Args:
         settings: of :attr:`settings_class`.
         seed: of all random draws.
@@ -201,9 +208,19 @@ class Learner(ABC):
         self.settings, self.seed, self.network = settings, seed, network
         self.from_scratch, self.model = from_scratch, model
         self.calibrated = self.scores_comparable(settings)
+        self._loss: HostCopy | None = None
         self.optimizer: torch.optim.Optimizer = torch.optim.AdamW(
             network.parameters(), lr=settings.rate, weight_decay=settings.weight_decay
         )
+
+    @property
+    def device(self) -> torch.device:
+        """Where the network is, and the batches of a step."""
+        return self.network.mean.device
+
+    def precision(self) -> AbstractContextManager:
+        """In which products are computed in bfloat16, where the settings say so."""
+        return torch.autocast(self.device.type, torch.bfloat16) if self.settings.bf16 else nullcontext()
 
     @classmethod
     def resolve_settings(cls, settings: Settings, has_model: bool) -> Settings:
@@ -275,7 +292,13 @@ class Learner(ABC):
         loss.backward()
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
-        self.refuse_non_finite(loss.item())
+        if self.device.type == "cpu":
+            self.refuse_non_finite(loss.item())
+        else:  # an accelerator is not waited for: an earlier loss that has arrived by now will do
+            if self._loss is not None and self._loss.has_arrived():
+                self.refuse_non_finite(self._loss.tensor.item())
+                self._loss = None
+            self._loss = self._loss or HostCopy(loss.detach())
         return norm
 
     def refuse_non_finite(self, loss: float) -> None:
@@ -297,17 +320,19 @@ class ContextLearner(Learner):
             context.standardise(self.network)
 
     def sample_batch(self) -> tuple[Tensor, Tensor]:
-        """Inputs `[heads, contexts * n, f]` and utility `[contexts, heads, n]` of random slots of random contexts."""
+        """Inputs `[heads, contexts * n, f]` and utility `[contexts, heads, n]` of random slots, on the device."""
         picked = [self.contexts[i] for i in torch.randint(len(self.contexts), (self.settings.contexts,))]
         n = min(self.settings.slots, min(context.utility.shape[1] for context in picked))
         slots = [torch.randperm(context.utility.shape[1])[:n] for context in picked]
         pairs = list(zip(picked, slots, strict=True))
         inputs = torch.cat([context.network_inputs(chosen) for context, chosen in pairs], 1)
-        return inputs, torch.stack([context.utility.index_select(1, chosen) for context, chosen in pairs])
+        utility = torch.stack([context.utility.index_select(1, chosen) for context, chosen in pairs])
+        return to_device(inputs, self.device), to_device(utility, self.device)
 
     def score(self, inputs: Tensor, network: GroupedScorer | None = None) -> Tensor:
         """Scores `[contexts, heads, n]` of a batch's inputs, by the network in training or another."""
-        scores = (network or self.network).scores(inputs)
+        with self.precision():
+            scores = (network or self.network).scores(inputs).float()
         return scores.view(len(scores), self.settings.contexts, -1).transpose(0, 1)
 
 

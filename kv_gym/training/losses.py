@@ -11,6 +11,8 @@ import math
 import torch
 from torch import Tensor
 
+from kv_gym.devices import to_device
+
 NEWTON_STEPS = 5  # from half a temperature away, each doubles the number of right digits
 COMPARED_SLOTS = 128  # that every slot is compared with in a pairwise loss
 
@@ -46,14 +48,14 @@ def listwise_loss(scores: Tensor, utility: Tensor, shares: Tensor, temperature: 
 
     Args:
         scores, utility: `[contexts, heads, n]`.
-        shares: `[totals]`, of all slots, each between 0 and 1; at least one slot stays.
+        shares: `[totals]` on the CPU, of all slots, each between 0 and 1; at least one slot stays.
         temperature: distance from the threshold over which a slot's gate opens.
     """
     scores, utility = scores.flatten(1), utility.flatten(1)
     counts = (shares * scores.shape[1]).floor().clamp(min=1)
     gates = soft_top(scores[:, None], counts, temperature)  # [contexts, totals, slots]
     kept = (gates * utility[:, None]).sum(-1)
-    best = utility.topk(int(counts.max())).values.cumsum(-1)[:, counts.long() - 1]
+    best = utility.topk(int(counts.max())).values.cumsum(-1)[:, to_device(counts.long() - 1, utility.device)]
     return 1 - (kept / best.clamp(min=1e-12)).mean()
 
 
@@ -69,6 +71,7 @@ def pairwise_hinge(scores: Tensor, utility: Tensor, margin: float, mask: Tensor 
     """
     n = scores.shape[-1]
     compared = torch.randperm(n)[:COMPARED_SLOTS] if n > COMPARED_SLOTS else torch.arange(n)
+    compared = to_device(compared, scores.device)
     sign = (utility[..., :, None] - utility[..., None, compared]).sign()
     if mask is not None:
         sign *= mask[..., :, None] & mask[..., None, compared]
@@ -87,7 +90,7 @@ def soft_top(scores: Tensor, count: float | Tensor, temperature: float = 1.0) ->
         count: between 0 and n; a tensor is broadcast against the leading axes, and every row has a cut of its own.
         temperature: distance over which a gate opens, in units of the scores.
     """
-    total = torch.as_tensor(count, dtype=scores.dtype, device=scores.device)[..., None]
+    total = to_device(torch.as_tensor(count, dtype=scores.dtype), scores.device)[..., None]
     threshold = _threshold(scores.detach(), total, temperature)
     gates = ((scores - threshold) / temperature).sigmoid()
     # a Newton step from the solution changes no value, and its derivative is that of the threshold
@@ -100,8 +103,7 @@ def _threshold(scores: Tensor, total: Tensor, temperature: float) -> Tensor:
     """Where soft gates of `[..., n]` sum to `total` `[..., 1]`: bisection until it is near, then Newton's method."""
     low = scores.amin(-1, keepdim=True) - 30 * temperature
     high = scores.amax(-1, keepdim=True) + 30 * temperature
-    width = float((high - low).max()) / temperature
-    for _ in range(2 + int(math.log2(width)) if math.isfinite(width) else 0):  # non-finite scores: the loss says so
+    for _ in range(_bisections((high - low) / temperature)):
         middle = (low + high) / 2
         too_many = ((scores - middle) / temperature).sigmoid().sum(-1, keepdim=True) > total
         low, high = torch.where(too_many, middle, low), torch.where(too_many, high, middle)
@@ -111,6 +113,14 @@ def _threshold(scores: Tensor, total: Tensor, temperature: float) -> Tensor:
         threshold = threshold + _newton_step(gates, gates, total, temperature)
         threshold = torch.minimum(torch.maximum(threshold, low), high)
     return threshold
+
+
+def _bisections(widths: Tensor) -> int:
+    """How often intervals of so many temperatures are halved until they are near half of one."""
+    if widths.device.type != "cpu":  # whose numbers are not waited for: enough for a million of temperatures
+        return 22
+    width = float(widths.max())
+    return 2 + int(math.log2(width)) if math.isfinite(width) else 0  # non-finite scores: the loss says so
 
 
 def _newton_step(gates: Tensor, constant_gates: Tensor, total: Tensor, temperature: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from kv_gym.devices import number_tensor, to_device
 from kv_gym.errors import UserError
 from kv_gym.models.attention import AttentionCall, attach, detach, full_layers, observe_next_attention
 from kv_gym.traces.sequence import Sequence
@@ -36,11 +37,12 @@ class RecordedContexts:
     @classmethod
     def of(cls, sequences: list[Sequence], device: torch.device | str = "cpu") -> RecordedContexts:
         """Stack the contexts on a device."""
-        lengths = torch.tensor([len(sequence.tokens) for sequence in sequences], device=device)
+        lengths = number_tensor([len(sequence.tokens) for sequence in sequences], torch.device(device))
         n = max(len(sequence.tokens) for sequence in sequences)
 
         def stacked(arrays: list[np.ndarray]) -> Tensor:
-            return torch.stack([pad(torch.from_numpy(x), (0, 0, 0, n - x.shape[2])) for x in arrays]).to(device)
+            padded = torch.stack([pad(torch.from_numpy(x), (0, 0, 0, n - x.shape[2])) for x in arrays])
+            return to_device(padded, torch.device(device))
 
         return cls(stacked([s.keys for s in sequences]), stacked([s.values for s in sequences]), lengths)
 
@@ -64,7 +66,7 @@ def padded_continuations(
     tokens = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
     mask = (torch.arange(tokens.shape[1]) < lengths[:, None]).float()
     shape = len(sequences), len(indices[0]), -1
-    return tokens.view(shape).to(device), mask.view(shape).to(device)
+    return to_device(tokens.view(shape), torch.device(device)), to_device(mask.view(shape), torch.device(device))
 
 
 class MaskedContextLayer(CacheLayerMixin):
@@ -95,7 +97,8 @@ class MaskedContextLayer(CacheLayerMixin):
         The exponential of every slot is multiplied by its gate before the weights are divided by their sum.
         """
         dtype = torch.promote_types(call.query.dtype, torch.float32)
-        keys, values, gates = (tensor.to(dtype) for tensor in (*self.context, self.gates))
+        device = call.query.device  # that of the layer: a model may lie on several
+        keys, values, gates = (to_device(tensor, device).to(dtype) for tensor in (*self.context, self.gates))
         contexts, heads = keys.shape[:2]
         rows, query_heads, m, d = call.query.shape
         group = query_heads // heads
@@ -198,7 +201,7 @@ def continuation_logits(model, contexts: RecordedContexts, gates: Tensor, tokens
         tokens: `[C, Q, m]` int64 continuations, padded at the end.
     """
     count, per_context, m = tokens.shape
-    starts = contexts.lengths.to(tokens.device).repeat_interleave(per_context)[:, None]
+    starts = to_device(contexts.lengths, tokens.device).repeat_interleave(per_context)[:, None]
     out = model(
         input_ids=tokens.flatten(0, 1),
         position_ids=starts + torch.arange(m, device=tokens.device),

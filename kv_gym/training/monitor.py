@@ -109,7 +109,7 @@ class RetentionPicture:
         """`[heads, 64]`: the share of slots kept at a budget of 1/8 in each of 64 stretches of a context."""
         kept, count = np.zeros((network.heads, COLUMNS)), np.zeros(COLUMNS)
         for inputs in self._inputs:
-            scores = network(inputs)
+            scores = network(inputs.to(network.mean.device)).cpu()
             n = scores.shape[1]
             rows = scores.view(1, -1) if self._calibrated else scores
             best = rows.topk(max(1, int(KEPT_SHARE * rows.shape[1])), -1).indices

@@ -7,7 +7,7 @@ the continuation attends to, however the state was reached (as in DAgger, arXiv 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 import numpy as np
 import torch
@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kv_gym.budgets import parse_budget
+from kv_gym.devices import to_device
 from kv_gym.envs.observations import ObservationTable
 from kv_gym.envs.rewards import EvictionMode
 from kv_gym.errors import UserError
+from kv_gym.policies.scorer import GroupedScorer
 from kv_gym.policies.scoring.inputs import slot_inputs
 from kv_gym.traces.sequence import Sequence
 
@@ -42,6 +44,10 @@ class DecisionStates:
     mask: Tensor
     room: Tensor
     utility: Tensor
+
+    def to(self, device: torch.device) -> DecisionStates:
+        """The same on a device."""
+        return DecisionStates(*(to_device(getattr(self, each.name), device) for each in fields(self)))
 
 
 class OnPolicyStates:
@@ -114,7 +120,9 @@ class OnPolicyStates:
         """`[B, N]`, by a policy, or the most attention of any block to come."""
         if score is None:
             return self._eviction.future_attention(episodes, block, cached, highest=True)[2]
-        return score(*self._inputs(episodes, block)).numpy()
+        device = score.mean.device if isinstance(score, GroupedScorer) else torch.device("cpu")
+        inputs, heads = (to_device(tensor, device) for tensor in self._inputs(episodes, block))
+        return score(inputs, heads).cpu().numpy()  # the environment decides on the host
 
     def _states(
         self, episodes: NDArray[np.int64], block: NDArray[np.int64], cached: NDArray[np.bool_], highest: bool

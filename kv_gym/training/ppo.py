@@ -74,7 +74,7 @@ class RankingPPO(Learner):
             policy_kwargs={"hidden": settings.hidden, "prefix": LARGEST_BUDGET, "sinks": sinks, "recent": recent,
                            "per_stage": True, "optimizer_class": torch.optim.AdamW,
                            "optimizer_kwargs": {"weight_decay": settings.weight_decay}},
-            seed=self.seed, device="cpu",
+            seed=self.seed, device=self.device,
         )  # fmt: skip
         self.agent.rollout_buffer.slots = self.env.get_attr("slots")[0]  # type: ignore[attr-defined]
         policy: Any = self.agent.policy

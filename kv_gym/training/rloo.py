@@ -74,7 +74,7 @@ def rank_cost_ratio(order: Tensor, utility: Tensor) -> Tensor:
     Returns:
         `[group, ...]`, at least 1; 1 where no order costs anything.
     """
-    rank = torch.arange(order.shape[-1], dtype=utility.dtype)
+    rank = torch.arange(order.shape[-1], dtype=utility.dtype, device=utility.device)
     cost = (utility.expand(order.shape).gather(-1, order) * rank).sum(-1)
     ideal = (utility.sort(-1, descending=True).values * rank).sum(-1)
     return torch.where(ideal > 0, cost / ideal.clamp(min=1e-12), torch.ones_like(cost))

@@ -19,6 +19,7 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.measure import replay
 from kv_gym.files import atomic_write, parse_json
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
+from kv_gym.models.loading import usable_device
 from kv_gym.policies import StatefulPolicy, make_policy
 from kv_gym.policies.scorer import CHECKPOINT, GroupedScorer, Scorer, refuse_foreign
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN
@@ -45,6 +46,7 @@ def train(
     model: Any = None,
     resume: bool | None = None,
     progress: bool = True,
+    device: str | None = None,
     **settings: Any,
 ) -> Scorer:
     """Train an eviction policy on recorded traces.
@@ -64,6 +66,7 @@ def train(
         resume: continue an interrupted run, and refuse where there is none; if false, start anew. By default a run
             continues where it can.
         progress: show a bar.
+        device: where the networks train, such as ``cuda``; None: where the model is, or the CPU without one.
         **settings: In Python, they replace those of the agent's file; see
             :class:`~kv_gym.training.learner.Settings` and the agent's own settings class.
 
@@ -97,7 +100,7 @@ def train(
         if model is None:
             raise UserError(f"agent {agent!r} {requirement}: name the one that the traces were recorded of (--model)")
         trace_set.fingerprint.refuse_other(Fingerprint.of(model), "the trace set", type(model).__name__)
-    trainer = Trainer(agent, resolved, seed, trace_set, start, model)
+    trainer = Trainer(agent, resolved, seed, trace_set, start, model, device)
     finished = trainer.finished_policy(Path(out))
     if finished is not None and resume is not False:
         return finished
@@ -133,6 +136,7 @@ class Trainer:
         traces: whose split ``train`` is used.
         start: policy to start from.
         model: transformers decoder of the traces.
+        device: where the networks train; None: where the model is, or the CPU without one.
 
     Attributes:
         identity: agent, seed, settings, traces and start, as plain JSON data: what makes two runs the same.
@@ -150,7 +154,9 @@ class Trainer:
         traces: TraceSet,
         start: Scorer | None = None,
         model: Any = None,
+        device: str | None = None,
     ):
+        self.device = model.device if device is None and model is not None else usable_device(device or "cpu")
         self.agent, self.settings, self.seed, self.traces = agent, settings, seed, traces
         self.start, self.model = start, model
         self.identity: dict[str, Any] = {
@@ -224,6 +230,7 @@ class Trainer:
             )
         else:
             network = copy.deepcopy(self.start.network).train()
+        network.to(self.device)
         self.learner = learner_class(self.agent)(settings, self.seed, network, self.start is None, self.model)
         self.learner.prepare(training)
         pictured = self.validation[:PICTURED_CONTEXTS]
@@ -239,6 +246,8 @@ class Trainer:
     def _policy(self) -> Scorer:
         result = {"held_out_reward": self.best_reward, "samples": self.samples, "seconds": round(self.seconds, 1)}
         network = self.learner.network.eval()
+        if network.mean.device.type != "cpu":  # validation contexts are on the host
+            network = copy.deepcopy(network).cpu()
         return Scorer(
             network, self.traces.fingerprint, self.lengths, self.settings.protect, self.learner.calibrated,
             self.identity | result, self.learner.absolute,
@@ -252,7 +261,7 @@ class Trainer:
             reward = sum(row["utility_kept"] * row["n"] for row in rows) / sum(row["n"] for row in rows)
         if reward > self.best_reward:
             self.best_reward = reward
-            self.best = {name: tensor.clone() for name, tensor in self.learner.network.state_dict().items()}
+            self.best = {name: tensor.clone() for name, tensor in policy.network.state_dict().items()}
         monitor.log_validation(self.step, reward, _utility_by_budget(rows)[""], oracle)
         monitor.log_image(self.step, self._picture.image(self.learner.network))
         self.learner.network.train()
@@ -355,6 +364,6 @@ def _refuse_unfit_start(start: Scorer, settings: Settings, fingerprint: Fingerpr
 
 def _read_checkpoint(file: Path) -> dict[str, Any]:
     try:
-        return torch.load(file, weights_only=True)
+        return torch.load(file, weights_only=True, map_location="cpu")
     except Exception:  # torch raises many kinds, some of them private to it
         raise UserError(f"{file} is damaged: remove it to train from the start") from None

@@ -101,3 +101,24 @@ def test_what_waits_is_noticed(model):
             with pytest.raises((AssertionError, RuntimeError, NotImplementedError)):
                 wrong()
         torch.ones(3).to(META, non_blocking=True)
+
+
+@torch.no_grad()
+def test_a_model_on_two_devices():
+    """Every layer holds its slots where it is, as with `device_map`."""
+    model = meta_model(LAYERS)
+    model.to_empty(device="cpu")
+    last = model.model.layers[-1]
+    for module in (last, model.model.norm, model.lm_head):
+        module.to(META)
+
+    def move(module, args, kwargs):
+        return torch.utils._pytree.tree_map_only(torch.Tensor, lambda tensor: tensor.to(META), (args, kwargs))
+
+    last.register_forward_pre_hook(move, with_kwargs=True)
+    for policy, settings in (("knorm", {}), ("h2o", {}), ("keydiff", {"evicted": "bits:4"})):
+        with EvictingCache(model, policy, 4, trigger="every:1", **settings) as cache:
+            for size in (12, 1, 1):
+                model(torch.zeros(1, size, dtype=torch.int64), past_key_values=cache)
+            devices = [{tensor.device.type for tensor in layer.tensors()} for layer in cache.layers]
+            assert devices == [{"cpu"}, {"meta"}]
