@@ -431,6 +431,14 @@ class EvictingCache(Cache):
         self._in_forward = False
         self.detach()
 
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Reorder the batch, `beam_idx [batch]`; an accelerator is waited for once, and not by every layer."""
+        super().reorder_cache(beam_idx.cpu())
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep the rows `indices [rows]` of the batch."""
+        super().batch_select_indices(indices.cpu())
+
     def activate_past_recording(self) -> None:
         """Assisted decoding begins; transformers up to 5.12 does not announce it and calls :meth:`crop` at once.
 

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 
 
@@ -85,7 +86,7 @@ def refuse_shifted(positions: Tensor, seen: int, tokens_seen: Sequence[int]) -> 
     They count on from the tokens seen, or, in rows that hold padding, from the real ones.
     """
     ahead = torch.arange(positions.shape[-1], device=positions.device)
-    starts = torch.tensor([[seen], *([count] for count in tokens_seen)], device=positions.device)
+    starts = to_device(torch.tensor([[seen], *([count] for count in tokens_seen)]), positions.device)
     allowed = (positions[:, None] == (starts + ahead)[None]).all(-1).any(1)
     if not bool(allowed.all()):
         first = int(positions[~allowed][0, 0])

@@ -81,7 +81,9 @@ def test_the_rest(model, monkeypatch):
         cache.fork(budget=3).compress()
         cache.reorder_cache(torch.zeros(1, dtype=torch.int64))
         # transformers itself looks at the mask, once per step
-        cache.before_forward({"attention_mask": torch.ones(1, 14, dtype=torch.int64, device=META)})
+        ids, mask = (torch.ones(1, n, dtype=torch.int64, device=META) for n in (1, 14))
+        for _ in range(2):
+            cache.before_forward({"input_ids": ids, "attention_mask": mask, "position_ids": ids})
     assert reads == []
     # a guard decides after every forward: that waits for its signal, and nothing else does
     monkeypatch.setattr("kv_gym.live.guard.GuardMonitor.raises_alarm", lambda self, signal: False)
