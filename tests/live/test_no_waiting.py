@@ -110,6 +110,8 @@ def test_a_model_on_two_devices():
     """Every layer holds its slots where it is, as with `device_map`."""
     model = meta_model(LAYERS)
     model.to_empty(device="cpu")
+    for tensor in (*model.parameters(), *model.buffers()):
+        tensor.zero_()
     last = model.model.layers[-1]
     for module in (last, model.model.norm, model.lm_head):
         module.to(META)
