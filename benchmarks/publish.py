@@ -15,6 +15,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import real_model_page
 from findings import findings
 
 from kv_gym.budgets import format_budget
@@ -48,6 +49,7 @@ def main() -> None:
         file.write_text(text, encoding="utf-8")
     headline = read_rows(ROOT / RESULTS / "headline")
     picture([row for row in headline if row["task"] == TASK], ROOT / RESULTS / "headline.png", ["accuracy"])
+    real_model_page.draw(ROOT / RESULTS)
 
 
 def pages(root: Path) -> dict[Path, str]:
@@ -59,6 +61,11 @@ def pages(root: Path) -> dict[Path, str]:
         root / "agents" / "README.md": zoo(board, root / "agents" / "trained"),
         root / "BENCHMARK.md": page(board),
     }
+    if real := real_model_page.rows_of(root / RESULTS):
+        made[root / "README.md"] = between_markers(root / "README.md", real_model_page.first_screen(real))
+        made[root / "docs" / "real-model.md"] = between_markers(
+            root / "docs" / "real-model.md", real_model_page.page(real)
+        )
     if found := findings(root / RESULTS):
         made[root / "benchmarks" / "RESULTS.md"] = found
     for folder in sorted((root / "agents" / "trained").iterdir()):

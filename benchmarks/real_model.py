@@ -41,16 +41,19 @@ TRAINING = (
 PROSE = {"context_tokens": 640, "continuation_tokens": 64, "count": 8}
 SETTINGS: dict[str, Any] = {"steps": 200, "contexts": 4}
 TARGETS = ("value", "mean", "output", "layers")
-TASKS = {  # by the name of --tasks: the task on test wordings, and the one whose validation wordings choose settings
-    "needle": ("needle:{tokens}", "needle:{tokens}:keys=4:split=validation"),
-    "needles": ("needle:{tokens}:keys=4", "needle:{tokens}:keys=4:split=validation"),
-    "told_once": ("told_once:{tokens}", "needle:{tokens}:keys=4:split=validation"),
-    "json": ("json:{tokens}", "needle:{tokens}:keys=4:split=validation"),
-    "quote": ("quote:{tokens}", "needle:{tokens}:keys=4:split=validation"),
+TASKS = {  # by the name of --tasks
+    "needle": "needle:{tokens}",
+    "needles": "needle:{tokens}:keys=4",
+    "told_once": "told_once:{tokens}",
+    "json": "json:{tokens}",
+    "quote": "quote:{tokens}",
+    "continue": "continue:{tokens}",
 }
 HEURISTICS = ("keydiff", "snapkv", "h2o", "tova", "expected_attention")
 EQUAL = ("rloo", "joint, equal budgets")
+VALIDATION = "needle:{tokens}:keys=4:split=validation"  # chooses the settings of heuristics
 BUDGETS = ("1/2", "1/4", "1/8", "1/16")
+TWICE = "kvzip, reads twice"  # its name in tables
 REPEAT = "\n\nRepeat the previous context exactly."  # KVzip's own words (arXiv 2505.23416, code)
 COPY = "4-bit copy of SmolLM2-135M-Instruct"
 
@@ -119,12 +122,12 @@ def specification(arguments: argparse.Namespace, names: list[str], portions: int
     for portion in range(portions):
         first = portion * arguments.portion
         count = min(arguments.portion, arguments.contexts - first)
-        for task, validation in (TASKS[name] for name in names):
+        for task in (TASKS[name] for name in names):
             place = f":first={first}" if first else ""
             tasks.append(
                 {
                     "task": f"{task.format(tokens=arguments.tokens)}:count={count}{place}",
-                    "validation": validation.format(tokens=arguments.tokens),
+                    "validation": VALIDATION.format(tokens=arguments.tokens),
                 }
             )
     return {
@@ -154,9 +157,7 @@ def specification(arguments: argparse.Namespace, names: list[str], portions: int
 def named(rows: list[dict], kvzip: str, target: str) -> list[dict]:
     """Rows as they are published: KVzip by its name, and what was chosen and which weights were used beside them."""
     about = {"weights": COPY, "target": target}
-    return [
-        row | about | ({"policy": "kvzip", "instruction": REPEAT} if row["policy"] == kvzip else {}) for row in rows
-    ]
+    return [row | about | ({"policy": TWICE, "instruction": REPEAT} if row["policy"] == kvzip else {}) for row in rows]
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def letters():
         "needle:2000:count=3": "2ec836cd3f686f55",
         "needle:2000:keys=4:count=3": "4a518442869756bf",
         "json:2000:count=3": "db340a6948ebac41",
+        "continue:2000:count=3": "e38dcf66f51dd60d",
         "quote:2000:count=3": "01a08f4a92d14687",
         "told_once:3000:count=3": "a85c52d150bba88b",
         "needle:2000:split=train:count=4": "8688f6eae55acb3c",

@@ -1,4 +1,4 @@
-"""Quotations: prose is read, and passages of it are continued word by word; every token of a context may be needed."""
+"""Prose: passages of a context are quoted word by word, or what comes next in it is predicted."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from kv_gym.evaluation.tasks.scripted import ForkedQuestion, ScriptedTask, Segme
 
 GIVEN, EXPECTED = 24, 16  # tokens of a quotation
 QUESTIONS = 8
+AHEAD = 128  # tokens that follow a context of `continue`
 
 
 @register("quote:1024", "passages of a prose context, continued word by word: each token counts")
@@ -57,3 +58,41 @@ def quotation(
             questions.append(ForkedQuestion(passage[:GIVEN], passage[GIVEN:], f"depth {place // 2 + 1}"))
         scripts.append(TaskScript(str(number), (Segment(ids, compress=True),), tuple(questions)))
     return ScriptedTask(title(f"quote {tokens}", split, text, seed), "prefill", scripts, rows, by_token=True)
+
+
+@register("continue:1024", "the next 128 tokens of prose, each judged alone: likelihood")
+def continuation(
+    tokens: int = 1024,
+    tokenizer=None,
+    split: str = "test",
+    text: str | None = None,
+    count: int | None = None,
+    first: int | None = None,
+    seed: int = 0,
+    rows: int = 4,
+) -> ScriptedTask:
+    """Contexts of plain prose, and the 128 tokens that follow each; ``nll`` is in nats per token.
+
+    Most of what a model predicts in prose it predicts from the last sentences, so that little is lost by eviction.
+
+    Args:
+        tokens: length of a context.
+        tokenizer: of the model.
+        split: ``test``, ``validation`` or ``train``: the filler of each is its own.
+        text: instead of the bundled filler: a text file, or a folder of them.
+        count: number of contexts, 100 by default.
+        first: number of the first context, so that a set can be measured in portions.
+        seed: gives other contexts of the same split.
+        rows: contexts that are read together.
+
+    Raises:
+        UserError: no tokenizer, or an unknown split.
+    """
+    check_split(split, tokenizer)
+    filler, before = Filler(tokenizer, split, text), ChatFrame.plain(tokenizer).before
+    scripts = []
+    for number in range(first or 0, (first or 0) + (CONTEXTS if count is None else count)):
+        ids = filler.fill(stream_of(f"continue {split} {seed} {number}"), tokens + AHEAD, before, [])
+        asked = ForkedQuestion(ids[tokens : tokens + 1], ids[tokens + 1 :])
+        scripts.append(TaskScript(str(number), (Segment(ids[:tokens], compress=True),), (asked,)))
+    return ScriptedTask(title(f"continue {tokens}", split, text, seed), "prefill", scripts, rows, by_token=True)

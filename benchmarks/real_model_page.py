@@ -1,0 +1,104 @@
+"""The page of the real model, and the README's first screen, made of the rows that `real_model.py` published.
+
+`publish.py` writes both: docs/real-model.md between its markers, and README.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from kv_gym.budgets import format_budget
+from kv_gym.evaluation.leaderboard import accuracy_table, read_rows
+from kv_gym.evaluation.report import picture
+from kv_gym.evaluation.statistics import paired_difference
+from kv_gym.evaluation.summary import FULL, NULLS, regrade, summarise
+from kv_gym.markdown import pipe_table
+
+FOLDER, PICTURE = "real_model", "real_model.png"
+FIRST = "4 needles 1024"  # the task of the README
+CLOSE = 1 / 8  # the budget that is looked at closely
+
+
+def rows_of(results: Path) -> list[dict]:
+    """The published rows, the README's task first."""
+    rows = read_rows(results / FOLDER)
+    return sorted(rows, key=lambda row: (row["task"] != FIRST, row["task"]))
+
+
+def draw(results: Path) -> None:
+    """The picture of the README's task."""
+    rows = [row for row in rows_of(results) if row["task"] == FIRST]
+    if rows:
+        picture(rows, results / PICTURE, ["accuracy"])
+
+
+def first_screen(rows: Sequence[Mapping]) -> str:
+    """Picture, table and what they show."""
+    return (
+        f"![accuracy over budget](benchmarks/results/{PICTURE})\n\n"
+        f"{accuracy_table(rows, FIRST)}\n\n"
+        f"{about(rows, FIRST)} More tasks, likelihoods and intervals: [docs/real-model.md](docs/real-model.md). The "
+        "bundled model of 1.8 M parameters serves tests, demo and ablations: [docs/results.md](docs/results.md).\n"
+    )
+
+
+def about(rows: Sequence[Mapping], task: str) -> str:
+    """What a table of a task shows, and on what."""
+    full = next(row for row in rows if row["task"] == task and row["policy"] == FULL)
+    seeds = {row["seed"] for row in rows if row["task"] == task and row.get("seed") is not None}
+    trained = f"means over {len(seeds)} training runs" if len(seeds) > 1 else "one training run"
+    return (
+        f"Percent right on {full['questions']} questions about {full['n']} contexts (`{task}`), asked of a "
+        f"{full['weights']} in wordings that no policy was trained on; the full cache answers {full['accuracy']:.1%}. "
+        "The question is not seen while the cache is compressed. A budget is a share of all slots of the model. "
+        f"Learned policies are bold ({trained}; `rloo` is KVP as published). Heuristics have the allocation, protected "
+        "ends and window that were best on validation contexts. `smallest` is the smallest budget at and above which "
+        "the lower end of a 95 % interval stays within a point of the full cache: with few questions that takes more "
+        "than every answer."
+    )
+
+
+def page(rows: Sequence[Mapping]) -> str:
+    """Every task: accuracy at every budget, then other measures of the same answers at one budget."""
+    parts = []
+    for task in dict.fromkeys(row["task"] for row in rows):
+        of_task = [row for row in rows if row["task"] == task]
+        if any(row["policy"] == FULL for row in of_task):
+            parts += [f"## {task}", accuracy_table(of_task, task), about(of_task, task)]
+            if any(row.get("answers") for row in of_task):
+                parts += [close_look(of_task)]
+    return "\n\n".join(parts) + "\n"
+
+
+def close_look(rows: Sequence[Mapping]) -> str:
+    """Other measures of the answers of one task at one budget, paired with the full cache's."""
+    shown = [row for row in rows if row.get("answers") and (row["policy"] == FULL or row["budget"] == CLOSE)]
+    firsts = _by_configuration(regrade(shown, first_token=True))
+    known = _by_configuration(regrade(shown, where_full_is_right=True))
+    plain = _by_configuration(regrade(shown))
+    (full,) = (rows for key, rows in plain.items() if key[0] == FULL)
+    body = []
+    for key, found in sorted(plain.items(), key=lambda item: -summarise(item[1])[0]["accuracy"]):
+        difference = None if key[0] == FULL else paired_difference(found, full)
+        to_full = "" if difference is None else (
+            f"{100 * difference.mean:+.1f} ({100 * difference.low:+.1f} to {100 * difference.high:+.1f})"
+        )  # fmt: skip
+        means = [summarise(graded[key])[0] for graded in (plain, known, firsts)]
+        percent = [f"{100 * line['accuracy']:.1f}" for line in means]
+        body.append([f"{key[0]}, {key[1]}" if key[0] != FULL else key[0], *percent, f"{means[0]['nll']:.2f}", to_full])
+    head = ("policy", "right", "of those the full cache answers", "first token", "nats per answer", "against full")
+    return (
+        f"The same at {format_budget(CLOSE)}: percent right of all questions and of those that the full cache answers, "
+        "percent with the right first token, negative log-likelihood of a whole answer, and the difference to the full "
+        f"cache in points, paired by question, with its 95 % interval over contexts.\n\n{pipe_table(head, body, 1)}"
+    )
+
+
+def _by_configuration(rows: Sequence[Mapping]) -> dict[tuple, list[Mapping]]:
+    """Rows of each configuration, one for each training run; of heuristics only those that compete list answers."""
+    found: dict[tuple, list[Mapping]] = {}
+    for row in rows:
+        ends = f" {row['sinks']} + {row['recent']}" if row["policy"] in NULLS and row["sinks"] is not None else ""
+        found.setdefault((row["policy"], row["allocation"] + ends), []).append(row)
+    return found
