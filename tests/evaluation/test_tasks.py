@@ -56,7 +56,7 @@ def test_options_are_the_parameters_of_the_function(monkeypatch):
 
 REFUSED = {
     "": "no task in",
-    "nothing": "'nothing' is neither a file nor known; known are copy, dialogue",
+    "nothing": "'nothing' is neither a file nor known; known are continue, copy, dialogue",
     "copy:12": "multiple of 16",
     "dialogue:100": "turns of 128 words",
     "fact:100": "blocks of 64 words",
