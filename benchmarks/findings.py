@@ -97,8 +97,8 @@ def findings(results: Path) -> str:
     if not sections:
         return ""
     head = (
-        "# Findings\n\nThe headline is in [README.md](../README.md), all policies are in "
-        "[BENCHMARK.md](../BENCHMARK.md). This page is written by `python benchmarks/publish.py` from `results/`; the "
-        "commands are in [README.md](README.md)."
+        "# Findings\n\nOn the bundled model, whose main table is in [results.md](../docs/results.md); all policies are "
+        "in [BENCHMARK.md](../BENCHMARK.md). This page is written by `python benchmarks/publish.py` from `results/`; "
+        "the commands are in [README.md](README.md)."
     )
     return "\n\n".join([head, *sections]) + "\n"

@@ -4,8 +4,9 @@
     python benchmarks/publish.py --run runs/held_out  # before that takes over the zoo that zoo.py trained there
     python benchmarks/publish.py --check              # says which pages are stale, and exits with 1
 
-The pages: what stands between the markers of README.md and docs/results.md, agents/README.md and the cards of its
-policies, BENCHMARK.md and benchmarks/RESULTS.md. They are made of ``benchmarks/results/`` and agents/trained/ alone.
+The pages: what stands between the markers of README.md, docs/real-model.md and docs/results.md; agents/README.md and
+the cards of its policies, BENCHMARK.md and benchmarks/RESULTS.md. They are made of ``benchmarks/results/`` and
+agents/trained/ alone.
 """
 
 from __future__ import annotations
@@ -129,11 +130,15 @@ def zoo(rows: Sequence[Mapping], trained: Path) -> str:
     least = smallest_budgets(lines)
     out = [
         "# Trained agents", "",
-        "`<agent>.yml` holds the settings of an agent, `trained/<agent>/` a policy for the bundled model (seed 0).",
+        "`<agent>.yml` holds the settings of an agent, `trained/<agent>/` a policy for the bundled model (seed 0), and "
+        "`trained/smollm2/` one of `joint` for SmolLM2-135M-Instruct as `make real-model` puts it there (a 4-bit copy; "
+        "the published weights are another model to it): [docs/real-model.md](../docs/real-model.md).",
         "This page is written by `python benchmarks/publish.py`.", "",
     ]  # fmt: skip
     body = []
     for folder in sorted(trained.iterdir()):
+        if not (ROOT / "agents" / f"{folder.name}.yml").is_file():
+            continue  # it is for another model
         policy = Scorer.from_pretrained(folder)
         about = policy.training
         seconds = f"{about['seconds']:.0f}" if "seconds" in about else "-"

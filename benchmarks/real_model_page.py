@@ -54,8 +54,9 @@ def about(rows: Sequence[Mapping], task: str) -> str:
         "The question is not seen while the cache is compressed. A budget is a share of all slots of the model. "
         f"Learned policies are bold ({trained}; `rloo` is KVP as published). Heuristics have the allocation, protected "
         "ends and window that were best on validation contexts. `smallest` is the smallest budget at and above which "
-        "the lower end of a 95 % interval stays within a point of the full cache: with few questions that takes more "
-        "than every answer."
+        "the lower end of a 95 % interval over contexts stays within a point of the full cache. Such an interval has "
+        f"no width where every answer is right: {full['n']} contexts exclude a loss of more than about "
+        f"{300 / full['n']:.0f} points."
     )
 
 
@@ -86,12 +87,20 @@ def close_look(rows: Sequence[Mapping]) -> str:
         )  # fmt: skip
         means = [summarise(graded[key])[0] for graded in (plain, known, firsts)]
         percent = [f"{100 * line['accuracy']:.1f}" for line in means]
-        body.append([f"{key[0]}, {key[1]}" if key[0] != FULL else key[0], *percent, f"{means[0]['nll']:.2f}", to_full])
-    head = ("policy", "right", "of those the full cache answers", "first token", "nats per answer", "against full")
+        body.append([key[0], key[1], *percent, f"{means[0]['nll']:.2f}", to_full])
+    head = (
+        "policy",
+        "allocation",
+        "right",
+        "of those the full cache answers",
+        "first token",
+        "nats per answer",
+        "against full",
+    )
     return (
         f"The same at {format_budget(CLOSE)}: percent right of all questions and of those that the full cache answers, "
         "percent with the right first token, negative log-likelihood of a whole answer, and the difference to the full "
-        f"cache in points, paired by question, with its 95 % interval over contexts.\n\n{pipe_table(head, body, 1)}"
+        f"cache in points, paired by question, with its 95 % interval over contexts.\n\n{pipe_table(head, body, 2)}"
     )
 
 

@@ -19,7 +19,8 @@ import publish  # noqa: E402
 @pytest.fixture
 def checkout(tmp_path):
     """What the pages are made of, and the pages, as they are committed."""
-    pages = ("README.md", "docs/results.md", "BENCHMARK.md", "benchmarks/RESULTS.md", "agents/README.md")
+    guides = ("docs/results.md", "docs/real-model.md")
+    pages = ("README.md", *guides, "BENCHMARK.md", "benchmarks/RESULTS.md", "agents/README.md")
     for name in (*pages, "benchmarks/results", "agents/trained"):
         source, copy = ROOT / name, tmp_path / name
         copy.parent.mkdir(parents=True, exist_ok=True)
