@@ -62,7 +62,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="runs/models/smollm2-135m-instruct", help="folder or hub id")
     parser.add_argument("--out", type=Path, default=Path("runs/real_model"))
-    parser.add_argument("--tasks", default=",".join(TASKS), help="which, in the order of measuring")
+    parser.add_argument(
+        "--tasks", default=",".join(TASKS), help="which, in the order of measuring; told_once:8 takes 8 contexts of it"
+    )
     parser.add_argument("--tokens", type=int, default=1024, help="length of a context")
     parser.add_argument("--contexts", type=int, default=100, help="test contexts of each task")
     parser.add_argument("--portion", type=int, default=4, help="contexts that are measured before rows are written")
@@ -73,9 +75,12 @@ def main() -> None:
     arguments = parser.parse_args()
 
     kvzip, target = prepare(arguments.model, arguments.out, arguments.targets.split(","), arguments.seeds)
-    names = arguments.tasks.split(",")
-    for portion in range(-(-arguments.contexts // arguments.portion)):
-        spec = specification(arguments, names, portion + 1, kvzip, target)
+    counts = {}
+    for item in arguments.tasks.split(","):
+        name, _, count = item.partition(":")
+        counts[name] = int(count or arguments.contexts)
+    for portion in range(-(-max(counts.values()) // arguments.portion)):
+        spec = specification(arguments, counts, portion + 1, kvzip, target)
         rows = leaderboard(spec, arguments.out / f"rows-{arguments.tokens}", arguments.workers)
         if arguments.publish is not None:
             publish(named(join_portions(rows), kvzip, target), arguments.publish)
@@ -116,20 +121,22 @@ def chosen_target(model: Any, tokenizer: Any, out: Path, targets: list[str]) -> 
     return max(targets, key=quality.__getitem__)
 
 
-def specification(arguments: argparse.Namespace, names: list[str], portions: int, kvzip: str, target: str) -> dict:
-    """What the first portions of all tasks compare."""
+def specification(
+    arguments: argparse.Namespace, counts: dict[str, int], portions: int, kvzip: str, target: str
+) -> dict:  # fmt: skip
+    """What the first portions of all tasks compare; `counts` says how many contexts each task has in all."""
     out, tasks = arguments.out, []
-    for portion in range(portions):
-        first = portion * arguments.portion
-        count = min(arguments.portion, arguments.contexts - first)
-        for task in (TASKS[name] for name in names):
-            place = f":first={first}" if first else ""
-            tasks.append(
-                {
-                    "task": f"{task.format(tokens=arguments.tokens)}:count={count}{place}",
-                    "validation": VALIDATION.format(tokens=arguments.tokens),
-                }
-            )
+    for first in range(0, portions * arguments.portion, arguments.portion):
+        for name, wanted in counts.items():
+            count = min(arguments.portion, wanted - first)
+            if count > 0:
+                place = f":first={first}" if first else ""
+                tasks.append(
+                    {
+                        "task": f"{TASKS[name].format(tokens=arguments.tokens)}:count={count}{place}",
+                        "validation": VALIDATION.format(tokens=arguments.tokens),
+                    }
+                )
     return {
         "model": arguments.model,
         "tasks": tasks,

@@ -21,6 +21,7 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks.scripted import ForkedQuestion
 from kv_gym.evaluation.tasks.task_files import require_tokenizer
 from kv_gym.files import read_text
+from kv_gym.models.chat_template import ChatTemplate
 from kv_gym.models.loading import beginning_ids, text_ids
 
 SPLITS = ("train", "validation", "test")
@@ -81,19 +82,12 @@ class ChatFrame:
         """The frame of a tokenizer's chat template, or a plain one where it has none.
 
         Raises:
-            UserError: a template that does not repeat each message once.
+            UserError: a template that does not repeat the messages.
         """
         if getattr(tokenizer, "chat_template", None) is None:
             return cls.plain(tokenizer)
-        mark = "<<message>>"
-        messages = [{"role": role, "content": mark} for role in ("user", "assistant", "user")]
-        parts = tokenizer.apply_chat_template(messages, add_generation_prompt=True, tokenize=False).split(mark)
-        if len(parts) != 4 or parts[1] != parts[3]:
-            raise UserError(
-                "the tokenizer's chat template does not write each of three messages once and alike; give a tokenizer "
-                "with another template, or with none"
-            )
-        return cls(tuple(text_ids(tokenizer, parts[0])), parts[1], parts[2])
+        before, answer, message = ChatTemplate(tokenizer).frame()
+        return cls(tuple(text_ids(tokenizer, before)), answer, message)
 
     def ask(self, tokenizer: Any, question: str, prefix: str, answer: str, part: str = "") -> ForkedQuestion:
         """A question behind a context, with the beginning of its answer; `answer` follows with a space.
