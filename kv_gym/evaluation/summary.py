@@ -122,18 +122,22 @@ def regrade(rows: Iterable[Mapping], first_token: bool = False, where_full_is_ri
     Args:
         rows: of any number of tasks; those without listed answers are left out.
         first_token: an answer counts when its first token is right.
-        where_full_is_right: only questions count that the full cache of the same task answers wholly.
+        where_full_is_right: only questions count that the full cache of the same task answers wholly; tasks without a
+            full cache are left out.
     """
     rows = [row for row in rows if row.get("answers")]
     full = {row["task"]: row["answers"] for row in rows if row["policy"] == FULL}
+    if where_full_is_right:
+        rows = [row for row in rows if row["task"] in full]
     found = []
     for row in rows:
         contexts = {}
         for name, answers in row["answers"].items():
             kept = answers
             if where_full_is_right:
-                by_full = full.get(row["task"], {}).get(name, [])
-                kept = [answer for answer, (grade, _) in zip(answers, by_full, strict=True) if grade == 2]
+                kept = [
+                    answer for answer, (grade, _) in zip(answers, full[row["task"]][name], strict=True) if grade == 2
+                ]
             right = sum(grade >= (1 if first_token else 2) for grade, _ in kept)
             contexts[name] = [right, len(kept), sum(nll for _, nll in kept)]
         found.append({**row, **_answered(contexts)})

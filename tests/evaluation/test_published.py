@@ -5,15 +5,18 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from kv_gym.evaluation.leaderboard import page, read_rows
+from kv_gym.evaluation.leaderboard import page, read_rows, read_spec
 
 ROOT = Path(__file__).parents[2]
 sys.path.append(str(ROOT / "benchmarks"))
 
 import publish  # noqa: E402
+import real_model  # noqa: E402
+import real_model_page  # noqa: E402
 
 
 @pytest.fixture
@@ -98,3 +101,22 @@ def test_the_command_says_what_is_stale():
         [sys.executable, ROOT / "benchmarks" / "publish.py", "--check"], capture_output=True, text=True
     )
     assert (done.returncode, done.stderr) == (0, "")
+
+
+def test_portions_of_the_real_benchmark_add_up(tmp_path):
+    arguments = SimpleNamespace(out=tmp_path, model="m", portion=4, tokens=1024, seeds=2)
+    spec = read_spec(real_model.specification(arguments, {"needles": 10, "quote": 4}, 3, "kvzip", "layers"))
+    assert [task.task for task in spec.tasks] == [
+        "needle:1024:keys=4:count=4", "quote:1024:count=4", "needle:1024:keys=4:count=4:first=4",
+        "needle:1024:keys=4:count=2:first=8",
+    ]  # fmt: skip
+    assert spec.learned["joint"] == (f"{tmp_path}/joint-layers-{{seed}}",) and spec.allocations_of["h2o"] == ()
+
+
+def test_the_real_page_compares_the_same_answers():
+    rows = real_model_page.rows_of(ROOT / "benchmarks" / "results")
+    rows = [row for row in rows if row["task"] == real_model_page.FIRST]
+    table = real_model_page.close_look(rows).split("\n\n")[1].splitlines()
+    full = next(line for line in table if "| full" in line).split("|")
+    assert full[4].strip() == "100.0"  # of the questions that it answers
+    assert len(table) == 2 + len({(r["policy"], r["allocation"], r["sinks"]) for r in rows if r.get("answers")})
