@@ -65,7 +65,7 @@ def pages(root: Path) -> dict[Path, str]:
     if real := real_model_page.rows_of(root / RESULTS):
         made[root / "README.md"] = between_markers(root / "README.md", real_model_page.first_screen(real))
         made[root / "docs" / "real-model.md"] = between_markers(
-            root / "docs" / "real-model.md", real_model_page.page(real)
+            root / "docs" / "real-model.md", real_model_page.page(real, root / RESULTS)
         )
     if found := findings(root / RESULTS):
         made[root / "benchmarks" / "RESULTS.md"] = found

@@ -20,6 +20,7 @@ The model is a 4-bit copy of the published one, dequantised to float32 (`benchma
 from __future__ import annotations
 
 import argparse
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +45,7 @@ TRAINING = (
 PROSE = {"context_tokens": 640, "continuation_tokens": 64, "count": 8}
 SETTINGS: dict[str, Any] = {"steps": 200, "contexts": 4}
 TARGETS = ("value", "mean", "output", "layers")
+TRIED = "targets.json"  # what the policies of each utility answer on validation wordings
 TASKS = {  # by the name of --tasks
     "needle": "needle:{tokens}",
     "needles": "needle:{tokens}:keys=4",
@@ -87,6 +89,8 @@ def main() -> None:
         rows = leaderboard(spec, arguments.out / f"rows-{arguments.tokens}", arguments.workers)
         if arguments.publish is not None:
             publish(named(join_portions(rows), kvzip, target), arguments.publish)
+            if (arguments.out / TRIED).is_file():
+                shutil.copyfile(arguments.out / TRIED, arguments.publish / TRIED)
         done = {row["task"]: row["n"] for row in join_portions(rows) if row["policy"] == FULL}
         print(", ".join(f"{task}: {n} contexts" for task, n in done.items()), flush=True)
 
@@ -112,7 +116,7 @@ def chosen_target(model: Any, tokenizer: Any, out: Path, targets: list[str]) -> 
     """The utility whose ranking answers most questions of validation wordings under one threshold; ties: lower NLL."""
     if len(targets) == 1:
         return targets[0]
-    file = out / "targets.json"
+    file = out / TRIED
     policies = {target: out / f"joint-{target}-0" for target in targets}
     if not file.is_file() or {row["policy"] for row in read_json(file)["rows"]} != {FULL, *targets}:
         tasks = parse_tasks("needle:1024:keys=4:split=validation:count=4", tokenizer)

@@ -15,7 +15,7 @@ from kv_gym.evaluation.statistics import paired_difference
 from kv_gym.evaluation.summary import FULL, NULLS, regrade, summarise
 from kv_gym.markdown import pipe_table
 
-FOLDER, PICTURE = "real_model", "real_model.png"
+FOLDER, PICTURE, TRIED = "real_model", "real_model.png", "targets.json"
 FIRST = "4 needles 1024"  # the task of the README
 CLOSE = 1 / 8  # the budget that is looked at closely
 
@@ -60,8 +60,8 @@ def about(rows: Sequence[Mapping], task: str) -> str:
     )
 
 
-def page(rows: Sequence[Mapping]) -> str:
-    """Every task: accuracy at every budget, then other measures of the same answers at one budget."""
+def page(rows: Sequence[Mapping], results: Path) -> str:
+    """Every task: accuracy at every budget, other measures of the same answers at one budget; and the utilities."""
     parts = []
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
@@ -69,7 +69,27 @@ def page(rows: Sequence[Mapping]) -> str:
             parts += [f"## {task}", accuracy_table(of_task, task), about(of_task, task)]
             if any(row.get("answers") for row in of_task):
                 parts += [close_look(of_task)]
+    if (results / FOLDER / TRIED).is_file():
+        parts += ["## Which utility `joint` learns", utilities(read_rows(results / FOLDER / TRIED), rows[0]["target"])]
     return "\n\n".join(parts) + "\n"
+
+
+def utilities(rows: Sequence[Mapping], chosen: str) -> str:
+    """What `joint` answers on validation wordings when it learns each utility."""
+    full = next(row for row in rows if row["policy"] == FULL)
+    budgets = sorted({row["budget"] for row in rows if row["policy"] != FULL}, reverse=True)
+    body = []
+    for name in dict.fromkeys(row["policy"] for row in rows if row["policy"] != FULL):
+        found = {row["budget"]: row for row in rows if row["policy"] == name}
+        numbers = [f"{100 * found[b]['accuracy']:.1f} ({found[b]['nll']:.3f})" for b in budgets]
+        body.append([f"**{name}**" if name == chosen else name, *numbers])
+    return (
+        f"{pipe_table(('utility', *map(format_budget, budgets)), body, 1)}\n\n"
+        f"Percent right on {full['questions']} questions of validation wordings (nats per token of the answer), one "
+        f"training run, one threshold; the full cache has {100 * full['accuracy']:.1f} ({full['nll']:.3f}). The bold "
+        "one was taken, by accuracy and then by likelihood; so few questions do not tell them apart. What they mean: "
+        "`kv_gym/training/targets.py`."
+    )
 
 
 def close_look(rows: Sequence[Mapping]) -> str:
