@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 
 from kv_gym.evaluation.tasks.natural_language import (
-    CONTEXTS,
     ChatFrame,
     Filler,
     Wording,
     check_split,
+    context_numbers,
     digits,
     draw,
     keys_of,
@@ -66,7 +66,7 @@ def json_records(
     frame, filler = ChatFrame.of(tokenizer), Filler(tokenizer, split, text)
     before = (*frame.before, *text_ids(tokenizer, INTRODUCTION))
     scripts = []
-    for number in range(first or 0, (first or 0) + (CONTEXTS if count is None else count)):
+    for number in context_numbers(count, first):
         stream = stream_of(f"json {split} {seed} {number}")
         wording = WORDINGS[split][number % len(WORDINGS[split])]
         record = {name: int(digits(stream, DIGITS)) for name in draw(stream, keys_of(split)[1], PAIRS)}

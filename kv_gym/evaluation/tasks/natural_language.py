@@ -170,6 +170,12 @@ def check_split(split: str, tokenizer: Any) -> None:
     require_tokenizer(tokenizer, "a task in natural language")
 
 
+def context_numbers(count: int | None, first: int | None) -> range:
+    """Numbers of `count` contexts from `first` on, by default of the whole set."""
+    start = first or 0
+    return range(start, start + (CONTEXTS if count is None else count))
+
+
 def stream_of(name: str) -> random.Random:
     """Random numbers that depend on `name` alone; only ``random()`` is called, whose stream Python guarantees."""
     return random.Random(name)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks.natural_language import (
-    CONTEXTS,
     ChatFrame,
     Filler,
     Wording,
     check_split,
+    context_numbers,
     digits,
     draw,
     keys_of,
@@ -86,7 +86,7 @@ def needles(
     frame, filler = ChatFrame.of(tokenizer), Filler(tokenizer, split, text)
     before = (*frame.before, *text_ids(tokenizer, INTRODUCTION))
     scripts = []
-    for number in range(first or 0, (first or 0) + (CONTEXTS if count is None else count)):
+    for number in context_numbers(count, first):
         stream = stream_of(f"needle {split} {seed} {keys} {number}")
         wording = WORDINGS[split][number % len(WORDINGS[split])]
         inserts, questions = [], []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from kv_gym.errors import UserError
-from kv_gym.evaluation.tasks.natural_language import CONTEXTS, ChatFrame, Filler, check_split, stream_of, title
+from kv_gym.evaluation.tasks.natural_language import ChatFrame, Filler, check_split, context_numbers, stream_of, title
 from kv_gym.evaluation.tasks.registry import register
 from kv_gym.evaluation.tasks.scripted import ForkedQuestion, ScriptedTask, Segment, TaskScript
 
@@ -47,7 +47,7 @@ def quotation(
         raise UserError(f"{QUESTIONS} passages of {GIVEN + EXPECTED} tokens do not fit into {tokens} tokens")
     filler, before = Filler(tokenizer, split, text), ChatFrame.plain(tokenizer).before
     scripts = []
-    for number in range(first or 0, (first or 0) + (CONTEXTS if count is None else count)):
+    for number in context_numbers(count, first):
         stream = stream_of(f"quote {split} {seed} {number}")
         ids = filler.fill(stream, tokens, before, [])
         part = (tokens - len(before)) // QUESTIONS
@@ -91,7 +91,7 @@ def continuation(
     check_split(split, tokenizer)
     filler, before = Filler(tokenizer, split, text), ChatFrame.plain(tokenizer).before
     scripts = []
-    for number in range(first or 0, (first or 0) + (CONTEXTS if count is None else count)):
+    for number in context_numbers(count, first):
         ids = filler.fill(stream_of(f"continue {split} {seed} {number}"), tokens + AHEAD, before, [])
         asked = ForkedQuestion(ids[tokens : tokens + 1], ids[tokens + 1 :])
         scripts.append(TaskScript(str(number), (Segment(ids[:tokens], compress=True),), (asked,)))

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from kv_gym.evaluation.tasks.natural_language import (
-    CONTEXTS,
     ChatFrame,
     Filler,
     Wording,
     check_split,
+    context_numbers,
     digits,
     draw,
     keys_of,
@@ -76,7 +76,7 @@ def told_once(
     frame, filler = ChatFrame.of(tokenizer), Filler(tokenizer, split, text)
     turns = max(FACTS + 1, tokens // TURN)
     scripts = []
-    for number in range(first or 0, (first or 0) + (CONTEXTS if count is None else count)):
+    for number in context_numbers(count, first):
         stream = stream_of(f"told_once {split} {seed} {number}")
         wording = WORDINGS[split][number % len(WORDINGS[split])]
         names = zip(*(draw(stream, words, FACTS) for words in keys_of(split)), strict=True)
