@@ -66,12 +66,34 @@ def page(rows: Sequence[Mapping], results: Path) -> str:
     for task in dict.fromkeys(row["task"] for row in rows):
         of_task = [row for row in rows if row["task"] == task]
         if any(row["policy"] == FULL for row in of_task):
-            parts += [f"## {task}", accuracy_table(of_task, task), about(of_task, task)]
             if any(row.get("answers") for row in of_task):
-                parts += [close_look(of_task)]
+                parts += [f"## {task}", accuracy_table(of_task, task), about(of_task, task), close_look(of_task)]
+            else:
+                parts += [f"## {task}", likelihoods(of_task)]
     if (results / FOLDER / TRIED).is_file():
         parts += ["## Which utility `joint` learns", utilities(read_rows(results / FOLDER / TRIED), rows[0]["target"])]
     return "\n\n".join(parts) + "\n"
+
+
+def likelihoods(rows: Sequence[Mapping]) -> str:
+    """Nats per token at every budget, of a task whose answers are single tokens."""
+    lines = [line for line in summarise(rows, "nll") if line["policy"] != FULL]
+    full = next(row for row in rows if row["policy"] == FULL)
+    budgets = sorted({line["budget"] for line in lines}, reverse=True)
+    found: dict[tuple, dict[float, float]] = {}
+    for line in lines:
+        if line["learned"] or line["chosen_on_validation"] or line["policy"] in NULLS:
+            name = f"**{line['policy']}**" if line["learned"] else line["policy"]
+            ends = "" if line["sinks"] is None else f", ends {line['sinks']} + {line['recent']}"
+            found.setdefault((name, line["allocation"] + ends), {})[line["budget"]] = line["nll"]
+    ordered = sorted(found.items(), key=lambda item: sum(item[1].values()))
+    body = [[*key, *(f"{of[budget]:.3f}" for budget in budgets)] for key, of in ordered]
+    return (
+        f"{pipe_table(('policy', 'allocation', *map(format_budget, budgets)), body, 2)}\n\n"
+        f"Nats per token, {full['questions']} tokens of {full['n']} contexts of a {full['weights']}; the full cache "
+        f"has {full['nll']:.3f}. There is little to be won: prose is predicted from what stands last and, with "
+        "the first tokens kept, the policies lie close together."
+    )
 
 
 def utilities(rows: Sequence[Mapping], chosen: str) -> str:
