@@ -119,7 +119,7 @@ def test_values_are_converted_by_the_annotation(run):
 def test_help_shows_texts_and_defaults(run):
     shown = " ".join(run("--help")[0].stdout.split())
     for text in (
-        "Weigh things.", "A transformers decoder. Folder, hub id, or `reference`. [required]",
+        "Weigh things.", "A transformers decoder. Folder, GGUF file, hub id, or `reference`. [required]",
         "--shares A,B,... How much. [default: 1/2,4]", "How much. [default: 5]", "A bar of another kind.",
     ):  # fmt: skip
         assert text in shown
