@@ -52,7 +52,7 @@ def about(rows: Sequence[Mapping], task: str) -> str:
         f"Percent right on {full['questions']} questions about {full['n']} contexts (`{task}`), asked of a "
         f"{full['weights']} in wordings that no policy was trained on; the full cache answers {full['accuracy']:.1%}. "
         "The question is not seen while the cache is compressed. A budget is a share of all slots of the model. "
-        f"Learned policies are bold ({trained}; `rloo` is KVP as published). Heuristics have the allocation, protected "
+        f"Learned policies are bold ({trained}; `rloo` is KVP's agent). Heuristics have the allocation, protected "
         "ends and window that were best on validation contexts. `smallest` is the smallest budget at and above which "
         "the lower end of a 95 % interval over contexts stays within a point of the full cache. Such an interval has "
         f"no width where every answer is right: {full['n']} contexts exclude a loss of more than about "
