@@ -59,7 +59,8 @@ def record(
         stats: policies with memory whose statistics over the context's queries to record.
         blocks: blocks of queries per continuation, at most.
         shard_size: contexts per file; as many are lost, at most, when a run is killed.
-        storage: ``auto`` keeps keys, values and queries in the type the model computes in, ``float32`` widens them.
+        storage: ``auto`` keeps keys, values and queries in the type the model computes in, ``float32`` widens them,
+            ``bfloat16`` rounds them to 8 significant bits, in half the bytes of float32; futures stay float32.
         device: where to move the model first, such as ``cuda``; None leaves it where it is.
         progress: show a progress bar on stderr.
         recipe: plain JSON data that says how the prompts were made; a resumed recording must have the same.
@@ -141,13 +142,13 @@ def make_manifest(
         recipe: how the prompts are made.
 
     Raises:
-        UserError: an unknown storage, one that would round what was computed, or a recipe that is no JSON.
+        UserError: an unknown storage, float16 for what may exceed its range, or a recipe that is no JSON.
     """
     dtype = str(model.dtype).removeprefix("torch.")
     exact = "float32" if dtype == "float64" else dtype
-    if storage not in ("auto", "float32", exact):
+    if storage not in ("auto", "float32", "bfloat16", exact):
         raise UserError(
-            f"storage {storage!r} is not usable for a model that computes in {dtype}; choose auto or float32"
+            f"storage {storage!r} is not usable for a model that computes in {dtype}; choose auto, float32 or bfloat16"
         )
     try:
         plain = json.loads(json.dumps({"settings": dict(settings), "recipe": dict(recipe or {})}))

@@ -11,6 +11,7 @@ from pathlib import Path
 import h5py
 import numpy as np
 import pytest
+import torch
 from traced_models import PROMPTS, same, some_prompt, tiny_model
 
 from kv_gym.errors import UserError
@@ -50,8 +51,22 @@ def test_float32_storage_of_a_bfloat16_model_holds_the_same_numbers(tmp_path):
     model = tiny_model().bfloat16()
     wide = record(model, PROMPTS[:1], tmp_path / "wide", storage="float32", progress=False)
     assert same(wide[0], record_sequence(model, PROMPTS[0]))
-    with pytest.raises(UserError, match="storage 'bfloat16' is not usable"):
-        record(tiny_model(), PROMPTS[:1], tmp_path / "narrow", storage="bfloat16", progress=False)
+    with pytest.raises(UserError, match="storage 'float16' is not usable"):
+        record(tiny_model(), PROMPTS[:1], tmp_path / "narrow", storage="float16", progress=False)
+
+
+def test_bfloat16_storage_of_a_float32_model_rounds_what_is_cached_and_not_the_futures(tmp_path):
+    exact, rounded = (
+        record(tiny_model(), PROMPTS[:1], tmp_path / storage, storage=storage, progress=False)[0]
+        for storage in ("float32", "bfloat16")
+    )
+    for name in ("keys", "values", "queries"):
+        expected = torch.from_numpy(getattr(exact, name)).bfloat16().float()
+        assert torch.equal(torch.from_numpy(getattr(rounded, name)), expected)
+    for mine, theirs in zip(rounded.continuations, exact.continuations, strict=True):
+        assert (mine.future == theirs.future).all()
+    assert rounded.dtype == "float32"
+    assert validate(tmp_path / "bfloat16")["sequences"] == 1
 
 
 def test_a_set_is_read_in_the_order_of_its_prompts(recorded):
