@@ -3,10 +3,12 @@
 The floor is transformers' DynamicCache filled with just the budget: no policy, no eviction, nothing to decide. All
 configurations decode in turns in one run, 16 steps a turn, and the table shows the median over turns of a
 configuration's mean step and of its ratio to the floor in the same turn. Caches read the last ``budget + 512`` tokens
-of the context, in chunks: what was evicted before them costs nothing any more.
+of the context, in chunks: what was evicted before them costs nothing any more. Times are processor time of one
+thread, so that a busy machine shows less.
 
-The model is shaped like a small Llama (hidden 512, 8 layers, 8 query and 8 KV heads of 64) with random weights. With
-``--kvpress`` (in the environment of `make kvpress`) its decoding presses run as configurations of their own.
+The model is shaped like a small Llama (hidden 512, 8 layers, 8 query and 8 KV heads of 64) with random weights;
+``--model`` takes another one. With ``--kvpress`` (in the environment of `make kvpress`) its decoding presses run as
+configurations of their own.
 
 Run: ``python benchmarks/decode_step.py --json benchmarks/results/decode_step.json``
 """
@@ -28,9 +30,11 @@ import transformers
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 
 from kv_gym import EvictingCache
+from kv_gym.models import load_model
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy
 from kv_gym.policies.scorer import GroupedScorer, Scorer
+from kv_gym.policies.scoring.inputs import DEFAULT
 
 LAYERS, HEADS, DIM, HIDDEN, VOCABULARY = 8, 8, 64, 512, 1024
 STEPS = 16  # of a turn, and the longer interval between evictions
@@ -62,10 +66,17 @@ def random_model() -> LlamaForCausalLM:
     ).eval()  # fmt: skip
 
 
-def plain(tokens: int) -> DynamicCache:
+def sizes(model) -> tuple[int, int, int]:
+    """Layers, KV heads and head dimension."""
+    config = model.config
+    return config.num_hidden_layers, config.num_key_value_heads, config.head_dim
+
+
+def plain(model, tokens: int) -> DynamicCache:
+    layers, heads, d = sizes(model)
     cache = DynamicCache()
-    for layer in range(LAYERS):
-        cache.update(torch.randn(1, HEADS, tokens, DIM), torch.randn(1, HEADS, tokens, DIM), layer)
+    for layer in range(layers):
+        cache.update(torch.randn(1, heads, tokens, d), torch.randn(1, heads, tokens, d), layer)
     return cache
 
 
@@ -73,7 +84,7 @@ class Plain:
     """A configuration with transformers' own cache, set back to its first length before every turn."""
 
     def __init__(self, model, tokens: int, around=nullcontext):
-        self.model, self.kept, self.around = model, plain(tokens), around
+        self.model, self.kept, self.around = model, plain(model, tokens), around
 
     def turn(self) -> float:
         cache = copy.deepcopy(self.kept)
@@ -98,15 +109,16 @@ class Evicting:
 
 def seconds(model, cache) -> float:
     token = torch.zeros(1, 1, dtype=torch.int64)
-    began = time.perf_counter()
+    began = time.process_time()
     for _ in range(STEPS):
         model(token, past_key_values=cache)
-    return (time.perf_counter() - began) / STEPS
+    return (time.process_time() - began) / STEPS
 
 
-def learned(model) -> Scorer:
+def learned(model, inputs: tuple[str, ...] = DEFAULT) -> Scorer:
     torch.manual_seed(0)
-    network = GroupedScorer(LAYERS * HEADS, DIM, hidden=64)
+    layers, heads, d = sizes(model)
+    network = GroupedScorer(layers * heads, d, 64, inputs)
     return Scorer(network, Fingerprint.of(model), (1, 1 << 20), calibrated=True)
 
 
@@ -116,6 +128,9 @@ def our_configurations(model, budget: int) -> dict:
         policy = learned(model) if name == "scorer" else name
         for interval in (1, STEPS):
             configurations[f"{name}, every {interval}"] = Evicting(model, policy, budget, interval)
+    static = learned(model, ("key", "value"))
+    configurations["scorer of key and value, every 1"] = Evicting(model, static, budget, 1)
+    configurations["scorer of key and value, one threshold, every 1"] = Evicting(model, static, budget, 1, "global")
     configurations["equal heads, every 16"] = Evicting(model, Taste(), budget, STEPS)
     configurations["ragged heads, every 16"] = Evicting(model, Taste(), budget, STEPS, "global")
     return configurations
@@ -133,8 +148,8 @@ def kvpress_configurations(model, budget: int) -> dict:
 
 
 @torch.no_grad()
-def compare(context: int, turns: int, kvpress: bool) -> list[dict]:
-    model, budget = random_model(), context // 8
+def compare(model, context: int, turns: int, kvpress: bool) -> list[dict]:
+    budget = context // 8
     configurations: dict = {"floor": Plain(model, budget), "full cache": Plain(model, context)}
     configurations |= our_configurations(model, budget)
     if kvpress:
@@ -164,11 +179,14 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--kvpress", action="store_true", help="add kvpress's decoding presses")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--model", help="a transformers model instead of the random one")
     args = parser.parse_args()
+    torch.set_num_threads(1)
+    model = load_model(args.model)[0].eval() if args.model else random_model()
     rows = []
     print("| context | budget | configuration | ms per step | ratio | to |\n|---|---|---|---|---|---|")
     for context in args.context:
-        for row in compare(context, args.turns, args.kvpress):
+        for row in compare(model, context, args.turns, args.kvpress):
             rows.append(row)
             print(
                 f"| {row['context']} | {row['budget']} | {row['configuration']} | {row['ms']:.1f} | {row['ratio']:.2f} "

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ def _newest_scores(states: Sequence[LayerState]) -> list[Tensor]:
     for state in states:
         assert state.newest is not None
         if views:
-            views.append(replace(views[0], **state.newest, layer=state.index, scaling=state.scaling))
+            about: dict[str, Any] = {"layer": state.index, "scaling": state.scaling, **state.newest}
+            views.append(replace(views[0], **about))
         else:
             views.append(state.new_view(state.newest, torch.ones_like(state.newest["positions"], dtype=torch.bool)))
     return states[0].config.policy.score_layers(views)

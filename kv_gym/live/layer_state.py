@@ -135,9 +135,9 @@ class LayerState:
     def new_view(self, pairs: Mapping[str, Tensor], valid: Tensor, hidden: Tensor | None = None) -> CacheView:
         """New tokens alone, as policies see them that score or begin their state on arrival."""
         seen, budget = number_tensor(self.tokens_seen, valid.device), self._view_budget(None, valid)
-        return CacheView(
-            **pairs, valid=valid, seen=seen, budget=budget, layer=self.index, scaling=self.scaling, hidden=hidden
-        )
+        keys, values, positions = (pairs[name] for name in SLOT_BUFFERS)
+        about = seen, budget, self.index, self.scaling
+        return CacheView(keys, values, positions, valid, *about, hidden=hidden)
 
     def _next_positions(self, m: int, token_mask: Tensor | None, device: torch.device) -> Tensor:
         """Positions of new tokens, `[batch or 1, 1, m]`."""

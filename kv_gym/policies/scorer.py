@@ -176,7 +176,7 @@ class Scorer(Policy):
         if per_layer or split or [view.layer for view in views] != list(self.fingerprint.layers):
             return super().score_layers(views)
         names = ("keys", "values", "positions", "valid")
-        joined = {name: torch.cat([getattr(view, name) for view in views], 1) for name in names}
+        joined: dict[str, Any] = {name: torch.cat([getattr(view, name) for view in views], 1) for name in names}
         return list(self._score_heads(replace(views[0], **joined), slice(None)).split(heads, 1))
 
     def _score_heads(self, view: CacheView, networks: slice) -> Tensor:
