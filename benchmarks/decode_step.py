@@ -122,9 +122,9 @@ def learned(model, inputs: tuple[str, ...] = DEFAULT) -> Scorer:
     return Scorer(network, Fingerprint.of(model), (1, 1 << 20), calibrated=True)
 
 
-def our_configurations(model, budget: int) -> dict:
+def our_configurations(model, budget: int, policies: list[str]) -> dict:
     configurations = {}
-    for name in POLICIES:
+    for name in policies:
         policy = learned(model) if name == "scorer" else name
         for interval in (1, STEPS):
             configurations[f"{name}, every {interval}"] = Evicting(model, policy, budget, interval)
@@ -148,10 +148,10 @@ def kvpress_configurations(model, budget: int) -> dict:
 
 
 @torch.no_grad()
-def compare(model, context: int, turns: int, kvpress: bool) -> list[dict]:
+def compare(model, context: int, turns: int, policies: list[str], kvpress: bool) -> list[dict]:
     budget = context // 8
     configurations: dict = {"floor": Plain(model, budget), "full cache": Plain(model, context)}
-    configurations |= our_configurations(model, budget)
+    configurations |= our_configurations(model, budget, policies)
     if kvpress:
         configurations |= kvpress_configurations(model, budget)
     took: dict[str, list[float]] = {name: [] for name in configurations}
@@ -179,6 +179,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, default=15)
     parser.add_argument("--kvpress", action="store_true", help="add kvpress's decoding presses")
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
+    parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES)
     parser.add_argument("--model", help="a transformers model instead of the random one")
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -186,7 +187,7 @@ def main() -> None:
     rows = []
     print("| context | budget | configuration | ms per step | ratio | to |\n|---|---|---|---|---|---|")
     for context in args.context:
-        for row in compare(model, context, args.turns, args.kvpress):
+        for row in compare(model, context, args.turns, args.policies, args.kvpress):
             rows.append(row)
             print(
                 f"| {row['context']} | {row['budget']} | {row['configuration']} | {row['ms']:.1f} | {row['ratio']:.2f} "

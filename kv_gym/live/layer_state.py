@@ -323,8 +323,9 @@ class LayerState:
     def can_remove_one(self, budget: int) -> bool:
         """Whether just one slot of every head goes and may be overwritten in place, as at every decoding step."""
         slots = self.slots
-        one = isinstance(slots, EqualSlots) and slots.length == budget + 1 and self.tier.drops
-        return one and slots.can_overwrite(budget, self._slack())
+        if not isinstance(slots, EqualSlots) or slots.length != budget + 1 or not self.tier.drops:
+            return False
+        return slots.can_overwrite(budget, self._slack())
 
     def _remove_lowest(self, slots: EqualSlots, budget: int) -> None:
         self.begin_eviction(None)
