@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from transformers.cache_utils import CacheLayerMixin
 
 from kv_gym.errors import UserError
@@ -166,12 +167,14 @@ class EvictingLayer(CacheLayerMixin):
             waiting = [seen - (at or 0) for seen, at in tokens] or [0] * len(keys)
         return prefill_chunks(block_size, waiting, keys.shape[2], self.token_mask)
 
+    @_disable_dynamo
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Keys that the next forward sees, and the offset that puts the newest at their true position."""
         new = query_length if isinstance(query_length, int) else query_length.shape[0]
         stored = self.state.slots.longest
         return stored + new, self.seen - stored
 
+    @_disable_dynamo
     def get_seq_length(self) -> int:
         """Tokens seen, from which models count the position of the next one."""
         return self.seen

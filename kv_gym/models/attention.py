@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from torch import Tensor, nn
+from torch._compile import _disable_dynamo  # as torch.compiler.disable, but imports no compiler before the first call
 
 from kv_gym.errors import UserError
 from kv_gym.models.wrapped_model import transformers_model
@@ -92,6 +93,7 @@ def _pop_observer() -> AttentionObserver | None:
 
 
 def _observable(plain_name: str) -> Callable:
+    @_disable_dynamo  # torch.compile compiles the model around a cache, and not what the cache does
     def attention(module, query, key, value, attention_mask=None, dropout=0.0, scaling=None, **kwargs):
         plain = _model_attention(plain_name, module)
         kwargs["dropout"] = dropout
@@ -171,6 +173,7 @@ class _AttachedModel:
         if not self._failing:  # torch iterates over these hooks right now: the next forward removes this one
             self._after_hook.remove()
 
+    @_disable_dynamo
     def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
         _pop_observer()  # left by a forward that failed between a cache's update and its attention
         arguments = self._arguments(args, kwargs)
@@ -178,6 +181,7 @@ class _AttachedModel:
         if check is not None:
             check(arguments)
 
+    @_disable_dynamo
     def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
         cache = self._arguments(args, kwargs).get("past_key_values")
         if output is not None:

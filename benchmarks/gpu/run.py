@@ -1,0 +1,452 @@
+"""One script for a borrowed GPU: tests that need a device, then figures, the most important first.
+
+Every part has its own time limit and is written to ``OUT/results.json`` as soon as it ends, so a run that is cut short
+is still worth having; a part that fails is written with its error, and the next one runs. Nothing is downloaded:
+weights are random, in the shape of Llama-3-8B and bfloat16, and made on the device. Contexts are not read by the model where a
+step is timed: random keys and values of the kept size are put into the cache, since a step's time depends on nothing
+else. Bounds are bytes moved, divided by the bandwidth that a large copy reaches in the same run.
+
+No GPU has run this yet (November 2026). ``TRITON_INTERPRET=1 python benchmarks/gpu/run.py --device cpu --tiny``
+rehearses every part with tiny shapes; its numbers mean nothing.
+
+Run: ``python benchmarks/gpu/run.py --minutes 8 --out runs/gpu``
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import os
+import signal
+import statistics
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+
+import torch
+import transformers
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+import kv_gym
+from kv_gym import EvictingCache
+from kv_gym.files import atomic_write
+from kv_gym.live import ragged_backend
+from kv_gym.live.slots import RaggedSlots
+
+SUPPORT = Path(__file__).parents[2] / "tests" / "support"
+SHAPE = {
+    "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 1 << 18,
+}  # fmt: skip
+TINY = SHAPE | {
+    "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 256,
+}  # fmt: skip
+
+
+def wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def bandwidth(device: torch.device, size: int) -> float:
+    """Bytes per second that a copy of `size` bytes moves, reading and writing."""
+    source = torch.empty(size, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    times = []
+    for _ in range(6):
+        wait(device)
+        began = time.perf_counter()
+        target.copy_(source)
+        wait(device)
+        times.append(time.perf_counter() - began)
+    return 2 * size / min(times)
+
+
+def filled(model, batch: int, slots: int, ragged: bool):
+    """A cache whose heads hold `slots` random tokens each, or 1 : 15 around that number where `ragged`."""
+    config, device, dtype = model.config, model.device, model.dtype
+    heads, dim = config.num_key_value_heads, config.head_dim
+    cache = EvictingCache(model, "recency", 1.0)
+    parts = torch.linspace(1, 15, heads) if ragged else torch.ones(heads)
+    lengths = (parts / parts.sum() * slots * heads).long().clamp(min=1).expand(batch, heads)
+    for layer in cache.layers:
+        state = layer.state
+        n = int(lengths.sum()) if ragged else batch * heads * slots
+        pairs = {name: torch.randn(n, dim, device=device, dtype=dtype) for name in ("keys", "values")}
+        positions = torch.arange(n, device=device)
+        if ragged:
+            state.slots = RaggedSlots(pairs | {"positions": positions}, lengths.clone(), lengths.clone())
+        else:
+            shaped = {name: tensor.view(batch, heads, slots, dim) for name, tensor in pairs.items()}
+            state.slots.append(shaped | {"positions": positions.view(batch, heads, slots)}, 0)
+        state.tokens_seen, state.evicted_at, layer.seen = [slots] * batch, [slots] * batch, slots
+        layer.lazy_initialization(pairs["keys"])
+    return cache
+
+
+def full(model, batch: int, tokens: int) -> DynamicCache:
+    config, cache = model.config, DynamicCache()
+    shape = batch, config.num_key_value_heads, tokens, config.head_dim
+    for layer in range(config.num_hidden_layers):
+        keys, values = (torch.randn(shape, device=model.device, dtype=model.dtype) for _ in range(2))
+        cache.update(keys, values, layer)
+    return cache
+
+
+@torch.no_grad()
+def step_seconds(model, cache, batch: int, steps: int) -> float:
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+    for _ in range(3):
+        model(token, past_key_values=cache, logits_to_keep=1)
+    times = []
+    for _ in range(steps):
+        wait(model.device)
+        began = time.perf_counter()
+        model(token, past_key_values=cache, logits_to_keep=1)
+        wait(model.device)
+        times.append(time.perf_counter() - began)
+    return statistics.median(times)
+
+
+def measured(model, kind: str, context: int, share: float, batch: int, steps: int, speed: float) -> dict:
+    slots, config = max(1, int(context * share)), model.config
+    cache = full(model, batch, slots) if kind == "full" else filled(model, batch, slots, kind == "ragged")
+    seconds = step_seconds(model, cache, batch, steps)
+    if kind != "full":
+        cache.detach()
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    pairs = 2 * batch * slots * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
+    bound = (weights + pairs * model.dtype.itemsize) / speed
+    return {
+        "kind": kind, "context": context, "share": share, "batch": batch, "ms": 1e3 * seconds, "bound_ms": 1e3 * bound,
+        "of_bound": bound / seconds, "tokens_per_second": batch / seconds,
+    }  # fmt: skip
+
+
+def largest_batch(model, kind: str, context: int, share: float, steps: int, speed: float) -> dict:
+    """The row of the largest batch, doubled until memory ends; on a CPU, of two sequences."""
+    best, batch = {}, 1
+    while batch <= (4096 if model.device.type == "cuda" else 2):
+        try:
+            best = measured(model, kind, context, share, batch, steps, speed)
+        except torch.cuda.OutOfMemoryError:
+            break
+        finally:
+            torch.cuda.empty_cache()
+        batch *= 2
+    return best
+
+
+class Run:
+    """The parts of the script; each returns what is written.
+
+    Attributes:
+        device: where everything runs.
+        tiny: tiny shapes, to rehearse.
+        out: folder for the results and for traces and policies on the way.
+    """
+
+    def __init__(self, device: torch.device, tiny: bool, out: Path):
+        self.device, self.tiny, self.out = device, tiny, out
+        self._model: LlamaForCausalLM | None = None
+        self._speed: float | None = None
+
+    @property
+    def model(self) -> LlamaForCausalLM:
+        """Random weights, made when they are first needed."""
+        if self._model is None:
+            torch.manual_seed(0)
+            dtype = torch.get_default_dtype()
+            torch.set_default_dtype(torch.bfloat16)
+            try:
+                with torch.device(self.device):
+                    self._model = LlamaForCausalLM(LlamaConfig(**(TINY if self.tiny else SHAPE))).eval()
+            finally:
+                torch.set_default_dtype(dtype)
+        return self._model
+
+    @property
+    def speed(self) -> float:
+        """Bytes per second."""
+        if self._speed is None:
+            self._speed = bandwidth(self.device, 1 << (24 if self.tiny else 32))
+        return self._speed
+
+    @property
+    def contexts(self) -> tuple[int, int]:
+        return (64, 256) if self.tiny else (131072, 32768)
+
+    # tests
+
+    def kernel_equals_reference(self) -> dict:
+        """The kernel against softmax in float64: three types, numbers and codes, uneven rows, an empty one."""
+        from kv_gym.live.ragged_kernel import attend_rows
+        from kv_gym.live.tiers.quantiser import dequantise, quantise
+
+        lengths = [0, 1, 65, 130] if self.tiny else [0, 1, 63, 64, 65, 300, 4500]
+        errors = {}
+        for dtype in (torch.float32, torch.float16, torch.bfloat16):
+            for d, group, bits in KERNEL_CASES:
+                generator = torch.Generator(self.device).manual_seed(0)
+                starts = torch.tensor([0, *(length + 5 for length in lengths)], device=self.device).cumsum(0)
+                sizes = {"device": self.device, "generator": generator}
+                keys, values = (torch.randn(int(starts[-1]), d, **sizes).to(dtype) for _ in range(2))
+                query = torch.randn(len(lengths), group, d, **sizes).to(dtype)
+                stored, grids = (keys, values), ()
+                if bits:
+                    stored, grids = zip(*(quantise(numbers, bits, 16) for numbers in stored), strict=True)
+                    keys, values = (dequantise(*pair, bits, torch.float32) for pair in zip(stored, grids, strict=True))
+                scaling, counts = d**-0.5, torch.tensor(lengths, device=self.device)
+                out, _ = attend_rows(query, *stored, starts[:-1], counts, scaling, max(lengths) + 5, bits, *grids)
+                worst = float(out[0].abs().max())
+                for row, length in enumerate(lengths[1:], 1):
+                    here = slice(int(starts[row]), int(starts[row]) + length)
+                    weights = (query[row].double() @ keys[here].double().T * scaling).softmax(-1)
+                    worst = max(worst, float((out[row].double() - weights @ values[here].double()).abs().max()))
+                errors[f"{dtype} d={d} group={group} bits={bits}"] = worst
+        limits = {"torch.float32": 1e-4, "torch.float16": 1e-2, "torch.bfloat16": 6e-2}
+        wrong = {name: error for name, error in errors.items() if not error <= limits[name.split()[0]]}
+        return {"passed": not wrong, "largest_errors": errors}
+
+    @torch.no_grad()
+    def live_equals_masked(self) -> dict:
+        """Nine families in float64: a cache with uneven heads against a full cache with evicted tokens hidden."""
+        sys.path.insert(0, str(SUPPORT))
+        from live_models import FAMILIES, tiny, tokens
+        from masked_reference import MaskedReference
+
+        errors = {}
+        for family in FAMILIES:
+            model, ids = tiny(family).to(self.device), tokens(2, 36).to(self.device)
+            with EvictingCache(model, "h2o", 0.3, allocation="global:zscore") as cache:
+                reference, worst = MaskedReference(model), 0.0
+                for piece in ids.split([28, 4, 1, 1, 1, 1], 1):
+                    live = model(piece, past_key_values=cache).logits
+                    with torch.device(self.device):  # the reference makes its masks where tensors are made
+                        worst = max(worst, float((live - reference(piece)).abs().max()))
+                        for layer in cache.evicting_layers:
+                            reference.hide(layer, cache.kept_positions(layer))
+            errors[family] = worst
+        return {"passed": max(errors.values()) < 1e-4, "largest_errors": errors}
+
+    @torch.no_grad()
+    def ragged_equals_padded(self) -> dict:
+        """Decoding with uneven heads through every form of attention, and through a low-precision tier."""
+        errors = {}
+        for evicted in ("drop", "bits:4"):
+            ids = torch.arange(72, device=self.device)[None] * 7 % 250
+            logits = {}
+            with EvictingCache(self.model, "keydiff", 0.3, "global:raw", evicted=evicted) as cache:
+                self.model(ids[:, :64], past_key_values=cache)
+                for backend in ("padded", "kernel", "varlen", "per_head"):
+                    with cache.fork() as fork, ragged_backend(backend):
+                        steps = [self.model(token, past_key_values=fork).logits for token in ids[:, 64:].split(1, 1)]
+                        logits[backend] = torch.cat(steps, 1).float()
+            scale = float(logits["padded"].abs().max())
+            for backend in ("kernel", "varlen", "per_head"):
+                difference = float((logits[backend] - logits["padded"]).abs().max())
+                errors[f"{evicted} {backend}"] = difference / scale
+        return {"passed": max(errors.values()) < 0.05, "largest_relative_differences": errors}
+
+    def record_train_export_decode(self) -> dict:
+        """The whole way on the bundled model, on the device; also optimiser steps per second of two agents."""
+        from kv_gym import export, record, train
+        from kv_gym.models import load_model
+        from kv_gym.reference import MODEL
+        from kv_gym.reference.prompts import reference_prompts
+
+        model, _ = load_model(MODEL, device=str(self.device))
+        began = time.perf_counter()
+        traces = record(model, reference_prompts(tokens=128, count=6), self.out / "traces", progress=False)
+        found = {"record_s": time.perf_counter() - began}
+        steps = 3 if self.tiny else 60
+        for agent in ("end_to_end", "joint"):
+            began = time.perf_counter()
+            trained = train(
+                agent, traces, self.out / agent, model=model, steps=steps, every=steps, resume=False, progress=False
+            )
+            found[f"{agent}_steps_per_s"] = steps / (time.perf_counter() - began)
+            folder = export(trained, self.out / f"{agent}-exported")
+            with EvictingCache(model, folder, 0.25, trigger="every:4") as cache:
+                ids = torch.arange(5, 69, device=self.device)[None]
+                said = model.generate(ids, past_key_values=cache, max_new_tokens=8, do_sample=False, pad_token_id=0)
+            found[f"{agent}_decoded"] = said.shape[1] - 64
+        return found | {"passed": all(found[f"{agent}_decoded"] == 8 for agent in ("end_to_end", "joint"))}
+
+    @torch.no_grad()
+    def memory_is_freed(self) -> dict:
+        """Bytes that the allocator holds before and after an eviction of seven eighths, against the cache's count."""
+        ids = torch.zeros(1, 128 if self.tiny else 8192, dtype=torch.int64, device=self.device)
+        with EvictingCache(self.model, "keydiff", 1.0) as cache:
+            self.model(ids, past_key_values=cache, logits_to_keep=1)
+            counts, allocated = [cache.nbytes()], [self._allocated()]
+            cache.set_budget("1/8")
+            cache.compress()
+            counts, allocated = [*counts, cache.nbytes()], [*allocated, self._allocated()]
+        freed = counts[0] - counts[1]
+        told = allocated[0] - allocated[1]
+        right = self.device.type != "cuda" or abs(told - freed) < 0.02 * freed + (1 << 22)
+        return {"passed": right, "cache_bytes": counts, "allocated_bytes": allocated}
+
+    def _allocated(self) -> int:
+        wait(self.device)
+        return torch.cuda.memory_stats()["allocated_bytes.all.current"] if self.device.type == "cuda" else 0
+
+    # figures
+
+    def kernel_bound(self) -> dict:
+        """The kernel alone, uneven rows 1 : 15, against its bytes; goal 85 % of the bound."""
+        from kv_gym.live.ragged_kernel import attend_rows
+
+        rows, group, d = (2, 4, 64) if self.tiny else (8, 4, 128)
+        found = []
+        for slots in (40, 80) if self.tiny else (1024, 4096, 16384, 131072):
+            parts = torch.linspace(1, 15, rows)
+            lengths = (parts / parts.sum() * slots * rows).long().clamp(min=1)
+            starts = (lengths.cumsum(0) - lengths).to(self.device)
+            sizes = {"device": self.device, "dtype": torch.bfloat16}
+            keys, values = (torch.randn(int(lengths.sum()), d, **sizes) for _ in range(2))
+            query, longest = torch.randn(rows, group, d, **sizes), int(lengths.max())
+            call = partial(attend_rows, query, keys, values, starts, lengths.to(self.device), 0.1, longest)
+            seconds = self._median(call, 50)
+            bound = 2 * keys.numel() * keys.element_size() / self.speed
+            found.append({"slots": slots, "us": 1e6 * seconds, "of_bound": bound / seconds})
+        return {"rows": found}
+
+    def _median(self, call: Callable[[], object], times: int) -> float:
+        """Seconds of a call; calls follow one another without a wait, as in a model."""
+        call()
+        taken = []
+        for _ in range(3 if self.tiny else 7):
+            wait(self.device)
+            began = time.perf_counter()
+            for _ in range(1 if self.tiny else times):
+                call()
+            wait(self.device)
+            taken.append((time.perf_counter() - began) / (1 if self.tiny else times))
+        return statistics.median(taken)
+
+    def decoding_step(self) -> dict:
+        """One sequence; goals: 80 % of the bound, uneven heads at most 1.15 times equal ones."""
+        rows = []
+        for context in self.contexts:
+            for kind, share in [("full", 1.0), *((k, s) for s in (1 / 32, 1 / 8, 1 / 4) for k in ("equal", "ragged"))]:
+                rows.append(measured(self.model, kind, context, share, 1, 3 if self.tiny else 20, self.speed))
+        return {"rows": rows}
+
+    def largest_batches(self) -> dict:
+        """Tokens per second at the longest context, full cache against 1/32; goal 10 times."""
+        more = {"context": max(self.contexts), "steps": 5, "speed": self.speed}
+        rows = [largest_batch(self.model, kind, share=s, **more) for kind, s in (("full", 1.0), ("ragged", 1 / 32))]
+        return {"rows": rows}
+
+    @torch.no_grad()
+    def cost_of_a_cut(self) -> dict:
+        """Scores, threshold and compaction; goal: at most one decoding step's time per 64 tokens."""
+        context, rows = max(self.contexts) // (1 if self.tiny else 4), []
+        for policy, allocation in (("keydiff", "uniform"), ("keydiff", "global:raw"), ("snapkv", "uniform")):
+            ids = torch.zeros(1, context, dtype=torch.int64, device=self.device)
+            with EvictingCache(self.model, policy, 1.0, allocation) as cache:
+                for chunk in ids.split(4096, 1):
+                    self.model(chunk, past_key_values=cache, logits_to_keep=1)
+                cache.set_budget("1/8")
+                wait(self.device)
+                began = time.perf_counter()
+                cache.compress()
+                wait(self.device)
+            row = {"policy": policy, "allocation": allocation, "context": context}
+            rows.append(row | {"ms": 1e3 * (time.perf_counter() - began)})
+        return {"rows": rows}
+
+    @torch.no_grad()
+    def first_token(self) -> dict:
+        """Time to the first token and peak bytes, read block by block with equal heads, or whole with one threshold."""
+        context, rows = (128 if self.tiny else 32768), []
+        for allocation, trigger in (("uniform", "block:2048"), ("global:raw", "prefill")):
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats()
+            ids = torch.zeros(1, context, dtype=torch.int64, device=self.device)
+            with EvictingCache(self.model, "keydiff", 1 / 8, allocation, trigger) as cache:
+                wait(self.device)
+                began = time.perf_counter()
+                self.model(ids, past_key_values=cache, logits_to_keep=1)
+                wait(self.device)
+                row = {"allocation": allocation, "trigger": trigger, "context": context}
+                row |= {"first_token_s": time.perf_counter() - began, "cache_bytes": cache.nbytes()}
+            rows.append(row | {"peak_bytes": torch.cuda.max_memory_allocated() if self.device.type == "cuda" else 0})
+        return {"rows": rows}
+
+
+# (channels of a head, query heads of a KV head, bits of stored numbers)
+KERNEL_CASES = ((64, 3, 0), (80, 8, 0), (128, 4, 0), (256, 1, 0), (128, 4, 2), (128, 4, 4), (96, 2, 8))
+# (part, share of the minutes that it may take)
+PARTS = (
+    ("kernel_equals_reference", 0.2), ("ragged_equals_padded", 0.15), ("live_equals_masked", 0.15),
+    ("memory_is_freed", 0.1), ("kernel_bound", 0.1), ("decoding_step", 0.25), ("largest_batches", 0.2),
+    ("cost_of_a_cut", 0.15), ("record_train_export_decode", 0.2), ("first_token", 0.15),
+)  # fmt: skip
+
+
+@contextmanager
+def time_limit(seconds: float):
+    """Raise a TimeoutError in the block after so many seconds."""
+
+    def stop(number, frame):
+        raise TimeoutError(f"stopped after {seconds:.0f} s")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(max(1, math.ceil(seconds)))
+    try:
+        yield
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for everything")
+    parser.add_argument("--out", type=Path, default=Path("runs/gpu"), help="folder of results.json")
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="tiny shapes, to rehearse")
+    parser.add_argument("--parts", nargs="+", choices=[name for name, _ in PARTS], help="only these")
+    args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU is here; TRITON_INTERPRET=1 with --device cpu --tiny rehearses the script")
+    if args.device == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
+        parser.error("a CPU runs the kernel in Triton's interpreter: set TRITON_INTERPRET=1 before the script starts")
+    device, end = torch.device(args.device), time.monotonic() + 60 * args.minutes
+    card = torch.cuda.get_device_name() if device.type == "cuda" else "none: a rehearsal on a CPU"
+    versions = {"torch": torch.__version__, "transformers": transformers.__version__, "kv_gym": kv_gym.__version__}
+    results: dict = {"card": card, "tiny": args.tiny, "started": time.strftime("%F %T"), "versions": versions}
+    args.out.mkdir(parents=True, exist_ok=True)
+    run = Run(device, args.tiny, args.out)
+    for name, share in PARTS:
+        if args.parts and name not in args.parts:
+            continue
+        left, began = end - time.monotonic(), time.monotonic()
+        if left < 5:
+            results[name] = {"error": "no time was left"}
+        else:
+            try:
+                with time_limit(min(left, 60 * args.minutes * share)):
+                    results[name] = getattr(run, name)()
+            except Exception as error:  # the next part is worth having too
+                traceback.print_exc()
+                results[name] = {"error": f"{type(error).__name__}: {error}"[:500]}
+            results[name]["seconds"] = time.monotonic() - began
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+        with atomic_write(args.out / "results.json") as file:
+            file.write_text(json.dumps(results, indent=1) + "\n")
+        print(name, json.dumps(results[name])[:300], flush=True)
+
+
+if __name__ == "__main__":
+    main()
