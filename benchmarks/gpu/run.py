@@ -1,10 +1,11 @@
 """One script for a borrowed GPU: tests that need a device, then figures, the most important first.
 
-Every part has its own time limit and is written to ``OUT/results.json`` as soon as it ends, so a run that is cut short
-is still worth having; a part that fails is written with its error, and the next one runs. Nothing is downloaded:
-weights are random, in the shape of Llama-3-8B and bfloat16, and made on the device. Contexts are not read by the model where a
-step is timed: random keys and values of the kept size are put into the cache, since a step's time depends on nothing
-else. Bounds are bytes moved, divided by the bandwidth that a large copy reaches in the same run.
+Every part has its own time limit and is written to ``OUT/results.json`` as soon as it ends, so a run that is cut
+short is still worth having; a part that fails is written with its error, and the next one runs. Nothing is
+downloaded: weights are random, in the shape of Llama-3-8B and bfloat16, and made on the device. Contexts are not read
+by the model where a step is timed: random keys and values of the kept size are put into the cache, since a step's
+time depends on nothing else. Bounds are bytes moved, divided by the bandwidth that a large copy reaches in the same
+run.
 
 No GPU has run this yet (November 2026). ``TRITON_INTERPRET=1 python benchmarks/gpu/run.py --device cpu --tiny``
 rehearses every part with tiny shapes; its numbers mean nothing.

@@ -7,11 +7,12 @@ from live_models import tiny, tokens
 from kv_gym import EvictingCache
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "policy", "settings"),
     [
         ("eager", "keydiff", {"trigger": "every:4"}),
-        pytest.param("aot_eager", "h2o", {"allocation": "global:zscore"}, marks=pytest.mark.slow),
+        ("aot_eager", "h2o", {"allocation": "global:zscore"}),
     ],
 )
 @torch.no_grad()
