@@ -166,7 +166,7 @@ def test_a_missing_name_is_noticed(text, missing):
         ("```bash\nkv-gym trace info nowhere\n```", "nowhere"),
         ("```console\n$ kv-gym policies\nh2o      Recency: keep the newest tokens.\n```", "is not in what"),
         ("```bash\nmake coffee\n```", "coffee"),
-        ("```bash\npip install '.[gpu]'\n```", "gpu"),
+        ("```bash\npip install '.[tpu]'\n```", "tpu"),
         ("```bash\npython examples/train_ppo.py --pace 3\n```", "--pace"),
         ("```bash\nrm -r /\n```", "what does 'rm' do"),
         ("```python\nfrom kv_gym import EvictingCash\n```", "EvictingCash"),
