@@ -308,6 +308,17 @@ def refuse_foreign(folder: Path) -> None:
         raise UserError(f"{folder} is a file; name a folder to write the policy into")
 
 
+def _shapes(heads: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors of a :class:`GroupedScorer` whose layers have these widths, by their names in its state."""
+    layers = enumerate(pairwise(widths))
+    shapes = {
+        name: shape
+        for i, (a, b) in layers
+        for name, shape in ((f"weights.{i}", (heads, a, b)), (f"biases.{i}", (heads, 1, b)))
+    }
+    return shapes | dict.fromkeys(("mean", "scale"), (heads, 1, widths[0]))
+
+
 def _read_weights(file: Path, fingerprint: Fingerprint, described: _PolicyFile) -> GroupedScorer:
     from safetensors import SafetensorError, safe_open
 
@@ -315,9 +326,12 @@ def _read_weights(file: Path, fingerprint: Fingerprint, described: _PolicyFile) 
     if not (0 < heads <= 65536 and 0 < fingerprint.head_dim <= 4096):
         raise UserError(f"{file.parent} describes impossible sizes; export the policy again")
     sizes = heads, fingerprint.head_dim, described.hidden, described.inputs, described.hidden_size, described.depth
-    with torch.device("meta"):  # shapes alone: nothing is allocated before the file proves that it holds them
-        shapes = GroupedScorer(*sizes).state_dict()
-        expected = {name: tuple(tensor.shape) for name, tensor in shapes.items()}
+    widths = (
+        input_width(described.inputs, fingerprint.head_dim, described.hidden_size),
+        *[described.hidden] * described.depth,
+        1,
+    )
+    expected = _shapes(heads, widths)  # nothing is allocated before the file proves that it holds these
     try:
         with safe_open(file, "pt") as stored:
             found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
