@@ -15,7 +15,8 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part of kv_gym may import parts of its own layer and of those before it.
 LAYERS = (
-    {"cache_view", "devices", "errors", "files", "markdown", "records"},
+    {"errors", "files", "markdown", "records"},
+    {"cache_view", "devices"},
     {"budgets", "models", "pages", "policies", "traces"},
     {"envs", "live", "reference"},
     {"evaluation", "interop", "training"},
