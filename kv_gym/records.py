@@ -96,7 +96,7 @@ def _saved_files(folder: Path) -> list[Path]:
         raise UserError(f"{folder} is a folder without {_SAVED}; {wanted}")
     state = read_json(folder / _SAVED, wanted)
     listed = state.get("_data_files") if isinstance(state, dict) else None
-    names = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed or ()]
+    names: list[Any] = [entry.get("filename") if isinstance(entry, dict) else None for entry in listed or ()]
     if not names or not all(isinstance(name, str) and Path(name).name == name for name in names):
         raise UserError(f"{folder / _SAVED} names no files of its folder; {wanted}")
     return [folder / name for name in names]

@@ -111,6 +111,7 @@ def read_data(
     name = Path(data).name if isinstance(data, str | Path) else name_of(data)
     source: dict[str, Any] = {"file": name, "kind": kind} | ({"chat": True} if chat else {})
     if kind == "text":
+        assert isinstance(data, str | Path)  # as kind_of says
         if chat:
             raise UserError(f"{data} is a text, which no chat template renders: leave chat out, or give records")
         source |= {"tokens": tokens or 512, "continuation_tokens": continuation_tokens or CONTINUATION_TOKENS}

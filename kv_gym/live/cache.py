@@ -376,7 +376,7 @@ class EvictingCache(Cache):
         """
         count, first = new_tokens(arguments), self._states[0]
         mask = arguments.get("attention_mask")
-        if self._is_decoding_step(mask):
+        if isinstance(mask, Tensor) and self._is_decoding_step(mask):
             self._check_later(mask)
             mask = None
         token_mask = new_token_mask(mask, self.seen, first.tokens_seen)
@@ -435,7 +435,7 @@ class EvictingCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch, `beam_idx [batch]`; an accelerator is waited for once, and not by every layer."""
-        super().reorder_cache(beam_idx.cpu())
+        super().reorder_cache(beam_idx.cpu())  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices [rows]` of the batch."""

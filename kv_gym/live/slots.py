@@ -595,8 +595,8 @@ def concatenate(first: Slots, last: Slots) -> Slots:
     """Keys and values of two sets of slots, those of `last` behind those of `first` in every head: copies."""
     names = ("keys", "values")
     if isinstance(first, EqualSlots) and isinstance(last, EqualSlots):
-        both = {name: torch.cat((first[name], last[name]), 2) for name in names}
-        return EqualSlots(both, first.length + last.length)
+        joined = {name: torch.cat((first[name], last[name]), 2) for name in names}
+        return EqualSlots(joined, first.length + last.length)
     front, back = first.to_ragged(), last.to_ragged()
     bounds = front.bounds + back.bounds
     starts, total = to_device(_starts(bounds), front.device), int(bounds.sum())

@@ -108,10 +108,11 @@ class ChatTemplate:
         parts = []
         for mark in marks:
             part, found, rest = rest.partition(mark)
-            parts.append(part if found else None)
-        before, _, between = parts
-        if None in parts:
+            if found:
+                parts.append(part)
+        if len(parts) < len(marks):
             raise UserError("the model's chat template leaves messages out, so that a cache cannot go on with them")
+        before, _, between = parts
         return before, rest, between
 
     def ask(self, messages: Messages, question: str, answer_prefix: str = "") -> tuple[str, str]:
@@ -148,7 +149,7 @@ def check_messages(messages: Any, where: str = "") -> Messages:
     place = f"{where}: " if where else ""
     if not isinstance(messages, list | tuple) or not messages:
         raise UserError(f"{place}messages are no list; expected objects with role and content")
-    expected = ("system", "user")
+    expected: tuple[str, ...] = ("system", "user")
     for number, message in enumerate(messages, 1):
         role, content = (message.get(key) if isinstance(message, Mapping) else None for key in ("role", "content"))
         if not isinstance(role, str) or not isinstance(content, str):

@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 from torch import Tensor, nn
@@ -60,7 +61,7 @@ def effective_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
 
 
 def _collect(
-    module: nn.Module, prefix: str, readers: dict[str, tuple[nn.Module, Callable[[], Tensor]]], seen: set[int]
+    module: Any, prefix: str, readers: dict[str, tuple[nn.Module, Callable[[], Tensor]]], seen: set[int]
 ) -> None:
     if hasattr(module, "modules_to_save") and hasattr(module, "original_module"):  # PEFT: a trained copy of a module
         active = [name for name in module.active_adapters if name in module.modules_to_save]
@@ -73,7 +74,7 @@ def _collect(
         if id(parameter) not in seen:  # tied weights have their first name
             seen.add(id(parameter))
             read = _merged if adapted else _dequantised
-            readers[f"{prefix}{name}"] = source, lambda module=module, name=name, read=read: read(module, name)
+            readers[f"{prefix}{name}"] = source, partial(read, module, name)
     for name, child in (source if adapted else module).named_children():
         _collect(child, f"{prefix}{name}.", readers, seen)
 

@@ -8,6 +8,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from itertools import islice
+from typing import Any
 
 import numpy as np
 
@@ -221,7 +222,8 @@ class PageCache:
         self.table = np.zeros((len(COLUMNS), trace.footprint))
         self.table[COLUMNS["depth"]] = trace.depth
         self.table[COLUMNS["length"]], self.table[COLUMNS["period"]] = 1, 1e6
-        rows = {name: memoryview(row) for name, row in zip(_NAMES, self.table, strict=True)}
+        table: Any = self.table  # NumPy's stubs do not say that an array is a buffer
+        rows: dict[str, Any] = {name: memoryview(row) for name, row in zip(_NAMES, table, strict=True)}
         self.last_use, self.uses, self.created, self._seen = (rows[n] for n in ("last_use", "uses", "created", "seen"))
         self._gap, self._period, self._previous = rows["gap"], rows["period"], rows["previous"]
         self._often, self._steady = rows["often"], rows["steady"]
@@ -229,7 +231,8 @@ class PageCache:
         self._turn, self._pace = rows["turn"], rows["pace"]
         self.due = [NEVER] * trace.footprint
         self.parents = trace.parents.copy()
-        self._parent = memoryview(self.parents)
+        parents: Any = self.parents
+        self._parent: Any = memoryview(parents)
         self.clear()
 
     def clear(self) -> None:

@@ -311,7 +311,7 @@ def refuse_foreign(folder: Path) -> None:
 def _shapes(heads: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
     """Shapes of the tensors of a :class:`GroupedScorer` whose layers have these widths, by their names in its state."""
     layers = enumerate(pairwise(widths))
-    shapes = {
+    shapes: dict[str, tuple[int, ...]] = {
         name: shape
         for i, (a, b) in layers
         for name, shape in ((f"weights.{i}", (heads, a, b)), (f"biases.{i}", (heads, 1, b)))

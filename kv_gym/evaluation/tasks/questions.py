@@ -138,7 +138,7 @@ def _with_one_answer(data: dict, where: str) -> dict:
 def _rendered(data: dict, tokenizer, where: str) -> dict:
     """A record whose texts are rendered by the chat template, with their tokens."""
     template, messages = ChatTemplate(tokenizer), context_messages(data, where)
-    question, answer, prefix = (data.get(name) for name in ("question", "answer", "answer_prefix"))
+    question, answer, prefix = data.get("question"), data.get("answer"), data.get("answer_prefix")
     if answer is None and messages[-1]["role"] == "assistant":
         answer = messages.pop()["content"]
     if question is None and len(messages) > 1 and messages[-1]["role"] == "user":
@@ -146,6 +146,7 @@ def _rendered(data: dict, tokenizer, where: str) -> dict:
     for name, text in (("question", question), ("answer", answer)):
         if not isinstance(text, str) or not text.strip():
             raise UserError(f"{where} has no {name}; expected a text {name!r}, or messages that end with it")
+    assert isinstance(question, str) and isinstance(answer, str)
     if not isinstance(prefix, str | None):
         raise UserError(f"{where}: answer_prefix is no text")
     try:
