@@ -14,8 +14,6 @@ and memory. Each mutation ends as one of:
                  and 16 MiB
     changed      other data was read although a hash should have told
 
-The last five are faults. Part two (`hardening_runs.py`) interrupts commands and compares what they end with.
-
 Run: ``python benchmarks/hardening.py --minutes 60 --seed 0 --out runs/hardening``. The same folder goes on where it was
 interrupted; every mutation depends on the seed, its format and its number alone.
 """
