@@ -21,7 +21,7 @@ from kv_gym.models import load_model
 from kv_gym.pages import list_page_policies
 from kv_gym.pages.features import FEATURES
 from kv_gym.policies.scoring.inputs import INPUTS
-from kv_gym.traces import prompts_from_jsonl
+from kv_gym.traces import read_prompts
 from kv_gym.training.joint import LOSSES
 from kv_gym.training.targets import TARGETS
 
@@ -96,8 +96,9 @@ def test_every_verb_is_shown_somewhere():
 
 
 def test_every_json_line_of_the_guides_is_read(folder):
-    """By the reader of its form: questions, continuations, RULER, LongBench."""
+    """By the reader of its form: questions, continuations, RULER, LongBench; messages by a chat template."""
     _, tokenizer = load_model("path/to/your-model")
+    tokenizer.chat_template = "{% for message in messages %}<{{ message.role }}>{{ message.content }}\n{% endfor %}"
     read = 0
     for page in PAGES:
         for block in blocks(page):
@@ -107,13 +108,14 @@ def test_every_json_line_of_the_guides_is_read(folder):
                 file = folder / "line.jsonl"
                 file.write_text(line + "\n")
                 held = set(json.loads(line))
+                chat = "messages" in held
                 if held & {"continuations", "continuation_ids"}:
-                    assert len(list(prompts_from_jsonl(file, tokenizer))) == 1
+                    assert len(list(read_prompts(file, tokenizer, chat))) == 1
                 elif "outputs" in held or "dataset" in held:
                     (task,) = parse_tasks(f"{'ruler' if 'outputs' in held else 'longbench'}:{file}", tokenizer)
                     assert task.contexts == 1
                 else:
-                    assert len(read_tasks(file, tokenizer)) == 1
+                    assert len(read_tasks(file, tokenizer, chat)) == 1
                 read += 1
     assert read >= 6
 

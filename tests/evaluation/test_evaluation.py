@@ -200,7 +200,7 @@ class Words:
 def test_questions_in_text_need_a_tokenizer(model):
     records = [{"context": "1 2 3 4 5 6 7 8 9 10", "question": "11", "answer": "12"}]
     assert rows_of(records, model, tokenizer=Words())[0]["questions"] == 1
-    with pytest.raises(UserError, match="task 1 holds text and the model has no tokenizer; give the tokenizer"):
+    with pytest.raises(UserError, match="row 0 holds text and the model has no tokenizer; give the tokenizer"):
         rows_of(records, model)
 
 
@@ -211,7 +211,7 @@ def test_questions_in_text_need_a_tokenizer(model):
         ([], "a model needs tasks"),
         ("none.jsonl", "none.jsonl cannot be read"),
         ([3], "tasks hold int; expected names, questions"),
-        ([{"question": "what?"}], "task 1 has no context"),
+        ([{"question": "what?"}], "row 0 has no context"),
     ],
 )
 def test_tasks_that_cannot_be_read_are_refused_and_not_left_out(model, tasks, sentence):

@@ -205,7 +205,10 @@ def test_misuse_is_refused():
 
 def test_a_cache_of_another_model_is_refused():
     model, other = tiny(seed=0), tiny(seed=1)
-    with EvictingCache(model) as cache, pytest.raises(UserError, match="by a model that it is not attached to"):
+    with (
+        EvictingCache(model) as cache,
+        pytest.raises(UserError, match="give the cache to the model that it was made for"),
+    ):
         other(tokens(1, 6), past_key_values=cache)
     assert implementation(model) == "sdpa"
 

@@ -4,10 +4,9 @@ from dataclasses import dataclass, replace
 
 import pytest
 import torch
-from live_models import LIVE, feed, prefilled, tiny, tokens
+from live_models import LIVE, tiny, tokens
 from masked_reference import MaskedReference
 from second_reading_reference import paid_when_repeated
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from kv_gym import CacheView, EvictingCache, make_policy
 from kv_gym.budgets import protection_for, select, uniform
@@ -149,28 +148,3 @@ def test_compress_evicts_now_by_the_tokens_seen():
         assert cache.kept_positions(0)[0, 0].tolist() == [5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15]
         cache.compress()
         assert cache.kept_positions(0)[0, 0].tolist() == [8, 9, 10, 11, 12, 13, 14, 15]
-
-
-class DeviceWaits(TorchDispatchMode):
-    """Counts the operations for which the CPU would wait for a GPU."""
-
-    def __init__(self):
-        super().__init__()
-        self.count = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        waits = torch.ops.aten._local_scalar_dense, torch.ops.aten.nonzero
-        self.count += function.overloadpacket in waits
-        return function(*args, **(kwargs or {}))
-
-
-@pytest.mark.parametrize("name", LIVE)
-def test_decoding_never_waits_for_the_device(name):
-    model = tiny()
-    cache = prefilled(model, name, 8, trigger="every:2")
-    with DeviceWaits() as quiet:
-        feed(model, tokens(1, 1), cache)
-    with DeviceWaits() as firing:
-        feed(model, tokens(1, 1), cache)
-    assert quiet.count == 0
-    assert firing.count > 0

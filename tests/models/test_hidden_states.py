@@ -335,7 +335,7 @@ def test_a_forward_that_raises_leaves_no_hook_and_no_state():
 def test_keys_without_a_model_are_refused():
     model = tiny("llama")
     cache = EvictingCache(model, hidden_policy(model), 8)
-    with pytest.raises(UserError, match="layer 0 came without its hidden states"):
+    with pytest.raises(UserError, match="reached the cache past the hooks"):
         cache.update(torch.zeros(1, 2, 4, 8), torch.zeros(1, 2, 4, 8), 0)
 
 
