@@ -145,6 +145,8 @@ def test_the_wheel_holds_all_code_and_data_and_no_tests(wheel):
     data = {"kv_gym/py.typed"}
     data |= {str(path.relative_to(ROOT)) for path in [*MODEL.parent.glob("*.json"), *MODEL.glob("*")]}
     data |= {str(path.relative_to(ROOT)) for path in (ROOT / "kv_gym" / "evaluation" / "report" / "web").glob("*.*")}
+    texts = ROOT / "kv_gym" / "evaluation" / "tasks" / "texts"
+    data |= {str(path.relative_to(ROOT)) for path in texts.iterdir()}
     data |= {f"kv_gym/_data/agents/{path.name}" for path in (ROOT / "agents").glob("*.yml")}
     data |= {f"kv_gym/_data/traces/{path.relative_to(SAMPLE)}" for path in SAMPLE.rglob("*") if path.is_file()}
     data |= {f"kv_gym/_data/requests/{path.name}" for path in (ROOT / "traces" / "requests").iterdir()}
