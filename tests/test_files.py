@@ -4,6 +4,7 @@ import os
 import shlex
 import sys
 from importlib import import_module
+from pathlib import Path
 
 import pytest
 from pydantic import BaseModel, ConfigDict
@@ -190,3 +191,5 @@ def test_what_a_result_is_made_by_can_be_typed_again(monkeypatch):
     assert result([])["command"] == command
     monkeypatch.setattr(sys, "argv", ["benchmarks/held_out.py", "--out", "runs"])
     assert result([])["command"] == "held_out.py --out runs"
+    monkeypatch.setattr(sys, "argv", ["held_out.py", "--out", str(Path.cwd() / "runs" / "a"), "--model", "/models/b"])
+    assert result([])["command"] == "held_out.py --out runs/a --model /models/b"

@@ -286,7 +286,14 @@ def _command() -> str:
     program, *arguments = sys.argv
     *folders, name = Path(program).parts[-3:] or ("",)
     ours = name == "__main__.py" and "kv_gym" in folders  # started by `python -m kv_gym`, or `kv_gym.cli`
-    return shlex.join(["kv-gym" if ours else Path(program).name, *arguments])
+    return shlex.join(["kv-gym" if ours else Path(program).name, *map(_relative, arguments)])
+
+
+def _relative(argument: str) -> str:
+    """An argument; a path of the working directory without that directory, whose name is the machine's own affair."""
+    path = Path(argument)
+    inside = path.is_absolute() and path.is_relative_to(Path.cwd())
+    return str(path.relative_to(Path.cwd())) if inside else argument
 
 
 def refuse_unwritable(file: str | Path) -> None:
