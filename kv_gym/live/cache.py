@@ -394,9 +394,9 @@ class EvictingCache(Cache):
             first.store_unread(arguments.get("input_ids"), positions, token_mask, self.seen)
         self._in_forward = True
 
-    def _is_decoding_step(self, mask: Any) -> bool:
+    def _is_decoding_step(self, mask: Tensor) -> bool:
         """Whether a mask is for a single new token and on an accelerator, which is not to be waited for."""
-        return isinstance(mask, Tensor) and mask.device.type != "cpu" and mask.shape == (mask.shape[0], self.seen + 1)
+        return mask.device.type != "cpu" and mask.shape == (mask.shape[0], self.seen + 1)
 
     def _check_later(self, mask: Tensor) -> None:
         """Take a single new token as real, and refuse the mask of an earlier one that turns out to hide it.

@@ -14,7 +14,7 @@ from kv_gym.files import read_text
 from kv_gym.live.cache import EvictingCache
 from kv_gym.live.generate import Generated, generate_ids
 from kv_gym.models.chat_template import ChatTemplate
-from kv_gym.models.loading import refuse_too_long, token_rows
+from kv_gym.models.loading import end_tokens, refuse_too_long, token_rows
 from kv_gym.policies import Policy
 
 QUIT = "/quit"
@@ -60,8 +60,7 @@ class Conversation:
         before, self._reply, self._between = self._template.frame(system)
         self._pending = before  # text that stands before the user's next message and was not read yet
         self._ids: list[int] = []
-        ends = model.generation_config.eos_token_id
-        self._ends = {ends} if isinstance(ends, int) else set(ends or ())
+        self._ends = end_tokens(model)
         self.cache = EvictingCache(
             model, policy, budget, allocation, "prefill" if trigger == "turn" else trigger, evicted=evicted
         )

@@ -12,7 +12,7 @@ from transformers import TextStreamer
 from kv_gym.errors import UserError
 from kv_gym.live.cache import EvictingCache
 from kv_gym.models.chat_template import ChatTemplate, Messages, check_messages
-from kv_gym.models.loading import refuse_too_long
+from kv_gym.models.loading import refuse_too_long, token_rows
 from kv_gym.policies import Policy
 
 
@@ -71,7 +71,7 @@ def generate_ids(
     """
     if cache.config.rope_shift is None:
         refuse_too_long(model, len(ids), "the text so far")
-    tokens = torch.tensor([ids], device=model.device)
+    tokens = token_rows(model, [ids])
     output = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),

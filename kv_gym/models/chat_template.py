@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kv_gym.errors import UserError
+from kv_gym.models.loading import plain_ids
 
 Messages = Sequence[Mapping[str, str]]
 """Turns of a dialogue, each with ``role`` and ``content``: at most one ``system`` message, then ``user`` and
@@ -128,7 +129,7 @@ class ChatTemplate:
 
     def ids(self, text: str) -> list[int]:
         """Token ids of rendered text: the template has put in what stands at its beginning."""
-        return list(self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+        return plain_ids(self.tokenizer, text)
 
 
 def answer_after(answer_prefix: str, answer: str) -> str:

@@ -272,13 +272,24 @@ def refuse_too_long(model, tokens: int, what: str) -> None:
         )
 
 
+def end_tokens(model) -> set[int]:
+    """The tokens at which the model's generation ends."""
+    ends = model.generation_config.eos_token_id
+    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
+
+
+def plain_ids(tokenizer, text: str) -> list[int]:
+    """Token ids of a text, without any token that the tokenizer sets before or behind it."""
+    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+
+
 def text_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of a text, without any token that the tokenizer sets before or behind it.
+    """:func:`plain_ids` of a text in words that the tokenizer knows.
 
     Raises:
         UserError: most of the text is unknown to the tokenizer.
     """
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = plain_ids(tokenizer, text)
     unknown = ids.count(tokenizer.unk_token_id) if tokenizer.unk_token_id is not None else 0
     if unknown > len(ids) / 2:
         raise UserError(

@@ -21,7 +21,7 @@ from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.scripted import bytes_held
 from kv_gym.evaluation.tasks.task_files import encode_text
 from kv_gym.models.chat_template import ChatTemplate
-from kv_gym.models.loading import token_rows
+from kv_gym.models.loading import end_tokens, token_rows
 
 
 @dataclass(frozen=True)
@@ -109,10 +109,10 @@ class FreeTextTask(Task):
             if prompt.question_ids:
                 logits = _feed(model, cache, prompt.question_ids)
             generated: list[int] = []
-            end_tokens = _end_tokens(model)
+            ends = end_tokens(model)
             while True:
                 generated.append(int(logits.argmax()))
-                if generated[-1] in end_tokens or len(generated) == prompt.max_new_tokens:
+                if generated[-1] in ends or len(generated) == prompt.max_new_tokens:
                     break
                 logits = _feed(model, cache, generated[-1:])
         seconds = time.thread_time() - started
@@ -162,12 +162,6 @@ def without_middle(ids: Sequence[int], max_tokens: int | None) -> tuple[int, ...
     if max_tokens is None or len(ids) <= max_tokens:
         return tuple(ids)
     return (*ids[: max_tokens - max_tokens // 2], *ids[len(ids) - max_tokens // 2 :])
-
-
-def _end_tokens(model) -> set[int]:
-    """The tokens at which the model's generation ends."""
-    ends = model.generation_config.eos_token_id
-    return set() if ends is None else {ends} if isinstance(ends, int) else set(ends)
 
 
 @torch.no_grad()

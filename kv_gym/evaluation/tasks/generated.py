@@ -52,7 +52,7 @@ def name_with_seed(name: str, seed: int | None) -> str:
     return name if seed is None else f"{name} seed {seed}"
 
 
-def sample(items: Sequence[Item], count: int, seed: str) -> list[Item]:
+def sample(items: Sequence[Item], count: int, seed: str | random.Random) -> list[Item]:
     """Up to `count` distinct items in random order.
 
     Only ``random()`` is called, whose stream Python guarantees: the choice is the same on every machine and in every
@@ -61,10 +61,10 @@ def sample(items: Sequence[Item], count: int, seed: str) -> list[Item]:
     Args:
         items: what to choose from.
         count: how many.
-        seed: a text that names the choice.
+        seed: a text that names the choice, or a stream of random numbers to go on with.
     """
-    stream = random.Random(seed).random
-    return [items[index] for _, index in sorted((stream(), index) for index in range(len(items)))][:count]
+    stream = seed if isinstance(seed, random.Random) else random.Random(seed)
+    return [items[index] for _, index in sorted((stream.random(), index) for index in range(len(items)))][:count]
 
 
 @dataclass(frozen=True)

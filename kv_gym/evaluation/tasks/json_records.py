@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 
+from kv_gym.evaluation.tasks.generated import sample
 from kv_gym.evaluation.tasks.natural_language import (
     ChatFrame,
     Filler,
     Wording,
     check_split,
-    context_numbers,
     digits,
-    draw,
     keys_of,
-    stream_of,
+    numbered_streams,
     title,
 )
 from kv_gym.evaluation.tasks.needles import INTRODUCTION
 from kv_gym.evaluation.tasks.registry import register
-from kv_gym.evaluation.tasks.scripted import ScriptedTask, Segment, TaskScript
+from kv_gym.evaluation.tasks.scripted import ScriptedTask, TaskScript
 from kv_gym.models.loading import text_ids
 
 PAIRS, QUESTIONS, DIGITS = 20, 8, 5
@@ -66,10 +65,9 @@ def json_records(
     frame, filler = ChatFrame.of(tokenizer), Filler(tokenizer, split, text)
     before = (*frame.before, *text_ids(tokenizer, INTRODUCTION))
     scripts = []
-    for number in context_numbers(count, first):
-        stream = stream_of(f"json {split} {seed} {number}")
+    for number, stream in numbered_streams(f"json {split} {seed}", count, first):
         wording = WORDINGS[split][number % len(WORDINGS[split])]
-        record = {name: int(digits(stream, DIGITS)) for name in draw(stream, keys_of(split)[1], PAIRS)}
+        record = {name: int(digits(stream, DIGITS)) for name in sample(keys_of(split)[1], PAIRS, stream)}
         stated = text_ids(tokenizer, " " + wording.statement.format(value=json.dumps(record)))
         ids = filler.fill(stream, tokens, before, [(0.25 + stream.random() / 2, stated)])
         questions = tuple(
@@ -79,7 +77,7 @@ def json_records(
                 wording.prefix.format(key=key),
                 str(record[key]),
             )
-            for key in draw(stream, list(record), QUESTIONS)
+            for key in sample(list(record), QUESTIONS, stream)
         )
-        scripts.append(TaskScript(str(number), (Segment(ids, compress=True),), questions))
+        scripts.append(TaskScript.of_one_context(number, ids, questions))
     return ScriptedTask(title(f"json {tokens}", split, text, seed), "prefill", scripts, rows, list_answers=True)

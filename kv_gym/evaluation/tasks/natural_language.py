@@ -170,26 +170,20 @@ def check_split(split: str, tokenizer: Any) -> None:
     require_tokenizer(tokenizer, "a task in natural language")
 
 
-def context_numbers(count: int | None, first: int | None) -> range:
-    """Numbers of `count` contexts from `first` on, by default of the whole set."""
+def numbered_streams(name: str, count: int | None, first: int | None) -> Iterator[tuple[int, random.Random]]:
+    """Numbers of `count` contexts from `first` on, by default of the whole set, each with random numbers of its own.
+
+    They depend on `name` and the number alone; only ``random()`` is to be called, whose stream Python guarantees.
+    """
     start = first or 0
-    return range(start, start + (CONTEXTS if count is None else count))
-
-
-def stream_of(name: str) -> random.Random:
-    """Random numbers that depend on `name` alone; only ``random()`` is called, whose stream Python guarantees."""
-    return random.Random(name)
+    for number in range(start, start + (CONTEXTS if count is None else count)):
+        yield number, random.Random(f"{name} {number}")
 
 
 def keys_of(split: str) -> tuple[list[str], list[str]]:
     """Adjectives and nouns of a split; no two splits share one."""
     number = SPLITS.index(split)
     return _ADJECTIVES[number::3], _NOUNS[number::3]
-
-
-def draw(stream: random.Random, items: Sequence[Any], count: int) -> list[Any]:
-    """`count` distinct items in random order."""
-    return [items[place] for _, place in sorted((stream.random(), place) for place in range(len(items)))][:count]
 
 
 def digits(stream: random.Random, count: int) -> str:

@@ -8,20 +8,19 @@ judged token by token instead of by a string match. So it is no published RULER 
 from __future__ import annotations
 
 from kv_gym.errors import UserError
+from kv_gym.evaluation.tasks.generated import sample
 from kv_gym.evaluation.tasks.natural_language import (
     ChatFrame,
     Filler,
     Wording,
     check_split,
-    context_numbers,
     digits,
-    draw,
     keys_of,
-    stream_of,
+    numbered_streams,
     title,
 )
 from kv_gym.evaluation.tasks.registry import register
-from kv_gym.evaluation.tasks.scripted import ScriptedTask, Segment, TaskScript
+from kv_gym.evaluation.tasks.scripted import ScriptedTask, TaskScript
 from kv_gym.models.loading import text_ids
 
 DIGITS = 7
@@ -86,11 +85,10 @@ def needles(
     frame, filler = ChatFrame.of(tokenizer), Filler(tokenizer, split, text)
     before = (*frame.before, *text_ids(tokenizer, INTRODUCTION))
     scripts = []
-    for number in context_numbers(count, first):
-        stream = stream_of(f"needle {split} {seed} {keys} {number}")
+    for number, stream in numbered_streams(f"needle {split} {seed} {keys}", count, first):
         wording = WORDINGS[split][number % len(WORDINGS[split])]
         inserts, questions = [], []
-        names = zip(draw(stream, adjectives, keys), draw(stream, nouns, keys), strict=True)
+        names = zip(sample(adjectives, keys, stream), sample(nouns, keys, stream), strict=True)
         for place, (adjective, noun) in enumerate(names):
             fact = {"key": f"{adjective} {noun}", "value": digits(stream, DIGITS)}
             depth = (place + stream.random()) / keys
@@ -98,6 +96,6 @@ def needles(
             texts = (wording.question.format(**fact), wording.prefix.format(**fact), fact["value"])
             questions.append(frame.ask(tokenizer, "\n\n" + texts[0], *texts[1:], f"depth {int(depth * 4) + 1}"))
         ids = filler.fill(stream, tokens, before, inserts)
-        scripts.append(TaskScript(str(number), (Segment(ids, compress=True),), tuple(questions)))
+        scripts.append(TaskScript.of_one_context(number, ids, questions))
     name = title(f"needle {tokens}" if keys == 1 else f"{keys} needles {tokens}", split, text, seed)
     return ScriptedTask(name, "prefill", scripts, rows, list_answers=True)

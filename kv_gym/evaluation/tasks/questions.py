@@ -183,10 +183,10 @@ def unseen_questions(contexts: Sequence[TaskContext], name: str = "", rows: int 
         rows: contexts of equal length that are read together.
     """
     scripts = [
-        TaskScript(
-            str(number),
-            (Segment(context.context_ids, compress=True),),
-            tuple(ForkedQuestion(question.question_ids, question.answer_ids) for question in context.questions),
+        TaskScript.of_one_context(
+            number,
+            context.context_ids,
+            [ForkedQuestion(question.question_ids, question.answer_ids) for question in context.questions],
         )
         for number, context in enumerate(contexts)
     ]

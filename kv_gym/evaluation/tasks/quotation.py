@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from kv_gym.errors import UserError
-from kv_gym.evaluation.tasks.natural_language import ChatFrame, Filler, check_split, context_numbers, stream_of, title
+from kv_gym.evaluation.tasks.natural_language import ChatFrame, Filler, check_split, numbered_streams, title
 from kv_gym.evaluation.tasks.registry import register
-from kv_gym.evaluation.tasks.scripted import ForkedQuestion, ScriptedTask, Segment, TaskScript
+from kv_gym.evaluation.tasks.scripted import ForkedQuestion, ScriptedTask, TaskScript
 
 GIVEN, EXPECTED = 24, 16  # tokens of a quotation
 QUESTIONS = 8
@@ -47,8 +47,7 @@ def quotation(
         raise UserError(f"{QUESTIONS} passages of {GIVEN + EXPECTED} tokens do not fit into {tokens} tokens")
     filler, before = Filler(tokenizer, split, text), ChatFrame.plain(tokenizer).before
     scripts = []
-    for number in context_numbers(count, first):
-        stream = stream_of(f"quote {split} {seed} {number}")
+    for number, stream in numbered_streams(f"quote {split} {seed}", count, first):
         ids = filler.fill(stream, tokens, before, [])
         part = (tokens - len(before)) // QUESTIONS
         questions = []
@@ -56,7 +55,7 @@ def quotation(
             start = len(before) + place * part + int(stream.random() * (part - GIVEN - EXPECTED))
             passage = ids[start : start + GIVEN + EXPECTED]
             questions.append(ForkedQuestion(passage[:GIVEN], passage[GIVEN:], f"depth {place // 2 + 1}"))
-        scripts.append(TaskScript(str(number), (Segment(ids, compress=True),), tuple(questions)))
+        scripts.append(TaskScript.of_one_context(number, ids, questions))
     return ScriptedTask(title(f"quote {tokens}", split, text, seed), "prefill", scripts, rows, by_token=True)
 
 
@@ -91,8 +90,8 @@ def continuation(
     check_split(split, tokenizer)
     filler, before = Filler(tokenizer, split, text), ChatFrame.plain(tokenizer).before
     scripts = []
-    for number in context_numbers(count, first):
-        ids = filler.fill(stream_of(f"continue {split} {seed} {number}"), tokens + AHEAD, before, [])
+    for number, stream in numbered_streams(f"continue {split} {seed}", count, first):
+        ids = filler.fill(stream, tokens + AHEAD, before, [])
         asked = ForkedQuestion(ids[tokens : tokens + 1], ids[tokens + 1 :])
-        scripts.append(TaskScript(str(number), (Segment(ids[:tokens], compress=True),), (asked,)))
+        scripts.append(TaskScript.of_one_context(number, ids[:tokens], [asked]))
     return ScriptedTask(title(f"continue {tokens}", split, text, seed), "prefill", scripts, rows, by_token=True)

@@ -10,7 +10,7 @@ import json
 import math
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
@@ -91,6 +91,11 @@ class TaskScript:
     segments: tuple[Segment, ...]
     questions: tuple[ForkedQuestion, ...] = ()
     length: int | None = None
+
+    @classmethod
+    def of_one_context(cls, number: int, ids: Sequence[int], questions: Iterable[ForkedQuestion]) -> TaskScript:
+        """A context that is read and compressed at once, before its questions are known."""
+        return cls(str(number), (Segment(tuple(ids), compress=True),), tuple(questions))
 
     @property
     def shape(self) -> tuple:

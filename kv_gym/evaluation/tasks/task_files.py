@@ -8,7 +8,7 @@ from typing import Annotated
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
 from kv_gym.errors import UserError
-from kv_gym.models.loading import beginning_ids
+from kv_gym.models.loading import beginning_ids, plain_ids
 
 
 def _with_content(text: str) -> str:
@@ -51,5 +51,5 @@ def encode_text(tokenizer, text: str, is_context: bool = False) -> list[int]:
         text: a context, or what follows one.
         is_context: whether it is a context; one that has no token of its own gets no beginning token either.
     """
-    ids = list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    ids = plain_ids(tokenizer, text)
     return [*beginning_ids(tokenizer), *ids] if is_context and ids else ids

@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
+from kv_gym.evaluation.tasks.generated import sample
 from kv_gym.evaluation.tasks.natural_language import (
     ChatFrame,
     Filler,
     Wording,
     check_split,
-    context_numbers,
     digits,
-    draw,
     keys_of,
-    stream_of,
+    numbered_streams,
     title,
 )
 from kv_gym.evaluation.tasks.registry import register
-from kv_gym.evaluation.tasks.scripted import ScriptedTask, Segment, TaskScript
+from kv_gym.evaluation.tasks.scripted import ScriptedTask, TaskScript
 from kv_gym.models.loading import text_ids
 
 FACTS, DIGITS = 4, 7
@@ -76,18 +75,17 @@ def told_once(
     frame, filler = ChatFrame.of(tokenizer), Filler(tokenizer, split, text)
     turns = max(FACTS + 1, tokens // TURN)
     scripts = []
-    for number in context_numbers(count, first):
-        stream = stream_of(f"told_once {split} {seed} {number}")
+    for number, stream in numbered_streams(f"told_once {split} {seed}", count, first):
         wording = WORDINGS[split][number % len(WORDINGS[split])]
-        names = zip(*(draw(stream, words, FACTS) for words in keys_of(split)), strict=True)
+        names = zip(*(sample(words, FACTS, stream) for words in keys_of(split)), strict=True)
         facts = [{"key": " ".join(name), "value": digits(stream, DIGITS)} for name in names]
-        told = [wording.statement.format(**fact) for fact in facts]
-        before = (*frame.before, *text_ids(tokenizer, told[0]))
+        statements = [wording.statement.format(**fact) for fact in facts]
+        before = (*frame.before, *text_ids(tokenizer, statements[0]))
         inserts = []
         for turn in range(1, turns + 1):
             reply = REPLIES[int(stream.random() * len(REPLIES))]
-            said = told[turn] if turn < FACTS else "" if turn == turns else "Then it says:"
-            inserts.append((turn / turns, text_ids(tokenizer, f"{frame.answer}{reply}{frame.message}{said}")))
+            opening = statements[turn] if turn < FACTS else "" if turn == turns else "Then it says:"
+            inserts.append((turn / turns, text_ids(tokenizer, f"{frame.answer}{reply}{frame.message}{opening}")))
         questions = tuple(
             frame.ask(
                 tokenizer, wording.question.format(**fact), wording.prefix.format(**fact), fact["value"], f"turn {turn}"
@@ -95,5 +93,5 @@ def told_once(
             for turn, fact in enumerate(facts, 1)
         )
         ids = filler.fill(stream, tokens, before, inserts)
-        scripts.append(TaskScript(str(number), (Segment(ids, compress=True),), questions))
+        scripts.append(TaskScript.of_one_context(number, ids, questions))
     return ScriptedTask(title(f"told_once {tokens}", split, text, seed), "prefill", scripts, rows, list_answers=True)
