@@ -100,47 +100,95 @@ def full(model, batch: int, tokens: int) -> DynamicCache:
     return cache
 
 
-@torch.no_grad()
-def step_seconds(model, cache, batch: int, steps: int) -> float:
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
-    for _ in range(3):
-        model(token, past_key_values=cache, logits_to_keep=1)
-    times = []
-    for _ in range(steps):
-        wait(model.device)
+def seconds_each(device: torch.device, call: Callable[[], object], times: int) -> list[float]:
+    """Seconds of each call, with a wait for the device after every one."""
+    taken = []
+    for _ in range(times):
+        wait(device)
         began = time.perf_counter()
+        call()
+        wait(device)
+        taken.append(time.perf_counter() - began)
+    return taken
+
+
+@torch.no_grad()
+def step_seconds(model, cache, batch: int, steps: int) -> dict:
+    """A decoding step as Python drives it, and the same kernels replayed as one CUDA graph, without Python's gaps."""
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+
+    def step() -> None:
         model(token, past_key_values=cache, logits_to_keep=1)
-        wait(model.device)
-        times.append(time.perf_counter() - began)
-    return statistics.median(times)
+
+    for _ in range(3):
+        step()
+    found = {"ms": 1e3 * statistics.median(seconds_each(model.device, step, steps))}
+    if model.device.type == "cuda":
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                step()
+            graph.replay()
+            found["graph_ms"] = 1e3 * statistics.median(seconds_each(model.device, graph.replay, steps))
+        except RuntimeError as error:
+            if isinstance(error, torch.cuda.OutOfMemoryError):
+                raise
+            found["graph_error"] = str(error)[:300]
+    return found
 
 
-def measured(model, kind: str, context: int, share: float, batch: int, steps: int, speed: float) -> dict:
+def measured(
+    model, kind: str, context: int, share: float, batch: int, steps: int, speed: float, profile: bool = False
+) -> dict:
+    """A step's time beside the bytes that it must move: all weights but the embeddings, and all cached pairs."""
     slots, config = max(1, int(context * share)), model.config
     cache = full(model, batch, slots) if kind == "full" else filled(model, batch, slots, kind == "ragged")
-    seconds = step_seconds(model, cache, batch, steps)
-    if kind != "full":
-        cache.detach()
-    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    try:
+        row = step_seconds(model, cache, batch, steps)
+        if profile:
+            row["kernels_ms"] = kernel_times(model, cache, batch)
+    finally:
+        if kind != "full":
+            cache.detach()
+    embeddings = {id(p) for p in model.get_input_embeddings().parameters()}
+    weights = sum(p.numel() * p.element_size() for p in model.parameters() if id(p) not in embeddings)
     pairs = 2 * batch * slots * config.num_hidden_layers * config.num_key_value_heads * config.head_dim
-    bound = (weights + pairs * model.dtype.itemsize) / speed
+    bound = 1e3 * (weights + pairs * model.dtype.itemsize) / speed
+    best = row.get("graph_ms", row["ms"])
     return {
-        "kind": kind, "context": context, "share": share, "batch": batch, "ms": 1e3 * seconds, "bound_ms": 1e3 * bound,
-        "of_bound": bound / seconds, "tokens_per_second": batch / seconds,
+        "kind": kind, "context": context, "share": share, "batch": batch, **row, "bound_ms": bound,
+        "of_bound": bound / best, "tokens_per_second": 1e3 * batch / best,
     }  # fmt: skip
 
 
+@torch.no_grad()
+def kernel_times(model, cache, batch: int) -> dict[str, float]:
+    """Milliseconds of the device by kernel in one step, the fifteen longest, and of all together."""
+    from torch.profiler import ProfilerActivity
+
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=model.device)
+    activities = [ProfilerActivity.CPU] + [ProfilerActivity.CUDA] * (model.device.type == "cuda")
+    with torch.profiler.profile(activities=activities) as profile:
+        model(token, past_key_values=cache, logits_to_keep=1)
+        wait(model.device)
+    times = {e.key[:90]: e.self_device_time_total / 1e3 for e in profile.key_averages() if e.self_device_time_total}
+    longest = sorted(times.items(), key=lambda item: -item[1])[:15]
+    return {"all": sum(times.values()), **dict(longest)}
+
+
 def largest_batch(model, kind: str, context: int, share: float, steps: int, speed: float) -> dict:
-    """The row of the largest batch, doubled until memory ends; on a CPU, of two sequences."""
-    best, batch = {}, 1
-    while batch <= (4096 if model.device.type == "cuda" else 2):
+    """The row of the largest batch that fits, of 1, 2, 3, 4, 6, 8, 12 ... sequences; on a CPU at most two."""
+    best: dict = {}
+    for batch in (1, 2, *(size for power in range(1, 12) for size in (3 * 2 ** (power - 1), 4 * 2 ** (power - 1)))):
+        if batch > 2 and model.device.type != "cuda":
+            break
         try:
             best = measured(model, kind, context, share, batch, steps, speed)
         except torch.cuda.OutOfMemoryError:
             break
         finally:
-            torch.cuda.empty_cache()
-        batch *= 2
+            if model.device.type == "cuda":
+                torch.cuda.empty_cache()
     return best
 
 
@@ -338,7 +386,10 @@ class Run:
         rows = []
         for context in self.contexts:
             for kind, share in [("full", 1.0), *((k, s) for s in (1 / 32, 1 / 8, 1 / 4) for k in ("equal", "ragged"))]:
-                rows.append(measured(self.model, kind, context, share, 1, 3 if self.tiny else 20, self.speed))
+                profile = (kind == "ragged" and share == 1 / 8) or kind == "full"
+                steps = 3 if self.tiny else 20
+                rows.append(measured(self.model, kind, context, share, 1, steps, self.speed, profile))
+                torch.cuda.empty_cache()
         return {"rows": rows}
 
     def largest_batches(self) -> dict:
