@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import heapq
+import random
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
@@ -167,6 +168,35 @@ class OldestLeaves:
         return [page for _, page in self._front]
 
 
+class DrawnPages:
+    """Pages that may leave, of which any few can be drawn at random at the cost of these few."""
+
+    def __init__(self, seed: int):
+        self._random = random.Random(seed)
+        self._pages: list[int] = []
+        self._places: dict[int, int] = {}
+
+    def add(self, page: int) -> None:
+        """A page may leave; no matter if it might before."""
+        if page not in self._places:
+            self._places[page] = len(self._pages)
+            self._pages.append(page)
+
+    def remove(self, page: int) -> None:
+        """A page may leave no longer; no matter if it might not before."""
+        place = self._places.pop(page, None)
+        if place is not None:
+            last = self._pages.pop()
+            if last != page:
+                self._pages[place] = last
+                self._places[last] = place
+
+    def draw(self, count: int) -> list[int]:
+        """Pages drawn with replacement."""
+        pages, total, draw = self._pages, len(self._pages), self._random.random
+        return [pages[int(draw() * total)] for _ in range(count)]
+
+
 class PageCache:
     """A cache of pages in least-recently-used order, with what is known of each page.
 
@@ -180,6 +210,9 @@ class PageCache:
         capacity: units, or bytes where the trace has sizes.
         semantics: ``objects`` or ``prefix``.
         candidates: how many pages a decision shows.
+        drawn: how many of these are drawn at random from all pages that may leave, at most, rather than taken from
+            the least recently used: so that pages which are not worth their place can leave before they are old.
+        seed: of what is drawn.
         future: whether candidates carry their next use.
         priority: for engines with a heap over all leaves: `(cache, page) -> tuple`, the smallest leaves; None: the
             least recently used pages are shown.
@@ -211,9 +244,12 @@ class PageCache:
         candidates: int = 16,
         future: bool = False,
         priority: Priority | None = None,
+        drawn: int = 0,
+        seed: int = 0,
     ):
         self.trace, self.capacity, self.prefix = trace, capacity, semantics == "prefix"
         self.candidates, self._priority = candidates, priority
+        self._oldest, self._drawn, self._seed = candidates - drawn, drawn, seed
         lists = trace.lists
         self._pages, self._starts, self._sizes = lists["pages"], lists["starts"], lists.get("sizes")
         self._times = lists.get("times")
@@ -241,7 +277,8 @@ class PageCache:
         # those that no request uses, least recently used first, each with a number that grows from one to the next
         self._free: OrderedDict[int, int] = OrderedDict()
         self._freed = 0
-        self._leaves = OldestLeaves(self.candidates)  # of a prefix tree: free pages that no cached page continues
+        self._leaves = OldestLeaves(self._oldest)  # of a prefix tree: free pages that no cached page continues
+        self._any = DrawnPages(self._seed) if self._drawn else None  # all that may leave
         self._children: dict[int, int] = {}  # cached pages that continue a page
         self._expires: dict[int, float] = {}
         self._heap: list[tuple[tuple, int]] = []
@@ -286,6 +323,8 @@ class PageCache:
                     continue
                 self._store(page, size, at)
                 self._free[page] = 0
+                if self._any is not None:
+                    self._any.add(page)
 
     def _serve_chain(self, begin: int, end: int) -> Iterator[None]:
         pages, length = self._pages[begin:end], end - begin
@@ -331,12 +370,19 @@ class PageCache:
     def _pin(self, page: int) -> None:
         if page in self._free:
             del self._free[page]
-            self._leaves.remove(page)
+            self._remove_leaf(page)
+
+    def _remove_leaf(self, page: int) -> None:
+        self._leaves.remove(page)
+        if self._any is not None:
+            self._any.remove(page)
 
     def _add_leaf(self, page: int) -> None:
         """Note that a page may leave, if it is free and no cached page continues it."""
         if page in self._free and not self._children.get(page):
             self._leaves.add(page, self._free[page])
+            if self._any is not None:
+                self._any.add(page)
             if self._priority is not None:
                 heapq.heappush(self._heap, (self._priority(self, page), page))
 
@@ -398,10 +444,11 @@ class PageCache:
     # decisions
 
     def shown(self) -> list[int]:
-        """The candidates for eviction, the least recently used first; at most `candidates` of them."""
+        """The candidates for eviction, at most `candidates`: the least recently used first, then those drawn."""
         if self._priority is not None:
             return [self._smallest()]
-        return self._leaves.oldest() if self.prefix else list(islice(self._free, self.candidates))
+        oldest = self._leaves.oldest() if self.prefix else list(islice(self._free, self._oldest))
+        return oldest if self._any is None else list(dict.fromkeys(oldest + self._any.draw(self._drawn)))
 
     def _smallest(self) -> int:
         assert self._priority is not None
@@ -429,7 +476,7 @@ class PageCache:
 
     def _drop(self, page: int) -> None:
         del self._free[page]
-        self._leaves.remove(page)
+        self._remove_leaf(page)
         self.used -= self.size.pop(page)
         self._expires.pop(page, None)
         if self.prefix and (parent := self._parent[page]) >= 0 and parent in self._children:

@@ -199,8 +199,9 @@ def _run_ranking(
 ) -> tuple[int, int, int, list[bool] | None]:
     policy.reset(0)
     cache = PageCache(
-        trace, capacity, semantics, policy.candidates, policy.needs_future, getattr(policy, "priority", None)
-    )
+        trace, capacity, semantics, policy.candidates, policy.needs_future, getattr(policy, "priority", None),
+        policy.drawn,
+    )  # fmt: skip
     bypasses = type(policy).declines is not PageRankingPolicy.declines
     hit: list[bool] | None = [] if record else None
     for request in range(trace.requests):

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from kv_gym import __version__
 from kv_gym.errors import UserError
 from kv_gym.pages.cache import Candidates, PageCache
-from kv_gym.pages.features import FEATURES, check_features, feature_matrix
+from kv_gym.pages.features import check_features, feature_matrix, features_of
 from kv_gym.pages.policies.base import PageRankingPolicy
 from kv_gym.pages.policies.learned import Learned, LearnedCard
 from kv_gym.pages.policies.tail_oracle import TailOracle
@@ -44,7 +44,8 @@ def train_pages(
     semantics: str = "objects",
     oversize: str = "refuse",
     candidates: int = 16,
-    features: Sequence[str] = FEATURES,
+    drawn: int = 0,
+    features: Sequence[str] | None = None,
     hidden: int = 32,
     rounds: int = 3,
     decisions: int = 20_000,
@@ -66,8 +67,9 @@ def train_pages(
         capacity: pages, or bytes where the trace has sizes.
         semantics: objects: every page stands alone; prefix: requests are chains of which only the ends may leave.
         oversize: what becomes of an object that is larger than the cache: refuse the trace, or pass it by.
-        candidates: how many of the least recently used pages it chooses among.
-        features: what it sees of each.
+        candidates: how many pages it chooses among.
+        drawn: how many of these are drawn at random from all that may leave; the others are the least recently used.
+        features: what it sees of each; None: all that can differ between pages of the trace.
         hidden: width of the network.
         rounds: of recording decisions and training on all that are recorded.
         decisions: recorded in a round, at most.
@@ -86,20 +88,25 @@ def train_pages(
         raise UserError(f"unknown page agent {agent!r}; known: {', '.join(AGENTS)}")
     if Path(out).is_file():
         raise UserError(f"{out} is a file; name a folder to write the policy into")
-    check_features(features)
+    if not 0 <= drawn < candidates:
+        raise UserError(f"{drawn} of {candidates} candidates cannot be drawn; expected 0 to {candidates - 1}")
     if candidates < 2 or min(hidden, rounds, decisions, steps) < 1:
         raise UserError("nothing to train; expected 2 candidates or more, and 1 or more of all other numbers")
     trace = requests if isinstance(requests, RequestTrace) else read_requests(requests, format)
+    if features is None:  # the place in the list says nothing of pages that were drawn
+        features = tuple(name for name in features_of(trace, semantics) if not drawn or name != "order")
+    check_features(features)
     seen = trace.part(0, max(1, int(VALIDATION * trace.requests)))
 
     def hit_rate(policy: PageRankingPolicy | str) -> float:
         return simulate(seen, policy, capacity, semantics, oversize, warm_up=TRAINING / VALIDATION).hit_rate
 
-    oracle = TailOracle(candidates=candidates)
+    oracle = TailOracle(candidates=candidates, drawn=drawn)
     bounds = {"lru": hit_rate("lru"), "tail_oracle": hit_rate(oracle)}
     card = LearnedCard(
         features=tuple(features),
         candidates=candidates,
+        drawn=drawn,
         hidden=hidden,
         trace=trace.name,
         semantics=semantics,  # type: ignore[arg-type]  # simulate has refused others
@@ -161,7 +168,7 @@ def record_decisions(
     Raises:
         UserError: there was nothing to decide.
     """
-    cache = PageCache(trace, capacity, semantics, candidates, future=True)
+    cache = PageCache(trace, capacity, semantics, candidates, future=True, drawn=policy.drawn)
     policy.reset(0)
     last, longest = int(0.9 * len(trace)), 2 * len(trace)
     kept: list[tuple[np.ndarray, np.ndarray]] = []

@@ -96,6 +96,19 @@ def test_lru_stands_in_where_validation_says_so():
     assert simulate(trace, policy, 3).hits == simulate(trace, "lru", 3).hits
 
 
+def test_drawn_candidates_let_young_pages_leave(tmp_path):
+    """Random candidates reach pages that come once long before they are old; the oracle among them gains by it."""
+    trace = loop_and_wonders(30)
+    tail, drawn = (simulate(trace, f"tail_oracle:drawn={count}", CAPACITY).hits for count in (0, 12))
+    assert drawn > tail
+    policy = train_pages("clone", trace, tmp_path, CAPACITY, drawn=12, rounds=2, steps=60, decisions=500)
+    assert policy.drawn == 12 and "order" not in policy.card.features
+    again = [simulate(trace, str(tmp_path), CAPACITY).hits for _ in range(2)]
+    assert again[0] == again[1] > simulate(trace, "lru", CAPACITY).hits
+    with pytest.raises(UserError, match="16 of 16 candidates cannot be drawn"):
+        train_pages("clone", trace, tmp_path, CAPACITY, drawn=16)
+
+
 def test_recorded_decisions_know_the_next_use():
     trace = RequestTrace.from_keys(list("abcabdabe" * 4), "letters")
     policy = make_page_policy("tail_oracle:candidates=4")

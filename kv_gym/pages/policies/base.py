@@ -106,11 +106,13 @@ class PageRankingPolicy(PagePolicy, ABC):
     """A policy that scores candidates; the one with the lowest score leaves, ties to the least recently used.
 
     Attributes:
-        candidates: how many of the least recently used pages it is shown.
+        candidates: how many pages it is shown.
+        drawn: how many of these are drawn at random from all that may leave; the others are the least recently used.
     """
 
     prefix = True
     candidates: int = 16
+    drawn: int = 0
 
     @abstractmethod
     def rank(self, candidates: Candidates) -> np.ndarray:

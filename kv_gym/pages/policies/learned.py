@@ -36,6 +36,7 @@ class LearnedCard(BaseModel):
         agent: which algorithm trained it.
         features: names of :data:`~kv_gym.pages.features.FEATURES`, in the order of the network's inputs.
         candidates: how many pages it chooses among.
+        drawn: how many of these are drawn at random from all that may leave; the others are the least recently used.
         hidden: width of the network.
         trace, semantics, capacity, seed: what it was trained on.
         validation: hit rates on requests between training and test: `learned`, `lru` and `tail_oracle`, the bound.
@@ -51,6 +52,7 @@ class LearnedCard(BaseModel):
     agent: Literal["clone"] = "clone"
     features: tuple[str, ...]
     candidates: int = Field(ge=2, le=1024)
+    drawn: int = Field(ge=0, le=1023, default=0)
     hidden: int = Field(ge=1, le=4096)
     trace: str
     semantics: Literal["objects", "prefix"]
@@ -103,7 +105,7 @@ class Learned(PageRankingPolicy):
     def __post_init__(self) -> None:
         if self.limit < 0:
             raise UserError(f"a limit of {self.limit} seconds is no time; expected 0 (none) or more")
-        self.candidates = self.card.candidates
+        self.candidates, self.drawn = self.card.candidates, self.card.drawn
         self.reset(0)
 
     @classmethod

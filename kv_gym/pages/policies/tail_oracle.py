@@ -18,11 +18,13 @@ class TailOracle(PageRankingPolicy):
     """Farthest next use among the candidates.
 
     Attributes:
-        candidates: how many of the least recently used pages it chooses among.
+        candidates: how many pages it chooses among.
+        drawn: how many of these are drawn at random from all that may leave; the others are the least recently used.
     """
 
     needs_future = True
     candidates: int = 16
+    drawn: int = 0
 
     def rank(self, candidates: Candidates) -> np.ndarray:
         return -candidates.next_use.astype(float)
