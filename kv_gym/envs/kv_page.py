@@ -12,7 +12,7 @@ from gymnasium import spaces
 
 from kv_gym.errors import UserError
 from kv_gym.pages import RequestTrace, read_requests
-from kv_gym.pages.cache import Candidates, PageCache
+from kv_gym.pages.cache import Candidates, PageCache, check_drawn
 from kv_gym.pages.features import BASIC_FEATURES, check_features, feature_matrix
 
 Observation = dict[str, np.ndarray]
@@ -40,6 +40,7 @@ class PageEpisodes:
         action: str = "ranking",
         reward: str = "hits",
         part: Sequence[float] = (0.0, 1.0),
+        drawn: int = 0,
     ):
         for name, value, known in (
             ("semantics", semantics, SEMANTICS),
@@ -50,6 +51,7 @@ class PageEpisodes:
                 raise UserError(f"{name} {value!r} is not known; expected one of {', '.join(known)}")
         if candidates < 2:
             raise UserError(f"with candidates={candidates} there is nothing to decide; expected 2 or more")
+        check_drawn(drawn, candidates)
         if horizon < 1:
             raise UserError(f"horizon {horizon} serves no request; expected 1 or more")
         if not (len(part) == 2 and 0 <= part[0] < part[1] <= 1):
@@ -67,7 +69,8 @@ class PageEpisodes:
                 f"a cache of {self.capacity} holds all that the trace asks for ({self._total()}): "
                 "nothing ever leaves; give a smaller capacity"
             )
-        self.candidates, self.semantics, self.features = candidates, semantics, tuple(features)
+        self.candidates, self.drawn = candidates, drawn
+        self.semantics, self.features = semantics, tuple(features)
         self.action, self.reward = action, reward
         first, last = (round(share * self.trace.requests) for share in part)
         self.first, self.last = first, max(last, first + 1)
@@ -106,6 +109,7 @@ class PageEpisode:
     Args:
         rules: the shared settings.
         start: number of the first request.
+        seed: of the candidates that are drawn at random.
 
     Attributes:
         shown: candidates of the decision that is due; empty where the trace is over.
@@ -113,10 +117,12 @@ class PageEpisode:
         evicted: the page that left last, or -1.
     """
 
-    def __init__(self, rules: PageEpisodes, start: int):
+    def __init__(self, rules: PageEpisodes, start: int, seed: int = 0):
         self.rules, self.start = rules, start
         self.stop = min(start + rules.horizon, rules.last)
-        self.cache = PageCache(rules.trace, rules.capacity, rules.semantics, rules.candidates, future=True)
+        self.cache = PageCache(
+            rules.trace, rules.capacity, rules.semantics, rules.candidates, future=True, drawn=rules.drawn, seed=seed
+        )
         self._warm()
         self._before = (self.cache.hits, self.cache.served, self.cache.evictions)
         self._counted = 0  # hits that rewards have paid
@@ -291,6 +297,8 @@ class KVPageEnv(gym.Env[Observation, Any]):
     - `features`: which features, in which order; by default the first ten.
     - `horizon`: requests of an episode.
     - `action`, `reward`: see above.
+    - `drawn`: how many of the K candidates are drawn at random from all pages that may leave, behind the least recently
+      used ones; `order` says nothing of them.
     - `part`: the share of the trace that episodes are drawn from, such as `(0.0, 0.7)` for training.
 
     The trace and, for each environment, one cache are held in memory: about 100 bytes for each page of the trace and
@@ -378,15 +386,16 @@ def begin_episode(
     if options:
         raise UserError(f"unknown reset option {', '.join(options)}; expected start")
     latest = rules.last - rules.horizon
+    seed = int(random.integers(2**31)) if rules.drawn else 0
     if start is not None:
         if not rules.first <= int(start) <= latest:
             raise UserError(f"start {start} is outside the trace; expected {rules.first} to {latest}")
-        episode = PageEpisode(rules, int(start))
+        episode = PageEpisode(rules, int(start), seed)
         if episode.over:
             raise UserError(f"nothing leaves the cache in the {rules.horizon} requests from {start} on: choose others")
         return episode
     for _ in range(_TRIES):
-        episode = PageEpisode(rules, int(random.integers(rules.first, latest + 1)))
+        episode = PageEpisode(rules, int(random.integers(rules.first, latest + 1)), seed)
         if not episode.over:
             return episode
     raise UserError(

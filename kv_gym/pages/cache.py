@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from kv_gym.errors import UserError
 from kv_gym.pages.requests import NEVER, RequestTrace
 
 Priority = Callable[["PageCache", int], tuple]
@@ -168,6 +169,16 @@ class OldestLeaves:
         return [page for _, page in self._front]
 
 
+def check_drawn(drawn: int, candidates: int) -> None:
+    """Refuse to draw all candidates, or less than none.
+
+    Raises:
+        UserError: as said.
+    """
+    if not 0 <= drawn < candidates:
+        raise UserError(f"{drawn} of {candidates} candidates cannot be drawn; expected 0 to {candidates - 1}")
+
+
 class DrawnPages:
     """Pages that may leave, of which any few can be drawn at random at the cost of these few."""
 
@@ -217,6 +228,9 @@ class PageCache:
         priority: for engines with a heap over all leaves: `(cache, page) -> tuple`, the smallest leaves; None: the
             least recently used pages are shown.
 
+    Raises:
+        UserError: not one candidate that is least recently used.
+
     Attributes:
         hits, hit_bytes: accesses, and bytes, served from the cache so far.
         served: accesses so far.
@@ -248,6 +262,7 @@ class PageCache:
         seed: int = 0,
     ):
         self.trace, self.capacity, self.prefix = trace, capacity, semantics == "prefix"
+        check_drawn(drawn, candidates)
         self.candidates, self._priority = candidates, priority
         self._oldest, self._drawn, self._seed = candidates - drawn, drawn, seed
         lists = trace.lists

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from kv_gym import __version__
 from kv_gym.errors import UserError
-from kv_gym.pages.cache import Candidates, PageCache
+from kv_gym.pages.cache import Candidates, PageCache, check_drawn
 from kv_gym.pages.features import check_features, feature_matrix, features_of
 from kv_gym.pages.policies.base import PageRankingPolicy
 from kv_gym.pages.policies.learned import Learned, LearnedCard
@@ -88,10 +88,9 @@ def train_pages(
         raise UserError(f"unknown page agent {agent!r}; known: {', '.join(AGENTS)}")
     if Path(out).is_file():
         raise UserError(f"{out} is a file; name a folder to write the policy into")
-    if not 0 <= drawn < candidates:
-        raise UserError(f"{drawn} of {candidates} candidates cannot be drawn; expected 0 to {candidates - 1}")
     if candidates < 2 or min(hidden, rounds, decisions, steps) < 1:
         raise UserError("nothing to train; expected 2 candidates or more, and 1 or more of all other numbers")
+    check_drawn(drawn, candidates)
     trace = requests if isinstance(requests, RequestTrace) else read_requests(requests, format)
     if features is None:  # the place in the list says nothing of pages that were drawn
         features = tuple(name for name in features_of(trace, semantics) if not drawn or name != "order")

@@ -31,7 +31,7 @@ def by_index(place):
     return lambda observation: min(place, int(observation["mask"].sum()) - 1)
 
 
-@pytest.mark.parametrize("settings", [{}, INDEX])
+@pytest.mark.parametrize("settings", [{}, INDEX | {"drawn": 8}])
 @pytest.mark.filterwarnings("error")
 def test_both_checkers_are_silent(settings):
     check_env(gym.make("KVPage-v0", **settings).unwrapped)
@@ -87,6 +87,18 @@ def test_belady_rewards_by_hand():
         )  # fmt: skip
         env.reset(options={"start": 0})
         assert env.step(place)[1] == pytest.approx(expected)
+
+
+def test_drawn_candidates_are_those_of_the_seed():
+    """The least recently used pages come first, then others, which another seed draws otherwise."""
+    keys = [key for i in range(300) for key in (i, i % 7)]
+    trace = RequestTrace.from_keys(keys, "some come back")
+    plain = {"requests": trace, "capacity": 100, "semantics": "objects", "candidates": 8}
+    tail, drawn = gym.make("KVPage-v0", **plain), gym.make("KVPage-v0", **plain, drawn=5)
+    old, _ = tail.reset(seed=0, options={"start": 300})
+    shown = [drawn.reset(seed=seed, options={"start": 300})[0] for seed in (0, 0, 1)]
+    assert all((one["age"][:3] == old["age"][:3]).all() and (one["age"][3:] >= 0).all() for one in shown)
+    assert (shown[0]["age"] == shown[1]["age"]).all() and (shown[0]["age"] != shown[2]["age"]).any()
 
 
 def test_the_batch_is_many_scalar_ones():
@@ -148,6 +160,7 @@ def test_ppo_trains_on_index_actions():
         ({"action": "name"}, "action 'name' is not known"),
         ({"reward": "cost"}, "reward 'cost' is not known"),
         ({"candidates": 1}, "nothing to decide"),
+        ({"drawn": 16}, "16 of 16 candidates cannot be drawn"),
         ({"horizon": 0}, "serves no request"),
         ({"capacity": 0}, "holds nothing"),
         ({"capacity": 10**9}, "nothing ever leaves"),
