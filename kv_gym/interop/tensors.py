@@ -47,7 +47,7 @@ def export_tensors(policy, out: str | Path) -> Path:
     Raises:
         UserError: no such policy, a policy with other inputs, or `out` is a folder.
     """
-    from safetensors.numpy import save_file
+    from safetensors.numpy import save
 
     from kv_gym.policies.scorer import Scorer
 
@@ -90,7 +90,7 @@ def export_tensors(policy, out: str | Path) -> Path:
     }
     out.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(out) as part:
-        save_file(tensors, part, metadata={"kv_gym": json.dumps(description)})
+        part.write_bytes(save(tensors, metadata={"kv_gym": json.dumps(description)}))
     return out
 
 

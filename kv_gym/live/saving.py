@@ -27,7 +27,8 @@ from torch import Tensor
 from kv_gym.budgets import Allocation, parse_allocation
 from kv_gym.budgets.thresholds import NORMALISATIONS
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
+from kv_gym.checksums import described_tensors_hash
+from kv_gym.errors import UserError, short_reason
 from kv_gym.files import atomic_write, parse_json
 from kv_gym.live.config import CacheConfig, PolicyGroup
 from kv_gym.live.layer import EvictingLayer
@@ -38,7 +39,7 @@ from kv_gym.models.attention import attention_modules
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.policies import Policy, current_name, list_policies, make_policy
 
-KIND, FORMAT = "kv_gym cache", 2  # 1: keys have their original positions
+KIND, FORMAT = "kv_gym cache", 3  # 1: keys have their original positions; before 3: no checksum
 MAX_TOKENS = 2**31  # positions beyond are not ranked
 _MAX_NESTED_POLICIES = 4
 # what a damaged file makes of reading it
@@ -78,7 +79,7 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
     first = next(layer.state for layer in layers if isinstance(layer, EvictingLayer))
     header = {
         "kind": KIND,
-        "format": 1 if config.positions == "original" else FORMAT,
+        "format": FORMAT,
         "model": Fingerprint.of(config.model).to_json(),
         "dtype": str(config.model.dtype),
         "policy": _describe_policy(config.policy),
@@ -94,11 +95,15 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
         "loose": first.appended,
         "layers": about_layers,
     }
+    text = json.dumps(header)
+    digest = described_tensors_hash(text, sorted(tensors.items()))
     try:
         with atomic_write(file) as part:
-            save_file(tensors, part, {"kv_gym": json.dumps(header)})
+            save_file(tensors, part, {"kv_gym": text, "sha256": digest})
     except (OSError, SafetensorError) as error:
-        raise UserError(f"{file} cannot be written ({error}); name a file in a folder that exists") from None
+        raise UserError(
+            f"{file} cannot be written ({short_reason(error)}); name a file in a folder that exists"
+        ) from None
     return file
 
 
@@ -135,6 +140,10 @@ class SavedCache:
             raise UserError(f"{file} holds no cache; expected one that EvictingCache.save wrote")
         if not isinstance(header["format"], int) or header["format"] > FORMAT:
             raise UserError(f"{file} has cache format {header['format']}, newer than {FORMAT}: upgrade kv-gym")
+        if header["format"] >= 3:
+            every = ((name, stored.get_tensor(name)) for name in sorted(stored.keys()))
+            if described_tensors_hash(text, every) != stored.metadata().get("sha256"):
+                raise _damaged(file, "its checksum does not hold")
         self.file, self.header = file, header
         self.fingerprint = Fingerprint.from_json(header["model"])
         self._stored = stored
@@ -420,4 +429,4 @@ def _count(value: Any, most: int, least: int = 0) -> int:
 
 
 def _damaged(file: Path, why: object) -> UserError:
-    return UserError(f"{file} is damaged ({why}); save the cache again")
+    return UserError(f"{file} is damaged ({short_reason(why)}); save the cache again")

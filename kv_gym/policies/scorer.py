@@ -22,14 +22,15 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StrictBool
 from torch import Tensor, nn
 
 from kv_gym.cache_view import CacheView
-from kv_gym.errors import UserError
-from kv_gym.files import atomic_write, read_json, validated
+from kv_gym.checksums import described_data_hash
+from kv_gym.errors import UserError, short_reason
+from kv_gym.files import atomic_write, read_bytes, read_json, validated
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Paper, Policy
 from kv_gym.policies.hub import download, is_hub_id, push, refuse_large
 from kv_gym.policies.scoring.inputs import DEFAULT, INPUTS, check_inputs, input_width, read_inputs
 
-FORMAT = 2  # 1 where the inputs are the usual ones and two layers are hidden, which every version reads
+FORMAT = 3  # from 3 on policy.json holds a checksum
 CHECKPOINT = "checkpoint.pt"  # of a training run, in the folder that its policy will be exported into
 
 
@@ -50,6 +51,7 @@ class _PolicyFile(BaseModel):
     calibrated: StrictBool
     absolute: StrictBool = False
     training: dict[str, Any]
+    sha256: str = ""
 
 
 class GroupedScorer(nn.Module):
@@ -212,21 +214,23 @@ class Scorer(Policy):
         Raises:
             UserError: `folder` exists and holds something else than an exported policy.
         """
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
         folder = Path(folder)
         refuse_foreign(folder)
         folder.mkdir(parents=True, exist_ok=True)
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        writers = {
-            "policy.safetensors": lambda path: save_file(tensors, path),
-            "README.md": lambda path: path.write_text(self.card()),
+        weights, description = save(tensors), json.loads(json.dumps(self._description()))
+        description["sha256"] = described_data_hash(description, weights)
+        files = {
+            "policy.safetensors": weights,
+            "README.md": self.card().encode(),
             # last: a folder without it is no policy, so an interrupted save is never half of one
-            "policy.json": lambda path: path.write_text(json.dumps(self._description(), indent=1) + "\n"),
+            "policy.json": (json.dumps(description, indent=1) + "\n").encode(),
         }
-        for name, write in writers.items():
+        for name, data in files.items():
             with atomic_write(folder / name) as part:
-                write(part)
+                part.write_bytes(data)
         return folder
 
     def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
@@ -240,7 +244,7 @@ class Scorer(Policy):
     def _description(self) -> dict:
         network = self.network
         return {
-            "format": 1 if (network.inputs, network.depth) == (DEFAULT, 2) else FORMAT,
+            "format": FORMAT,
             "policy": "scorer",
             "inputs": list(network.inputs),
             "hidden": network.hidden,
@@ -276,7 +280,11 @@ class Scorer(Policy):
         described = validated(_PolicyFile, data, str(file))
         check_inputs(described.inputs, file)
         fingerprint = Fingerprint.from_json(described.fingerprint)
-        network = _read_weights(folder / "policy.safetensors", fingerprint, described)
+        weights = read_bytes(folder / "policy.safetensors", "export the policy again")
+        content = {name: value for name, value in data.items() if name != "sha256"}
+        if (described.format >= 3 or described.sha256) and described_data_hash(content, weights) != described.sha256:
+            raise UserError(f"policy.json or policy.safetensors in {folder} was changed or damaged; export it again")
+        network = _read_weights(folder / "policy.safetensors", weights, fingerprint, described)
         return cls(
             network, fingerprint, described.lengths, described.protect, described.calibrated, described.training,
             described.absolute,
@@ -319,8 +327,9 @@ def _shapes(heads: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
     return shapes | dict.fromkeys(("mean", "scale"), (heads, 1, widths[0]))
 
 
-def _read_weights(file: Path, fingerprint: Fingerprint, described: _PolicyFile) -> GroupedScorer:
-    from safetensors import SafetensorError, safe_open
+def _read_weights(file: Path, data: bytes, fingerprint: Fingerprint, described: _PolicyFile) -> GroupedScorer:
+    from safetensors import SafetensorError
+    from safetensors.torch import load
 
     heads = len(fingerprint.layers) * fingerprint.kv_heads
     if not (0 < heads <= 65536 and 0 < fingerprint.head_dim <= 4096):
@@ -333,13 +342,11 @@ def _read_weights(file: Path, fingerprint: Fingerprint, described: _PolicyFile) 
     )
     expected = _shapes(heads, widths)  # nothing is allocated before the file proves that it holds these
     try:
-        with safe_open(file, "pt") as stored:
-            found = {name: tuple(stored.get_slice(name).get_shape()) for name in stored.keys()}  # noqa: SIM118
-            if found != expected:
-                raise UserError(f"the weights in {file} have other sizes than its policy.json says; export it again")
-            tensors = {name: stored.get_tensor(name) for name in found}
-    except (FileNotFoundError, SafetensorError, OSError) as error:
-        raise UserError(f"{file} is missing or damaged ({error}); export the policy again") from None
+        tensors = load(data)
+    except (SafetensorError, ValueError, KeyError) as error:
+        raise UserError(f"{file} holds no tensors ({short_reason(error)}); export the policy again") from None
+    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
+        raise UserError(f"the weights in {file} have other sizes than its policy.json says; export it again")
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise UserError(f"the weights in {file} are not finite; train and export the policy again")
     network = GroupedScorer(*sizes)

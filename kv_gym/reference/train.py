@@ -8,6 +8,7 @@ Interrupted training resumes from the checkpoint in the output folder.
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import math
 import random
@@ -18,7 +19,7 @@ from pathlib import Path
 import torch
 from torch.nn import functional as F
 
-from kv_gym.files import atomic_write
+from kv_gym.checksums import read_checked, write_checked
 from kv_gym.reference.generator import FIRST_HELD_OUT_SEED, make_context
 from kv_gym.reference.tokenizer import build_tokenizer, encode, word_ids
 
@@ -124,7 +125,7 @@ def train_reference_model(
     step, checkpoint = 0, out / "checkpoint.pt"
     out.mkdir(parents=True, exist_ok=True)
     if checkpoint.exists():
-        saved = torch.load(checkpoint, weights_only=True)
+        saved = torch.load(io.BytesIO(read_checked(checkpoint, "remove it to train from the start")), weights_only=True)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         step = saved["step"]
@@ -151,8 +152,9 @@ def train_reference_model(
             print(json.dumps(line | {"accuracy": round(accuracy, 3), "tokens_per_s": round(speed)}), flush=True)
         if step % save_every == 0 or step == total:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step}
-            with atomic_write(checkpoint) as part:
-                torch.save(state, part)
+            data = io.BytesIO()
+            torch.save(state, data)
+            write_checked(checkpoint, data.getvalue())
     model.bfloat16().save_pretrained(out / "model")
     build_tokenizer().save_pretrained(out / "model")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import io
 import json
 import math
 import time
@@ -15,9 +16,10 @@ import torch
 from torch import Tensor
 
 from kv_gym.budgets import format_budget
+from kv_gym.checksums import read_checked, write_checked
 from kv_gym.errors import UserError
 from kv_gym.evaluation.measure import replay
-from kv_gym.files import atomic_write, parse_json
+from kv_gym.files import parse_json
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.models.loading import usable_device
 from kv_gym.policies import StatefulPolicy, make_policy
@@ -272,8 +274,9 @@ class Trainer:
             "seconds": self.seconds, "best_reward": self.best_reward, "best": self.best,
             "learner": self.learner.state_dict(),
         }  # fmt: skip
-        with atomic_write(file) as part:
-            torch.save(state, part)
+        data = io.BytesIO()
+        torch.save(state, data)
+        write_checked(file, data.getvalue())
 
     def _resume(self, file: Path, resume: bool | None) -> None:
         state = _read_checkpoint(file) if file.is_file() and resume is not False else {}
@@ -363,7 +366,9 @@ def _refuse_unfit_start(start: Scorer, settings: Settings, fingerprint: Fingerpr
 
 
 def _read_checkpoint(file: Path) -> dict[str, Any]:
+    remove = "remove it to train from the start"
+    data = read_checked(file, remove)
     try:
-        return torch.load(file, weights_only=True, map_location="cpu")
+        return torch.load(io.BytesIO(data), weights_only=True, map_location="cpu")
     except Exception:  # torch raises many kinds, some of them private to it
-        raise UserError(f"{file} is damaged: remove it to train from the start") from None
+        raise UserError(f"{file} holds no checkpoint: {remove}") from None

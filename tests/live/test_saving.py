@@ -12,6 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from kv_gym import EvictingCache, make_policy
+from kv_gym.checksums import described_tensors_hash
 from kv_gym.errors import UserError
 from kv_gym.live import PolicyGroup
 from kv_gym.models.fingerprint import Fingerprint
@@ -147,13 +148,26 @@ def test_what_cannot_be_saved_or_read_is_refused(tmp_path):
 
 
 def rewritten(file, change):
-    """The file with `change(tensors, about)` applied."""
+    """The file with `change(tensors, about)` applied, and a checksum that holds."""
     with safe_open(file, "pt") as stored:
         about = json.loads(stored.metadata()["kv_gym"])
         tensors = {name: stored.get_tensor(name) for name in stored.keys()}  # noqa: SIM118
     change(tensors, about)
-    save_file(tensors, file, {"kv_gym": json.dumps(about)})
+    text = json.dumps(about)
+    digest = described_tensors_hash(text, sorted(tensors.items()))
+    save_file(tensors, file, {"kv_gym": text, "sha256": digest})
     return file
+
+
+def test_every_flipped_byte_is_noticed(tmp_path):
+    model, cache = begun("llama", SETTINGS["equal"], 0)
+    whole = bytearray(cache.save(tmp_path / "a").read_bytes())
+    for place in range(len(whole) - 1, 0, -max(1, len(whole) // 60)):
+        changed = whole.copy()
+        changed[place] ^= 4
+        (tmp_path / "a").write_bytes(changed)
+        with pytest.raises(UserError, match=r"damaged|newer|no JSON|holds no cache"):
+            EvictingCache.load(tmp_path / "a", model)
 
 
 def put(name, value, *where):
@@ -178,7 +192,7 @@ def shaped(name, change):
 
 
 DAMAGE = {
-    "newer": (header("format", value=3), "cache format 3, newer than 2"),
+    "newer": (header("format", value=4), "cache format 3, newer than 2"),
     "another kind": (header("kind", value="x"), "holds no cache"),
     "keys that are NaN": (put("0.slots.keys", float("nan"), 0, 0, 1), "holds NaN"),
     "infinite values": (put("1.slots.values", float("inf"), 0, 0, 1), "not finite"),

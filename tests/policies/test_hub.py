@@ -158,7 +158,7 @@ def test_weights_that_are_damaged_are_refused_as_from_any_folder(hub, policy):
     policy.push_to_hub("somebody/policy")
     file = hub / "somebody/policy/policy.safetensors"
     file.write_bytes(file.read_bytes()[:-8])
-    with pytest.raises(UserError, match="missing or damaged"):
+    with pytest.raises(UserError, match="changed or damaged"):
         make_policy("somebody/policy")
 
 

@@ -10,6 +10,7 @@ from traced_models import tiny_model
 
 from kv_gym import EvictingCache
 from kv_gym.cache_view import CacheView
+from kv_gym.checksums import described_data_hash
 from kv_gym.errors import UserError
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import make_policy
@@ -101,17 +102,27 @@ def test_a_folder_with_other_things_is_left_untouched(scorer, tmp_path):
 
 
 def _edit(folder, **changes):
+    """Change policy.json, with a checksum that holds."""
     file = folder / "policy.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    content = json.loads(file.read_text()) | changes
+    del content["sha256"]
+    content["sha256"] = described_data_hash(content, (folder / "policy.safetensors").read_bytes())
+    file.write_text(json.dumps(content))
 
 
 DAMAGE = {
-    "newer format": (lambda folder: _edit(folder, format=99), "newer than 2"),
+    "newer format": (lambda folder: _edit(folder, format=99), "newer than 3"),
     "no JSON": (lambda folder: (folder / "policy.json").write_text("{"), "no JSON"),
-    "no weights": (lambda folder: (folder / "policy.safetensors").unlink(), "missing or damaged"),
+    "no weights": (lambda folder: (folder / "policy.safetensors").unlink(), "cannot be read"),
     "truncated weights": (
         lambda folder: (folder / "policy.safetensors").write_bytes((folder / "policy.safetensors").read_bytes()[:-40]),
-        "missing or damaged",
+        "changed or damaged",
+    ),
+    "another protection": (
+        lambda folder: (folder / "policy.json").write_text(
+            (folder / "policy.json").read_text().replace('"protect": [\n  ', '"protect": [\n  1')
+        ),
+        "changed or damaged",
     ),
     "other sizes": (lambda folder: _edit(folder, hidden=32), "other sizes"),
     "impossible sizes": (lambda folder: _edit(folder, hidden=10**9), "hidden"),
@@ -137,5 +148,6 @@ def test_weights_that_are_not_finite_are_refused(scorer, tmp_path):
     tensors = load_file(file)
     tensors["biases.0"][0] = float("nan")
     save_file(tensors, file)
+    _edit(tmp_path / "policy")
     with pytest.raises(UserError, match="not finite"):
         make_policy(tmp_path / "policy")

@@ -19,7 +19,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, short_reason
 from kv_gym.files import atomic_write, read_bytes, read_json, validated
 from kv_gym.pages.cache import Candidates
 from kv_gym.pages.features import FEATURES, feature_matrix
@@ -128,10 +128,10 @@ class Learned(PageRankingPolicy):
         try:
             weights = load(data)
         except SafetensorError as error:
-            raise UserError(f"{file} holds no tensors ({error}); {expected}") from None
+            raise UserError(f"{file} holds no tensors ({short_reason(error)}); {expected}") from None
         found = {name: array.shape for name, array in weights.items()}
         if found != card.shapes or not all(np.isfinite(array).all() for array in weights.values()):
-            raise UserError(f"{file} holds {found}; expected finite numbers of the shapes {card.shapes}")
+            raise UserError(f"{file} holds other tensors than {_CARD} says, or numbers that are not finite; {expected}")
         return cls(card, weights, limit)
 
     def save(self, folder: str | Path) -> None:
