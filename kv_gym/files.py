@@ -44,6 +44,7 @@ LONGEST_NUMBER = 100
 """Characters of a number at most."""
 
 _JSON_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[\[\]{}]|[^\s,:\[\]{}"]+')
+_CHUNK = 2**24  # bytes
 _SURROGATE = re.compile(r"[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
@@ -70,11 +71,13 @@ def read_text(path: str | Path, expected: str = "expected a UTF-8 text", largest
 
 def read_bytes(path: str | Path, expected: str, largest: int = LARGEST_TEXT) -> bytes:
     """The bytes of a file; arguments and errors of :func:`read_text`."""
+    data = bytearray()
     with open_file(path, expected) as file:
-        data = file.read(largest + 1)
-    if len(data) > largest:
-        raise UserError(f"{path} is larger than {largest} bytes; {expected}")
-    return data
+        while chunk := file.read(min(largest + 1 - len(data), _CHUNK)):  # `read` allocates what it is asked for
+            data += chunk
+            if len(data) > largest:
+                raise UserError(f"{path} is larger than {largest} bytes; {expected}")
+    return bytes(data)
 
 
 @contextmanager
