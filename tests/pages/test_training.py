@@ -148,7 +148,7 @@ def test_the_command_trains_and_says_how_it_went(tmp_path):
         (lambda folder: rewrite(folder, format="other"), "format is 'other'"),
         (lambda folder: rewrite(folder, colour="red"), "unknown key 'colour'"),
         (lambda folder: rewrite(folder, features=["colour"]), "expected some of age"),
-        (lambda folder: rewrite(folder, hidden=8), "of the shapes"),
+        (lambda folder: rewrite(folder, hidden=8), "holds other tensors"),
     ],
 )
 def test_a_damaged_or_foreign_policy_is_one_sentence(trained, tmp_path, damage, complaint):

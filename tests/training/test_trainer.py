@@ -166,7 +166,7 @@ def test_a_policy_from_before_starts_were_recorded_counts_as_from_scratch(traces
 def test_a_damaged_checkpoint_and_a_rate_that_explodes(traces, tmp_path):
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "checkpoint.pt").write_bytes(b"nothing")
-    with pytest.raises(UserError, match="damaged, .*remove it"):
+    with pytest.raises(UserError, match=r"damaged, .*remove it"):
         train("joint", traces, tmp_path / "damaged", **FAST)
     for agent in ("joint", "grpo", "ppo"):
         with pytest.raises(UserError, match=r"lower rate than 1e\+30"):
