@@ -20,7 +20,9 @@ _LARGEST = 2**38
 
 def described_data_hash(description: Mapping[str, Any], data: bytes) -> str:
     """SHA-256 of plain JSON data, however its keys are ordered, with the bytes that it describes."""
-    return hashlib.sha256(json.dumps(description, sort_keys=True).encode() + data).hexdigest()
+    digest = hashlib.sha256(json.dumps(description, sort_keys=True).encode())
+    digest.update(data)
+    return digest.hexdigest()
 
 
 def described_tensors_hash(description: str, tensors: Iterable[tuple[str, Tensor]]) -> str:

@@ -140,7 +140,7 @@ class SavedCache:
             raise UserError(f"{file} holds no cache; expected one that EvictingCache.save wrote")
         if not isinstance(header["format"], int) or header["format"] > FORMAT:
             raise UserError(f"{file} has cache format {header['format']}, newer than {FORMAT}: upgrade kv-gym")
-        if header["format"] >= 3:
+        if header["format"] >= 3 or "sha256" in stored.metadata():
             every = ((name, stored.get_tensor(name)) for name in sorted(stored.keys()))
             if described_tensors_hash(text, every) != stored.metadata().get("sha256"):
                 raise _damaged(file, "its checksum does not hold")

@@ -31,6 +31,7 @@ from kv_gym.policies.hub import download, is_hub_id, push, refuse_large
 from kv_gym.policies.scoring.inputs import DEFAULT, INPUTS, check_inputs, input_width, read_inputs
 
 FORMAT = 3  # from 3 on policy.json holds a checksum
+_LARGEST = 2**31  # bytes of weights
 CHECKPOINT = "checkpoint.pt"  # of a training run, in the folder that its policy will be exported into
 
 
@@ -280,7 +281,7 @@ class Scorer(Policy):
         described = validated(_PolicyFile, data, str(file))
         check_inputs(described.inputs, file)
         fingerprint = Fingerprint.from_json(described.fingerprint)
-        weights = read_bytes(folder / "policy.safetensors", "export the policy again")
+        weights = read_bytes(folder / "policy.safetensors", "export the policy again", _LARGEST)
         content = {name: value for name, value in data.items() if name != "sha256"}
         if (described.format >= 3 or described.sha256) and described_data_hash(content, weights) != described.sha256:
             raise UserError(f"policy.json or policy.safetensors in {folder} was changed or damaged; export it again")

@@ -370,7 +370,7 @@ def test_it_is_exported_with_its_sizes(tmp_path):
     policy = hidden_policy(tiny("llama"))
     folder = policy.save_pretrained(tmp_path / "policy")
     about = json.loads((folder / "policy.json").read_text())
-    assert (about["format"], about["inputs"], about["depth"], about["hidden_size"]) == (2, ["hidden"], 1, WIDTH)
+    assert (about["format"], about["inputs"], about["depth"], about["hidden_size"]) == (3, ["hidden"], 1, WIDTH)
     loaded = make_policy(folder)
     assert loaded.absolute and loaded.needs_hidden and loaded.static
     for name, tensor in policy.network.state_dict().items():

@@ -145,23 +145,25 @@ def test_a_scorer_keeps_the_contract_whatever_it_sees(names):
 # -- files -------------------------------------------------------------------------------------------------------
 
 
+def write_old(file, leave_out=(), **changes):
+    """Write policy.json as before there were checksums."""
+    about = json.loads(file.read_text()) | {"format": 2} | changes
+    file.write_text(json.dumps({name: value for name, value in about.items() if name not in ("sha256", *leave_out)}))
+
+
 def test_inputs_are_stored_with_the_policy(tmp_path):
     policy, view = scorer(("key", "norms", "attention"), depth=1), replace(ragged_view(), layer=2)
     folder = policy.save_pretrained(tmp_path / "policy")
     loaded = make_policy(folder)
     assert loaded.inputs == ("key", "norms", "attention") and loaded.network.depth == 1 and loaded.needs_queries == 16
     assert torch.equal(loaded.score(view), policy.score(view))
-    assert json.loads((folder / "policy.json").read_text())["format"] == 2
+    assert json.loads((folder / "policy.json").read_text())["format"] == 3
 
 
 def test_a_folder_that_does_not_say_is_as_it_was_when_none_did(tmp_path):
     policy, view = scorer(DEFAULT), replace(ragged_view(), layer=2)
     file = policy.save_pretrained(tmp_path / "policy") / "policy.json"
-    about = json.loads(file.read_text())
-    assert about["format"] == 1
-    file.write_text(
-        json.dumps({k: v for k, v in about.items() if k not in ("inputs", "depth", "hidden_size", "absolute")})
-    )
+    write_old(file, leave_out=("inputs", "depth", "hidden_size", "absolute"))
     loaded = make_policy(tmp_path / "policy")
     assert loaded.inputs == DEFAULT and not loaded.absolute
     assert torch.equal(loaded.score(view), policy.score(view))
@@ -179,7 +181,7 @@ def test_a_folder_that_does_not_say_is_as_it_was_when_none_did(tmp_path):
 )
 def test_files_that_say_something_else_are_refused(tmp_path, changes, sentence):
     file = scorer(("key", "norms")).save_pretrained(tmp_path / "policy") / "policy.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | changes))
+    write_old(file, **changes)
     with pytest.raises(UserError, match=sentence) as refused:
         make_policy(tmp_path / "policy")
     assert "\n" not in str(refused.value)
@@ -271,7 +273,7 @@ def test_a_policy_from_before_there_were_inputs_is_not_trained_again(traces, tmp
     file = tmp_path / "a" / "policy.json"
     about = json.loads(file.read_text())
     assert about["training"]["settings"].pop("inputs") == list(DEFAULT)
-    file.write_text(json.dumps(about))
+    write_old(file, training=about["training"])
     again = train("joint", traces, tmp_path / "a", **FAST)
     assert again.training["seconds"] == about["training"]["seconds"]
     with pytest.raises(UserError, match="was trained otherwise"):

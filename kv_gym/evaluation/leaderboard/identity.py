@@ -49,7 +49,7 @@ def exported_hash(folder: str | Path) -> str:
     try:
         about = read_json(folder / "policy.json")
         weights = hashlib.sha256(read_bytes(folder / "policy.safetensors", "expected weights")).hexdigest()
-        about = {name: value for name, value in about.items() if name != "training"}
+        about = {name: value for name, value in about.items() if name not in ("training", "sha256")}
     except (OSError, ValueError, AttributeError):
         raise UserError(f"folder {folder} holds no exported policy; expected what `kv-gym train` writes") from None
     return digest([about, weights, *(_code(Path(inspect.getfile(part)).read_text()) for part in (scorer, inputs))])
