@@ -32,7 +32,7 @@ def described_tensors_hash(description: str, tensors: Iterable[tuple[str, Tensor
     digest = hashlib.sha256(description.encode())
     for name, tensor in tensors:
         digest.update(f"\n{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
     return digest.hexdigest()
 
 
