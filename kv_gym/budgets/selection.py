@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 
 import torch
@@ -85,17 +85,26 @@ def select_context(
 ) -> Selection:
     """Cut one recorded context to a budget, and see what its future loses.
 
+    A sample of a context's slots is cut as if it were a context of so many tokens: budgets are shares of the sample,
+    and protection counts its slots.
+
     Args:
         policy: scores the slots.
         allocation: divides the total among heads.
         views: one per recorded layer, with one row each; their budgets are replaced.
-        budget: slots per head, or a share of the tokens seen.
+        budget: slots per head, or a share of the recorded slots.
         utility: `[layers, kv_heads, tokens]`, what each slot is worth.
         sinks: first tokens that always stay; None means the policy's own number.
         recent: last tokens that always stay; None means the policy's own number.
         scores: the policy's, where they are known already and do not depend on the budget.
     """
-    slots = uniform(budget, views[0].seen, utility.shape[1])
-    views = [view.with_budget(slots) for view in views]
+    heads, n = utility.shape[1:]
+    seen = torch.full((1,), n, device=views[0].keys.device)
+    views = [view.with_budget(uniform(budget, seen, heads)) for view in views]
+    if scores is None:
+        scores = [policy.score(view) for view in views]
+    # whole contexts are numbered so already
+    order = torch.arange(n, device=seen.device).expand(1, heads, n)
+    views = [replace(view, positions=order, seen=seen) for view in views]
     kept = select_slots(policy, allocation, views, *protection_for(policy, sinks, recent), scores)
     return Selection(torch.cat(kept), utility.double())

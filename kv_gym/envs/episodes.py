@@ -72,7 +72,7 @@ class Replay:
                 f"none of the {len(sequences)} contexts has a head with attention to lose: record them with "
                 "continuations, and with more tokens than are protected"
             )
-        self._tokens = [sequence.tokens for sequence in sequences]
+        self._tokens = [sequence.tokens[sequence.slot_positions] for sequence in sequences]
         self._order, self._index, self._next = order, index, 0
         self.observation_space = self.table.space(index)
         self.action_space = spaces.Box(-1.0, 1.0, (self.table.size,), np.float32)

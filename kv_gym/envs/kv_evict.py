@@ -39,6 +39,12 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
     In eviction mode it is an approximation after the first eviction: in a live model the later tokens' own keys and
     queries would differ (keys by 8-10 % when 20 of 32 tokens went, in a check), and here they do not.
 
+    Of traces that were recorded with `--slots N`, a context is its N sampled slots: observations hold these, with their
+    positions in the whole text, budgets are shares of N, and `sinks` and `recent` count sampled slots (the first and
+    the last four tokens are always sampled). Attention was normalised over all tokens, so that a slot's utility is
+    what it is in the whole context; the reward is the share of the sample's utility. In eviction mode the new tokens
+    count in the proportion in which slots were sampled.
+
     ## Action Space
 
     `Box(-1, 1, (N,), float32)`: a score for every slot, higher = keep. Only the order counts; ties go to the newer
@@ -47,8 +53,9 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
 
     ## Observation Space
 
-    A `Dict`; N = tokens of the longest context (or `max_tokens`), d = head dimension of the model. Slot i holds the
-    i-th token of the context. Slots of padding and evicted slots have mask 0, position -1 and zeros elsewhere.
+    A `Dict`; N = slots of the longest context (or `max_tokens`), d = head dimension of the model. Slot i holds the
+    i-th token of the context, or of its sample. Slots of padding and evicted slots have mask 0, position -1 and zeros
+    elsewhere.
 
     | Key        | Space                                 | Meaning                                                     |
     |------------|---------------------------------------|-------------------------------------------------------------|

@@ -27,11 +27,12 @@ class ObservationTable:
         head_pairs: every recorded head as (model layer, head); the index in this list is the head's id.
         head_ids: `[H]` int64, ids of the heads that are replayed.
         joint: all heads are ranked in one decision.
-        tokens: tokens per head, padding included.
+        tokens: tokens per head, padding included; of a context whose slots were sampled, the sampled ones.
         heads: heads within one decision (1 unless joint).
         sequence: `[M]` int64, index of the context that a decision shows.
         head: `[M]` int64, id of the head that a decision shows, -1 if joint.
-        length: `[M]` int64, tokens of its context.
+        length: `[M]` int64, tokens of its context that have a slot.
+        seen: `[M]` int64, all tokens of its context.
         lengths: the different lengths, sorted; arrays that depend on the length alone have a row for each.
         length_index: `[M]` int64, row of a decision's context in such arrays.
         is_token: `[lengths, N]` bool, slots that are not padding.
@@ -58,9 +59,10 @@ class ObservationTable:
         self.tokens = _tokens(sequences, max_tokens)
         self.heads = len(self.head_ids) if self.joint else 1
         per_context = 1 if self.joint else len(self.head_ids)
-        lengths = np.array([len(sequence.tokens) for sequence in sequences])
+        lengths = np.array([sequence.slots for sequence in sequences])
         self.sequence = np.repeat(np.arange(len(sequences)), per_context)
         self.length = np.repeat(lengths, per_context)
+        self.seen = np.repeat([len(sequence.tokens) for sequence in sequences], per_context)
         self.head = np.full(len(sequences), -1) if self.joint else np.tile(self.head_ids, len(sequences))
         self.lengths, self.length_index = np.unique(self.length, return_inverse=True)
         self.is_token = np.array([self.per_slot(np.ones(n, bool)) for n in self.lengths])
@@ -87,7 +89,7 @@ class ObservationTable:
             for name, array in self._arrays.items()
         }
         for i, sequence in enumerate(sequences):
-            n = len(sequence.tokens)
+            n = sequence.slots
             by_context["key"][i, :, :n] = sequence.keys.reshape(-1, n, width)[self.head_ids]
             by_context["value"][i, :, :n] = sequence.values.reshape(-1, n, width)[self.head_ids]
             if policies:
@@ -100,7 +102,9 @@ class ObservationTable:
                 if out_of_bounds:
                     self.clipped[decision] += out_of_bounds
                     np.nan_to_num(np.clip(slots, -BOUND, BOUND, out=slots), copy=False)
-        self._position = np.where(self.is_token, np.tile(np.arange(self.tokens), self.heads), -1).astype(np.float32)
+        self._position = np.full((len(sequences), self.tokens), -1, np.float32)
+        for row, sequence in zip(self._position, sequences, strict=True):
+            row[: sequence.slots] = sequence.slot_positions
         self._slot_head = np.repeat(self.head_ids, self.tokens).astype(np.int32)
 
     def per_slot(self, of_tokens: NDArray[np.bool_]) -> NDArray[np.bool_]:
@@ -116,16 +120,16 @@ class ObservationTable:
             decisions: `[B]` int64.
             cached: `[B, N]` bool, the slots that are still cached, the others show zeros; None means all.
         """
-        length_index = self.length_index[decisions]
+        position = np.tile(self._position[self.sequence[decisions]], (1, self.heads))
         observation: Observation
         if cached is None:
             observation = {name: array.take(decisions, axis=0) for name, array in self._arrays.items()}
-            observation["position"] = self._position.take(length_index, axis=0)
-            observation["mask"] = self.is_token.take(length_index, axis=0).astype(np.int8)
+            observation["position"] = position
+            observation["mask"] = self.is_token.take(self.length_index[decisions], axis=0).astype(np.int8)
         else:
             slots = np.where(cached, decisions[:, None] * self.size + np.arange(self.size), len(self) * self.size)
             observation = {name: rows.take(slots, axis=0) for name, rows in self._rows.items()}
-            observation["position"] = np.where(cached, self._position.take(length_index, axis=0), np.float32(-1))
+            observation["position"] = np.where(cached, position, np.float32(-1))
             observation["mask"] = cached.astype(np.int8)
         if self.joint:
             observation["head"] = np.repeat(self._slot_head[None], len(decisions), axis=0)
@@ -189,13 +193,13 @@ def _head_ids(heads: Heads, pairs: list[tuple[int, int]]) -> NDArray[np.int64]:
 
 
 def _tokens(sequences: Seq[Sequence], max_tokens: int | None) -> int:
-    longest = max(sequences, key=lambda sequence: len(sequence.tokens))
-    if max_tokens is not None and len(longest.tokens) > max_tokens:
+    longest = max(sequences, key=lambda sequence: sequence.slots)
+    if max_tokens is not None and longest.slots > max_tokens:
         raise UserError(
-            f"context {longest.id!r} has {len(longest.tokens)} tokens and max_tokens is {max_tokens}: raise max_tokens "
+            f"context {longest.id!r} has {longest.slots} tokens and max_tokens is {max_tokens}: raise max_tokens "
             "or choose shorter contexts"
         )
-    return len(longest.tokens) if max_tokens is None else max_tokens
+    return longest.slots if max_tokens is None else max_tokens
 
 
 def _policy_scores(sequence: Sequence, policies: tuple[Policy, ...]) -> np.ndarray:

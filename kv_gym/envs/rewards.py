@@ -77,7 +77,7 @@ class RankingMode:
         self._prepare_lengths(sinks, recent, weights)
         by_context = np.zeros((len(sequences), len(table.head_ids), table.tokens), np.float32)
         for i, sequence in enumerate(sequences):
-            n = len(sequence.tokens)
+            n = sequence.slots
             by_context[i, :, :n] = sequence.utility(reduction).reshape(-1, n)[table.head_ids]
         utility = by_context.reshape(len(table), table.size)
         self._total = utility.sum(-1, dtype=np.float64)
@@ -199,7 +199,7 @@ class EvictionMode:
         for i, sequence in enumerate(sequences):
             decisions = np.flatnonzero(table.sequence == i)
             for c, continuation in enumerate(sequence.continuations):
-                n, blocks = len(sequence.tokens), continuation.future.shape[3]
+                n, blocks = sequence.slots, continuation.future.shape[3]
                 future = continuation.future[..., ("max", "mean").index(reduction)].reshape(-1, n, blocks)
                 rows = np.zeros((blocks, len(table.head_ids), table.tokens), np.float32)
                 rows[..., :n] = np.moveaxis(future[table.head_ids], -1, 0)
@@ -207,7 +207,9 @@ class EvictionMode:
                 attention.extend(rows.reshape(blocks, len(decisions), table.size).swapaxes(0, 1))
                 for decision in decisions.tolist():
                     episodes.append((decision, c, blocks, len(cut_of)))
-                    cut_of += [cuts.setdefault((n, b * continuation.block), len(cuts)) for b in range(blocks)]
+                    # new tokens count in the proportion in which slots were sampled
+                    new = [b * continuation.block * n // len(sequence.tokens) for b in range(blocks)]
+                    cut_of += [cuts.setdefault((n, count), len(cuts)) for count in new]
         evictable, capacity = zip(*(self._cut(n, new) for n, new in cuts), strict=True) if cuts else ((), ())
         self._evictable = np.array(evictable).reshape(-1, table.size)
         self._capacity = np.array(capacity, np.int64)

@@ -80,6 +80,7 @@ def calibrate(
     scores = []
     with Progress(transient=True, disable=not progress) as bar:
         for sequence in bar.track(part, description="calibrate"):
+            sequence.refuse_sampled("calibrate")
             views = (sequence.view_for(chosen, i) for i in range(len(sequence.layers)))
             scores.append(torch.stack([chosen.score(view)[0].float() for view in views]))
     thresholds = tuple(threshold(scores, share, *protection) for share in wanted)

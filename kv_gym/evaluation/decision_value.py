@@ -164,6 +164,7 @@ def compare(
     for sequence in sequences:
         if not sequence.continuations:
             raise UserError(f"context {sequence.id} has no continuations, so nothing tells what was worth keeping")
+        sequence.refuse_sampled("decision_value")
         of_baseline, of_oracle = (_Cuts(each, sequence, sinks, recent) for each in (baseline_policy, oracle))
         baseline_cuts = {(b, r): of_baseline.cut(budgets[b], baseline_rules[r]) for b, r in settings}
         oracle_cuts = {(b, r): of_oracle.cut(budgets[b], rules[r]) for b, r in settings}

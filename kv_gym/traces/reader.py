@@ -178,6 +178,7 @@ def _read_entry(parent: h5py.Group, name: str, path: Path) -> Entry:
     group = safe_hdf5.open_group(parent, name)
     numbers = {key: safe_hdf5.integer_attribute(group, key) for key in ("ordinal", "tokens")}
     texts = {key: safe_hdf5.text_attribute(group, key) for key in ("task", "split", "text_hash", "prompt", "digest")}
+    numbers["slots"] = safe_hdf5.integer_attribute(group, "slots") if "slots" in group.attrs else numbers["tokens"]
     count = len(safe_hdf5.member_names(group, "continuation"))
     data = {"path": path, "id": name, "continuations": count, **numbers, **texts}
     return validated(Entry, data, f"{path}:sequences/{ascii(name)[1:-1]}")
@@ -197,7 +198,9 @@ def _read_sequence(group: h5py.Group, fingerprint: Fingerprint, dtype: str) -> S
     heads, query_heads, d = fingerprint.kv_heads, fingerprint.query_heads, fingerprint.head_dim
     layers, n = len(fingerprint.layers), safe_hdf5.integer_attribute(group, "tokens")
     context = safe_hdf5.open_group(group, "context")
-    slots = (layers, heads, n)
+    positions = _read_positions(group, context, n)
+    recorded = n if positions is None else len(positions)
+    slots = (layers, heads, recorded)
 
     def floats(name: str, shape: tuple[int | None, ...]) -> np.ndarray:
         return safe_hdf5.read_float32(safe_hdf5.open_dataset(context, name, safe_hdf5.FLOAT_TYPES, shape))
@@ -231,8 +234,23 @@ def _read_sequence(group: h5py.Group, fingerprint: Fingerprint, dtype: str) -> S
         split=safe_hdf5.text_attribute(group, "split"),
         text_hash=safe_hdf5.text_attribute(group, "text_hash"),
         dtype=dtype,
-        hidden=StoredHiddenStates.in_context(context, layers, n) if has_hidden else None,
+        hidden=StoredHiddenStates.in_context(context, layers, recorded) if has_hidden else None,
+        positions=positions,
     )
+
+
+def _read_positions(group: h5py.Group, context: h5py.Group, tokens: int) -> np.ndarray | None:
+    """Positions of the recorded slots of a context of so many tokens; None where all of them were recorded."""
+    if "slots" not in group.attrs:
+        return None
+    slots = safe_hdf5.integer_attribute(group, "slots")
+    positions = safe_hdf5.read_array(context, "positions", ("int64",), (slots,))
+    if not slots or positions[0] < 0 or positions[-1] >= tokens or (np.diff(positions) <= 0).any():
+        raise UserError(
+            f"{context.file.filename}:{context.name}/positions does not ascend within the context's {tokens} tokens; "
+            "expected a trace that `kv-gym record --slots` wrote"
+        )
+    return positions
 
 
 def _read_continuation(group: h5py.Group, slots: tuple[int, ...]) -> Continuation:

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Sequence as Seq
 from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from kv_gym import __version__
+from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.models.attention import attach, detach, refuse_unsupported
 from kv_gym.models.fingerprint import Fingerprint
@@ -23,10 +26,12 @@ from kv_gym.policies.registry import make_policy
 from kv_gym.traces.prompts import Prompt
 from kv_gym.traces.reader import TraceSet, open_traces
 from kv_gym.traces.recording_cache import RecordingCache
-from kv_gym.traces.schema import FORMAT, VERSION
+from kv_gym.traces.schema import FORMAT, SAMPLED_VERSION, VERSION, prompt_hash
 from kv_gym.traces.sequence import Continuation, Sequence
 from kv_gym.traces.writer import TraceWriter
 
+SAMPLED_ENDS = 4  # first and last tokens of a context that every sample of its slots holds
+LEAST_SLOTS = 16
 _BATCHED_TOKENS = 8192  # continuations of one length run together while their caches hold no more tokens than this
 
 
@@ -37,8 +42,10 @@ def record(
     *,
     tokenizer=None,
     window: int = 32,
-    stats: Iterable[str | Policy] = ("h2o",),
+    stats: Iterable[str | Policy] | None = None,
     blocks: int = 32,
+    slots: int | None = None,
+    slot_seed: int = 0,
     shard_size: int = 16,
     storage: str = "auto",
     device: str | None = None,
@@ -55,9 +62,13 @@ def record(
         prompts: contexts with continuations.
         out: folder of the trace set: new, empty, or begun by the same recording.
         tokenizer: whose hash the manifest is to carry, or None.
-        window: how many of the last queries of each context to keep.
-        stats: policies with memory whose statistics over the context's queries to record.
+        window: how many of the last queries of each context to keep; none of a context whose slots are sampled.
+        stats: policies with memory whose statistics over the context's queries to record. By default h2o, and none
+            with `slots`, because statistics need the attention of every context query.
         blocks: blocks of queries per continuation, at most.
+        slots: record so many random tokens of a longer context, the same in all heads, its first and last 4 among
+            them. Attention is normalised over all tokens. Takes fewer bytes, and less time beside the model's own.
+        slot_seed: of the random tokens; a context's also depend on its text.
         shard_size: contexts per file; as many are lost, at most, when a run is killed.
         storage: ``auto`` keeps keys, values and queries in the type the model computes in, ``float32`` widens them,
             ``bfloat16`` rounds them to 8 significant bits, in half the bytes of float32; futures stay float32.
@@ -85,10 +96,12 @@ def record(
         )
     if device is not None:
         model.to(usable_device(device))
-    policies = _stateful_policies(stats)
+    policies = _stateful_policies(stats, slots)
     longest = max(prompts, key=_length)
     refuse_too_long(model, _length(longest), f"prompt {longest.id} with its longest continuation")
-    settings = {"window": window, "stats": list(policies), "blocks": blocks} | ({"hidden": True} if hidden else {})
+    settings: dict[str, Any] = {"window": window, "stats": list(policies), "blocks": blocks}
+    settings |= {"hidden": True} if hidden else {}
+    settings |= {} if slots is None else {"slots": slots, "slot_seed": slot_seed}
     manifest = make_manifest(model, tokenizer, storage, settings, recipe)
     writer = TraceWriter(out, manifest)
     missing = writer.missing(prompts)
@@ -97,7 +110,8 @@ def record(
             group = missing[start : start + shard_size]
             with writer.shard(group[0][0], [prompt.id for _, prompt in group]) as shard:
                 for ordinal, prompt in group:
-                    shard.add(_record_prompt(model, prompt, window, policies, blocks, hidden), ordinal)
+                    positions = sampled_positions(prompt.context_ids, slots, slot_seed)
+                    shard.add(_record_prompt(model, prompt, window, policies, blocks, hidden, positions), ordinal)
                     advance()
     return open_traces(out)
 
@@ -106,9 +120,11 @@ def record_sequence(
     model,
     prompt: Prompt,
     window: int = 32,
-    stats: Iterable[str | Policy] = ("h2o",),
+    stats: Iterable[str | Policy] | None = None,
     blocks: int = 32,
     hidden: bool = False,
+    slots: int | None = None,
+    slot_seed: int = 0,
 ) -> Sequence:
     """Record one prompt into memory.
 
@@ -116,9 +132,10 @@ def record_sequence(
         model: as for :func:`record`.
         prompt: the context and its continuations.
         window: last queries of the context to keep.
-        stats: policies with memory, names or objects.
+        stats: policies with memory, names or objects; None: h2o, and none with `slots`.
         blocks: at most so many blocks of queries per continuation.
         hidden: keep hidden states too.
+        slots, slot_seed: as for :func:`record`.
 
     Raises:
         UserError: a model or settings that are not usable.
@@ -126,7 +143,33 @@ def record_sequence(
     model = transformers_model(model)
     refuse_unsupported(model)
     with _attached(model, hidden):
-        return _record_prompt(model, prompt, window, _stateful_policies(stats), blocks, hidden)
+        positions = sampled_positions(prompt.context_ids, slots, slot_seed)
+        return _record_prompt(model, prompt, window, _stateful_policies(stats, slots), blocks, hidden, positions)
+
+
+def sampled_positions(tokens: Seq[int], slots: int | None, seed: int = 0) -> np.ndarray | None:
+    """Random positions of a context, `[slots]` int64, ascending; None where it is not longer than `slots`.
+
+    The first and the last 4 are always among them: most policies protect them, and attention sinks lie there.
+
+    Args:
+        tokens: token ids of the context; together with `seed` they decide the draw.
+        slots: how many, or None for all.
+        seed: of the draw.
+
+    Raises:
+        UserError: fewer than 16 slots, or a negative seed.
+    """
+    if slots is None:
+        return None
+    if slots < LEAST_SLOTS or seed < 0:
+        raise UserError(f"slots and slot_seed are {slots} and {seed}; expected at least {LEAST_SLOTS} and 0")
+    if len(tokens) <= slots:
+        return None
+    random = np.random.default_rng([seed, int(prompt_hash(tokens, ()), 16)])
+    between = random.choice(len(tokens) - 2 * SAMPLED_ENDS, slots - 2 * SAMPLED_ENDS, replace=False) + SAMPLED_ENDS
+    ends = np.arange(SAMPLED_ENDS)
+    return np.sort(np.concatenate((ends, between, len(tokens) - 1 - ends)))
 
 
 def make_manifest(
@@ -159,7 +202,7 @@ def make_manifest(
     name = str(getattr(model.config, "name_or_path", "") or "")
     return {
         "format": FORMAT,
-        "version": VERSION,
+        "version": SAMPLED_VERSION if "slots" in settings else VERSION,
         "model": Path(name).name if Path(name).is_dir() else name,  # a folder of this machine means nothing elsewhere
         "fingerprint": Fingerprint.of(model).to_json(),
         "tokenizer": tokenizer_hash(tokenizer),
@@ -171,19 +214,29 @@ def make_manifest(
 
 
 def _record_prompt(
-    model, prompt: Prompt, window: int, policies: Mapping[str, StatefulPolicy], blocks: int, hidden: bool
-) -> Sequence:  # fmt: skip
-    cache = RecordingCache(model, window, policies, hidden)
+    model,
+    prompt: Prompt,
+    window: int,
+    policies: Mapping[str, StatefulPolicy],
+    blocks: int,
+    hidden: bool,
+    positions: np.ndarray | None,
+) -> Sequence:
+    sample = None if positions is None else to_device(torch.from_numpy(positions), model.device)
+    # queries without all of the keys that they attend to would be of no use
+    cache = RecordingCache(model, window if sample is None else 0, policies, hidden, sample)
     _forward(model, [prompt.context_ids], cache)
     cache.run_second_readings(model, token_rows(model, [prompt.context_ids]))
     layers = cache.recorded
     arrays = {
-        name: torch.stack([getattr(layer, name)[0] for layer in layers]).float().cpu().numpy()
-        for name in ("keys", "values", "queries", *["hidden"] * hidden)
+        name: torch.stack([layer.of_slots(getattr(layer, name))[0] for layer in layers]).float().cpu().numpy()
+        for name in ("keys", "values")
     }
+    for name in ("queries", *["hidden"] * hidden):
+        arrays[name] = torch.stack([getattr(layer, name)[0] for layer in layers]).float().cpu().numpy()
     stats = {
         policy: {
-            state: torch.stack([layer.stats[policy][state][0] for layer in layers]).cpu().numpy()
+            state: torch.stack([layer.of_slots(layer.stats[policy][state])[0] for layer in layers]).cpu().numpy()
             for state in layers[0].stats[policy]
         }
         for policy in policies
@@ -200,6 +253,7 @@ def _record_prompt(
         split=prompt.split,
         text_hash=prompt.text_hash,
         dtype=str(model.dtype).removeprefix("torch."),
+        positions=positions,
     )
 
 
@@ -253,9 +307,9 @@ def _attached(model, hidden: bool = False) -> Iterator[None]:
         detach(model)
 
 
-def _stateful_policies(stats: Iterable[str | Policy]) -> dict[str, StatefulPolicy]:
+def _stateful_policies(stats: Iterable[str | Policy] | None, slots: int | None) -> dict[str, StatefulPolicy]:
     policies: dict[str, StatefulPolicy] = {}
-    for given in stats:
+    for given in stats if stats is not None else ("h2o",) if slots is None else ():
         policy = make_policy(given)
         if not isinstance(policy, StatefulPolicy) or not policy.statistics:
             raise UserError(f"policy {policy.name!r} keeps no statistics, so there is nothing to record for it")

@@ -25,6 +25,8 @@ from kv_gym.traces import safe_hdf5
 
 FORMAT = "kv_gym traces"
 VERSION = "1.0"
+SAMPLED_VERSION = "2.0"
+"""Version of sets in which a context may hold some of its slots only; version 1 readers expect all of them."""
 ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 """Ids of sequences: plain names, which are safe as names of groups and files, and on a terminal."""
 CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
@@ -85,6 +87,7 @@ class Entry(BaseModel):
         id: of the sequence.
         ordinal: place in the order of the prompts.
         tokens: context length.
+        slots: how many of these tokens were recorded.
         continuations: how many were recorded.
         task, split, text_hash: as in :class:`~kv_gym.traces.prompts.Prompt`.
         prompt: hash of the tokens of context and continuations.
@@ -97,6 +100,7 @@ class Entry(BaseModel):
     id: Annotated[str, AfterValidator(_id)]
     ordinal: NonNegativeInt
     tokens: NonNegativeInt
+    slots: NonNegativeInt
     continuations: NonNegativeInt
     task: PlainText
     split: Literal["train", "test"]
@@ -117,8 +121,10 @@ def check_manifest(data: Any, where: str) -> dict[str, Any]:
     major = version.partition(".")[0]
     if not (major.isascii() and major.isdigit()):
         raise UserError(f"{where} has trace format version {version!r}; expected {VERSION}")
-    if int(major) > int(VERSION.partition(".")[0]):
-        raise UserError(f"{where} has trace format version {version} and this kv_gym reads up to {VERSION}: upgrade it")
+    if int(major) > int(SAMPLED_VERSION.partition(".")[0]):
+        raise UserError(
+            f"{where} has trace format version {version} and this kv_gym reads up to {SAMPLED_VERSION}: upgrade it"
+        )
     validated(Manifest, data, where)
     Fingerprint.from_json(data["fingerprint"])
     return data

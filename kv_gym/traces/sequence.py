@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
 
@@ -80,11 +80,13 @@ class StoredHiddenStates:
 
 @dataclass(frozen=True)
 class Sequence:
-    """One recorded context; L recorded layers, H KV heads, Hq query heads, n tokens, d head dimension.
+    """One recorded context; L recorded layers, H KV heads, Hq query heads, n slots, d head dimension.
+
+    There is a slot for every token, unless a sample of them was recorded (`positions`).
 
     Attributes:
         id: unique in its trace set.
-        tokens: `[n]` int64.
+        tokens: `[T]` int64, token ids of the whole context; T = n unless slots were sampled.
         keys, values: `[L, H, n, d]` float32 (bfloat16 and float16 recordings are widened when read).
         queries: `[L, Hq, m, d]`, the last m context queries.
         stats: state of stateful policies after the context: policy name -> state name -> `[L, H, n, ...]`.
@@ -95,6 +97,7 @@ class Sequence:
         dtype: the type the model computed in, such as ``float32``.
         hidden: `[L, n, D]` float32, what each recorded layer's attention received, or None; of a trace on the disk
             each layer is read when it is asked for, as ``hidden[layer]``.
+        positions: `[n]` int64, positions of the slots' tokens where slots were sampled, ascending; None: all tokens.
     """
 
     id: str
@@ -111,6 +114,25 @@ class Sequence:
     text_hash: str = ""
     dtype: str = "float32"
     hidden: np.ndarray | StoredHiddenStates | None = None
+    positions: np.ndarray | None = None
+
+    @property
+    def slots(self) -> int:
+        """Recorded slots per head, n."""
+        return self.keys.shape[2]
+
+    @property
+    def slot_positions(self) -> np.ndarray:
+        """Position of each slot's token in the context, `[n]` int64."""
+        return np.arange(self.slots) if self.positions is None else self.positions
+
+    def refuse_sampled(self, reader: str) -> None:
+        """Raise a UserError where slots were sampled, for a reader that needs all of them."""
+        if self.positions is not None:
+            raise UserError(
+                f"{reader} needs every slot of a context, and {self.id} holds {self.slots} of {len(self.tokens)}: "
+                "record without --slots"
+            )
 
     @cached_property
     def _expected(self) -> dict[str, np.ndarray]:
@@ -153,7 +175,7 @@ class Sequence:
 
         Args:
             layer: index into the recorded layers (not the model's own index).
-            budget: slots per head or share, allocated uniformly.
+            budget: slots per head or share of the recorded slots, allocated uniformly.
             policy: name of the stateful policy whose recorded state to load, or "".
             oracle: include the future.
             hidden: include the hidden states.
@@ -176,7 +198,11 @@ class Sequence:
             hidden=as_tensor(self.hidden_of(layer)).to(dtype) if hidden else None,
             future=self.future(layer) if oracle and self.continuations else None,
         )
-        return view.with_budget(uniform(budget, view.seen, view.keys.shape[1]))
+        slots = uniform(budget, view.seen, view.keys.shape[1])
+        if self.positions is not None:
+            positions = torch.from_numpy(self.positions).expand(view.positions.shape)
+            view = replace(view, positions=positions, seen=torch.tensor([len(self.tokens)]))
+        return view.with_budget(slots)
 
     def view_for(self, policy: Policy, layer: int, budget: Budget = 1.0) -> CacheView:
         """The view of recorded layer number `layer` with all that `policy` needs: its state, hidden states, the future.
@@ -189,6 +215,8 @@ class Sequence:
 
     def refuse_unrecorded(self, policy: Policy) -> None:
         """Raise a UserError where too few queries, no statistics or no hidden states were recorded for a policy."""
+        if policy.needs_queries:
+            self.refuse_sampled(f"policy {policy.name!r} reads the attention of the last queries, so that it")
         if policy.needs_queries > self.queries.shape[2]:
             raise UserError(
                 f"policy {policy.name!r} needs the last {policy.needs_queries} queries and context {self.id} has "

@@ -46,6 +46,7 @@ def info(path: str | Path | None = None) -> dict[str, Any]:
     return {
         "sequences": len(entries),
         "tokens": sum(lengths),
+        "slots": sum(entry.slots for entry in entries),
         "longest": max(lengths, default=0),
         "continuations": sum(entry.continuations for entry in entries),
         "splits": dict(Counter(entry.split for entry in entries)),
@@ -130,10 +131,10 @@ def show(
         raise UserError(f"sequence {context.id} was recorded without continuations, so it has no future to show")
     layer, head = _choose_head(context, layer, head)
     tokenizer = tokenizer or traces.tokenizer()
-    ids = context.tokens.tolist()
+    ids = context.tokens[context.slot_positions].tolist()
     words = [str(i) for i in ids] if tokenizer is None else tokenizer.convert_ids_to_tokens(ids)
     title = (
-        f"{context.id} ({context.task or 'no task'}, {context.split}): {len(words)} tokens, "
+        f"{context.id} ({context.task or 'no task'}, {context.split}): {_size(context)}, "
         f"continuations: {len(context.continuations)}; "
         f"layer {context.layers[layer]}, KV head {head}"
     )
@@ -158,7 +159,7 @@ def draw_attention(sequence: Sequence, words: Seq[str], out: str | Path) -> Path
 
     Args:
         sequence: a context with at least one continuation.
-        words: `[n]` text of the tokens.
+        words: `[n]` text of the slots' tokens.
         out: PNG file to write, whole or not at all.
 
     Returns:
@@ -183,8 +184,8 @@ def attention_figure(sequence: Sequence, words: Seq[str]) -> Figure:
     each block of each continuation.
 
     Args:
-        sequence: a context with at least one continuation; L layers, H heads, n tokens.
-        words: `[n]` text of the tokens.
+        sequence: a context with at least one continuation; L layers, H heads, n slots.
+        words: `[n]` text of the slots' tokens.
 
     Raises:
         UserError: no continuation.
@@ -207,8 +208,8 @@ def attention_figure(sequence: Sequence, words: Seq[str]) -> Figure:
     top.bar(np.arange(n), token_utility, width=1.0 if n > 200 else 0.8, color="0.3")
     top.set(ylabel="mean utility", xlim=(-0.5, n - 0.5))
     top.set_title(
-        f"{sequence.id} ({sequence.task or 'no task'}, {sequence.split}): {n} tokens, {layers} layers of {heads} "
-        f"KV heads, continuations: {len(sequence.continuations)}",
+        f"{sequence.id} ({sequence.task or 'no task'}, {sequence.split}): {_size(sequence)}, {layers} layers of "
+        f"{heads} KV heads, continuations: {len(sequence.continuations)}",
         fontsize=10, loc="left",
     )  # fmt: skip
     style = {"aspect": "auto", "interpolation": "nearest", "cmap": "magma_r"}
@@ -228,6 +229,11 @@ def attention_figure(sequence: Sequence, words: Seq[str]) -> Figure:
     _name_tokens(bottom, words, token_utility)
     drawing.colorbar(image, ax=[middle, bottom], label="attention per query", pad=0.01, fraction=0.03)
     return drawing
+
+
+def _size(sequence: Sequence) -> str:
+    tokens = f"{len(sequence.tokens)} tokens"
+    return tokens if sequence.positions is None else f"{sequence.slots} sampled of {tokens}"
 
 
 def _find_sequence(traces: TraceSet, sequence: str | int) -> Sequence:

@@ -197,6 +197,9 @@ class Shard:
         safe_hdf5.set_text(group, **texts)
         context = group.create_group("context")
         _write_array(context, "tokens", np.asarray(sequence.tokens, np.int64))
+        if sequence.positions is not None:
+            group.attrs["slots"] = sequence.slots
+            _write_array(context, "positions", np.asarray(sequence.positions, np.int64))
         for name in ("keys", "values", "queries"):
             array = getattr(sequence, name)
             if array.size:

@@ -10,7 +10,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from typing import Annotated, Any, ClassVar
 
@@ -146,6 +146,8 @@ def sequence_inputs(sequence: Sequence, names: tuple[str, ...] = DEFAULT) -> Ten
 def _inputs_from_slots(sequence: Sequence, names: tuple[str, ...]) -> Tensor:
     """All inputs but the hidden states, `[heads, n, f]`; f may be 0."""
     window = max((INPUTS[name].queries for name in names), default=0)
+    if window:
+        sequence.refuse_sampled(f"training on inputs {list(names)}")
     if window > sequence.queries.shape[2]:
         raise UserError(
             f"inputs {list(names)} need the last {window} queries and context {sequence.id} has "
@@ -157,11 +159,13 @@ def _inputs_from_slots(sequence: Sequence, names: tuple[str, ...]) -> Tensor:
     # no input depends on the layer: all heads of the model at once
     keys, values = (torch.from_numpy(array).flatten(0, 1) for array in (sequence.keys, sequence.values))
     if names == DEFAULT:
-        n = keys.shape[1]
-        return slot_inputs(keys, values, torch.arange(n).expand(keys.shape[:2]), torch.tensor(n))
+        positions = torch.from_numpy(sequence.slot_positions).expand(keys.shape[:2])
+        return slot_inputs(keys, values, positions, torch.tensor(len(sequence.tokens)))
     if not names:
         return keys[..., :0].clone()
-    return read_inputs(CacheView.of(keys[None], values[None]), names)[0]
+    view = CacheView.of(keys[None], values[None])
+    positions = torch.from_numpy(sequence.slot_positions).expand(view.positions.shape)
+    return read_inputs(replace(view, positions=positions, seen=torch.tensor([len(sequence.tokens)])), names)[0]
 
 
 class Learner(ABC):

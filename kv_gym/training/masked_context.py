@@ -36,7 +36,13 @@ class RecordedContexts:
 
     @classmethod
     def of(cls, sequences: list[Sequence], device: torch.device | str = "cpu") -> RecordedContexts:
-        """Stack the contexts on a device."""
+        """Stack the contexts on a device.
+
+        Raises:
+            UserError: a context of which only some slots were recorded.
+        """
+        for sequence in sequences:
+            sequence.refuse_sampled("training through the model")
         lengths = number_tensor([len(sequence.tokens) for sequence in sequences], torch.device(device))
         n = max(len(sequence.tokens) for sequence in sequences)
 

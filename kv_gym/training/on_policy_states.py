@@ -143,6 +143,6 @@ class OnPolicyStates:
         observation = self._table.gather(decisions)
         pairs = zip(self._table.sequence[decisions], self._eviction.continuation[episodes], strict=True)
         new = block * np.array([self._block_tokens[i][c] for i, c in pairs])
-        seen = torch.from_numpy(self._table.length[decisions] + new)[:, None]
+        seen = torch.from_numpy(self._table.seen[decisions] + new)[:, None]
         key, value, position = (torch.from_numpy(observation[name]) for name in ("key", "value", "position"))
         return slot_inputs(key, value, position.long(), seen), torch.from_numpy(observation["head"])

@@ -124,7 +124,11 @@ def output_change(sequence: Sequence, roots: dict[int, Tensor]) -> np.ndarray:
     """``a / (1 - a) |(v - o) W_O|``, `[L, H, n]`: a is the mean attention of a block, o its mean output.
 
     Blocks are weighted by their number of queries, continuations equally.
+
+    Raises:
+        UserError: only some slots of the context were recorded.
     """
+    sequence.refuse_sampled("target 'output'")  # o is the mean over all slots
     values = _output_values(sequence, roots)
     error = torch.zeros(values.shape[:3])
     for continuation in sequence.continuations:

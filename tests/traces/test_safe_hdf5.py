@@ -210,7 +210,7 @@ def change_manifest(shard, **changes):
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
-        ({"version": "2.0"}, "version 2.0 and this kv_gym reads up to 1.0: upgrade"),
+        ({"version": "3.0"}, "version 3.0 and this kv_gym reads up to 2.0: upgrade"),
         ({"version": "soon"}, "version 'soon'"),
         ({"format": "photos"}, "not the manifest"),
         ({"fingerprint": {"layers": [0]}}, "fingerprint in the file is damaged"),

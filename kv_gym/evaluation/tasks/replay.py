@@ -106,7 +106,8 @@ class _Scores:
         key = (isinstance(budget, int), budget)
         if self._key != key:
             self._key = key
-            slots = uniform(budget, self._plain[0].seen, self._plain[0].keys.shape[1])
+            heads, n = self._plain[0].keys.shape[1:3]
+            slots = uniform(budget, torch.tensor([n]), heads)  # not of the tokens seen: slots may be sampled
             views = [view.with_budget(slots) for view in self._plain]
             self._scored = views, [policy.score(view) for view in views]
         return self._scored
