@@ -233,6 +233,7 @@ class PageCache:
 
     Attributes:
         hits, hit_bytes: accesses, and bytes, served from the cache so far.
+        found: `[accesses]` bytes, 1 for each of these accesses.
         served: accesses so far.
         evictions: pages that left so far.
         access: number of the current access.
@@ -299,6 +300,7 @@ class PageCache:
         self._heap: list[tuple[tuple, int]] = []
         self.used = self.hits = self.hit_bytes = self.served = self.served_bytes = self.evictions = self.access = 0
         self.incoming = -1
+        self.found = bytearray(len(self.trace))
 
     def __contains__(self, page: int) -> bool:
         return page in self.size
@@ -409,6 +411,7 @@ class PageCache:
 
     def _count_hit(self, page: int) -> None:
         self.hits += 1
+        self.found[self.access] = 1
         self.hit_bytes += self.size[page]
         self.uses[page] += 1
 

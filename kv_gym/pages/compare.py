@@ -55,7 +55,8 @@ def compare_page_policies(
 
     Returns:
         Rows with `policy`, `capacity`, `semantics`, `trace`, `accesses`, `hits`, `hit_rate`, `byte_hit_rate` (None
-        without sizes), `evictions`, `late_share` (None without a time limit) and `seed` (None where nothing is drawn).
+        without sizes), `evictions`, `late_share` (None without a time limit), `shadow_share` (None without a shadow
+        LRU) and `seed` (None where nothing is drawn).
 
     Raises:
         UserError: a file that cannot be read, an unknown policy, or a capacity that some object does not fit into.

@@ -28,6 +28,7 @@ class SimulationResult:
         byte_hit_rate: share of the bytes found, or None where the trace has no sizes.
         evictions: pages that were evicted, those of the warm-up too.
         late_share: of a policy with a time limit: share of decisions that came late, so that LRU stood in.
+        shadow_share: of a policy with a shadow LRU: share of decisions left to LRU because the shadow had more hits.
         hit: `[accesses]` bool, where asked for.
     """
 
@@ -41,6 +42,7 @@ class SimulationResult:
     byte_hit_rate: float | None
     evictions: int
     late_share: float | None = None
+    shadow_share: float | None = None
     hit: np.ndarray | None = None
 
     def row(self) -> dict:
@@ -96,13 +98,14 @@ def simulate(
         raise UserError(f"oversize {oversize!r} is not known; expected refuse or pass")
     plain = isinstance(chosen, PageLRU) and semantics == "objects" and trace.ttl is None
     record = record_hits or first > 0
+    counted: tuple[int, int, int, list[bool] | bytearray | None]
     if plain:
         counted = _run_lru(trace, capacity, record)
     elif isinstance(chosen, QueuePolicy):
         counted = _run_queues(trace, chosen, capacity, record)
     else:
         assert isinstance(chosen, PageRankingPolicy)
-        counted = _run_ranking(trace, chosen, capacity, semantics, record)
+        counted = _run_ranking(trace, chosen, capacity, semantics)
     hits, hit_bytes, evictions, hit = counted
     found = None if hit is None else np.array(hit, bool)
     if first and found is not None:
@@ -120,6 +123,7 @@ def simulate(
         None if not total else hit_bytes / total,
         evictions,
         getattr(chosen, "late_share", None),
+        getattr(chosen, "shadow_share", None),
         found if record_hits else None,
     )
 
@@ -195,17 +199,17 @@ def _run_queues(
 
 
 def _run_ranking(
-    trace: RequestTrace, policy: PageRankingPolicy, capacity: int, semantics: str, record: bool
-) -> tuple[int, int, int, list[bool] | None]:
+    trace: RequestTrace, policy: PageRankingPolicy, capacity: int, semantics: str
+) -> tuple[int, int, int, bytearray]:
     policy.reset(0)
     cache = PageCache(
         trace, capacity, semantics, policy.candidates, policy.needs_future, getattr(policy, "priority", None),
         policy.drawn,
     )  # fmt: skip
     bypasses = type(policy).declines is not PageRankingPolicy.declines
-    hit: list[bool] | None = [] if record else None
+    observes = type(policy).observe is not PageRankingPolicy.observe
+    starts = trace.lists["starts"]
     for request in range(trace.requests):
-        before = cache.hits
         for _ in cache.serve(request, request + 1):
             pages = cache.shown()
             victim = pages[0] if len(pages) == 1 else pages[int(np.argmin(policy.rank(Candidates(cache, pages))))]
@@ -213,7 +217,6 @@ def _run_ranking(
                 cache.decline()
             else:
                 cache.evict(victim)
-        if hit is not None:  # a prefix hits up to its first miss
-            length = int(trace.starts[request + 1] - trace.starts[request])
-            hit += [place < cache.hits - before for place in range(length)]
-    return cache.hits, cache.hit_bytes, cache.evictions, hit
+        if observes:
+            policy.observe(cache, starts[request], starts[request + 1])
+    return cache.hits, cache.hit_bytes, cache.evictions, cache.found

@@ -9,7 +9,6 @@ to the next use, so that two pages that are never asked for again are equally go
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -126,12 +125,12 @@ def train_pages(
         )
         everything = Decisions(*(np.concatenate(arrays) for arrays in zip(*recorded, strict=True)))
         fit_scorer(network, everything, steps, rate, random)
-        behaviour = Learned(card, network.weights())
+        behaviour = Learned(card, network.weights(), shadow=0)
         learned.append((hit_rate(behaviour), behaviour))
     rate_of_best, best = max(learned, key=lambda each: each[0])
     validation = {"learned": rate_of_best, **bounds}
     card = card.model_copy(update={"validation": validation, "fallback": rate_of_best < bounds["lru"]})
-    policy = replace(best, card=card)
+    policy = Learned(card, best.weights)
     policy.save(out)
     return policy
 

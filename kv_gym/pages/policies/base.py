@@ -122,6 +122,9 @@ class PageRankingPolicy(PagePolicy, ABC):
         """Whether the incoming page shall not be stored rather than `victim` leave (bypass)."""
         return False
 
+    def observe(self, cache: PageCache, begin: int, end: int) -> None:
+        """The accesses from `begin` up to `end`, a request, were served; ``cache.found`` says which of them hit."""
+
     def reset(self, seed: int) -> None:
         """Begin a run: a stochastic policy seeds its generator."""
 

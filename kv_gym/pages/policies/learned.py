@@ -21,9 +21,10 @@ from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kv_gym.errors import UserError, short_reason
 from kv_gym.files import atomic_write, read_bytes, read_json, validated
-from kv_gym.pages.cache import Candidates
+from kv_gym.pages.cache import Candidates, PageCache
 from kv_gym.pages.features import FEATURES, feature_matrix
 from kv_gym.pages.policies.base import PageRankingPolicy
+from kv_gym.pages.shadow import ShadowLRU
 
 _CARD, _WEIGHTS = "policy.json", "weights.safetensors"
 
@@ -93,23 +94,29 @@ class Learned(PageRankingPolicy):
         weights: arrays by name, as :attr:`LearnedCard.shapes` says.
         limit: seconds that a decision may take: one that takes longer is not used and the least recently used page
             leaves. 0: no limit, so that results can be repeated on a slower machine.
+        shadow: pages of the LRU cache that is simulated beside the real one on a sample of the pages, see
+            :class:`~kv_gym.pages.shadow.ShadowLRU`: while it has more hits, LRU decides. 0: none.
         clock: gives the seconds.
-        decisions, late: decisions since `reset`, and those that took too long.
+        decisions, late: decisions of the network since `reset`, and those that took too long.
+        left: decisions left to LRU because the shadow had more hits.
     """
 
     card: LearnedCard = field(metadata={"loaded": True})
     weights: dict[str, np.ndarray] = field(metadata={"loaded": True})
     limit: float = 0.0
+    shadow: int = 4096
     clock: Callable[[], float] = field(default=time.perf_counter, metadata={"loaded": True})
 
     def __post_init__(self) -> None:
         if self.limit < 0:
             raise UserError(f"a limit of {self.limit} seconds is no time; expected 0 (none) or more")
+        if self.shadow < 0:
+            raise UserError(f"a shadow of {self.shadow} pages holds nothing; expected 0 (none) or more")
         self.candidates, self.drawn = self.card.candidates, self.card.drawn
         self.reset(0)
 
     @classmethod
-    def load(cls, folder: str | Path, limit: float = 0.0) -> Learned:
+    def load(cls, folder: str | Path, limit: float = 0.0, shadow: int = 4096) -> Learned:
         """Read a trained policy.
 
         Raises:
@@ -132,7 +139,7 @@ class Learned(PageRankingPolicy):
         found = {name: array.shape for name, array in weights.items()}
         if found != card.shapes or not all(np.isfinite(array).all() for array in weights.values()):
             raise UserError(f"{file} holds other tensors than {_CARD} says, or numbers that are not finite; {expected}")
-        return cls(card, weights, limit)
+        return cls(card, weights, limit, shadow)
 
     def save(self, folder: str | Path) -> None:
         """Write card and weights into a folder, which is made where it is not there."""
@@ -147,16 +154,31 @@ class Learned(PageRankingPolicy):
             part.write_text(json.dumps(self.card.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
 
     def reset(self, seed: int) -> None:
-        self.decisions = self.late = 0
+        self.decisions = self.late = self.left = 0
+        self._lru: ShadowLRU | None = None
+
+    def observe(self, cache: PageCache, begin: int, end: int) -> None:
+        if self.shadow and not self.card.fallback:
+            if self._lru is None:
+                self._lru = ShadowLRU(cache, self.shadow)
+            self._lru.follow(cache, begin, end)
 
     @property
     def late_share(self) -> float | None:
         """Share of decisions that took longer than the limit; None without a limit."""
         return self.late / max(self.decisions, 1) if self.limit else None
 
+    @property
+    def shadow_share(self) -> float | None:
+        """Share of decisions left to LRU because the shadow had more hits; None without a shadow."""
+        return self.left / max(self.decisions + self.left, 1) if self.shadow else None
+
     def rank(self, candidates: Candidates) -> np.ndarray:
         least_recently_used = np.arange(len(candidates))
         if self.card.fallback:
+            return least_recently_used
+        if self._lru is not None and self._lru.stands_in:
+            self.left += 1
             return least_recently_used
         begin = self.clock() if self.limit else 0.0
         scores = self.score(feature_matrix(candidates, self.card.features))
