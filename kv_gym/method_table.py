@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 
 from kv_gym.budgets import ALLOCATIONS, Allocation
+from kv_gym.live.selection import SELECTIONS, parse_selection
 from kv_gym.live.tiers import TIERS, parse_tier
 from kv_gym.markdown import pipe_table
 from kv_gym.policies import Policy, list_policies, make_policy, policy_class
@@ -39,6 +40,8 @@ def method_tables() -> str:
         ),
         "## Tiers: what becomes of evicted pairs",
         pipe_table(("evicted", "paper", "what"), [_tier(name) for name in TIERS], None),
+        "## Selections: which of the held slots a query reads",
+        pipe_table(("select", "paper", "what"), [_selection(name) for name in SELECTIONS], None),
         "## Agents: how a policy is learned",
         pipe_table(("agent", "paper", "what"), [_agent(name) for name in list_agents()], None),
     ]  # fmt: skip
@@ -54,6 +57,11 @@ def paper_link(kind: type) -> str:
 def _tier(name: str) -> Sequence[str]:
     kind = type(parse_tier(name))
     return name, paper_link(kind), _summary(kind.__doc__)
+
+
+def _selection(name: str) -> Sequence[str]:
+    kind = type(parse_selection(name if name == "all" else f"{name}:0.2"))
+    return name if name == "all" else f"{name}:SHARE", paper_link(kind), _summary(kind.__doc__)
 
 
 def _agent(name: str) -> Sequence[str]:

@@ -9,6 +9,7 @@ from typer.testing import CliRunner
 from kv_gym import list_policies
 from kv_gym.budgets import ALLOCATIONS
 from kv_gym.cli import app
+from kv_gym.live.selection import SELECTIONS
 from kv_gym.live.tiers import TIERS
 from kv_gym.method_table import method_tables
 from kv_gym.policies import Paper, policy_class
@@ -35,7 +36,8 @@ def test_the_command_prints_the_page():
 
 
 def test_nothing_is_missing(rows):
-    assert [list(table) for table in rows] == [list_policies(), list(ALLOCATIONS), list(TIERS), list_agents()]
+    tables = [[name.removesuffix(":SHARE") for name in table] for table in rows]
+    assert tables == [list_policies(), list(ALLOCATIONS), list(TIERS), list(SELECTIONS), list_agents()]
     assert len({len(cells) for cells in rows[0].values()}) == 1
 
 
@@ -63,7 +65,7 @@ def test_papers_as_links(paper, link):
 
 
 def test_known_methods(rows):
-    policies, allocations, tiers, agents = rows
+    policies, allocations, tiers, selections, agents = rows
     assert policies["h2o"][0].endswith("(https://arxiv.org/abs/2306.14048) (NeurIPS 2023), section 4 and algorithm 1")
     assert policies["h2o"][1:] == ["statistics", "-", "yes", "yes", "yes", "-"]
     assert policies["snapkv"][1:] == ["a window of 32", "-", "-", "-", "yes", "-"]
@@ -77,4 +79,5 @@ def test_known_methods(rows):
     assert allocations["cake"][3:] == ["the last layer", "the last queries"]
     assert allocations["ada"][0].endswith("(https://arxiv.org/abs/2407.11550) (NeurIPS 2025)")
     assert tiers["bits:4"][0].endswith("(https://arxiv.org/abs/2402.18096)") and tiers["drop"][0] == "-"
+    assert "2406.10774" in selections["quest:SHARE"][0] and selections["all"][0] == "-"
     assert agents["rloo"][0].endswith("(https://arxiv.org/abs/2602.10238) (ICML 2026), section 4")

@@ -36,6 +36,7 @@ from kv_gym.live.guard import Guard, GuardMonitor
 from kv_gym.live.layer import EvictingLayer, copy_layer
 from kv_gym.live.layer_state import MAX_PENDING, LayerState
 from kv_gym.live.saving import SavedCache, write_cache
+from kv_gym.live.selection import Selection
 from kv_gym.live.tiers import Tier, TierRecorder
 from kv_gym.models.attention import attach, detach, full_layers
 from kv_gym.models.hidden_states import attach_hidden_state_hooks, remove_hidden_state_hooks
@@ -88,6 +89,8 @@ class EvictingCache(Cache):
         offload: keep a copy of every evicted pair in the host's memory, for :meth:`restore`.
         positions: rotary positions of kept keys: ``original``; ``cache``: their places among those that are left, so
             that no query is farther from a key than the cache is long; None: the policy's own.
+        select: which of the slots a query reads, in every forward after the first: ``all``, or ``mpcache:0.2`` and
+            others of :mod:`kv_gym.live.selection`. It saves the bytes that a step reads, and none that the cache holds.
 
     Attributes:
         model: the transformers decoder, without its wrapper.
@@ -114,10 +117,11 @@ class EvictingCache(Cache):
         guard: Guard | None = None,
         offload: bool = False,
         positions: str | None = None,
+        select: str | Selection = "all",
     ):
         self.config = CacheConfig.parse(
             model, policy=policy, budget=budget, allocation=allocation, trigger=trigger, sinks=sinks, recent=recent,
-            evicted=evicted, guard=guard, offload=offload, positions=positions,
+            evicted=evicted, guard=guard, offload=offload, positions=positions, select=select,
         )  # fmt: skip
         self._initial_budget = self.config.budget
         self.monitor = None if guard is None else GuardMonitor(guard)
@@ -168,6 +172,22 @@ class EvictingCache(Cache):
         """
         self._refuse_empty()
         return torch.stack([state.slots.counts().cpu() for state in self._states])
+
+    def slots_read(self) -> Tensor:
+        """How many slots a query of the last forward read at most, `[evicting layers, batch, kv_heads]` on the CPU.
+
+        Those that are held, unless `select` chooses among them.
+
+        Raises:
+            UserError: nothing was seen yet.
+        """
+        self._refuse_empty()
+        return torch.stack(
+            [
+                held if state.selection.read is None else state.selection.read.cpu()
+                for state, held in zip(self._states, self.kept(), strict=True)
+            ]
+        )
 
     def nbytes(self) -> int:
         """Bytes of all that the cache holds: keys, values, positions, state, queries, tiers, with buffers' slack."""
@@ -250,6 +270,7 @@ class EvictingCache(Cache):
         evicted: str | Tier | None = None,
         guard: Guard | None = None,
         positions: str | None = None,
+        select: str | Selection | None = None,
     ) -> EvictingCache:
         """An independent copy of the same context, which may evict differently from here on.
 
@@ -264,6 +285,7 @@ class EvictingCache(Cache):
             evicted: another tier for what is evicted from here on, or None for the same.
             guard: another guard, or None for the same.
             positions: other positions of keys; None means the other policy's own, or as before for the same policy.
+            select: what a query reads from here on, or None for the same.
 
         Raises:
             UserError: settings that the constructor refuses, or that need state, queries or keys that the cache did
@@ -271,7 +293,7 @@ class EvictingCache(Cache):
         """
         config = self.config.fork(
             policy=policy, budget=budget, allocation=allocation, sinks=sinks, recent=recent, evicted=evicted,
-            guard=guard, positions=positions,
+            guard=guard, positions=positions, select=select,
         )  # fmt: skip
         twin = copy.copy(self)
         twin.config, twin._in_forward = config, False
@@ -390,6 +412,10 @@ class EvictingCache(Cache):
         unfinished = once and prefill_is_unfinished()
         for layer in self._evicting:
             layer.token_mask, layer.state.prefill_unfinished = token_mask, unfinished
+        if self.config.select.paired:
+            selections = [state.selection for state in self._states]
+            for before, selection in zip(selections[2::2], selections[3::2], strict=False):
+                selection.partner = before
         if self.config.needs_second_reading:
             first.store_unread(arguments.get("input_ids"), positions, token_mask, self.seen)
         self._in_forward = True

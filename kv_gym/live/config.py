@@ -25,6 +25,7 @@ from kv_gym.cache_view import CacheView, protected_tokens
 from kv_gym.errors import UserError
 from kv_gym.live.guard import Guard
 from kv_gym.live.rope_shift import RopeShift
+from kv_gym.live.selection import SelectAll, Selection, parse_selection
 from kv_gym.live.tiers import Drop, LowPrecision, Merge, MergeValues, RecordingTier, Tier, parse_tier
 from kv_gym.models.attention import full_layers, refuse_unsupported
 from kv_gym.models.fingerprint import Fingerprint
@@ -134,6 +135,7 @@ class CacheConfig:
         guard: what is measured at every forward, or None.
         offload: whether evicted pairs are copied to the host.
         positions: rotary positions of kept keys, one of `POSITIONS`.
+        select: which of the slots a query reads.
         checked: policies that are known to fit the model, and need not be checked again.
 
     Raises:
@@ -151,6 +153,7 @@ class CacheConfig:
     guard: Guard | None = None
     offload: bool = False
     positions: str = "original"
+    select: Selection = field(default_factory=SelectAll)
     checked: tuple[Policy, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -187,6 +190,7 @@ class CacheConfig:
         protection_for(self.policy, self.sinks, self.recent)  # refuses negative ones
         self.layer_tier.refuse_unfit(self.model.config.get_text_config())
         self._refuse_unfit_recording()
+        self._refuse_unfit_selection()
         if self.positions not in POSITIONS:
             raise UserError(f"positions={self.positions!r} is unknown; expected 'original' or 'cache'")
         if self.rope_shift is not None and not isinstance(self.layer_tier, Drop):
@@ -220,6 +224,27 @@ class CacheConfig:
                 raise UserError(
                     f"the guard averages layer {layer}, and {self.num_layers} layers evict: count them from 0"
                 )
+
+    def _refuse_unfit_selection(self) -> None:
+        if self.reads_all:
+            return
+        select = f"select={self.select.name!r}"
+        observing = [policy.name for _, policy in self.stateful_policies if policy.repetition is None]
+        if observing:
+            raise UserError(
+                f"policy {observing[0]!r} needs the attention of every query to all slots, and with {select} a query "
+                "reads some of them: choose a policy without statistics, such as snapkv or keydiff, or select='all'"
+            )
+        if self.guard is not None or self.offload or not isinstance(self.evicted, Drop | Merge | MergeValues):
+            raise UserError(
+                f"{select} chooses among full-precision slots alone, so it goes with evicted='drop' or 'merge', and "
+                "with neither a guard nor offload=True: leave these out"
+            )
+        if self.positions != "original":
+            raise UserError(
+                f"{select} keeps bounds of the keys, and positions='cache' moves keys at every step: choose one of "
+                "the two"
+            )
 
     def _refuse_what_was_not_kept(self, changed: CacheConfig) -> None:
         policy, kept = changed.policy, self.tracked_policies
@@ -289,6 +314,11 @@ class CacheConfig:
         """Whether anything but the slots changes when queries come."""
         observing = any(policy.repetition is None for _, policy in self.stateful_policies)
         return bool(self.num_queries or observing or self.layer_tier.sees_queries)
+
+    @property
+    def reads_all(self) -> bool:
+        """Whether every query reads every slot."""
+        return isinstance(self.select, SelectAll)
 
     @property
     def keeps_everything(self) -> bool:
@@ -402,6 +432,7 @@ _PARSERS: dict[str, Callable[[Any], Any]] = {
     "allocation": parse_allocation,
     "trigger": Trigger.parse,
     "evicted": parse_tier,
+    "select": parse_selection,
 }
 
 

@@ -104,6 +104,7 @@ def generate(
     max_new_tokens: int = 64,
     write: Callable[[str], object] = lambda _: None,
     evicted: str = "drop",
+    select: str = "all",
     chat: bool = False,
 ) -> Generated:
     """Generate text with an evicting cache.
@@ -121,6 +122,7 @@ def generate(
         max_new_tokens: how many tokens to generate, at most.
         write: is called with the text as it comes.
         evicted: what becomes of evicted pairs: ``drop``, ``merge``, ``merge:values``, ``bits:4`` ...
+        select: which of the held slots a query reads: ``all``, ``mpcache:0.2``, ``quest:0.2`` ...
         chat: reply to the prompt as a user's message, by the model's chat template.
 
     Returns:
@@ -142,6 +144,6 @@ def generate(
         ids = list(tokenizer(prompt)["input_ids"])
     else:
         raise UserError("the prompt is empty; give some text to go on with")
-    with EvictingCache(model, policy, budget, allocation, trigger, evicted=evicted) as cache:
+    with EvictingCache(model, policy, budget, allocation, trigger, evicted=evicted, select=select) as cache:
         new = generate_ids(model, tokenizer, ids, cache, max_new_tokens, write)
         return Generated.of(tokenizer.decode(new, skip_special_tokens=True), cache)

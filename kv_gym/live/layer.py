@@ -109,7 +109,8 @@ class EvictingLayer(CacheLayerMixin):
         self.state.scaling = call.scaling
         self.state.use_output_projection(call.module, call.query.shape[1], call.query.shape[3])
         if self._new is None:
-            result = self._attend_equal(call)
+            output = self._attend_selected(call, call.query, None)
+            result = self._attend_equal(call) if output is None else (output, None)
             self._observe_and_evict(call.query, None)
         else:
             new, self._new = self._new, None
@@ -127,6 +128,14 @@ class EvictingLayer(CacheLayerMixin):
         call.mask = None if is_causal else causal_mask(m, n, call.query)
         return call.run()
 
+    def _attend_selected(self, call: AttentionCall, query: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """Attention of queries that select what they read, those of later forwards than the first; None: of others."""
+        state = self.state
+        if state.config.reads_all or self.seen == call.query.shape[2]:
+            return None
+        dropout = call.kwargs.get("dropout", 0.0)
+        return state.selection.attend(query, state.slots, call.scaling, self.seen, token_mask, dropout)
+
     def _attend_in_chunks(self, call: AttentionCall, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
         outputs, padded = [], self.token_mask is not None
         for chunk in self._chunks(keys):
@@ -139,7 +148,9 @@ class EvictingLayer(CacheLayerMixin):
                 self.state.append(keys, values, token_mask, hidden)
             dropout = call.kwargs.get("dropout", 0.0)
             packed = self.state.tier.packed() if token_mask is None else None
-            if packed is not None and reads_in_place(query, dropout):
+            if (selected := self._attend_selected(call, query, token_mask)) is not None:
+                outputs.append(selected)
+            elif packed is not None and reads_in_place(query, dropout):
                 outputs.append(attend_kernel(query, self.state.slots, call.scaling, packed))
             elif isinstance(slots := self.state.visible_slots(), RaggedSlots):
                 outputs.append(attend_ragged(query, slots, call.scaling, token_mask, dropout))

@@ -15,6 +15,7 @@ from kv_gym.cache_view import CacheView
 from kv_gym.devices import HostCopy, number_tensor, to_device
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
+from kv_gym.live.selection import LayerSelection
 from kv_gym.live.slots import EqualSlots, Slots, concatenate
 from kv_gym.live.tiers import EvictedPairs, TierRecorder
 from kv_gym.live.tiers.base import select_rows
@@ -36,6 +37,7 @@ class LayerState:
         config: shared with the other layers.
         slots: keys, values, positions; scores that are computed on arrival; state of tracked policies.
         tier: what becomes of evicted pairs, and what is stored of them.
+        selection: which slots a query reads.
         tokens_seen: real tokens seen, per row.
         evicted_at: `tokens_seen` at the last eviction, per row, or None.
         appended: how many of the newest tokens lie at the end of every head, in the order in which they came.
@@ -56,6 +58,7 @@ class LayerState:
         self.index, self.ordinal, self.config = index, ordinal, config
         self.slots: Slots = EqualSlots()
         self.tier = config.layer_tier.begin(ordinal)
+        self.selection = LayerSelection(config.select, ordinal)
         self.tokens_seen: list[int] = []
         self.evicted_at: list[int | None] = []
         self.appended, self.record_past, self.prefill_unfinished = 0, False, False
@@ -361,6 +364,7 @@ class LayerState:
         """Note that the rows `rows_to_evict` are cut now; None means all."""
         self.mark_evicted(rows_to_evict)
         self.appended = 0
+        self.selection.forget()
         self.config.warn_of_length(max(self.tokens_seen))
 
     def mark_evicted(self, rows_to_evict: Sequence[bool] | None) -> None:
@@ -420,6 +424,7 @@ class LayerState:
         device = self.slots.buffers["keys"].device
         pairs = {name: filled[name].to(device) for name in SLOT_BUFFERS}
         self.appended = 0  # the newest tokens are no longer the last ones
+        self.selection.forget()
         self._store(pairs, None if bool(real.all()) else real.cpu(), 0)
 
     # taking tokens back
@@ -438,6 +443,7 @@ class LayerState:
             self._pending_query = self._pending_query[:, :, :left] if left else None
         self.unread = None if self.unread is None else self.unread[:, : self.unread.shape[1] - count].clone()
         self.slots.drop_newest(count)
+        self.selection.forget()
         self.tokens_seen, self.appended = [seen - count for seen in self.tokens_seen], self.appended - count
         before = zip(self.evicted_at, self.tokens_seen, strict=True)
         self.evicted_at = [None if at is None or not seen else min(at, seen) for at, seen in before]
@@ -449,6 +455,7 @@ class LayerState:
         yield from self.slots.buffers.values()
         yield from (tensor for tensor in (self.queries, self._pending_query, self.unread) if tensor is not None)
         yield from self.tier.tensors()
+        yield from self.selection.tensors()
 
     def select_rows(self, rows: Tensor) -> None:
         """Keep the rows `rows [new batch]` int64 of the batch, in that order."""
@@ -456,6 +463,7 @@ class LayerState:
             return
         self.observe_pending()
         self.slots.select_rows(rows)
+        self.selection.forget()
         self.tier.select_rows(rows)
         chosen = rows.tolist()
         self.tokens_seen = [self.tokens_seen[row] for row in chosen]

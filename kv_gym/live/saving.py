@@ -33,13 +33,14 @@ from kv_gym.files import atomic_write, parse_json
 from kv_gym.live.config import CacheConfig, PolicyGroup
 from kv_gym.live.layer import EvictingLayer
 from kv_gym.live.layer_state import LayerState
+from kv_gym.live.selection import parse_selection
 from kv_gym.live.slots import EqualSlots, RaggedSlots, Slots
 from kv_gym.live.tiers import Drop
 from kv_gym.models.attention import attention_modules
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.policies import Policy, current_name, list_policies, make_policy
 
-KIND, FORMAT = "kv_gym cache", 3  # 1: keys have their original positions; before 3: no checksum
+KIND, FORMAT = "kv_gym cache", 3  # 1: keys have their original positions; before 3: no checksum, no selection
 MAX_TOKENS = 2**31  # positions beyond are not ranked
 _MAX_NESTED_POLICIES = 4
 # what a damaged file makes of reading it
@@ -59,6 +60,11 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
         raise UserError(
             f"a cache with evicted={config.layer_tier.name!r}, a guard or offload=True holds more than its slots, "
             "which no file has a place for: save one that was made without them"
+        )
+    if parse_selection(config.select.name) != config.select:
+        raise UserError(
+            f"the settings of {config.select.name!r} are not those that its name has, and a file knows the name: save "
+            "a cache with another selection"
         )
     tensors: dict[str, Tensor] = {}
     about_layers: dict[str, dict[str, Any]] = {}
@@ -87,6 +93,7 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
         "allocation": {"name": config.allocation.name, "plain": _has_name(config.allocation)},
         "trigger": config.trigger.name,
         "positions": config.positions,
+        "select": config.select.name,
         "sinks": config.sinks,
         "recent": config.recent,
         "seen": seen,
@@ -183,6 +190,7 @@ class SavedCache:
             "sinks": _count(header["sinks"], MAX_TOKENS),
             "recent": _count(header["recent"], MAX_TOKENS),
             "positions": str(header.get("positions", "original")),
+            "select": str(header.get("select", "all")),
         }
 
     def restore_layers(self, model, layers: Sequence[Any]) -> None:
