@@ -7,8 +7,6 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from rich.progress import Progress
-
 from kv_gym.budgets import Allocation, fitting, parse_allocation, parse_budget
 from kv_gym.errors import UserError
 from kv_gym.evaluation.configurations import configurations_of, full_cache
@@ -27,6 +25,7 @@ from kv_gym.evaluation.tasks.replay import replay_tasks
 from kv_gym.live.tiers import parse_tier
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, make_policy
+from kv_gym.progress import ProgressBar
 from kv_gym.records import read_records
 from kv_gym.traces import TraceSet, open_traces
 
@@ -112,9 +111,9 @@ def evaluate(
         configurations = [full_cache(), *configurations]
         folder = Path(str(model.config.name_or_path)).name
         about = {"tasks": hashed, "contexts": sum(task.contexts for task in found), "model": folder}
-    with Progress(transient=True, disable=not progress) as bar:
-        shown = bar.add_task("replay" if model is None else "answer", total=about["contexts"])
-        rows = measure(model, found, configurations, lambda done: bar.advance(shown, done))
+    label = "replay" if model is None else "answer"
+    with ProgressBar(label, about["contexts"], shown=progress, transient=True) as bar:
+        rows = measure(model, found, configurations, bar.advance)
     left_out = [f"{name}: {why}" for name, policy in chosen.items() for why in fitting(policy, rules)[1]]
     data = result(rows, **about, left_out=left_out)
     if json is not None:

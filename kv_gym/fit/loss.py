@@ -10,13 +10,11 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from rich.console import Console
-from rich.progress import Progress
-
 from kv_gym.evaluation.configurations import Configuration, full_cache
 from kv_gym.evaluation.measure import measure
 from kv_gym.evaluation.statistics import mean_interval, student_t
 from kv_gym.evaluation.tasks import TaskContext, unseen_questions
+from kv_gym.progress import ProgressBar
 
 _PSEUDO = 2  # questions that Agresti and Min add, of which one half each is lost, gained, right and wrong
 
@@ -43,10 +41,8 @@ def measure_losses(
         Rows (:class:`kv_gym.evaluation.rows.Row`), the full cache first, with ``loss`` and ``loss_upper``: its mean
         and the upper end of its 95 % interval; accuracy counts from 0 to 1.
     """
-    with Progress(console=Console(stderr=True), transient=True, disable=not progress) as bar:
-        shown = bar.add_task(part, total=len(contexts))
-        task = unseen_questions(contexts, part)
-        full, *rows = measure(model, [task], [full_cache(), *configurations], lambda done: bar.advance(shown, done))
+    with ProgressBar(part, len(contexts), shown=progress, transient=True) as bar:
+        full, *rows = measure(model, [unseen_questions(contexts, part)], [full_cache(), *configurations], bar.advance)
     for row in rows:
         row["loss"], row["loss_upper"] = paired_loss(full["contexts"], row["contexts"], metric)
     return [full | {"loss": 0.0, "loss_upper": 0.0}, *rows]

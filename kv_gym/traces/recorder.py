@@ -23,6 +23,7 @@ from kv_gym.models.loading import refuse_too_long, token_rows, tokenizer_hash, u
 from kv_gym.models.wrapped_model import transformers_model
 from kv_gym.policies.base import Policy, StatefulPolicy
 from kv_gym.policies.registry import make_policy
+from kv_gym.progress import ProgressBar
 from kv_gym.traces.prompts import Prompt
 from kv_gym.traces.reader import TraceSet, open_traces
 from kv_gym.traces.recording_cache import RecordingCache
@@ -105,14 +106,15 @@ def record(
     manifest = make_manifest(model, tokenizer, storage, settings, recipe)
     writer = TraceWriter(out, manifest)
     missing = writer.missing(prompts)
-    with _attached(model, hidden), _progress_bar(progress, len(prompts), len(prompts) - len(missing)) as advance:
+    bar = ProgressBar("record", len(prompts), len(prompts) - len(missing), progress)
+    with _attached(model, hidden), bar:
         for start in range(0, len(missing), shard_size):
             group = missing[start : start + shard_size]
             with writer.shard(group[0][0], [prompt.id for _, prompt in group]) as shard:
                 for ordinal, prompt in group:
                     positions = sampled_positions(prompt.context_ids, slots, slot_seed)
                     shard.add(_record_prompt(model, prompt, window, policies, blocks, hidden, positions), ordinal)
-                    advance()
+                    bar.advance()
     return open_traces(out)
 
 
@@ -315,14 +317,3 @@ def _stateful_policies(stats: Iterable[str | Policy] | None, slots: int | None) 
             raise UserError(f"policy {policy.name!r} keeps no statistics, so there is nothing to record for it")
         policies[policy.statistics] = policy
     return dict(sorted(policies.items()))
-
-
-@contextmanager
-def _progress_bar(shown: bool, total: int, done: int):
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-    columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    with Progress(*columns, console=Console(stderr=True), disable=not shown) as bar:
-        task = bar.add_task("", total=total, completed=done)
-        yield lambda: bar.advance(task)

@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from kv_gym.policies.scorer import GroupedScorer
 from kv_gym.policies.scoring.inputs import DEFAULT
+from kv_gym.progress import ProgressBar
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.learner import Metrics, sequence_inputs
 
@@ -34,16 +34,14 @@ class Monitor:
 
         self._folder, self._steps = out / "tensorboard", steps
         self._writer = SummaryWriter(str(self._folder), purge_step=done)
-        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-        self._bar = Progress(*columns, TextColumn("{task.fields[note]}"), disable=not progress)
-        self._task = self._bar.add_task(label, total=steps, completed=done, note="")
+        self._bar = ProgressBar(label, steps, done, progress)
 
     def __enter__(self) -> Monitor:
-        self._bar.start()
+        self._bar.__enter__()
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._bar.stop()
+        self._bar.__exit__()
         self._writer.close()
 
     def log_run(self, identity: Mapping[str, Any], baselines: Mapping[str, Mapping[str, float]]) -> None:
@@ -69,7 +67,7 @@ class Monitor:
         for budget, share in kept.items():
             self._writer.add_scalar(_budget_tag("utility_kept", budget), share, step)
             self._writer.add_scalar(_budget_tag("regret_to_oracle", budget), oracle[budget] - share, step)
-        self._bar.update(self._task, note=f"held-out reward {reward:.3f}")
+        self._bar.update(step, f"held-out reward {reward:.3f}")
 
     def log_image(self, step: int, image: NDArray[np.uint8]) -> None:
         """Write the retention picture `[1, height, width]`."""
@@ -88,7 +86,7 @@ class Monitor:
 
     def advance(self, step: int) -> None:
         """Move the bar to `step`."""
-        self._bar.update(self._task, completed=step)
+        self._bar.update(step)
 
 
 class RetentionPicture:

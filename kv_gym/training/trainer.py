@@ -6,11 +6,13 @@ import copy
 import io
 import json
 import math
+import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -25,10 +27,13 @@ from kv_gym.models.loading import usable_device
 from kv_gym.policies import StatefulPolicy, make_policy
 from kv_gym.policies.scorer import CHECKPOINT, GroupedScorer, Scorer, refuse_foreign
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN
+from kv_gym.progress import duration
 from kv_gym.traces import TraceSet, open_traces
+from kv_gym.traces.schema import Entry
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.learner import Metrics, Settings
 from kv_gym.training.monitor import Monitor, RetentionPicture
+from kv_gym.training.pace import Pace, steps_within
 from kv_gym.training.registry import agent_settings, learner_class
 
 SCRATCH = "scratch"
@@ -36,6 +41,8 @@ LOG_EVERY = 10
 VALIDATION_BUDGETS = (1 / 4, 1 / 8, 1 / 16)
 BASELINES = ("oracle", "recency", "keydiff", "random", "h2o")
 PICTURED_CONTEXTS = 4
+PACED_CONTEXTS = 4  # on which steps are timed
+Recorded = TypeVar("Recorded", Sequence, Entry)
 
 
 def train(
@@ -49,6 +56,7 @@ def train(
     resume: bool | None = None,
     progress: bool = True,
     device: str | None = None,
+    minutes: float | None = None,
     **settings: Any,
 ) -> Scorer:
     """Train an eviction policy on recorded traces.
@@ -69,6 +77,8 @@ def train(
             continues where it can.
         progress: show a bar.
         device: where the networks train, such as ``cuda``; None: where the model is, or the CPU without one.
+        minutes: train for so long: some steps are timed first, and as many are planned as fit, at most those of the
+            settings. A run that turns out slower ends in time with its best checkpoint.
         **settings: In Python, they replace those of the agent's file; see
             :class:`~kv_gym.training.learner.Settings` and the agent's own settings class.
 
@@ -102,11 +112,40 @@ def train(
         if model is None:
             raise UserError(f"agent {agent!r} {requirement}: name the one that the traces were recorded of (--model)")
         trace_set.fingerprint.refuse_other(Fingerprint.of(model), "the trace set", type(model).__name__)
-    trainer = Trainer(agent, resolved, seed, trace_set, start, model, device)
+    limit = None if minutes is None else 60 * minutes
+    trainer = Trainer(agent, resolved, seed, trace_set, start, model, device, limit)
+    if limit is not None and not (resume is not False and trainer.adopt_plan(Path(out))):
+        trainer = planned_trainer(trainer, progress)
     finished = trainer.finished_policy(Path(out))
     if finished is not None and resume is not False:
         return finished
     return trainer.run(Path(out), resume, progress)
+
+
+def planned_trainer(trainer: Trainer, progress: bool = True) -> Trainer:
+    """A trainer with as many steps as fit into the limit of this one, which is used to time some steps.
+
+    Raises:
+        UserError: not one step fits.
+    """
+    assert trainer.limit is not None
+    began = time.perf_counter()
+    training, validation = trainer.split_sizes()
+    pace = trainer.measure_pace()
+    spent = time.perf_counter() - began
+    settings = trainer.settings
+    steps, every = steps_within(
+        trainer.limit - spent, pace, training, validation, settings.steps, settings.every
+    )  # fmt: skip
+    if progress:
+        print(
+            f"train {trainer.agent}: {steps} of {settings.steps} steps, about "
+            f"{duration(pace.seconds(steps, every, training, validation))} on this machine",
+            file=sys.stderr,
+        )
+    planned = trainer.with_steps(steps, every)
+    planned.seconds = spent
+    return planned
 
 
 def export(policy: str | Path | Scorer, out: str | Path) -> Path:
@@ -139,6 +178,7 @@ class Trainer:
         start: policy to start from.
         model: transformers decoder of the traces.
         device: where the networks train; None: where the model is, or the CPU without one.
+        limit: seconds after which the run ends; None: no limit.
 
     Attributes:
         identity: agent, seed, settings, traces and start, as plain JSON data: what makes two runs the same.
@@ -157,15 +197,20 @@ class Trainer:
         start: Scorer | None = None,
         model: Any = None,
         device: str | None = None,
+        limit: float | None = None,
     ):
+        if limit is not None and not limit > 0:
+            raise UserError(f"{limit / 60:g} minutes are given to train for; expected a number above 0")
         self.device = model.device if device is None and model is not None else usable_device(device or "cpu")
         self.agent, self.settings, self.seed, self.traces = agent, settings, seed, traces
-        self.start, self.model = start, model
+        self.start, self.model, self.limit = start, model, limit
         self.identity: dict[str, Any] = {
             "agent": agent, "seed": seed, "settings": settings.model_dump(mode="json"), "traces": traces.hash,
-            "start": weights_hash(start),
+            "start": weights_hash(start), **({} if limit is None else {"minutes": limit / 60}),
         }  # fmt: skip
+        self.stopped = False
         self.step, self.samples, self.seconds = 0, 0, 0.0
+        self._step_seconds = self._validation_seconds = 0.0  # of the last ones
         self.best_reward = -math.inf
         self.best: dict[str, Tensor] = {}
 
@@ -184,9 +229,54 @@ class Trainer:
 
     def _matches(self, identity: dict[str, Any]) -> bool:
         """Whether `identity` is this run's; what older versions did not write had the default values."""
-        known = {"start": SCRATCH} | identity
+        known = {"start": SCRATCH, "minutes": None} | identity
         known["settings"] = type(self.settings)().model_dump(mode="json") | known.get("settings", {})
-        return {name: known.get(name) for name in self.identity} == self.identity
+        own = {"minutes": None} | self.identity
+        return {name: known.get(name) for name in own} == own
+
+    def adopt_plan(self, out: Path) -> bool:
+        """Take the steps that an earlier run like this one planned for the same time, if there is one in `out`."""
+        if (out / "policy.json").is_file():
+            known = Scorer.from_pretrained(out).training
+        elif (out / CHECKPOINT).is_file():
+            known = parse_json(_read_checkpoint(out / CHECKPOINT)["identity"], str(out / CHECKPOINT))
+        else:
+            return False
+        plan = {name: known.get("settings", {}).get(name) for name in ("steps", "every")}
+        if not all(isinstance(number, int) for number in plan.values()):
+            return False
+        planned = self.with_steps(**plan)
+        if not planned._matches(known):
+            return False
+        self.settings, self.identity = planned.settings, planned.identity
+        return True
+
+    def with_steps(self, steps: int, every: int) -> Trainer:
+        """The same run with other steps, not set up."""
+        settings = self.settings.model_copy(update={"steps": steps, "every": every})
+        return Trainer(
+            self.agent, settings, self.seed, self.traces, self.start, self.model, str(self.device), self.limit
+        )
+
+    def split_sizes(self) -> tuple[int, int]:
+        """How many contexts are trained on, and how many validate."""
+        parts = split_validation(self.traces.select(split="train").entries, self.settings.validation)
+        return len(parts[0]), len(parts[1])
+
+    def measure_pace(self) -> Pace:
+        """Time the first steps on a few contexts; the trainer is of no use for a run afterwards."""
+        whole, self.traces = (
+            self.traces,
+            TraceSet(self.traces.select(split="train").entries[:PACED_CONTEXTS], self.traces.manifest),
+        )
+        seconds = [time.perf_counter()]
+        for work in (self.setup, self.train_step, self.train_step, self._held_out):
+            work()
+            seconds.append(time.perf_counter())
+        prepare, first, step, validation = (after - before for before, after in pairwise(seconds))
+        training = len(self.traces) - len(self.validation)
+        self.traces = whole
+        return Pace(prepare / training, max(0.0, first - step) / training, step, validation / len(self.validation))
 
     def run(self, out: Path, resume: bool | None, progress: bool) -> Scorer:
         """Train to the end, or from the last checkpoint to the end, and export."""
@@ -200,10 +290,16 @@ class Trainer:
         baselines = baseline_utility(self.validation)
         with Monitor(out, f"train {self.agent}", self.settings.steps, self.step, progress) as monitor:
             monitor.log_run(self.identity, baselines)
-            while self.step < self.settings.steps:
+            if self.step == 0 and self.limit is not None:  # a run that ends early has a best checkpoint
+                self._validate(monitor, baselines["oracle"])
+            self.stopped = self._time_is_up(began)
+            while self.step < self.settings.steps and not self.stopped:
+                step_began = time.perf_counter()
                 metrics = self.train_step()
+                self._step_seconds = time.perf_counter() - step_began
                 monitor.advance(self.step)
-                finished = self.step == self.settings.steps
+                self.stopped = self._time_is_up(began)
+                finished = self.stopped or self.step == self.settings.steps
                 if finished or self.step % LOG_EVERY == 0:
                     monitor.log(self.step, "train", metrics)
                 if finished or self.step % self.settings.every == 0:
@@ -211,6 +307,12 @@ class Trainer:
                     self.seconds = time.perf_counter() - began
                     self._save(checkpoint)
             monitor.log_result(self.identity, self.best_reward)
+        if self.stopped and progress:
+            print(
+                f"train {self.agent}: the time is up after {self.step} of {self.settings.steps} steps, so the best "
+                "checkpoint so far is taken",
+                file=sys.stderr,
+            )
         self.learner.network.load_state_dict(self.best)
         policy = self._policy()
         policy.save_pretrained(out)
@@ -247,6 +349,7 @@ class Trainer:
 
     def _policy(self) -> Scorer:
         result = {"held_out_reward": self.best_reward, "samples": self.samples, "seconds": round(self.seconds, 1)}
+        result |= {"stopped_after": self.step} if self.stopped else {}
         network = self.learner.network.eval()
         if network.mean.device.type != "cpu":  # validation contexts are on the host
             network = copy.deepcopy(network).cpu()
@@ -255,18 +358,31 @@ class Trainer:
             self.identity | result, self.learner.absolute,
         )  # fmt: skip
 
-    def _validate(self, monitor: Monitor, oracle: dict[str, float]) -> None:
+    def _time_is_up(self, began: float) -> bool:
+        """Whether another step and the validation behind it would end after the limit."""
+        needed = self._step_seconds + self._validation_seconds
+        late = self.limit is not None and time.perf_counter() - began + needed > self.limit
+        return late and self.step < self.settings.steps
+
+    def _held_out(self) -> tuple[Scorer, float, list[dict]]:
+        """The policy as it is, its reward on validation contexts, and what it keeps of them."""
         policy = self._policy()
         rows = replay({"": policy}, self.validation, VALIDATION_BUDGETS)
         reward = self.learner.reward(policy, self.validation)
         if reward is None:
             reward = sum(row["utility_kept"] * row["n"] for row in rows) / sum(row["n"] for row in rows)
+        return policy, reward, rows
+
+    def _validate(self, monitor: Monitor, oracle: dict[str, float]) -> None:
+        began = time.perf_counter()
+        policy, reward, rows = self._held_out()
         if reward > self.best_reward:
             self.best_reward = reward
             self.best = {name: tensor.clone() for name, tensor in policy.network.state_dict().items()}
         monitor.log_validation(self.step, reward, _utility_by_budget(rows)[""], oracle)
         monitor.log_image(self.step, self._picture.image(self.learner.network))
         self.learner.network.train()
+        self._validation_seconds = time.perf_counter() - began
 
     def _save(self, file: Path) -> None:
         state = {
@@ -297,13 +413,13 @@ def weights_hash(policy: Scorer | None) -> str:
     return SCRATCH if policy is None else state_dict_hash(policy.network.state_dict())
 
 
-def split_validation(sequences: list[Sequence], share: float) -> tuple[list[Sequence], list[Sequence]]:
+def split_validation(sequences: list[Recorded], share: float) -> tuple[list[Recorded], list[Recorded]]:
     """Contexts to train on and to choose the best checkpoint with.
 
     Split by document, or, where there are too few documents for that, the last contexts are for validation.
 
     Args:
-        sequences: all contexts.
+        sequences: all contexts, or what a trace set knows of them without reading them.
         share: of the documents (or contexts) for validation.
 
     Raises:
