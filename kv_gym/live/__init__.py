@@ -3,6 +3,7 @@
 import warnings
 
 from kv_gym.live.cache import EvictingCache
+from kv_gym.live.captured_steps import CapturedSteps
 from kv_gym.live.config import CacheConfig, PolicyGroup
 from kv_gym.live.conversation import Conversation, chat
 from kv_gym.live.generate import Generated, generate
@@ -11,6 +12,7 @@ from kv_gym.live.ragged_attention import ragged_backend
 
 __all__ = [
     "CacheConfig",
+    "CapturedSteps",
     "Conversation",
     "EvictingCache",
     "Generated",

@@ -16,7 +16,7 @@ from kv_gym.devices import HostCopy, number_tensor, to_device
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.selection import LayerSelection
-from kv_gym.live.slots import EqualSlots, Slots, concatenate
+from kv_gym.live.slots import EqualSlots, RaggedSlots, Slots, concatenate
 from kv_gym.live.tiers import EvictedPairs, TierRecorder
 from kv_gym.live.tiers.base import select_rows
 from kv_gym.models.attention import output_projection
@@ -52,6 +52,8 @@ class LayerState:
             memory.
         newest: keys, values and positions of a decoding step's token, until all layers have read it and are scored
             and cut together (:mod:`kv_gym.live.decoding`); else None.
+        next_position: `[1, 1, 1]` int64, the position of the next token as the device knows it, while a decoding step
+            is captured (:mod:`kv_gym.live.captured_steps`); None: `tokens_seen` says it.
     """
 
     def __init__(self, index: int, ordinal: int, config: CacheConfig):
@@ -69,6 +71,7 @@ class LayerState:
         self.scaling: float | None = None
         self.output: Tensor | None = None
         self.newest: dict[str, Tensor] | None = None
+        self.next_position: Tensor | None = None
 
     # taking tokens in
 
@@ -144,6 +147,8 @@ class LayerState:
 
     def _next_positions(self, m: int, token_mask: Tensor | None, device: torch.device) -> Tensor:
         """Positions of new tokens, `[batch or 1, 1, m]`."""
+        if self.next_position is not None:
+            return self.next_position
         if token_mask is None and len(set(self.tokens_seen)) == 1:
             return _consecutive(self.tokens_seen[0], m, device)
         ahead = torch.arange(m) if token_mask is None else token_mask.cumsum(1) - 1
@@ -186,7 +191,25 @@ class LayerState:
         evicted = self.tier.visible(self.slots.buffers["keys"].dtype)
         return self.slots if evicted is None else concatenate(evicted, self.slots)
 
+    def note_replayed_token(self) -> None:
+        """A decoding step was replayed on the device: count its token as the host counts those that it appends."""
+        assert isinstance(self.slots, RaggedSlots)
+        self.slots.note_replayed_token()
+        self.tokens_seen, self.appended = [seen + 1 for seen in self.tokens_seen], self.appended + 1
+
     # showing queries to policies
+
+    def kept_queries(self) -> tuple[Tensor | None, Tensor | None]:
+        """Queries that were shown to policies and are kept, and those that wait to be shown."""
+        return self.queries, self._pending_query
+
+    @property
+    def steps_repeat(self) -> bool:
+        """Whether one more decoding step leaves tensors of the same shapes as the last one did."""
+        count, pending = self.config.num_queries, self._pending_query
+        full = not count or (self.queries is not None and self.queries.shape[2] == count)
+        waits = self.config.trigger.every is None and self.config.depends_on_queries
+        return full and (pending is not None and pending.shape[2] == 1 if waits else pending is None)
 
     def observe(self, query: Tensor, token_mask: Tensor | None) -> None:
         """Show the queries `[batch, query_heads, m, d]` of the newest tokens to policies and tier.

@@ -219,8 +219,8 @@ def _decode_per_head(query: Tensor, keys: Sequence[Tensor], values: Sequence[Ten
 
 def _per_head(slots: RaggedSlots, name: str) -> Sequence[Tensor]:
     """The slots of every (row, KV head) in turn, `[length, d]` each; views."""
-    gaps = slots.capacities - slots.lengths
-    sizes = torch.stack((slots.lengths, gaps), -1).flatten().tolist()
+    lengths = slots.lengths.cpu()
+    sizes = torch.stack((lengths, slots.capacities - lengths), -1).flatten().tolist()
     return slots.buffers[name].split(sizes)[::2]
 
 

@@ -28,6 +28,7 @@ LARGEST_HEAD = 256
 TILE_BYTES = 1 << 14  # of keys that a program multiplies at a time; a few such tiles fit the smallest shared memories
 MIN_CHUNK = 256  # slots; with fewer, writing and merging partial results costs more than it gains
 PROGRAMS = 1024  # about as many as keep the largest GPUs busy
+WARPS, STAGES = 4, 3  # of a program: warps, and tiles under way from memory
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as Triton reads it when it wraps the kernels below
@@ -119,7 +120,6 @@ def _merge_chunks(
     tl.store(at, (weighted / some).to(out.dtype.element_ty), mask=channels < D)
 
 
-@torch.library.custom_op("kv_gym::attend_rows", mutates_args=())
 def attend_rows(
     query: Tensor,
     keys: Tensor,
@@ -134,7 +134,8 @@ def attend_rows(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one query per query head over the slots of its row.
 
-    An operator of its own, so that ``torch.compile`` takes it as it is and the ``meta`` device knows its shapes.
+    Called as it is, because an operator of torch's own would cost more time on the host than a short row on the device;
+    on the ``meta`` device, only shapes come out.
 
     Args:
         query: `[rows, group, d]`, contiguous, of a type in `DTYPES`; d at most `LARGEST_HEAD`.
@@ -151,6 +152,8 @@ def attend_rows(
         Outputs `[rows, group, d]` of the query's type, zero for rows without slots, and log-sum-exps `[rows, group]`
         float32, minus infinity for those.
     """
+    if query.is_meta:
+        return _empty_results(query)
     rows, group, d = query.shape
     chunk = max(MIN_CHUNK, triton.cdiv(triton.cdiv(len(keys), PROGRAMS), 64) * 64)
     chunks = max(1, triton.cdiv(longest, chunk))
@@ -163,7 +166,7 @@ def attend_rows(
     _attend_chunk[(rows, chunks)](
         query, keys, keys if key_grid is None else key_grid, values, values if value_grid is None else value_grid,
         starts, lengths, part_out, part_lse, scaling, chunk, chunks,
-        FLOAT32=_INTERPRETED or query.dtype == torch.float32,
+        FLOAT32=_INTERPRETED or query.dtype == torch.float32, num_warps=WARPS, num_stages=STAGES,
         **constants(group, d, query.element_size(), bits, 1 if key_grid is None else d // key_grid.shape[1], whole),
     )  # fmt: skip
     if not whole:
@@ -184,11 +187,6 @@ def attend_rows(
     return out, lse
 
 
-@attend_rows.register_fake
-def _(query, keys, values, starts, lengths, scaling, longest, bits=0, key_grid=None, value_grid=None):
-    return _empty_results(query)
-
-
 def constants(group: int, d: int, itemsize: int, bits: int, shared: int, whole: bool) -> dict[str, int | bool]:
     """What one variant of the kernel is compiled for; products take 16 rows and columns at least.
 
@@ -203,7 +201,7 @@ def constants(group: int, d: int, itemsize: int, bits: int, shared: int, whole: 
     padded = max(16, triton.next_power_of_2(d))
     return {
         "G": group, "PADDED_G": max(16, triton.next_power_of_2(group)), "D": d, "PADDED_D": padded,
-        "TILE": max(16, min(64, TILE_BYTES // (padded * itemsize))), "BITS": bits, "GROUP": shared, "WHOLE": whole,
+        "TILE": max(16, min(128, TILE_BYTES // (padded * itemsize))), "BITS": bits, "GROUP": shared, "WHOLE": whole,
     }  # fmt: skip
 
 

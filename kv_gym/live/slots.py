@@ -468,6 +468,19 @@ class RaggedSlots(Slots):
         self._count(counts)
         self._bounds = _limited(self._bounds, limit)
 
+    def reserve(self, count: int) -> None:
+        """Make room for `count` more tokens in every head, so that buffers stay where they are until then."""
+        if _is_frozen(self._any()) or self._lacks_room(count, None):
+            self._lay_out(self.bounds + count)
+
+    def has_room(self) -> bool:
+        """Whether one more token fits into every head."""
+        return not self._lacks_room(1, None)
+
+    def note_replayed_token(self) -> None:
+        """One more token of every head was stored, and counted in `lengths`, without this object."""
+        self._count(1)
+
     def _lacks_room(self, counts: Tensor | int, limit: int | None) -> bool:
         return bool((self.capacities < _limited(self.bounds + counts, limit)).any())
 

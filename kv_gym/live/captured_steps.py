@@ -1,0 +1,220 @@
+"""Decoding steps of an evicting cache replayed as one CUDA graph between two evictions.
+
+A decoding step of a large model takes Python longer to issue than a GPU to run. Between two evictions every step does
+the same to the same memory: slots have room for tokens to come, and how long heads are is known to the device alone. So
+one step is captured, and replayed with another token until the trigger fires or the room is used up. No paper.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from kv_gym.errors import UserError
+from kv_gym.live.cache import EvictingCache
+from kv_gym.live.layer import EvictingLayer
+from kv_gym.live.layer_state import LayerState
+from kv_gym.live.ragged_attention import backend_for
+from kv_gym.live.slots import RaggedSlots
+from kv_gym.models.wrapped_model import transformers_model
+
+MIN_ROOM = 64  # steps that a captured one can be replayed; a capture costs about as much as two steps of Python
+
+
+class CapturedSteps:
+    """Decodes token by token; on a GPU most steps are replays of a captured one, with the same logits.
+
+        steps = CapturedSteps(model, cache)
+        logits = model(ids, past_key_values=cache, logits_to_keep=1).logits[:, -1]
+        for _ in range(100):
+            logits = steps(logits.argmax(-1, keepdim=True))
+
+    The first step runs as usual, and so does one where the trigger fires, and every one where :meth:`refusal` says why
+    it cannot be captured. The cache may be used otherwise in between; the next step notices.
+
+    Args:
+        model: the cache's model, as it is called.
+        cache: has read a prompt without padding.
+
+    Attributes:
+        replayed: steps so far that were replays.
+
+    Raises:
+        UserError: the model is another than the cache's.
+    """
+
+    def __init__(self, model, cache: EvictingCache):
+        if transformers_model(model).base_model is not cache.model.base_model:
+            raise UserError(
+                f"the cache was made for another model than this {type(model).__name__}: give the one it was made for"
+            )
+        self.model, self.cache, self.replayed = model, cache, 0
+        self._captured: _Captured | None = None
+        self._ran_before = False  # a step as usual, which compiles and chooses kernels
+
+    @torch.no_grad()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Read one token of every row.
+
+        Args:
+            tokens: `[batch, 1]` int64.
+
+        Returns:
+            Logits of the next token, `[batch, vocabulary]`; a tensor of its own.
+
+        Raises:
+            UserError: the cache is empty, or its rows have seen different numbers of tokens.
+        """
+        states = self._states()
+        seen = set(states[0].tokens_seen)
+        if len(seen) != 1:
+            read = "nothing" if not seen else "rows of different lengths"
+            raise UserError(f"the cache has read {read}: read a prompt with it first, without padding")
+        (position,) = seen
+        if self._captured is None or not self._captured.fits(states, tokens) or self._evicts_next():
+            self._captured = None
+            usual = self.refusal() is not None or self._evicts_next() or not all(s.steps_repeat for s in states)
+            if usual or not self._ran_before:
+                self._ran_before = True
+                return self._forward(tokens, torch.full_like(tokens, position))
+            self._captured = self._capture(tokens, position)
+        logits = self._captured.replay(tokens)
+        for layer in self._layers():
+            layer.seen += 1
+            layer.state.note_replayed_token()
+        self.replayed += 1
+        return logits
+
+    def refusal(self) -> str | None:
+        """Why no step of this cache can be captured, or None."""
+        config = self.cache.config
+        if len(self._layers()) < len(self.cache.layers):
+            return "some layers have a cache of transformers' own"
+        if config.stateful_policies or config.needs_second_reading:
+            return f"policy {config.policy.name!r} remembers every step"
+        if config.needs_hidden:
+            return f"policy {config.policy.name!r} reads hidden states"
+        if config.guard is not None or config.offload or config.layer_tier.sees_queries:
+            return "a guard, offload=True or the tier measures every step"
+        if config.rope_shift is not None:
+            return "positions='cache' moves all keys at every step"
+        if config.trigger.every == 1:
+            return "the trigger fires at every step"
+        state = self._states()[0]
+        keys = state.slots.buffers["keys"]
+        if len({layer.state.slots.device for layer in self._layers()}) > 1:
+            return "layers lie on several devices"
+        if backend_for(keys.new_empty(1, 1, 1, keys.shape[-1])) != "kernel":
+            return "the kernel over heads of different lengths does not run here"
+        if state.tier.packed() is None and state.tier.stored is not None:
+            return "the pairs of the tier cannot be read in place"
+        return None
+
+    def _layers(self) -> list[EvictingLayer]:
+        return [layer for layer in self.cache.layers if isinstance(layer, EvictingLayer)]
+
+    def _states(self) -> list[LayerState]:
+        return [layer.state for layer in self._layers()]
+
+    def _evicts_next(self) -> bool:
+        state = self._states()[0]
+        fires = state.config.trigger.fires
+        return any(fires(seen + 1, at) for seen, at in zip(state.tokens_seen, state.evicted_at, strict=True))
+
+    def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
+        output = self.model(tokens, position_ids=positions, past_key_values=self.cache, logits_to_keep=1)
+        return output.logits[:, -1]
+
+    def _capture(self, tokens: Tensor, position: int) -> _Captured:
+        """Capture the step at `position`, and leave cache and bookkeeping as they were."""
+        layers, states = self._layers(), self._states()
+        for state in states:
+            state.slots = state.slots.to_ragged()
+            state.slots.reserve(max(MIN_ROOM, state.config.trigger.every or 0))
+        now = torch.full_like(tokens, position)
+        input_ids, before = tokens.clone(), [_Tensors.of(state) for state in states]
+        things: list[object] = [self.cache]
+        for layer in layers:
+            things += (layer, layer.state, layer.state.slots)
+        host = [(thing, dict(vars(thing))) for thing in things]
+
+        def step() -> Tensor:
+            logits = self._forward(input_ids, now)
+            for state, tensors in zip(states, before, strict=True):
+                tensors.take_over(state)
+            now.add_(1)
+            return logits
+
+        for state in states:
+            state.next_position = now[:1, None]
+        try:
+            replay, logits = capture(step)
+        finally:
+            for thing, attributes in host:
+                vars(thing).clear()
+                vars(thing).update(attributes)
+        return _Captured(input_ids, logits, replay, before)
+
+
+def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
+    """A CUDA graph of what `step` does to tensors: its replay, and the tensor that the result is written to."""
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        result = step()
+    return graph.replay, result
+
+
+@dataclass(frozen=True)
+class _Tensors:
+    """The tensors of one layer that a step reads and writes: it must leave its results in the same ones."""
+
+    slots: RaggedSlots
+    buffers: dict[str, Tensor]
+    lengths: Tensor
+    queries: Tensor | None
+    pending: Tensor | None
+
+    @classmethod
+    def of(cls, state: LayerState) -> _Tensors:
+        slots = state.slots
+        assert isinstance(slots, RaggedSlots)
+        return cls(slots, dict(slots.buffers), slots.lengths, *state.kept_queries())
+
+    def take_over(self, state: LayerState) -> None:
+        """Copy what a step left in new tensors into these."""
+        after = _Tensors.of(state)
+        assert after.slots is self.slots and all(after.buffers[name] is buffer for name, buffer in self.buffers.items())
+        for old, new in ((self.lengths, after.lengths), (self.queries, after.queries), (self.pending, after.pending)):
+            if old is not None and new is not None and new is not old:
+                old.copy_(new)
+
+    def are_of(self, state: LayerState) -> bool:
+        """Whether the layer still holds these, with room for one token more."""
+        slots = state.slots
+        if slots is not self.slots or slots.lengths is not self.lengths or not slots.has_room():
+            return False
+        queries, pending = state.kept_queries()
+        same = queries is self.queries and pending is self.pending
+        return same and all(slots.buffers.get(name) is buffer for name, buffer in self.buffers.items())
+
+
+@dataclass(frozen=True)
+class _Captured:
+    """A captured step: where its token goes in and its logits come out, and the tensors that it works on."""
+
+    tokens: Tensor
+    logits: Tensor
+    run: Callable[[], object]
+    tensors: list[_Tensors]
+
+    def fits(self, states: list[LayerState], tokens: Tensor) -> bool:
+        """Whether a replay would do what the next step has to do."""
+        return tokens.shape == self.tokens.shape and all(map(_Tensors.are_of, self.tensors, states))
+
+    def replay(self, tokens: Tensor) -> Tensor:
+        self.tokens.copy_(tokens)
+        self.run()
+        return self.logits.clone()
