@@ -101,6 +101,8 @@ class CapturedSteps:
             return "a guard, offload=True or the tier measures every step"
         if config.rope_shift is not None:
             return "positions='cache' moves all keys at every step"
+        if config.select.name != "all":
+            return f"select={config.select.name!r} chooses anew what every step reads"
         if config.trigger.every == 1:
             return "the trigger fires at every step"
         state = self._states()[0]
