@@ -35,8 +35,12 @@ from pathlib import Path
 from typing import Any
 
 from hardening_mutations import mutate, restore
+from hardening_runs import Runs
 from hardening_samples import Format, digest, formats, make_samples
 from hardening_sandbox import SLACK, attempt, in_fork, limit_memory, work_off
+
+from kv_gym.evaluation.rows import versions, write_json
+from kv_gym.markdown import pipe_table
 
 BATCH = 20  # mutations for each forked process
 OUTCOMES = ("refused", "unchanged", "accepted", "traceback", "signal", "hang", "memory", "changed")
@@ -107,14 +111,30 @@ class Mutations:
             result["detail"] = result["detail"][:120]
         return result | {"mutation": how}
 
-    def table(self) -> str:
-        """Counts by format, as Markdown."""
-        lines = [f"| format | mutations | {' | '.join(OUTCOMES)} |", "|---|" + "---:|" * (len(OUTCOMES) + 1)]
+    def counts(self) -> dict[str, dict[str, int]]:
+        """How many mutations of each format, and of all, ended in which way."""
+        found = {}
         for name in [*self.formats, "all"]:
-            rows = [row for row in self.rows if name in (row["format"], "all")]
-            counts = Counter(row["outcome"] for row in rows)
-            lines.append(f"| {name} | {len(rows):,} | {' | '.join(f'{counts[each]:,}' for each in OUTCOMES)} |")
-        return "\n".join(lines)
+            counts = Counter(row["outcome"] for row in self.rows if name in (row["format"], "all"))
+            found[name] = {"mutations": counts.total()} | {outcome: counts[outcome] for outcome in OUTCOMES}
+        return found
+
+    def table(self) -> str:
+        """The counts as Markdown."""
+        rows = [[name, *(f"{count:,}" for count in counts.values())] for name, counts in self.counts().items()]
+        return pipe_table(["format", "mutations", *OUTCOMES], rows)
+
+
+def _samples(out: Path) -> Path:
+    """The folder of samples, made where it is not there or not whole."""
+    samples, ready = out / "samples", out / "samples.ready"
+    if not ready.exists():
+        shutil.rmtree(samples, ignore_errors=True)
+        in_fork(lambda: make_samples(samples))
+        for file in (samples, *samples.rglob("*")):  # commands read it as another user, too
+            file.chmod(0o755 if file.is_dir() else 0o644)
+        ready.touch()
+    return samples
 
 
 def main() -> None:
@@ -122,27 +142,27 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=10.0, help="time to spend")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, help="folder to go on in (default: a new one that is removed)")
-    parser.add_argument("--mutations", type=int, help="stop at so many mutations")
+    parser.add_argument("--mutations", type=int, help="at most so many (default: as many as half of the time allows)")
+    parser.add_argument("--kills", type=int, help="at most so many (default: as many as the time allows)")
     parser.add_argument("--json", type=Path, help="also write the counts to this file")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
     with tempfile.TemporaryDirectory() as temporary:
         out = args.out or Path(temporary)
-        samples = out / "samples"
-        if not samples.is_dir():
-            partial = out / "samples.partial"
-            shutil.rmtree(partial, ignore_errors=True)
-            in_fork(lambda: make_samples(partial))
-            partial.rename(samples)
+        samples = _samples(out)
         mutations = Mutations(samples, out / f"mutations-{args.seed}.jsonl", args.seed)
-        mutations.run(args.mutations, time.monotonic() + 60 * args.minutes)
-        print(mutations.table())
+        runs = Runs(samples, out / f"runs-{args.seed}.jsonl", args.seed)
+        began = time.monotonic()
+        mutations.run(args.mutations, began + 30 * args.minutes)
+        runs.run(args.kills, began + 60 * args.minutes)
+        print(f"{mutations.table()}\n\n{runs.table()}\n")
         faults = [row for row in mutations.rows if row["outcome"] in FAULTS]
+        faults += [row for row in runs.rows if row["outcome"] != "ok"]
         for row in faults[:20]:
             print(json.dumps(row))
-    if args.json:
-        counts = Counter(row["outcome"] for row in mutations.rows)
-        args.json.write_text(json.dumps({"seed": args.seed, "mutations": counts}, indent=1) + "\n")
+        if args.json:
+            counts = {"mutations": mutations.counts(), "runs": runs.counts()}
+            write_json(args.json, {"seed": args.seed, "versions": versions()} | counts)
     sys.exit(bool(faults))
 
 

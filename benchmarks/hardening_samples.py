@@ -371,6 +371,9 @@ def _write_texts(folder: Path, draw: random.Random) -> None:
         {"context_ids": ids(12), "continuation_ids": [ids(2), ids(3)], "id": f"p{n}", "split": split, "task": "noise"}
         for n, split in enumerate(["train"] * 5 + ["test"])
     ])  # fmt: skip
+    lines("long_prompts.jsonl", [
+        {"context_ids": ids(96), "continuation_ids": [ids(8)] * 4, "id": f"p{n}"} for n in range(16)
+    ])  # fmt: skip
     (folder / "text.txt").write_text(text(400))
     (folder / "template.txt").write_text("read this.\n{context}\n\nquestion: {input}\nanswer:")
     (folder / "shares.json").write_text(json.dumps([[0.5, 0.75], [0.25, 0.5]]))
