@@ -5,12 +5,15 @@ registered attention function with the final query. A cache layer that wants to 
 `update` (:func:`observe_next_attention`); the next call on the same thread runs its :meth:`~AttentionObserver.attend`.
 Without an observer the function does what the model's own implementation would do.
 
-Hooks on the decoder tell a cache that has these methods when a forward begins (``before_forward(arguments)``, which
-may refuse it), ends (``after_forward()``) or fails (``forward_failed()``).
+The decoder's ``forward`` is wrapped to tell a cache that has these methods when a forward begins
+(``before_forward(arguments)``, which may refuse it), ends (``after_forward()``) or fails (``forward_failed()``). It is
+no torch hook: torch goes through a module's hooks while a failed forward is unwound, and to remove one then, there or
+in another thread, raises an error of its own.
 """
 
 from __future__ import annotations
 
+import functools
 import inspect
 import sys
 import threading
@@ -30,6 +33,7 @@ SUPPORTED = ("sdpa", "eager")
 
 _pending = threading.local()
 _attached: weakref.WeakKeyDictionary[nn.Module, _AttachedModel] = weakref.WeakKeyDictionary()
+_attaching = threading.RLock()  # the garbage collector may detach a cache while this thread attaches another
 
 # arguments of attention functions that change the softmax in ways that a CacheView cannot tell a policy
 SOFTMAX_CHANGES = ("softcap", "s_aux", "position_bias")
@@ -129,75 +133,94 @@ def attach(model) -> None:
         UserError: the model does not run on the attention interface, or with an implementation that is not supported.
     """
     model = transformers_model(model)
-    if model in _attached:
-        _attached[model].count += 1
-        return
-    original = model.config.get_text_config()._attn_implementation
-    refuse_unsupported(model)
-    if original not in SUPPORTED:
-        raise UserError(
-            f"the model runs attention implementation {original!r}, and kv_gym supports {' or '.join(SUPPORTED)}: "
-            'load it with attn_implementation="sdpa"'
-        )
-    _register()
-    model.set_attn_implementation(PREFIX + original)
-    _attached[model] = _AttachedModel(model, original)
+    with _attaching:
+        if model not in _attached:
+            refuse_unsupported(model)
+            _attached[model] = _AttachedModel()
+        _attached[model].add(model)
 
 
 def detach(model) -> None:
     """Undo one :func:`attach`; the last one restores the model's own attention."""
     model = transformers_model(model)
-    if model not in _attached:
-        return
-    _attached[model].count -= 1
-    if _attached[model].count == 0:
-        attached = _attached.pop(model)
-        model.set_attn_implementation(attached.original)
-        attached.remove_hooks()
-        _pop_observer()
+    with _attaching:
+        if model in _attached:
+            _attached[model].remove(model)
 
 
 class _AttachedModel:
-    """A model with observable attention: how many callers attached it, its own implementation, the decoder's hooks."""
+    """How many callers attached a model, and what the last of them restores.
 
-    def __init__(self, model, original: str):
-        self.count, self.original = 1, original
-        self._failing = False
-        decoder = model.base_model
+    The garbage collector may detach one cache while another is being attached, so a count that has come to zero can
+    rise again.
+    """
+
+    def __init__(self) -> None:
+        self.count = 0
+        self._original = ""
+        self._forward: _ObservedForward | None = None
+
+    def add(self, model) -> None:
+        """Count one caller; the first one switches the model's attention."""
+        original = model.config.get_text_config()._attn_implementation
+        if not self.count and original not in SUPPORTED:
+            raise UserError(
+                f"the model runs attention implementation {original!r}, and kv_gym supports {' or '.join(SUPPORTED)}: "
+                'load it with attn_implementation="sdpa"'
+            )
+        self.count += 1
+        if self.count == 1:
+            _register()
+            self._original, self._forward = original, _ObservedForward(model.base_model)
+            model.set_attn_implementation(PREFIX + original)
+
+    def remove(self, model) -> None:
+        """Forget one caller; the last one restores the model's attention."""
+        self.count = max(self.count - 1, 0)
+        if self.count == 0 and self._forward is not None:
+            model.set_attn_implementation(self._original)
+            self._forward.restore()
+            self._forward = None
+            _pop_observer()
+
+
+class _ObservedForward:
+    """Takes the place of a decoder's ``forward`` and tells the cache in its arguments about it."""
+
+    def __init__(self, decoder: nn.Module):
+        functools.update_wrapper(self, decoder.forward)  # first: it copies the attributes of what it wraps
+        self._decoder, self._plain = decoder, decoder.forward
+        self._own = "forward" in vars(decoder)  # as where accelerate moves the weights
         self._parameters = tuple(inspect.signature(decoder.forward).parameters)
-        self._before_hook = decoder.register_forward_pre_hook(self._before, with_kwargs=True)
-        self._after_hook = decoder.register_forward_hook(self._after, with_kwargs=True, always_call=True)
+        decoder.forward = self
 
-    def remove_hooks(self) -> None:
-        self._before_hook.remove()
-        if not self._failing:  # torch iterates over these hooks right now: the next forward removes this one
-            self._after_hook.remove()
+    def restore(self) -> None:
+        """Give the decoder its own back; one that somebody else has wrapped since stays as it is."""
+        if vars(self._decoder).get("forward") is not self:
+            return
+        if self._own:
+            self._decoder.forward = self._plain
+        else:
+            del self._decoder.forward
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+        cache = arguments.get("past_key_values")
+        try:
+            self._tell(cache, "before_forward", arguments)
+            output = self._plain(*args, **kwargs)
+        except BaseException:
+            self._tell(cache, "forward_failed")
+            raise
+        self._tell(cache, "after_forward")
+        return output
 
     @_disable_dynamo
-    def _before(self, decoder: nn.Module, args: tuple, kwargs: dict) -> None:
-        _pop_observer()  # left by a forward that failed between a cache's update and its attention
-        arguments = self._arguments(args, kwargs)
-        check = getattr(arguments.get("past_key_values"), "before_forward", None)
-        if check is not None:
-            check(arguments)
-
-    @_disable_dynamo
-    def _after(self, decoder: nn.Module, args: tuple, kwargs: dict, output: Any) -> None:
-        cache = self._arguments(args, kwargs).get("past_key_values")
-        if output is not None:
-            if self.count == 0:
-                self._after_hook.remove()
-            elif (notify := getattr(cache, "after_forward", None)) is not None:
-                notify()
-        elif self.count and (notify := getattr(cache, "forward_failed", None)) is not None:
-            self._failing = True  # always_call: the forward raised
-            try:
-                notify()
-            finally:
-                self._failing = False
-
-    def _arguments(self, args: tuple, kwargs: dict) -> dict[str, Any]:
-        return {**dict(zip(self._parameters, args, strict=False)), **kwargs}
+    def _tell(self, cache: Any, event: str, *arguments: dict[str, Any]) -> None:
+        if event == "before_forward":
+            _pop_observer()  # left by a forward that failed between a cache's update and its attention
+        if (notify := getattr(cache, event, None)) is not None:
+            notify(*arguments)
 
 
 def attention_modules(model) -> dict[int, nn.Module]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor, nn
@@ -23,12 +23,13 @@ from kv_gym.models.attention import attention_modules, full_layers
 class _Hooks:
     """The hooks on one model's attention modules, and how many callers asked for them."""
 
-    handles: list[RemovableHandle]
+    handles: list[RemovableHandle] = field(default_factory=list)
     count: int = 0
 
 
 _current = threading.local()  # input: (layer index, hidden states) of the attention module that runs on this thread
 _hooks: weakref.WeakKeyDictionary[nn.Module, _Hooks] = weakref.WeakKeyDictionary()
+_attaching = threading.RLock()  # the garbage collector may detach a cache while this thread attaches another
 
 
 def attach_hidden_state_hooks(model) -> None:
@@ -37,23 +38,26 @@ def attach_hidden_state_hooks(model) -> None:
     Raises:
         UserError: no attention module is where decoders have it.
     """
-    if model not in _hooks:
-        handles = []
-        for module in full_attention_modules(model):
-            handles.append(module.register_forward_pre_hook(_keep_input, with_kwargs=True))
-            handles.append(module.register_forward_hook(_drop_input, always_call=True))  # a failed forward drops it too
-        _hooks[model] = _Hooks(handles)
-    _hooks[model].count += 1
+    with _attaching:
+        modules = full_attention_modules(model)
+        hooks = _hooks.setdefault(model, _Hooks())
+        hooks.count += 1
+        if hooks.count == 1:
+            for module in modules:
+                hooks.handles.append(module.register_forward_pre_hook(_keep_input, with_kwargs=True))
+                # a failed forward drops it too
+                hooks.handles.append(module.register_forward_hook(_drop_input, always_call=True))
 
 
 def remove_hidden_state_hooks(model) -> None:
     """Undo one :func:`attach_hidden_state_hooks`; the last one removes the hooks."""
-    if model not in _hooks:
-        return
-    _hooks[model].count -= 1
-    if _hooks[model].count == 0:
-        for handle in _hooks.pop(model).handles:
-            handle.remove()
+    with _attaching:
+        hooks = _hooks.get(model)
+        if hooks is None or hooks.count == 0:
+            return
+        hooks.count -= 1
+        while hooks.count == 0 and hooks.handles:
+            hooks.handles.pop().remove()
 
 
 def full_attention_modules(model) -> list[nn.Module]:

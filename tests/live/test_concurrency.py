@@ -24,12 +24,15 @@ def pieces(number):
 
 
 def hooks(model):
-    return [
-        (name, kind, len(getattr(module, kind)))
+    """Hooks and wrapped forwards of all modules; the attention function that is not the model's own."""
+    found = [
+        (name, kind)
         for name, module in model.named_modules()
-        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks")
-        if getattr(module, kind)
+        for kind in ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "forward")
+        if vars(module).get(kind)
     ]
+    attention = model.config._attn_implementation
+    return found + [attention] * (attention != "sdpa")
 
 
 @pytest.fixture(scope="module")

@@ -66,8 +66,8 @@ class RandomOperations(RuleBasedStateMachine):
     def teardown(self):
         for cache, _, _ in self.caches:
             cache.detach()
-        inner = MODEL.get_decoder()
-        assert not inner._forward_hooks and not inner._forward_pre_hooks
+        decoder = MODEL.get_decoder()
+        assert "forward" not in vars(decoder) and not decoder._forward_hooks and not decoder._forward_pre_hooks
 
     # operations
 
