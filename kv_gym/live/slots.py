@@ -554,7 +554,7 @@ class RaggedSlots(Slots):
         on_host, on_device = rows.cpu(), to_device(rows, self.device)
         self._bounds = self.bounds[on_host]
         self._lay_out(self._bounds, starts=self.starts_on_device[on_device])
-        self.lengths, self._copy = self.lengths[on_device], None
+        self.lengths, self._copy, self._since_copy = self.lengths[on_device], None, 0
 
     def clone(self, names: Mapping[str, str] | None = None) -> Slots:
         names = {name: name for name in self.buffers} if names is None else names

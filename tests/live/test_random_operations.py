@@ -241,3 +241,18 @@ RandomOperations.TestCase.settings = settings(
     suppress_health_check=list(HealthCheck),
 )
 TestRandomOperations = pytest.mark.timeout(0 if RUNS else 300)(RandomOperations.TestCase)
+
+
+# sequences that failed once
+
+
+@pytest.mark.filterwarnings("ignore:Using `assume`")
+def test_padding_after_the_rows_were_repeated():
+    state = RandomOperations()
+    state.begin("cake", "uniform", "prefill", "drop", 3, (None, None), False, 1)
+    state.forward(0, 0, 1, False, False)
+    state.change_rows(0, 0, "repeat")
+    state.forward(0, 0, 2, False, True)
+    state.change_rows(0, 0, "repeat")
+    state.forward(0, 0, 2, False, True)
+    state.teardown()
