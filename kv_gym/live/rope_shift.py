@@ -11,28 +11,36 @@ from __future__ import annotations
 
 import inspect
 import sys
+import weakref
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from transformers.cache_utils import DynamicCache
 
 from kv_gym.devices import number_tensor
 from kv_gym.errors import UserError
 from kv_gym.live.slots import EqualSlots, Slots
-from kv_gym.models.attention import attention_modules
+from kv_gym.models.attention import attention_modules, full_layers
 
 # angles that depend on the position alone, in proportion
 _LINEAR_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_TRIED_BY = 31  # positions
+_verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
 
 class RopeShift:
     """Rotates cached keys to other positions, by a model's own rotary embedding.
 
+    The first time that it is made for a model, the model reads a few single tokens at two positions each, and every
+    layer's keys are compared.
+
     Args:
         model: whose keys they are.
 
     Raises:
-        UserError: a model without rotary embedding, or one whose angles change with the length.
+        UserError: a model without rotary embedding, one whose angles change with the length, or one with a layer whose
+            keys are not rotated so.
     """
 
     def __init__(self, model):
@@ -53,6 +61,38 @@ class RopeShift:
                 )
         parameters = inspect.signature(self._rotary.forward).parameters
         self._rotary_kwargs = {"layer_type": "full_attention"} if "layer_type" in parameters else {}
+        if model not in _verified:
+            self._verify(model)
+            _verified.add(model)
+
+    @torch.no_grad()
+    def _verify(self, model) -> None:
+        """Refuse a model that has a layer whose keys at one position are not those of another, rotated.
+
+        A token alone attends to itself, so that hidden states depend on no position.
+        """
+        config = model.config.get_text_config()
+        device = model.get_input_embeddings().weight.device
+        if device.type == "meta":
+            return  # nothing to compare
+        ids = torch.linspace(1, config.vocab_size - 1, 4, device=device).long().repeat(2)[:, None]
+        positions = torch.zeros_like(ids)
+        positions[4:] = _TRIED_BY
+        cache = DynamicCache(config=config)
+        model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        for index in full_layers(config):
+            early, late = cache.layers[index].keys.chunk(2)
+            by = torch.full(early.shape[:3], _TRIED_BY, device=early.device)
+            tolerance = max(8 * torch.finfo(early.dtype).eps, 1e-4)
+            try:
+                error = (self.rotate(early, by) - late).norm() / late.norm().clamp(min=1e-12)
+            except RuntimeError:  # shapes that do not fit
+                error = torch.tensor(torch.inf)
+            if not bool(error <= tolerance):
+                raise UserError(
+                    f"layer {index} of {type(model).__name__} does not rotate its keys by the model's rotary embedding "
+                    "(some layers have no positions at all): use positions='original'"
+                )
 
     def rotate(self, keys: Tensor, by: Tensor) -> Tensor:
         """Keys `[batch, kv_heads, n, d]` as they would be `by [batch, kv_heads, n]` int64 positions later."""
@@ -62,8 +102,9 @@ class RopeShift:
         cos, sin = self._rotary(flat, by.flatten(0, 1), **self._rotary_kwargs)
         # some models scale cosines and sines: the cosine of position 0 is that factor
         scale = self._rotary(flat, torch.zeros_like(by.flatten(0, 1)[:1, :1]), **self._rotary_kwargs)[0]
-        rotated = self._apply(flat[:, :0], flat, cos / scale, sin / scale)[1]
-        return rotated[:, 0].unflatten(0, keys.shape[:2]).to(keys.dtype)
+        turning, rest = flat.tensor_split([cos.shape[-1]], -1)  # some models rotate a part of the dimensions
+        rotated = self._apply(turning[:, :0], turning, cos / scale, sin / scale)[1]
+        return torch.cat((rotated, rest), -1)[:, 0].unflatten(0, keys.shape[:2]).to(keys.dtype)
 
     def shifted_keys(self, slots: Slots, tokens_seen: Sequence[int]) -> Tensor:
         """The keys of `slots` at positions inside the cache, `[batch, kv_heads, longest, d]`.

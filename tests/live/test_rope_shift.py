@@ -2,12 +2,14 @@
 
 import pytest
 import torch
-from live_models import FULL, feed, tiny, tokens
+from live_models import FULL, SIZES, feed, tiny, tokens
 from masked_reference import MaskedReference
+from transformers import PhiConfig, PhiForCausalLM, SmolLM3Config, SmolLM3ForCausalLM
 
 from kv_gym import EvictingCache, make_policy
 from kv_gym.errors import UserError
 from kv_gym.live import Guard, PolicyGroup
+from kv_gym.live.rope_shift import RopeShift
 
 GEMMA = {"layer_types": ["full_attention"], "sliding_window": 8}
 
@@ -140,3 +142,23 @@ def test_angles_that_change_with_the_length_are_refused():
     model = tiny(rope_parameters={"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0})
     with pytest.raises(UserError, match="do not add up"):
         EvictingCache(model, "knorm", 8, positions="cache")
+
+
+def test_a_model_that_rotates_a_part_of_each_key():
+    config = PhiConfig(**SIZES, num_key_value_heads=2, partial_rotary_factor=0.5)
+    torch.manual_seed(0)
+    model, ids = PhiForCausalLM(config).double().eval(), tokens(1, 20)
+    with EvictingCache(model, "knorm", 30, positions="cache") as cache:
+        feed(model, ids[:, :19], cache)
+        torch.testing.assert_close(feed(model, ids[:, 19:], cache)[:, -1], model(ids).logits[:, -1])
+    turned = RopeShift(model).rotate(torch.eye(8).double()[None, None], torch.full((1, 1, 8), 3))
+    assert torch.equal(turned[..., 4:], torch.eye(8).double()[None, None, :, 4:])
+
+
+def test_a_layer_without_positions_is_refused():
+    """SmolLM3 rotates no keys in some layers, though the model has a rotary embedding."""
+    config = SmolLM3Config(**SIZES, num_key_value_heads=2, no_rope_layers=[1, 0, 1], use_sliding_window=False)
+    model = SmolLM3ForCausalLM(config).eval()
+    with pytest.raises(UserError, match="layer 1 of SmolLM3ForCausalLM does not rotate its keys"):
+        EvictingCache(model, "knorm", 8, positions="cache")
+    EvictingCache(model, "knorm", 8).detach()
