@@ -81,7 +81,9 @@ class RopeShift:
         cache = DynamicCache(config=config)
         model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
         for index in full_layers(config):
-            early, late = cache.layers[index].keys.chunk(2)
+            keys = getattr(cache.layers[index], "keys", None)
+            assert isinstance(keys, Tensor)
+            early, late = keys.chunk(2)
             by = torch.full(early.shape[:3], _TRIED_BY, device=early.device)
             tolerance = max(8 * torch.finfo(early.dtype).eps, 1e-4)
             try:
