@@ -29,13 +29,15 @@ def main() -> None:
     parser.add_argument("--warps", type=int, nargs="+", default=[4, 8])
     parser.add_argument("--stages", type=int, nargs="+", default=[2, 3, 4])
     parser.add_argument("--programs", type=int, nargs="+", default=[528, 1056, 2112])
+    parser.add_argument("--chunks", type=int, nargs="+", default=[64, 128, 256], help="fewest slots of a program")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         parser.error("no GPU is here, and a CPU cannot say what is fast on one")
     device = torch.device("cuda")
     speed, rows = bandwidth(device, 1 << 32), []
-    for tile, warps, stages, programs in itertools.product(args.tiles, args.warps, args.stages, args.programs):
-        sizes = {"TILE_BYTES": tile, "WARPS": warps, "STAGES": stages, "PROGRAMS": programs}
+    choices = (args.tiles, args.warps, args.stages, args.programs, args.chunks)
+    for values in itertools.product(*choices):
+        sizes = dict(zip(("TILE_BYTES", "WARPS", "STAGES", "PROGRAMS", "MIN_CHUNK"), values, strict=True))
         for name, value in sizes.items():
             setattr(ragged_kernel, name, value)
         row: dict = dict(sizes)

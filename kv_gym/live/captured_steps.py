@@ -111,7 +111,7 @@ class CapturedSteps:
             return "layers lie on several devices"
         if backend_for(keys.new_empty(1, 1, 1, keys.shape[-1])) != "kernel":
             return "the kernel over heads of different lengths does not run here"
-        if state.tier.packed() is None and state.tier.stored is not None:
+        if not state.stored_as_read:
             return "the pairs of the tier cannot be read in place"
         return None
 

@@ -94,7 +94,7 @@ class EvictingLayer(CacheLayerMixin):
         hidden = current_hidden_states(self.state.index) if self.state.config.needs_hidden else None
         chunks = self._chunks(keys)
         at_once = len(chunks) == 1 and isinstance(chunks[0], slice) and isinstance(self.state.slots, EqualSlots)
-        if at_once and (self.state.tier.packed() is None or not reads_in_place(keys)):
+        if at_once and not (self.state.stored_as_read and reads_in_place(keys)):
             self.state.append(keys, values, None, hidden)
             visible = self.state.visible_slots()
             keys, values = visible.data("keys"), visible.data("values")
@@ -147,11 +147,11 @@ class EvictingLayer(CacheLayerMixin):
                 query, token_mask, padded = call.query, chunk, True
                 self.state.append(keys, values, token_mask, hidden)
             dropout = call.kwargs.get("dropout", 0.0)
-            packed = self.state.tier.packed() if token_mask is None else None
+            in_place = token_mask is None and self.state.stored_as_read and reads_in_place(query, dropout)
             if (selected := self._attend_selected(call, query, token_mask)) is not None:
                 outputs.append(selected)
-            elif packed is not None and reads_in_place(query, dropout):
-                outputs.append(attend_kernel(query, self.state.slots, call.scaling, packed))
+            elif in_place:
+                outputs.append(attend_kernel(query, self.state.slots, call.scaling, self.state.tier.packed()))
             elif isinstance(slots := self.state.visible_slots(), RaggedSlots):
                 outputs.append(attend_ragged(query, slots, call.scaling, token_mask, dropout))
             else:

@@ -184,6 +184,11 @@ class LayerState:
         if self.config.needs_output:
             self.output = output_projection(module, query_heads, d)
 
+    @property
+    def stored_as_read(self) -> bool:
+        """Whether attention can read slots, and the tier's pairs, where they lie and as they are."""
+        return self.config.rope_shift is None and (self.tier.stored is None or self.tier.packed() is not None)
+
     def visible_slots(self) -> Slots:
         """Keys and values that the newest queries see: what the tier shows of evicted pairs, then the slots."""
         if self.config.rope_shift is not None:
@@ -422,6 +427,7 @@ class LayerState:
         if not bool(most.any()):
             return
         filled, valid = self.slots.padded(SLOT_BUFFERS)
+        kept = kept[:, :, : valid.shape[2]]  # bounds may have become tighter since the slots were scored
         keys, values, positions = (filled[name] for name in SLOT_BUFFERS)
         seen = max(self.tokens_seen)
         pairs = EvictedPairs(keys, values, positions, valid, kept, most, seen, equal, self._slack(), trim)

@@ -26,9 +26,9 @@ from torch import Tensor
 DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 LARGEST_HEAD = 256
 TILE_BYTES = 1 << 14  # of keys that a program multiplies at a time; a few such tiles fit the smallest shared memories
-MIN_CHUNK = 256  # slots; with fewer, writing and merging partial results costs more than it gains
-PROGRAMS = 1024  # about as many as keep the largest GPUs busy
-WARPS, STAGES = 4, 3  # of a program: warps, and tiles under way from memory
+MIN_CHUNK = 128  # slots; with fewer, writing and merging partial results costs more than it gains
+PROGRAMS = 528  # four on each multiprocessor of an H100 or H200: all run at once
+WARPS, STAGES = 4, 2  # of a program: warps, and tiles under way from memory
 
 _LOG2_E = tl.constexpr(1.4426950408889634)
 _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0") == "1"  # as Triton reads it when it wraps the kernels below

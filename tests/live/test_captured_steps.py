@@ -25,7 +25,7 @@ def attend_rows(query, keys, values, starts, lengths, scaling, longest, bits=0, 
 @pytest.fixture
 def as_on_a_gpu(monkeypatch):
     for module in (captured_steps, ragged_attention):
-        monkeypatch.setattr(module, "backend_for", lambda *_: "kernel")
+        monkeypatch.setattr(module, "backend_for", lambda query, *_: "kernel" if query.shape[2] == 1 else "per_head")
     kernel = pytest.importorskip("kv_gym.live.ragged_kernel", reason="the kernel needs Triton")
     monkeypatch.setattr(kernel, "attend_rows", attend_rows)
     monkeypatch.setattr(captured_steps, "capture", recorded_steps.capture)

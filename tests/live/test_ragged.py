@@ -268,3 +268,17 @@ def test_ragged_attention_over_concatenated_slots(monkeypatch):
         ragged_attention.attend_varlen(query, both, 0.7),
     ):
         torch.testing.assert_close(found, expected)
+
+
+def test_slots_scored_before_bounds_became_tighter_are_handed_to_the_tier():
+    """On an accelerator the lengths of an earlier eviction may arrive while the next one is under way."""
+    caches = []
+    for more in (0, 3):
+        with EvictingCache(tiny("llama", head_dim=32), "keydiff", 0.5, "global:raw", evicted="bits:4") as cache:
+            feed(cache.model, tokens(1, 24), cache)
+            state = cache.layers[0].state
+            filled, valid = state.slots.padded(("positions",))
+            kept = valid & (filled["positions"] % 2 == 0)
+            state.keep_slots(torch.nn.functional.pad(kept, (0, more)))
+            caches.append([*state.tier.stored.buffers.values(), state.slots.lengths])
+    assert all(torch.equal(first, second) for first, second in zip(*caches, strict=True))
