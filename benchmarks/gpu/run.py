@@ -335,7 +335,8 @@ class Run:
         sys.path.insert(0, str(SUPPORT))
         from live_models import tiny, tokens
 
-        model, ids, errors = tiny("llama", head_dim=32).float().to(self.device), tokens(2, 72).to(self.device), {}
+        model, errors = tiny("llama", head_dim=32).float().to(self.device), {}
+        ids = tokens(1 if self.tiny else 2, 66 if self.tiny else 72).to(self.device)
         for evicted in ("drop", "bits:4"):
             logits = {}
             with EvictingCache(model, "keydiff", 0.3, "global:raw", evicted=evicted) as cache:
@@ -348,7 +349,7 @@ class Run:
             for backend in ("kernel", "per_head"):
                 difference = float((logits[backend] - logits["padded"]).abs().max())
                 errors[f"{evicted} {backend} float32"] = difference / scale
-        lengths = torch.tensor([[40, 100, 1000], [64, 300, 33]])
+        lengths = torch.tensor([[40, 70, 65], [64, 35, 33]] if self.tiny else [[40, 100, 1000], [64, 300, 33]])
         generator = torch.Generator(self.device).manual_seed(0)
         sizes = {"device": self.device, "generator": generator}
         pairs = {name: torch.randn(int(lengths.sum()), 64, **sizes) for name in ("keys", "values")}
