@@ -8,6 +8,7 @@ from setuptools.command.build_py import build_py
 ROOT = Path(__file__).parent
 DATA = {  # folder in kv_gym/_data -> files
     "agents": ("agents", "*.yml"),
+    "page_agents": ("agents/pages", "*.yml"),
     "requests": ("traces/requests", "*"),
     "traces": ("traces/sample", "**/*"),
 }

@@ -30,7 +30,12 @@ _PACKAGE = Path(__file__).parent
 MODEL = _PACKAGE / "reference" / "model"
 """Folder of the reference model and its tokenizer, as transformers loads them."""
 
-_IN_REPOSITORY = {"agents": "agents", "requests": "traces/requests", "traces": "traces/sample"}
+_IN_REPOSITORY = {
+    "agents": "agents",
+    "page_agents": "agents/pages",
+    "requests": "traces/requests",
+    "traces": "traces/sample",
+}
 
 LARGEST_JSON = 2**28
 """Bytes of a JSON document, and of one line of JSON lines, at most."""
@@ -446,8 +451,8 @@ def bundled(name: str) -> Path:
     """The folder of bundled data.
 
     Args:
-        name: `"traces"`, the small recorded sample that environments replay by default, or `"agents"`, the
-            training settings `<agent>.yml`.
+        name: `"traces"`, the small recorded sample that environments replay by default, `"requests"`, that of page
+            requests, or `"agents"` or `"page_agents"`, the training settings `<agent>.yml`.
 
     Raises:
         UserError: the data is not there.

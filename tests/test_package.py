@@ -148,6 +148,7 @@ def test_the_wheel_holds_all_code_and_data_and_no_tests(wheel):
     texts = ROOT / "kv_gym" / "evaluation" / "tasks" / "texts"
     data |= {str(path.relative_to(ROOT)) for path in texts.iterdir()}
     data |= {f"kv_gym/_data/agents/{path.name}" for path in (ROOT / "agents").glob("*.yml")}
+    data |= {f"kv_gym/_data/page_agents/{path.name}" for path in (ROOT / "agents" / "pages").glob("*.yml")}
     data |= {f"kv_gym/_data/traces/{path.relative_to(SAMPLE)}" for path in SAMPLE.rglob("*") if path.is_file()}
     data |= {f"kv_gym/_data/requests/{path.name}" for path in (ROOT / "traces" / "requests").iterdir()}
     ours = {name for name in names if ".dist-info/" not in name}

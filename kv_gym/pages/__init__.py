@@ -20,7 +20,7 @@ _HOMES = {
     "read_requests": "kv_gym.pages.readers",
     "simulate": "kv_gym.pages.simulator",
     "summarise_requests": "kv_gym.pages.compare",
-    "train_pages": "kv_gym.pages.training",
+    "train_pages": "kv_gym.training.pages.trainer",
 }
 
 __all__ = sorted(_HOMES)

@@ -11,16 +11,16 @@ from collections import OrderedDict
 
 from kv_gym.pages.cache import PageCache
 
-_TOLERATED = 0.004  # hits per access that a policy may lose against LRU without an end
+_TOLERATED = 0.007  # hits per access that a policy may lose against LRU without an end
 _HASH, _MASK = 0x9E3779B1, 0xFFFFFFFF  # Knuth's multiplicative hash of 32 bits
 
 
 class ShadowLRU:
     """Compares a cache's hits with those of LRU, on a sample of its pages.
 
-    The loss sums up the hits that LRU has more, less 0.4 % of the accesses, and never falls below 0. Beyond a limit
-    (ten hits and a hundredth of the shadow's pages) LRU is to decide until the loss is 0 again, which takes 250
-    accesses for each hit that was lost. So over any stretch a policy loses at most 0.4 % of the accesses, and beyond
+    The loss sums up the hits that LRU has more, less 0.7 % of the accesses, and never falls below 0. Beyond a limit
+    (ten hits and a hundredth of the shadow's pages) LRU is to decide until the loss is 0 again, which takes 140
+    accesses for each hit that was lost. So over any stretch a policy loses at most 0.7 % of the accesses, and beyond
     them what it loses before LRU has filled the cache again.
 
     Args:

@@ -4,6 +4,7 @@ import json
 from itertools import count
 from pathlib import Path
 
+import gymnasium as gym
 import numpy as np
 import pytest
 import torch
@@ -15,12 +16,13 @@ from kv_gym.pages import PageRankingPolicy, RequestTrace, make_page_policy, simu
 from kv_gym.pages.cache import Candidates, PageCache
 from kv_gym.pages.policies.learned import Learned
 from kv_gym.pages.shadow import ShadowLRU
-from kv_gym.pages.training import CandidateScorer, record_decisions
+from kv_gym.training.pages.network import CandidateHeads, CandidateScorer, StackedCandidates
+from kv_gym.training.pages.recording import record_decisions
 
 CAPACITY = 60
 
 
-def loop_and_wonders(loops=60, pages=50, seed=0):
+def loop_and_wonders(loops=40, pages=50, seed=0):
     """Fifty pages asked for again and again, in another order each time, with as many pages that come once."""
     random, once = np.random.default_rng(seed), count(pages)
     keys = [key for _ in range(loops) for page in random.permutation(pages).tolist() for key in (page, next(once))]
@@ -31,7 +33,7 @@ def loop_and_wonders(loops=60, pages=50, seed=0):
 def trained(tmp_path_factory):
     folder = tmp_path_factory.mktemp("clone")
     trace = loop_and_wonders()
-    return trace, folder, train_pages("clone", trace, folder, CAPACITY, rounds=2, steps=150, decisions=2000)
+    return trace, folder, train_pages("clone", trace, folder, CAPACITY, rounds=2, steps=150, decisions=1500)
 
 
 def test_it_learns_to_evict_what_comes_once(trained):
@@ -137,7 +139,7 @@ def test_lru_stands_in_where_validation_says_so():
 
 def test_drawn_candidates_let_young_pages_leave(tmp_path):
     """Random candidates reach pages that come once long before they are old; the oracle among them gains by it."""
-    trace = loop_and_wonders(30)
+    trace = loop_and_wonders()
     tail, drawn = (simulate(trace, f"tail_oracle:drawn={count}", CAPACITY).hits for count in (0, 12))
     assert drawn > tail
     policy = train_pages("clone", trace, tmp_path, CAPACITY, drawn=12, rounds=2, steps=60, decisions=500)
@@ -148,15 +150,39 @@ def test_drawn_candidates_let_young_pages_leave(tmp_path):
         train_pages("clone", trace, tmp_path, CAPACITY, drawn=16)
 
 
+@pytest.mark.parametrize(("agent", "steps"), [("dqn", 120), ("ppo", 40)])
+def test_reinforcement_learning_learns_it_too(tmp_path, agent, steps):
+    trace = loop_and_wonders()
+    policy = train_pages(agent, trace, tmp_path, CAPACITY, rounds=1, decisions=1200, steps=steps)
+    assert policy.card.agent == agent and policy.card.validation["learned"] > policy.card.validation["lru"] + 0.1
+    assert simulate(trace, str(tmp_path), CAPACITY, warm_up=0.7).hit_rate > 0.2
+
+
+def test_double_targets_and_dueling_values_by_hand():
+    """Preferences for leaving are the scores' opposites, less their mean over the candidates that are there."""
+    heads = CandidateHeads(StackedCandidates(gym.make("KVPage-v0", action="index").observation_space), 8, dueling=True)
+    torch.manual_seed(0)
+    features, mask = torch.rand(1, 16, 10), torch.arange(16)[None] < 3
+    heads.scorer.normalise(features, mask)
+    stacked = torch.cat((features, mask[..., None].float()), -1).flatten(1)
+    scores, pooled = heads.scorer.score_and_pool(features, mask)
+    expected = heads.value(pooled) - scores + scores[mask].mean()
+    torch.testing.assert_close(heads(stacked)[mask], expected[mask])
+    assert (heads(stacked)[~mask] == -1e8).all()
+    nobody = torch.zeros_like(stacked)  # after the trace's end: a finite value, for the target
+    assert heads(nobody).abs().max() < 1e3
+
+
 def test_recorded_decisions_know_the_next_use():
     trace = RequestTrace.from_keys(list("abcabdabe" * 4), "letters")
     policy = make_page_policy("tail_oracle:candidates=4")
-    made = record_decisions(trace, policy, 3, "objects", 4, ("age",), 100, np.random.default_rng(0))
+    made, rate = record_decisions(trace, policy, 3, "objects", ("age",), 100, np.random.default_rng(0), 30)
+    assert rate == simulate(trace, policy, 3, warm_up=30 / 36).hit_rate
     assert made.features.shape == (len(made.mask), 4, 1) and (made.mask.sum(1) == 3).all()
     # the first decision: d is asked for, and a, b, c are cached; next uses are a at 6, b at 7, c at 11
     assert made.distance[0, :3].tolist() == [11 - 5, 6 - 5, 7 - 5]
     np.testing.assert_allclose(made.features[0, :3, 0], np.log1p([3, 2, 1]) / 10, rtol=1e-6)
-    few = record_decisions(trace, policy, 3, "objects", 4, ("age",), 2, np.random.default_rng(0))
+    few, _ = record_decisions(trace, policy, 3, "objects", ("age",), 2, np.random.default_rng(0), 30)
     assert len(few.mask) == 2
 
 
@@ -211,9 +237,10 @@ def rewrite(folder: Path, **changes):
 @pytest.mark.parametrize(
     ("changes", "complaint"),
     [
-        ({"agent": "clown"}, "unknown page agent 'clown'; known: clone"),
+        ({"agent": "clown"}, "unknown page agent 'clown'; known: clone, dqn, ppo"),
         ({"features": ["colour"]}, "expected some of age"),
-        ({"rounds": 0}, "nothing to train"),
+        ({"rounds": 0}, "rounds"),
+        ({"candidates": 1}, "nothing to decide"),
         ({"capacity": 10**6}, "nothing leaves a cache of 1000000"),
         ({"semantics": "blocks"}, "objects"),
     ],

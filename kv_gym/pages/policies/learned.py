@@ -50,7 +50,7 @@ class LearnedCard(BaseModel):
 
     format: Literal["kv-gym-page-policy"] = "kv-gym-page-policy"
     version: Literal[1] = 1
-    agent: Literal["clone"] = "clone"
+    agent: Literal["clone", "dqn", "ppo"] = "clone"
     features: tuple[str, ...]
     candidates: int = Field(ge=2, le=1024)
     drawn: int = Field(ge=0, le=1023, default=0)
