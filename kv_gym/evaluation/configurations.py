@@ -10,10 +10,11 @@ from typing import Any
 from kv_gym.budgets import Allocation, Budget, Uniform, fitting
 from kv_gym.evaluation.rows import FULL
 from kv_gym.live import EvictingCache, PolicyGroup
+from kv_gym.live.selection import SelectAll, Selection
 from kv_gym.live.tiers import Drop, Tier
 from kv_gym.policies import Policy, make_policy
 
-EQUAL, DROP = Uniform(), Drop()
+EQUAL, DROP, READ_ALL = Uniform(), Drop(), SelectAll()
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class Configuration:
         evicted: what becomes of evicted pairs.
         sinks, recent: first and last tokens that always stay; None means the policy's own.
         seed: of a learned policy, which training run; None for others.
+        select: which of the held slots the questions' queries read.
     """
 
     name: str
@@ -38,13 +40,14 @@ class Configuration:
     sinks: int | None = None
     recent: int | None = None
     seed: int | None = None
+    select: Selection = READ_ALL
 
     def fields(self) -> dict[str, Any]:
         """What it says of itself in a row (:class:`kv_gym.evaluation.rows.Row`)."""
         return {
             "policy": self.name, "seed": self.seed, "budget": self.budget, "allocation": self.allocation.name,
             "evicted": self.evicted.name, "sinks": self.sinks, "recent": self.recent,
-            "policy_bytes": getattr(self.policy, "nbytes", int)(),
+            "policy_bytes": getattr(self.policy, "nbytes", int)(), "select": self.select.name,
         }  # fmt: skip
 
 
@@ -60,17 +63,18 @@ def configurations_of(
     evicted: Iterable[Tier] = (DROP,),
     sinks: int | None = None,
     recent: int | None = None,
+    select: Iterable[Selection] = (READ_ALL,),
 ) -> list[Configuration]:
-    """Every policy (by the name that rows carry) at every budget, allocation that fits and tier.
+    """Every policy (by the name that rows carry) at every budget, allocation that fits, tier and selection.
 
     Raises:
         UserError: no allocation can use a policy's scores.
     """
-    budgets, allocations, evicted = list(budgets), list(allocations), list(evicted)
+    budgets, allocations, evicted, select = list(budgets), list(allocations), list(evicted), list(select)
     return [
-        Configuration(name, policy, budget, rule, tier, sinks, recent)
+        Configuration(name, policy, budget, rule, tier, sinks, recent, select=read)
         for name, policy in policies.items()
-        for budget, rule, tier in product(budgets, fitting(policy, allocations)[0], evicted)
+        for budget, rule, tier, read in product(budgets, fitting(policy, allocations)[0], evicted, select)
     ]
 
 
@@ -122,4 +126,5 @@ def fork_for(cache: EvictingCache, configuration: Configuration, budget: Budget 
         configuration.recent,
         configuration.allocation,
         configuration.evicted,
+        select=configuration.select,
     )

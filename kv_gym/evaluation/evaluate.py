@@ -22,6 +22,7 @@ from kv_gym.evaluation.tasks import (
     unseen_questions,
 )
 from kv_gym.evaluation.tasks.replay import replay_tasks
+from kv_gym.live.selection import parse_selection
 from kv_gym.live.tiers import parse_tier
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, make_policy
@@ -47,6 +48,7 @@ def evaluate(
     recent: int | None = None,
     allocations: Iterable[str | Allocation] = ("uniform",),
     evicted: Iterable[str] = ("drop",),
+    select: Iterable[str] = ("all",),
     json: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -72,6 +74,8 @@ def evaluate(
             with all that can use its scores.
         evicted: what becomes of evicted pairs: ``drop``, ``merge``, ``merge:values``, ``bits:4`` ...; every policy is
             measured with each. Only with a model, because replay knows what is kept and not what a model makes of it.
+        select: which of the held slots a query reads: ``all``, ``mpcache:0.2`` ...; every policy is measured with each.
+            Only with a model.
         json: file to write the result to.
         progress: show a bar.
 
@@ -88,15 +92,18 @@ def evaluate(
         refuse_unwritable(json)
     rules = [parse_allocation(allocation) for allocation in allocations]
     chosen, tiers = named_policies(policies), [parse_tier(name) for name in evicted]
-    configurations = configurations_of(chosen, [parse_budget(each) for each in budgets], rules, tiers, sinks, recent)
+    selections = [parse_selection(name) for name in select]
+    configurations = configurations_of(
+        chosen, [parse_budget(each) for each in budgets], rules, tiers, sinks, recent, selections
+    )
     if (traces is None) == (model is None):
         raise UserError("evaluate needs either traces, or a model with tasks: give exactly one of the two")
     found: Sequence[Task]
     if traces is not None:
-        if [tier.name for tier in tiers] != ["drop"]:
+        if [tier.name for tier in tiers] != ["drop"] or [each.name for each in selections] != ["all"]:
             raise UserError(
-                "replay knows what is kept and not what a model makes of evicted pairs: to compare what becomes of "
-                "them, give a model with tasks instead of traces"
+                "replay knows what is kept and not what a model makes of it: to compare what becomes of evicted pairs, "
+                "or what queries read of the others, give a model with tasks instead of traces"
             )
         part = traces_in_split(traces, split)
         refuse_other_model(chosen, part.fingerprint, "the model of the traces")

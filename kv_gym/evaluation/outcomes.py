@@ -35,6 +35,8 @@ class Outcome:
             all the work there is.
         answers: of tasks that list them, each answer in the order of the questions: 2 where it is right, 1 where only
             its first token is, else 0; and -log p of the whole answer, nats.
+        slots_read: slots of a KV head that the queries of forked questions read at most, mean over questions, layers
+            and heads; None where there are no such questions.
     """
 
     context: str
@@ -46,6 +48,7 @@ class Outcome:
     slots: Tensor | None
     seconds: float
     answers: tuple[tuple[int, float], ...] = ()
+    slots_read: float | None = None
 
 
 @dataclass
@@ -100,6 +103,7 @@ def per_context(outcomes: Sequence[Outcome]) -> list[Outcome]:
             same[-1].slots,
             sum(part.seconds for part in same),
             tuple(answer for part in same for answer in part.answers),
+            same[-1].slots_read,
         )
         for context, same in parts.items()
     ]
@@ -132,6 +136,7 @@ def _answer_fields(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     questions = sum(context.questions for context in contexts)
     losses = [None if math.isnan(context.nll) else round(context.nll, 6) for context in contexts]
     known = [loss for loss in losses if loss is not None]
+    read = [context.slots_read for context in contexts if context.slots_read is not None]
     return {
         "questions": questions,
         "accuracy": math.fsum(context.correct for context in contexts) / questions,
@@ -142,6 +147,7 @@ def _answer_fields(outcomes: Sequence[Outcome]) -> dict[str, Any]:
             for context, loss in zip(contexts, losses, strict=True)
         },
         "cache_bytes": fmean(context.cache_bytes for context in contexts),
+        "slots_read": fmean(read) if read else None,
         "answers": {context.context: [list(answer) for answer in context.answers] for context in contexts}
         if any(context.answers for context in contexts)
         else None,

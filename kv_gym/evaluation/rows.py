@@ -99,6 +99,7 @@ class Row(BaseModel):
         task: what was asked, such as ``multi_key 512``; replay of traces is a task, too.
         allocation: who gets the slots.
         evicted: what becomes of evicted pairs.
+        select: which of the held slots a query reads.
         sinks, recent: first and last tokens that always stay; None is the policy's own protection.
         window: the policy's setting of that name where it is not the default.
         trigger: when slots are evicted, such as ``prefill`` or ``every:16``.
@@ -121,6 +122,8 @@ class Row(BaseModel):
             only its first token is, else 0; nll of the whole answer. :func:`kv_gym.evaluation.summary.regraded` makes
             rows of other measures of them.
         parts: ``{part: {"questions", "correct"}}`` for tasks with parts, such as the turns of a dialogue.
+        slots_read: of every KV head, slots that the last token of an answer read at most, mean over answers, layers and
+            heads; None where that is not measured.
         cache_bytes: all that the compressed cache of one context holds, mean over contexts.
         policy_bytes: weights of the policy, held once.
         milliseconds: CPU time of a context for the cuts and all that follows the first one, mean over contexts.
@@ -142,6 +145,7 @@ class Row(BaseModel):
     task: StrictStr = ""
     allocation: StrictStr = "uniform"
     evicted: StrictStr = "drop"
+    select: StrictStr = "all"
     sinks: Number = None
     recent: Number = None
     window: Number = None
@@ -162,6 +166,7 @@ class Row(BaseModel):
     contexts: Annotated[dict[str, list], PlainValidator(_contexts)] = {}
     answers: dict[str, list[tuple[int, float]]] | None = None
     parts: Annotated[dict[str, dict], PlainValidator(_parts)] = {}
+    slots_read: Number = None
     cache_bytes: Number = None
     policy_bytes: Number = None
     milliseconds: Number = None

@@ -21,8 +21,8 @@ from kv_gym.evaluation.statistics import (
 )
 
 NULLS = ("random", "recency")
-CONFIGURATION = ("policy", "budget", "allocation", "evicted", "sinks", "recent", "window", "trigger")
-_MEANS = ("nll", "cache_bytes", "policy_bytes", "milliseconds", "n", "questions")
+CONFIGURATION = ("policy", "budget", "allocation", "evicted", "select", "sinks", "recent", "window", "trigger")
+_MEANS = ("nll", "slots_read", "cache_bytes", "policy_bytes", "milliseconds", "n", "questions")
 
 
 def configuration_key(row: Mapping) -> tuple:
@@ -182,8 +182,8 @@ def smallest_budgets(lines: Iterable[Mapping], tolerance: float = 0.01) -> dict[
         tolerance: how far below the full cache's accuracy the lower end of the interval may lie.
 
     Returns:
-        By ``(task, policy, allocation, evicted, sinks, recent, window, trigger)`` the smallest budget at and above
-        which all measured ones hold, or None. Tasks without a full cache are left out.
+        By ``(task, policy, allocation, evicted, select, sinks, recent, window, trigger)`` the smallest budget at and
+        above which all measured ones hold, or None. Tasks without a full cache are left out.
     """
     lines = list(lines)
     full = {line["task"]: line["accuracy"] for line in lines if line["policy"] == FULL}

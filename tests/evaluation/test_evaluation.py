@@ -231,6 +231,7 @@ def test_python_has_messages_of_its_own(model, contexts):
     assert len(kept[0]) == 2 and kept[0] == kept[1]
     for arguments in (
         {"traces": traces, "evicted": ["merge"]},
+        {"traces": traces, "select": ["quest:0.2"]},
         {},
         {"model": model},
         {"traces": traces, "model": model},

@@ -267,6 +267,19 @@ def test_a_configuration_that_refuses_is_a_row_with_its_sentence(place, tmp_path
     assert "not comparable across heads" in page(found)
 
 
+def test_what_queries_read_is_a_setting(place, tmp_path, rows):
+    spec = spec_of(place, budgets=["1.0"], policies=["knorm", "h2o"], selections=["all", "quest:0.1"])
+    found = [row for row in leaderboard(spec, tmp_path, progress=False) if row["policy"] in ("knorm", "h2o")]
+    by_name = {(row["policy"], row["select"]): row for row in found}
+    assert len(by_name) == len(found) == 4
+    everything, some = (by_name["knorm", select] for select in ("all", "quest:0.1"))
+    # groups of 16: with 24 tokens of context and 3 of the question all are read
+    assert everything["slots_read"] == some["slots_read"] == TOKENS + 3
+    assert some["nll"] == pytest.approx(everything["nll"], rel=1e-4) and some["cell"] != everything["cell"]
+    assert "needs the attention of every query" in by_name["h2o", "quest:0.1"]["refused"]
+    assert "quest:0.1" in page(found)
+
+
 MOODY = '''
 """A policy that likes some contexts."""
 from dataclasses import dataclass

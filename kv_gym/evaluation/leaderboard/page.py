@@ -209,7 +209,8 @@ def _by_configuration(lines: Sequence[Mapping]) -> dict[tuple, dict[float, Mappi
 def _name(line: Mapping) -> tuple[str, str]:
     """Policy and how its slots are dealt out."""
     name = _text(line["policy"])
-    how = [line["allocation"], *([line["evicted"]] if line["evicted"] != "drop" else [])]
+    settings = line["evicted"], line["select"]
+    how = [line["allocation"], *(name for name in settings if name not in ("drop", "all"))]
     if line["sinks"] is not None or line["recent"] is not None:
         how.append(f"ends {line['sinks']} + {line['recent']}")
     if line["window"] is not None:

@@ -17,6 +17,7 @@ from kv_gym.evaluation.leaderboard.identity import RESULTS, digest, exported_has
 from kv_gym.evaluation.leaderboard.spec import ALL, Protection, Spec, Validation
 from kv_gym.evaluation.rows import FULL
 from kv_gym.evaluation.summary import NULLS
+from kv_gym.live.selection import parse_selection
 from kv_gym.live.tiers import parse_tier
 from kv_gym.policies import Policy, list_policies, make_policy
 
@@ -80,7 +81,7 @@ class CacheSetting:
 
     Attributes:
         budget: slots per KV head, or a share.
-        allocation, evicted: by name.
+        allocation, evicted, select: by name.
         sinks, recent: None means the policy's own.
     """
 
@@ -89,6 +90,7 @@ class CacheSetting:
     evicted: str = "drop"
     sinks: int | None = None
     recent: int | None = None
+    select: str = "all"
 
 
 def cache_settings(
@@ -97,14 +99,15 @@ def cache_settings(
     allocations: Iterable[str],
     tiers: Iterable[str] = ("drop",),
     protection: Protection = None,
+    selections: Iterable[str] = ("all",),
 ) -> list[CacheSetting]:
-    """Every budget, allocation and tier for one policy; a protection that is its own has one identity."""
+    """Every budget, allocation, tier and selection for one policy; a protection that is its own has one identity."""
     sinks, recent = protection or (None, None)
     if protection is not None and not policy.learned and protection == protection_for(policy.make(), None, None):
         sinks = recent = None
     return [
-        CacheSetting(parse_budget(budget), rule, tier, sinks, recent)
-        for budget, rule, tier in product(budgets, allocations, tiers)
+        CacheSetting(parse_budget(budget), rule, tier, sinks, recent, select)
+        for budget, rule, tier, select in product(budgets, allocations, tiers, selections)
     ]
 
 
@@ -148,6 +151,7 @@ class Cell:
                 RESULTS, self.policy.hash, self.policy.name, self.policy.seed, self.setting.budget,
                 type(rule).__name__, content, self.setting.evicted, self.setting.sinks, self.setting.recent,
                 self.task.tasks_hash, self.task.trigger, self.task.model_hash,
+                *([self.setting.select] if self.setting.select != "all" else []),
             ]
         )  # fmt: skip
 
@@ -157,6 +161,7 @@ class Cell:
         return Configuration(
             self.policy.name, policy, setting.budget, parse_allocation(setting.allocation),
             parse_tier(setting.evicted), setting.sinks, setting.recent, self.policy.seed,
+            parse_selection(setting.select),
         )  # fmt: skip
 
     def fields(self) -> dict[str, Any]:
@@ -282,7 +287,7 @@ def null_cells(task: TaskIdentity, spec: Spec) -> list[Cell]:
     cells = [Cell(PolicySource.of("recency", FULL), CacheSetting(1.0), task)]
     for name, protection in product(NULLS, (None, PROTECTED)):
         policy = PolicySource.of(name)
-        settings = cache_settings(policy, spec.budgets, ("uniform",), spec.tiers, protection)
+        settings = cache_settings(policy, spec.budgets, ("uniform",), spec.tiers, protection, spec.selections)
         cells += [Cell(policy, setting, task) for setting in settings]
     return cells
 
@@ -304,15 +309,16 @@ def cells_of(
         nulls: whether the full cache and the null hypotheses are among them.
     """
     marked = {cell.id: (cell, False) for cell in (null_cells(task, spec) if nulls else ())}
-    tiers = spec.tiers if nulls else ("drop",)
+    tiers, selections = (spec.tiers, spec.selections) if nulls else (("drop",), ("all",))
     for policy in policies:
         rules = spec.allocations_of.get(policy.name, spec.allocations)
         fit = [rule for rule in rules if not policy.refusal(rule)]
-        for setting in cache_settings(policy, spec.budgets, fit, tiers):
+        for setting in cache_settings(policy, spec.budgets, fit, tiers, None, selections):
             cell = Cell(policy, setting, task)
             marked.setdefault(cell.id, (cell, False))
     for choice in chosen:
-        for setting in cache_settings(choice.policy, spec.budgets, (choice.allocation,), tiers, choice.protection):
+        rules = (choice.allocation,)
+        for setting in cache_settings(choice.policy, spec.budgets, rules, tiers, choice.protection, selections):
             cell = Cell(choice.policy, setting, task)
             marked[cell.id] = (cell, True)
     return marked

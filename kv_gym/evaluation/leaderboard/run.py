@@ -273,7 +273,13 @@ class Runner:
 
     def _refusal(self, task: Task, cell: Cell) -> str:
         """The sentence with which a configuration is refused before anything is read, or ""."""
-        key = (cell.policy, cell.setting.allocation, cell.setting.evicted, isinstance(task, ReplayTask))
+        key = (
+            cell.policy,
+            cell.setting.allocation,
+            cell.setting.evicted,
+            cell.setting.select,
+            isinstance(task, ReplayTask),
+        )
         if key not in self._refusals:
             try:
                 self._check(task, cell)
@@ -297,6 +303,7 @@ class Runner:
                 sinks=config.sinks,
                 recent=config.recent,
                 evicted=config.evicted,
+                select=config.select,
             )
 
     def _measure(

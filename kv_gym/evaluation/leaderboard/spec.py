@@ -7,6 +7,7 @@ budgets: [1/4, 1/8, 1/16]
 allocations: [uniform, global]       # of every policy that can use them
 allocations_of: {rloo: [uniform]}    # instead, of some
 tiers: [drop]
+selections: [all]                    # what queries read of the held slots
 policies: [all]                      # every registered policy that runs live; names; class paths; folders
 learned:                             # folders by the name that rows carry; of several the first that is there
   joint: ["runs/zoo/joint-{seed}", "runs/held_out/joint-{seed}"]
@@ -27,6 +28,7 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, Str
 from kv_gym.budgets import budget_key, parse_allocation, parse_budget
 from kv_gym.errors import UserError
 from kv_gym.files import read_yaml, validated
+from kv_gym.live.selection import parse_selection
 
 ALL = "all"
 OWN = "own"  # the protection that a policy brings
@@ -54,6 +56,13 @@ def _allocations(value: Any) -> tuple[str, ...]:
     names = _names(value)
     for name in names:
         parse_allocation(name)
+    return names
+
+
+def _selections(value: Any) -> tuple[str, ...]:
+    names = _names(value)
+    for name in names:
+        parse_selection(name)
     return names
 
 
@@ -92,6 +101,7 @@ def _folders(value: Any) -> dict[str, tuple[str, ...]]:
 Names = Annotated[tuple[str, ...], PlainValidator(_names)]
 Budgets = Annotated[tuple[str, ...], PlainValidator(_budgets)]
 Allocations = Annotated[tuple[str, ...], PlainValidator(_allocations)]
+Selections = Annotated[tuple[str, ...], PlainValidator(_selections)]
 Numbers = Annotated[tuple[int, ...], PlainValidator(_numbers)]
 Count = Annotated[int | None, PlainValidator(_count)]
 
@@ -177,7 +187,7 @@ class Spec(_Section):
         budgets: as users write them.
         model: ``reference``, a folder or a hub id.
         dtype: that the model computes in.
-        allocations, tiers: every policy meets every one that it can use.
+        allocations, tiers, selections: every policy meets every one that it can use.
         allocations_of: instead of `allocations`, for some policies, by the name that rows carry; none: of a heuristic
             only the setting that was chosen on validation contexts.
         policies: ``all``, names, class paths or exported folders.
@@ -194,6 +204,7 @@ class Spec(_Section):
     allocations: Allocations = ("uniform",)
     allocations_of: Annotated[dict[str, tuple[str, ...]], PlainValidator(_allocations_of)] = {}
     tiers: Names = ("drop",)
+    selections: Selections = ("all",)
     policies: Names = (ALL,)
     learned: Annotated[dict[str, tuple[str, ...]], PlainValidator(_folders)] = {}
     seeds: Numbers = (0,)

@@ -171,8 +171,8 @@ def table(rows: Iterable[dict]) -> list[tuple[str, ...]]:
 
 def _settings(row: dict) -> str:
     """Who got the slots of a row and what became of evicted pairs, as tables say it."""
-    allocation, evicted = row.get("allocation") or "uniform", row.get("evicted") or "drop"
-    return allocation if evicted == "drop" else f"{allocation}, {evicted}"
+    more = [row.get("evicted") or "drop", row.get("select") or "all"]
+    return ", ".join([row.get("allocation") or "uniform", *(name for name in more if name not in ("drop", "all"))])
 
 
 def _label(row: dict, shared: bool) -> str:

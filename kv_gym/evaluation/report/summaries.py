@@ -12,9 +12,9 @@ from kv_gym.evaluation.summary import NULLS, best_heuristics, configuration_key,
 from kv_gym.markdown import one_line
 
 MEASURES = ("accuracy", "nll", "utility_kept")
-_NAMES = ("policy", "task", "allocation", "evicted", "trigger")
+_NAMES = ("policy", "task", "allocation", "evicted", "select", "trigger")
 COSTS = ("total_bytes", "milliseconds")
-SETTINGS = ("allocation", "evicted", "protection", "window", "trigger")
+SETTINGS = ("allocation", "evicted", "select", "protection", "window", "trigger")
 Grid = list[list[float | None]]  # numbers of `[layers][heads]`; None is what is not known
 
 

@@ -15,6 +15,7 @@ from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field
 from functools import cached_property
 from itertools import groupby
+from statistics import fmean
 from typing import NamedTuple
 
 import torch
@@ -179,6 +180,7 @@ class ScriptedTask(Task):
         budget = configuration.budget if length is None else slots_after(configuration.budget, length)
         reader = _BatchReader(batch, list(prefill.answers), prefill.last_logits)
         nbytes, slots, started = 0, None, time.thread_time() - seconds
+        read: dict[int, list[float]] = defaultdict(list)
         last_compression = max((index for index, segment in enumerate(segments) if segment.compress), default=None)
         with fork_for(shared, configuration, budget) as cache:
             for index, segment in enumerate(segments):
@@ -191,12 +193,25 @@ class ScriptedTask(Task):
                     nbytes, slots = bytes_held(cache), cache.kept().double().cpu()
                     started += time.thread_time() - paused
             questions = [(row, question) for row, script in enumerate(batch) for question in script.questions]
-            reader.answers += self._ask(model, cache, questions)
+            reader.answers += self._ask(model, cache, questions, read)
         seconds = (time.thread_time() - started) / len(batch)
-        return _outcomes(reader, nbytes // len(batch), slots, seconds)
+        return _outcomes(reader, nbytes // len(batch), slots, seconds, read)
 
-    def _ask(self, model, cache: EvictingCache, questions: Sequence[tuple[int, ForkedQuestion]]) -> Iterator[_Answer]:
-        """Ask each question on a copy of its row of the cache, questions of equal size together."""
+    def _ask(
+        self,
+        model,
+        cache: EvictingCache,
+        questions: Sequence[tuple[int, ForkedQuestion]],
+        read: dict[int, list[float]],
+    ) -> Iterator[_Answer]:
+        """Ask each question on a copy of its row of the cache, questions of equal size together.
+
+        Args:
+            model: that answers.
+            cache: of all rows.
+            questions: each with its row.
+            read: takes, by row, how many slots of a KV head the queries of each question read.
+        """
 
         def size(item: tuple[int, ForkedQuestion]) -> tuple[int, int]:
             return len(item[1].question_ids), len(item[1].answer_ids)
@@ -210,6 +225,8 @@ class ScriptedTask(Task):
                     logits = model(
                         input_ids=ids[:, :-1], past_key_values=fork, use_cache=True, logits_to_keep=answer_size
                     ).logits
+                    for (row, _), count in zip(group, fork.slots_read().double().mean((0, 2)).tolist(), strict=True):
+                        read[row].append(count)
                 likelihood, expected = logits.float().log_softmax(-1), ids[:, question_size:]
                 for (row, question), answer in zip(group, self._judged(likelihood, expected), strict=True):
                     yield from (_Answer(row, question.part, *each) for each in answer)
@@ -312,7 +329,9 @@ def bytes_held(cache: EvictingCache) -> int:
         return copy.nbytes()
 
 
-def _outcomes(reader: _BatchReader, nbytes: int, slots: Tensor | None, seconds: float) -> list[Outcome]:
+def _outcomes(
+    reader: _BatchReader, nbytes: int, slots: Tensor | None, seconds: float, read: dict[int, list[float]]
+) -> list[Outcome]:
     parts: dict[tuple[int, str], list[_Answer]] = defaultdict(list)
     for answer in reader.answers:
         parts[answer.row, answer.part].append(answer)
@@ -328,6 +347,7 @@ def _outcomes(reader: _BatchReader, nbytes: int, slots: Tensor | None, seconds: 
             None if slots is None else slots[:, row],
             seconds / parts_of_row[row],
             tuple(answer.listed for answer in answers if answer.listed is not None),
+            fmean(read[row]) if read[row] else None,
         )
         for (row, part), answers in sorted(parts.items(), key=lambda item: item[0][0])
     ]
