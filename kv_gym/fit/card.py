@@ -48,6 +48,11 @@ def verdict(fit: Mapping[str, Any]) -> list[str]:
             f"No budget below 1.0 stays within a loss of {allowed}, so the budget is 1.0 and nothing is evicted.",
             f"The largest that was tried fails: {test_sentence}.",
         ]
+    if fit.get("stopped_after"):
+        sentences.append(
+            f"The time was up after {fit['stopped_after']} of {fit['plan']['stages'][-1]['steps']} training steps: the "
+            "best policy up to there was taken."
+        )
     isolated = [r["budget"] for r in validation if r["budget"] < fit["budget"] and r["loss_upper"] <= tolerance]
     if isolated:
         failed = max(row["budget"] for row in validation if row["loss_upper"] > tolerance)
@@ -69,7 +74,10 @@ def card(fit: Mapping[str, Any]) -> str:
         head = ["policy", "allocation", "budget", *columns, "loss", "at most", "cache bytes"]
         table = pipe_table(head, [_cells(row, columns) for row in rows], 2)
         tables.append(f"{title} ({rows[0]['n']} contexts, {rows[0]['questions']} {_unit(fit)}):\n\n{table}\n")
-    seconds = ", ".join(f"{phase} {spent:.0f}" for phase, spent in fit["seconds"].items())
+    seconds = ", ".join(
+        f"{phase} {spent:.0f} (planned {fit['plan']['seconds'].get(phase, 0):.0f})"
+        for phase, spent in fit["seconds"].items()
+    )
     versions = ", ".join(f"{name} {version}" for name, version in fit["versions"].items())
     what = "share of the questions" if fit["measure"] == "accuracy" else "nats per token"
     findings, tabulated = "\n".join(f"- {line}" for line in fit["verdict"]), "\n".join(tables)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,19 +19,23 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.configurations import Configuration
 from kv_gym.evaluation.rows import FULL, result
 from kv_gym.evaluation.statistics import smallest_sufficient_budget
+from kv_gym.evaluation.tasks import TaskContext
 from kv_gym.files import atomic_write
 from kv_gym.fit.card import LEARNED, card, share_of, verdict
-from kv_gym.fit.data import FitData, contexts_for, read_data
+from kv_gym.fit.data import FEWEST, FitData, contexts_for, read_data
 from kv_gym.fit.folder import FitFolder
 from kv_gym.fit.loss import least_provable, measure_losses
+from kv_gym.fit.plan import Limits, Plan, Timings, phase_of, plan_whole, plan_within
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, make_policy
+from kv_gym.policies.scorer import Scorer
 from kv_gym.policies.scoring.inputs import HIDDEN
 from kv_gym.records import Source
 from kv_gym.traces import open_traces, record
 from kv_gym.training import train
 from kv_gym.training.masked_context import frozen_model
 from kv_gym.training.registry import agent_settings, learner_class
+from kv_gym.training.trainer import Trainer
 
 BUDGETS = tuple(1 / n for n in (2, 3, 4, 6, 8, 11, 16, 22, 32, 45, 64, 90))  # about the powers of 2^(1/2)
 HEURISTICS = {  # each with the allocations that it is tried with; the best on validation contexts goes on
@@ -38,6 +45,9 @@ HEURISTICS = {  # each with the allocations that it is tried with; the best on v
     "recency": ("uniform",),
     "random": ("uniform",),
 }
+PLANNED_AGENTS = ("joint", "end_to_end")  # within a time; the second starts from the first
+PHASE_FOLDERS = {"warm_start": "warm-start", "train": "training"}
+TIMED_CONTEXTS = 4
 
 
 def fit(
@@ -47,7 +57,8 @@ def fit(
     *,
     tokenizer: Any = None,
     tolerance: float = 0.01,
-    agent: str = "end_to_end",
+    agent: str | None = None,
+    minutes: float | None = None,
     allocation: str | None = None,
     budgets: Iterable[str | float] = BUDGETS,
     count: int = 160,
@@ -65,7 +76,8 @@ def fit(
     Records what the training contexts' continuations attend to, trains a policy, walks down the budgets as long as the
     loss against the full cache on validation contexts is within the tolerance, and measures what was chosen on test
     contexts, which choose nothing. Contexts are cut before their question is seen. Interrupted anywhere, the same call
-    goes on; finished phases are not repeated.
+    goes on; finished phases are not repeated. First it times a few contexts and steps, and says what it will do and how
+    long that takes.
 
     Args:
         model: transformers decoder.
@@ -77,7 +89,10 @@ def fit(
         tokenizer: of the model; needed for text.
         tolerance: what may be lost, by the upper end of its 95 % interval: share of the questions for data with
             answers (0.01 is one point of accuracy), nats per token for continuations and text.
-        agent: what is trained, see :func:`kv_gym.training.train`.
+        agent: what is trained, see :func:`kv_gym.training.train`; by default ``end_to_end``, and within `minutes`
+            ``joint``, then ``end_to_end`` from there if the time is long enough for both.
+        minutes: time that all of it may take: agents, contexts, lengths, budgets and steps are chosen so that it fits,
+            and training ends in time even if the machine turns out slower. By default it takes as long as it takes.
         allocation: who gets the slots; by default ``global`` where the agent's scores allow it, else ``uniform``.
         budgets: shares of the tokens to try, from the largest down; by default 1/2 to 1/90.
         count: contexts to train on, at most.
@@ -90,7 +105,8 @@ def fit(
 
     Returns:
         What ``fit.json`` holds: ``budget`` (1.0 where nothing smaller stays within the tolerance), ``allocation``,
-        ``verdict`` (sentences), ``enough`` (heuristics that do as well), ``rows``, ``seconds`` and how it was made.
+        ``verdict`` (sentences), ``enough`` (heuristics that do as well), ``rows``, ``plan`` (what was decided after the
+        timing), ``seconds`` and how it was made.
 
     Raises:
         UserError: unusable data, model or settings; too few contexts to tell the tolerance; a full cache that answers
@@ -98,11 +114,25 @@ def fit(
     """
     if not tolerance > 0:
         raise UserError(f"tolerance is {tolerance}; expected a number above 0, such as 0.01")
+    if minutes is not None and not minutes > 0:
+        raise UserError(f"minutes is {minutes:g}; expected a number above 0")
+    if minutes is not None and agent is None and settings:
+        raise UserError(
+            f"the settings {', '.join(settings)} belong to an agent, and the time chooses it: name the agent, or leave "
+            "them out"
+        )
+    agents = [agent] if agent is not None else ["end_to_end"] if minutes is None else [*PLANNED_AGENTS]
+    fixed_budgets = budgets is not BUDGETS
     shares = _shares(budgets)
-    rule = _rule(agent, allocation, settings)
-    if learner_class(agent).needs_model:
-        with frozen_model(model):  # refuses models that this agent cannot train through, before anything is recorded
-            pass
+    rule = _rule(agents[-1], allocation, settings)
+    if learner_class(agents[-1]).needs_model:
+        try:
+            with frozen_model(model):  # refuses models that this agent cannot train through, before anything is done
+                pass
+        except UserError:
+            if len(agents) == 1:
+                raise
+            agents = agents[:1]
     parts = read_data(
         data, tokenizer, count=count, tokens=tokens, continuation_tokens=continuation_tokens, seed=seed, chat=chat
     )
@@ -112,13 +142,15 @@ def fit(
     folder = FitFolder(
         out,
         {
-            "tolerance": tolerance, "agent": agent, "allocation": rule, "budgets": shares, "seed": seed,
-            "agent settings": settings, "count": count, **parts.source, "measure": parts.measure, "data": parts.hash,
+            "tolerance": tolerance, "agent": ", ".join(agents), "allocation": rule, "budgets": shares, "seed": seed,
+            "agent settings": settings, "count": count, "minutes": minutes,
+            **parts.source, "measure": parts.measure, "data": parts.hash,
             "model": fingerprint.weights,
         },
     )  # fmt: skip
     if not folder.state["finished"]:
-        _Pipeline(model, tokenizer, parts, folder, rule, shares, fingerprint, progress).run(agent, seed, settings)
+        pipeline = _Pipeline(model, tokenizer, parts, folder, rule, fingerprint, seed, settings, progress)
+        pipeline.run(minutes, agents, shares, fixed_budgets)
     return folder.state
 
 
@@ -132,40 +164,104 @@ class _Pipeline:
         data: FitData,
         folder: FitFolder,
         allocation: str,
-        budgets: list[float],
         fingerprint: Fingerprint,
+        seed: int,
+        settings: Mapping[str, Any],
         progress: bool,
     ):
         self.model, self.tokenizer, self.data, self.folder = model, tokenizer, data, folder
         self.allocation, self.fingerprint, self.progress = allocation, fingerprint, progress
-        self.budgets = budgets
-        self.console = Console(stderr=True, quiet=not progress, highlight=False)
+        self.seed, self.settings = seed, settings
+        self.console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
 
-    def run(self, agent: str, seed: int, settings: Mapping[str, Any]) -> None:
+    def run(self, minutes: float | None, agents: Sequence[str], budgets: list[float], fixed_budgets: bool) -> None:
         """Do what is not done yet."""
-        path = self.folder.path
+        if "plan" not in self.folder.state:
+            with self._shown("measure", "Time a few contexts and steps"):
+                timings = self._timings(agents)
+            limits, spent = self._limits(agents, budgets, fixed_budgets), self.folder.state["seconds"]["measure"]
+            plan = (
+                plan_whole(agents[-1], limits, timings, spent)
+                if minutes is None
+                else plan_within(minutes, agents, limits, timings, spent)
+            )
+            self.folder.save(plan=plan.to_json())
+        self.plan = Plan.from_json(self.folder.state["plan"])
+        for line in self.plan.describe():
+            self.console.print(f"   {line}")
+        self._take_planned_contexts()
         self._phase("full_cache", "Ask the model with its full cache", self._full_cache)
         with self._shown("record", f"Record {len(self.data.train)} contexts"):
-            recipe = {"source": "fit", "data": self.data.hash} | self.data.source
-            prompts = self.data.prompts()
-            record(
-                self.model, prompts, path / "traces", tokenizer=self.tokenizer, recipe=recipe, progress=self.progress,
-                hidden=HIDDEN in agent_settings(agent, **settings).inputs,
-            )  # fmt: skip
-        with self._shown("train", f"Train {agent}"):
-            policy = train(
-                agent, open_traces(path / "traces"), path / "training", seed=seed, model=self.model,
-                progress=self.progress, **settings,
-            )  # fmt: skip
-            exported = path / "policy"
-            if exported.exists() and not (exported / "policy.json").is_file():  # an export that was interrupted
-                shutil.rmtree(exported)
-            policy.save_pretrained(exported)
+            self._record(self.data, self.folder.path / "traces", self.plan.stages[-1].agent, self.progress)
+        policy = self._train()
         self._phase(
             "chosen", f"Choose the budget on {len(self.data.validation)} contexts", lambda: self._choose(policy)
         )
         self._phase("tested", f"Test it on {len(self.data.test)} other contexts", lambda: self._test(policy))
-        self._finish(agent, policy)
+        self._finish(policy)
+
+    def _record(self, data: FitData, out: Path, agent: str, progress: bool) -> None:
+        recipe = {"source": "fit", "data": self.folder.state["settings"]["data"]} | data.source
+        hidden = HIDDEN in agent_settings(agent, **self.settings).inputs
+        record(
+            self.model, data.prompts(), out, tokenizer=self.tokenizer, recipe=recipe, progress=progress, hidden=hidden
+        )
+
+    def _timings(self, agents: Sequence[str]) -> Timings:
+        """Time recording, training steps and measuring on a few contexts, in a folder that goes again."""
+        data = replace(self.data, train=self.data.train[:TIMED_CONTEXTS])
+        with TemporaryDirectory() as folder:
+            began = time.perf_counter()
+            self._record(data, Path(folder), agents[-1], progress=False)
+            recorded = (time.perf_counter() - began) / sum(map(_recorded_tokens, data.train))
+            traces = open_traces(folder)
+            paces = {}
+            for agent in agents:
+                settings = learner_class(agent).resolve_settings(agent_settings(agent, **self.settings), True)
+                paces[agent] = Trainer(agent, settings, self.seed, traces, None, self.model).measure_pace()
+        few, seconds = self.data.validation[:2], []
+        policy, equal = make_policy("keydiff"), parse_allocation("uniform")
+        for configurations in ([], [Configuration("keydiff", policy, 1 / n, equal) for n in (2, 4, 8)]):
+            began = time.perf_counter()
+            measure_losses(self.model, few, "validation", self.data.measure, configurations, False)
+            seconds.append((time.perf_counter() - began) / len(few))
+        return Timings(recorded, seconds[0], max(0.0, seconds[1] - seconds[0]) / 3, paces)
+
+    def _limits(self, agents: Sequence[str], budgets: Sequence[float], fixed_budgets: bool) -> Limits:
+        data, settings = self.data, {agent: agent_settings(agent, **self.settings) for agent in agents}
+        return Limits(
+            [_recorded_tokens(context) for context in data.train], len(data.validation), len(data.test),
+            _fewest_to_choose(data, self.folder.state["settings"]["tolerance"]), budgets, fixed_budgets,
+            (sum(map(len, HEURISTICS.values())), len(HEURISTICS)),
+            {agent: (each.steps, each.every) for agent, each in settings.items()}, settings[agents[-1]].validation,
+        )  # fmt: skip
+
+    def _take_planned_contexts(self) -> None:
+        data, plan = self.data, self.plan
+        chosen = plan.selected([_recorded_tokens(context) for context in data.train])
+        self.data = replace(
+            data, train=tuple(data.train[i] for i in chosen), validation=data.validation[: plan.validation],
+            test=data.test[: plan.test],
+        )  # fmt: skip
+
+    def _train(self) -> Scorer:
+        """Every stage from the policy of the one before; the last one's policy is exported."""
+        path, stages, policy = self.folder.path, self.plan.stages, None
+        for number, stage in enumerate(stages):
+            phase = phase_of(number, len(stages))
+            with self._shown(phase, f"Train {stage.agent}"):
+                policy = train(
+                    stage.agent, open_traces(path / "traces"), path / PHASE_FOLDERS[phase], seed=self.seed, init=policy,
+                    model=self.model, progress=self.progress,
+                    deadline=self.plan.training_time(self.folder.state["seconds"], number),
+                    **self.settings | {"steps": stage.steps, "every": stage.every},
+                )  # fmt: skip
+        assert policy is not None
+        exported = path / "policy"
+        if exported.exists() and not (exported / "policy.json").is_file():  # an export that was interrupted
+            shutil.rmtree(exported)
+        policy.save_pretrained(exported)
+        return policy
 
     @contextmanager
     def _shown(self, phase: str, what: str) -> Iterator[None]:
@@ -197,12 +293,14 @@ class _Pipeline:
     def _choose(self, policy: Policy) -> dict[str, Any]:
         """Walk down the budgets with the learned policy, then see what heuristics do where it ended."""
         rule = parse_allocation(self.allocation)
-        rows = self._measured("validation", [Configuration(LEARNED, policy, budget, rule) for budget in self.budgets])
+        rows = self._measured(
+            "validation", [Configuration(LEARNED, policy, budget, rule) for budget in self.plan.budgets]
+        )
         tolerance = self.folder.state["settings"]["tolerance"]
         budget = smallest_sufficient_budget(
             (row["budget"], row["loss_upper"] <= tolerance) for row in rows if row["policy"] == LEARNED
         )
-        compared = max(self.budgets) if budget is None else budget
+        compared = max(self.plan.budgets) if budget is None else budget
         configurations = [
             Configuration(name, heuristic, compared, parse_allocation(rule))
             for name, rules in HEURISTICS.items()
@@ -229,14 +327,16 @@ class _Pipeline:
                 )
         return {"rows": self._measured("test", configurations)}
 
-    def _finish(self, agent: str, policy: Policy) -> None:
+    def _finish(self, policy: Scorer) -> None:
         state = self.folder.state
         chosen, tested = state["chosen"], state["tested"]
         known = {
             "budget": 1.0 if chosen["budget"] is None else chosen["budget"], "allocation": self.allocation,
             "protection": list(policy.protection), "enough": chosen["enough"], "measure": self.data.measure,
-            "compared_at": chosen["compared_at"], "fingerprint": self.fingerprint.to_json(), "data": self.data.hash,
-            "agent": agent,
+            "compared_at": chosen["compared_at"], "fingerprint": self.fingerprint.to_json(),
+            "data": state["settings"]["data"],
+            "agent": " -> ".join(stage.agent for stage in self.plan.stages),
+            "stopped_after": policy.training.get("stopped_after"),
         }  # fmt: skip
         state |= result([*chosen["rows"], *tested["rows"]], **known)
         state["verdict"] = verdict(state)
@@ -279,16 +379,28 @@ def _rule(agent: str, allocation: str | None, settings: Mapping[str, Any]) -> st
     return rule.name
 
 
+def _recorded_tokens(context: TaskContext) -> int:
+    """Tokens of a context and its continuations."""
+    asked = (len(question.question_ids) + len(question.answer_ids) for question in context.questions)
+    return len(context.context_ids) + sum(asked)
+
+
+def _fewest_to_choose(data: FitData, tolerance: float) -> int:
+    """The validation contexts that are needed to tell a loss of the tolerance, if none of their answers is lost."""
+    fewest = FEWEST["validation"]
+    if data.measure == "accuracy":
+        contexts, questions = len(data.validation), sum(len(context.questions) for context in data.validation)
+        while least_provable(fewest, fewest * questions // contexts) > tolerance:
+            fewest += 1
+    return fewest
+
+
 def _refuse_too_few(data: FitData, tolerance: float, count: int) -> None:
     """Refuse questions so few that even losing none of them would not show that the loss is within the tolerance."""
-    if data.measure != "accuracy":
-        return
     contexts, questions = len(data.validation), sum(len(context.questions) for context in data.validation)
-    if least_provable(contexts, questions) <= tolerance:
+    if data.measure != "accuracy" or least_provable(contexts, questions) <= tolerance:
         return
-    needed = contexts
-    while least_provable(needed, needed * questions // contexts) > tolerance:
-        needed += 1
+    needed = _fewest_to_choose(data, tolerance)
     total = len(data.train) + contexts + len(data.test)
     raise UserError(
         f"{data.source['file']} gives {total} contexts, and about {contexts_for(needed, count)} are needed to tell a "

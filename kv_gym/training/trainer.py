@@ -57,6 +57,7 @@ def train(
     progress: bool = True,
     device: str | None = None,
     minutes: float | None = None,
+    deadline: float | None = None,
     **settings: Any,
 ) -> Scorer:
     """Train an eviction policy on recorded traces.
@@ -79,6 +80,7 @@ def train(
         device: where the networks train, such as ``cuda``; None: where the model is, or the CPU without one.
         minutes: train for so long: some steps are timed first, and as many are planned as fit, at most those of the
             settings. A run that turns out slower ends in time with its best checkpoint.
+        deadline: seconds after which the run ends with its best checkpoint, whatever was planned.
         **settings: In Python, they replace those of the agent's file; see
             :class:`~kv_gym.training.learner.Settings` and the agent's own settings class.
 
@@ -112,10 +114,11 @@ def train(
         if model is None:
             raise UserError(f"agent {agent!r} {requirement}: name the one that the traces were recorded of (--model)")
         trace_set.fingerprint.refuse_other(Fingerprint.of(model), "the trace set", type(model).__name__)
-    limit = None if minutes is None else 60 * minutes
-    trainer = Trainer(agent, resolved, seed, trace_set, start, model, device, limit)
-    if limit is not None and not (resume is not False and trainer.adopt_plan(Path(out))):
+    trainer = Trainer(agent, resolved, seed, trace_set, start, model, device, minutes)
+    if minutes is not None and not (resume is not False and trainer.adopt_plan(Path(out))):
         trainer = planned_trainer(trainer, progress)
+    if deadline is not None:
+        trainer.limit = deadline
     finished = trainer.finished_policy(Path(out))
     if finished is not None and resume is not False:
         return finished
@@ -178,13 +181,14 @@ class Trainer:
         start: policy to start from.
         model: transformers decoder of the traces.
         device: where the networks train; None: where the model is, or the CPU without one.
-        limit: seconds after which the run ends; None: no limit.
+        minutes: after which the run ends; None: no limit.
 
     Attributes:
         identity: agent, seed, settings, traces and start, as plain JSON data: what makes two runs the same.
         learner: the agent's algorithm, after :meth:`setup`.
         validation: contexts that choose the checkpoint, after :meth:`setup`.
         step: training steps done.
+        limit: seconds after which the run ends with its best checkpoint; None: no limit.
         best: weights of the checkpoint with the highest held-out reward, ``best_reward``.
     """
 
@@ -197,16 +201,17 @@ class Trainer:
         start: Scorer | None = None,
         model: Any = None,
         device: str | None = None,
-        limit: float | None = None,
+        minutes: float | None = None,
     ):
-        if limit is not None and not limit > 0:
-            raise UserError(f"{limit / 60:g} minutes are given to train for; expected a number above 0")
+        if minutes is not None and not minutes > 0:
+            raise UserError(f"{minutes:g} minutes are given to train for; expected a number above 0")
         self.device = model.device if device is None and model is not None else usable_device(device or "cpu")
         self.agent, self.settings, self.seed, self.traces = agent, settings, seed, traces
-        self.start, self.model, self.limit = start, model, limit
+        self.start, self.model, self.minutes = start, model, minutes
+        self.limit = None if minutes is None else 60 * minutes
         self.identity: dict[str, Any] = {
             "agent": agent, "seed": seed, "settings": settings.model_dump(mode="json"), "traces": traces.hash,
-            "start": weights_hash(start), **({} if limit is None else {"minutes": limit / 60}),
+            "start": weights_hash(start), **({} if minutes is None else {"minutes": minutes}),
         }  # fmt: skip
         self.stopped = False
         self.step, self.samples, self.seconds = 0, 0, 0.0
@@ -255,7 +260,7 @@ class Trainer:
         """The same run with other steps, not set up."""
         settings = self.settings.model_copy(update={"steps": steps, "every": every})
         return Trainer(
-            self.agent, settings, self.seed, self.traces, self.start, self.model, str(self.device), self.limit
+            self.agent, settings, self.seed, self.traces, self.start, self.model, str(self.device), self.minutes
         )
 
     def split_sizes(self) -> tuple[int, int]:

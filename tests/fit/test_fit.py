@@ -168,7 +168,7 @@ def test_what_a_fit_to_questions_leaves(finished, model, questions):
     assert {"policy", "traces", "training", "README.md", "fit.json"} == {file.name for file in out.iterdir()}
     assert (done["measure"], done["allocation"]) == ("accuracy", "global")
     assert done["protection"] == list(agent_settings("joint").protect)
-    assert set(done["seconds"]) == {"full_cache", "record", "train", "chosen", "tested"}
+    assert set(done["seconds"]) == {"measure", "full_cache", "record", "train", "chosen", "tested"}
     assert {"torch", "transformers"} < set(done["versions"]) and done["command"]
     for part in ("validation", "test"):
         full = next(row for row in done["rows"] if (row["policy"], row["task"]) == ("full_cache", part))
