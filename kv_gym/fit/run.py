@@ -34,6 +34,7 @@ from kv_gym.records import Source
 from kv_gym.traces import open_traces, record
 from kv_gym.training import train
 from kv_gym.training.masked_context import frozen_model
+from kv_gym.training.pace import Pace
 from kv_gym.training.registry import agent_settings, learner_class
 from kv_gym.training.trainer import Trainer
 
@@ -48,6 +49,7 @@ HEURISTICS = {  # each with the allocations that it is tried with; the best on v
 PLANNED_AGENTS = ("joint", "end_to_end")  # within a time; the second starts from the first
 PHASE_FOLDERS = {"warm_start": "warm-start", "train": "training"}
 TIMED_CONTEXTS = 4
+TIMING_SHARE = 0.1  # of a limited time, after which no further agent is timed
 
 
 def fit(
@@ -178,12 +180,12 @@ class _Pipeline:
         """Do what is not done yet."""
         if "plan" not in self.folder.state:
             with self._shown("measure", "Time a few contexts and steps"):
-                timings = self._timings(agents)
+                timings = self._timings(agents, minutes)
             limits, spent = self._limits(agents, budgets, fixed_budgets), self.folder.state["seconds"]["measure"]
             plan = (
                 plan_whole(agents[-1], limits, timings, spent)
                 if minutes is None
-                else plan_within(minutes, agents, limits, timings, spent)
+                else plan_within(minutes, list(timings.paces), limits, timings, spent)
             )
             self.folder.save(plan=plan.to_json())
         self.plan = Plan.from_json(self.folder.state["plan"])
@@ -207,25 +209,31 @@ class _Pipeline:
             self.model, data.prompts(), out, tokenizer=self.tokenizer, recipe=recipe, progress=progress, hidden=hidden
         )
 
-    def _timings(self, agents: Sequence[str]) -> Timings:
-        """Time recording, training steps and measuring on a few contexts, in a folder that goes again."""
+    def _timings(self, agents: Sequence[str], minutes: float | None) -> Timings:
+        """Time measuring, recording and training steps on a few contexts, in a folder that goes again.
+
+        Agents behind the first are left out where that took much of the time already.
+        """
+        whole, few = time.perf_counter(), self.data.validation[:2]
+        seconds = []
+        policy, equal = make_policy("keydiff"), parse_allocation("uniform")
+        for configurations in ([], [Configuration("keydiff", policy, 1 / n, equal) for n in (2, 4, 8)]):
+            began = time.perf_counter()
+            measure_losses(self.model, few, "timing", self.data.measure, configurations, False)
+            seconds.append((time.perf_counter() - began) / len(few))
+        read, ask = seconds[0], max(0.0, seconds[1] - seconds[0]) / 3
         data = replace(self.data, train=self.data.train[:TIMED_CONTEXTS])
         with TemporaryDirectory() as folder:
             began = time.perf_counter()
             self._record(data, Path(folder), agents[-1], progress=False)
             recorded = (time.perf_counter() - began) / sum(map(_recorded_tokens, data.train))
-            traces = open_traces(folder)
-            paces = {}
+            traces, paces = open_traces(folder), dict[str, Pace]()
             for agent in agents:
+                if paces and minutes is not None and time.perf_counter() - whole > TIMING_SHARE * 60 * minutes:
+                    break
                 settings = learner_class(agent).resolve_settings(agent_settings(agent, **self.settings), True)
                 paces[agent] = Trainer(agent, settings, self.seed, traces, None, self.model).measure_pace()
-        few, seconds = self.data.validation[:2], []
-        policy, equal = make_policy("keydiff"), parse_allocation("uniform")
-        for configurations in ([], [Configuration("keydiff", policy, 1 / n, equal) for n in (2, 4, 8)]):
-            began = time.perf_counter()
-            measure_losses(self.model, few, "validation", self.data.measure, configurations, False)
-            seconds.append((time.perf_counter() - began) / len(few))
-        return Timings(recorded, seconds[0], max(0.0, seconds[1] - seconds[0]) / 3, paces)
+        return Timings(recorded, read, ask, paces)
 
     def _limits(self, agents: Sequence[str], budgets: Sequence[float], fixed_budgets: bool) -> Limits:
         data, settings = self.data, {agent: agent_settings(agent, **self.settings) for agent in agents}
@@ -254,7 +262,7 @@ class _Pipeline:
                     stage.agent, open_traces(path / "traces"), path / PHASE_FOLDERS[phase], seed=self.seed, init=policy,
                     model=self.model, progress=self.progress,
                     deadline=self.plan.training_time(self.folder.state["seconds"], number),
-                    **self.settings | {"steps": stage.steps, "every": stage.every},
+                    **dict(self.settings) | {"steps": stage.steps, "every": stage.every},
                 )  # fmt: skip
         assert policy is not None
         exported = path / "policy"

@@ -117,7 +117,7 @@ def test_a_fit_within_minutes_trains_joint_and_then_through_the_model(continuati
     monkeypatch.setattr(run, "HEURISTICS", {"recency": ("uniform",)})
     pace = Pace(0.0, 0.0, 5.0, 1.0)
     timings = Timings(0.01, 0.1, 0.01, dict.fromkeys(BOTH, pace))
-    monkeypatch.setattr(run._Pipeline, "_timings", lambda fit, agents: timings)
+    monkeypatch.setattr(run._Pipeline, "_timings", lambda *_: timings)
     done = fit(model, continuations, tmp_path / "out", tolerance=50.0, minutes=10)
     first, second = done["plan"]["stages"]
     assert (first["agent"], second["agent"]) == BOTH and 30 <= second["steps"] < 120
