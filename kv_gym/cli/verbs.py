@@ -394,6 +394,11 @@ def _pages_train(call: Call) -> None:
     typer.echo(f"{call['out']}: hit rate on the validation part: {rates}{stands_in}")
 
 
+@verb(pages, "kv_gym.pages.export_page_policy", arguments=("policy",), kinds={"policy": Path}, command_name="export")
+def _pages_export(call: Call) -> None:
+    typer.echo(call())
+
+
 app.add_typer(trace, name="trace")
 app.add_typer(pages, name="pages")
 

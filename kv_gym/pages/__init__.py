@@ -15,6 +15,7 @@ _HOMES = {
     "PageRankingPolicy": "kv_gym.pages.policies.base",
     "RequestTrace": "kv_gym.pages.requests",
     "compare_page_policies": "kv_gym.pages.compare",
+    "export_page_policy": "kv_gym.pages.policies.exported",
     "list_page_policies": "kv_gym.pages.policies.registry",
     "make_page_policy": "kv_gym.pages.policies.registry",
     "read_requests": "kv_gym.pages.readers",

@@ -173,6 +173,26 @@ def test_double_targets_and_dueling_values_by_hand():
     assert heads(nobody).abs().max() < 1e3
 
 
+def test_an_exported_policy_decides_as_it_did(trained, tmp_path):
+    pytest.importorskip("onnx", reason="onnx is not installed (pip install 'kv-gym[onnx]')")
+    trace, folder, policy = trained
+    file = tmp_path / "policy.onnx"
+    done = CliRunner().invoke(app, ["pages", "export", str(folder), "--out", str(file)])
+    assert done.exit_code == 0, done.output
+    exported = make_page_policy(f"{file}:limit=0")
+    features = np.random.default_rng(0).random((7, len(policy.card.features)), np.float32)
+    np.testing.assert_allclose(exported.score(features), policy.score(features), atol=1e-5)
+    assert exported.card == policy.card and make_page_policy(str(file)).limit == 500e-6
+    short = trace.part(0, 600)
+    assert simulate(short, exported, CAPACITY).hits == simulate(short, str(folder), CAPACITY).hits
+    for damage, complaint in ((b"x" * 99, "holds no network"), (b"", "holds no network")):
+        file.write_bytes(damage)
+        with pytest.raises(UserError, match=complaint):
+            make_page_policy(str(file))
+    with pytest.raises(UserError, match="kv-gym pages export"):
+        make_page_policy(str(tmp_path / "other.onnx"))
+
+
 def test_recorded_decisions_know_the_next_use():
     trace = RequestTrace.from_keys(list("abcabdabe" * 4), "letters")
     policy = make_page_policy("tail_oracle:candidates=4")

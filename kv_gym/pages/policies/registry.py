@@ -13,7 +13,7 @@ from typing import Any
 from kv_gym.errors import UserError
 from kv_gym.pages.policies.base import PagePolicy
 
-_NOT_POLICIES = ("base", "learned", "registry")
+_NOT_POLICIES = ("base", "exported", "learned", "registry")
 
 
 def list_page_policies() -> list[str]:
@@ -26,8 +26,8 @@ def make_page_policy(policy: str | PagePolicy, **settings: Any) -> PagePolicy:
 
     Args:
         policy: a name of :func:`list_page_policies`, with settings after colons (``s3_fifo:small=0.2``), a class path
-            ``package.module:Class``, the folder of a trained one (``runs/clone:limit=0.0005``), or a policy
-            object, which is returned as it is.
+            ``package.module:Class``, the folder or the ONNX file of a trained one (``runs/clone:limit=0.0005``), or a
+            policy object, which is returned as it is.
         **settings: of the policy; unknown ones are refused.
 
     Raises:
@@ -38,11 +38,13 @@ def make_page_policy(policy: str | PagePolicy, **settings: Any) -> PagePolicy:
     name, *given = str(policy).split(":")
     if name in list_page_policies():
         kind = _class_in(f"kv_gym.pages.policies.{name}")
-    elif Path(name).is_dir():
+    elif Path(name).is_dir() or name.endswith(".onnx"):
+        from kv_gym.pages.policies.exported import Exported
         from kv_gym.pages.policies.learned import Learned
 
+        kind_of_file = Learned if Path(name).is_dir() else Exported
         pairs = dict(text.partition("=")[::2] for text in given)
-        return Learned.load(name, **_typed(Learned, name, pairs), **_typed(Learned, name, settings))
+        return kind_of_file.load(name, **_typed(Learned, name, pairs), **_typed(Learned, name, settings))
     elif given and "=" not in given[0]:
         kind = _from_class_path(name, given.pop(0))
     else:

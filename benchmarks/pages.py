@@ -1,0 +1,481 @@
+"""Page policies on public request traces: hit rates, predictions with their bounds, and speed.
+
+    python benchmarks/pages.py --data FOLDER --out runs/pages --publish benchmarks/results/pages
+
+The folder holds ``mooncake/conversation_trace.jsonl.gz`` (kvcache-ai/Mooncake, FAST25-release),
+``cache2k/web07.trace.xz`` (cache2k's benchmarks), ``lirs/multi1.trace.gz`` and ``multi2.trace.gz``, and
+``adapt_size/request.trace.xz`` (Caffeine's simulator). A trace that is missing is left out.
+
+Parts, chosen with ``--parts``:
+
+- ``evidence``: hit rates on the last 0.3 of every trace; trained policies see the first half, choose their best round
+  on the next fifth, and run on all of it with their shadow LRU.
+- ``capacities``: hit rates over the capacity, on whole traces.
+- ``predictions``: misses of Flush, Mark0 and Mark&Predict over the share of wrong bits, with the proven bounds.
+- ``speed``: a million requests for each classic policy, and the same through libCacheSim's Python package.
+- ``decisions``: time of a trained policy's decision among 16 pages, in NumPy and exported to ONNX.
+
+Every result is a line of ``OUT/cells.jsonl`` and is not computed again. `--publish` writes all of them, tables and
+pictures. `--quick` takes the sample that ships, at one capacity, to try the script.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from kv_gym import __version__
+from kv_gym.files import atomic_write, bundled
+from kv_gym.markdown import pipe_table
+from kv_gym.pages import RequestTrace, export_page_policy, make_page_policy, read_requests, simulate, train_pages
+from kv_gym.pages.cache import Candidates
+from kv_gym.pages.policies.registry import list_page_policies
+from kv_gym.pages.predictions import discard_bits, phase_bits, predicted_bits, prediction_errors
+
+MIB = 1 << 20
+FILES = {
+    "web07": "cache2k/web07.trace.xz",
+    "multi1": "lirs/multi1.trace.gz",
+    "multi2": "lirs/multi2.trace.gz",
+    "adapt_size": "adapt_size/request.trace.xz",
+    "mooncake": "mooncake/conversation_trace.jsonl.gz",
+}
+CASES = (
+    ("web07", 1000), ("multi2", 1000), ("web07", 2000), ("multi1", 500), ("multi2", 500), ("multi1", 1000),
+    ("mooncake", 5000), ("adapt_size", 16 * MIB), ("mooncake", 1000), ("mooncake", 20000), ("adapt_size", 64 * MIB),
+)  # fmt: skip
+NOT_CLASSIC = ("belady", "belady_prefix", "flush", "mark0", "mark_and_predict", "sglang_leaves", "tail_oracle",
+               "vllm_prefix_lru")  # fmt: skip
+CLASSIC = tuple(name for name in list_page_policies() if name not in NOT_CLASSIC)
+ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
+AGENTS = {"clone": range(5), "dqn": range(5), "ppo": range(5)}
+ON_EVERY_TRACE, ELSEWHERE = ("clone",), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
+DRAWN, WARM_UP = 12, 0.7
+FLIPS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
+BOUNDS = {"flush": (1, lambda k: k - 1, discard_bits), "mark0": (1, lambda k: 2 * harmonic(k), discard_bits),
+          "mark_and_predict": (2, lambda k: harmonic(k), phase_bits)}  # fmt: skip
+
+RULES = """Percent of accesses found, in the last 0.3 of the requests. Trained policies saw the first half, and chose
+their best round on the next fifth; they choose among 16 pages, four least recently used and twelve drawn at random,
+with LRU in their shadow. `best classic` is the best of the second table, chosen afterwards on the same requests. The
+two columns `of the way` say how much of the distance from it to the oracle the mean over seeds covers; where the tail
+oracle is less than a point above LRU, K candidates from the tail cannot help. Mooncake's blocks are prefixes for
+ranking policies, and stand alone for queues. Capacities are pages, those of adapt_size bytes."""
+
+Cell = dict[str, Any]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, help="folder of the traces")
+    parser.add_argument("--out", type=Path, default=Path("runs/pages"))
+    parser.add_argument("--publish", type=Path, help="folder for tables and pictures")
+    parser.add_argument("--parts", default="evidence,capacities,predictions,speed,decisions")
+    parser.add_argument("--quick", action="store_true", help="the bundled sample alone")
+    arguments = parser.parse_args()
+    results = Results(arguments.out, Traces(arguments.data, arguments.quick))
+    for part in arguments.parts.split(","):
+        for key, compute in PARTS[part](results.traces):
+            results.add({"part": part, **key}, compute)
+    if arguments.publish is not None:
+        publish(results.cells, arguments.publish, vars(arguments))
+
+
+class Traces:
+    """The traces that are there, read when they are asked for."""
+
+    def __init__(self, folder: Path | None, quick: bool):
+        self.quick = quick
+        sample = {"sample": bundled("requests") / "sample.jsonl.gz"}
+        found = {} if folder is None else {name: folder / file for name, file in FILES.items()}
+        self._files = sample if quick else {name: file for name, file in found.items() if file.is_file()}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._files
+
+    def __getitem__(self, name: str) -> RequestTrace:
+        return _read(self._files[name])
+
+    def cases(self) -> Iterator[tuple[str, int]]:
+        """Traces and capacities of the evidence."""
+        yield from ((name, size) for name, size in CASES if name in self)
+        if self.quick:
+            yield "sample", 1000
+
+
+@cache
+def _read(file: Path) -> RequestTrace:
+    return read_requests(file)
+
+
+class Results:
+    """Lines of ``cells.jsonl``: a key, and what was found."""
+
+    def __init__(self, folder: Path, traces: Traces):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.file, self.traces = folder / "cells.jsonl", traces
+        lines = self.file.read_text().splitlines() if self.file.is_file() else []
+        self.cells: list[Cell] = [json.loads(line) for line in lines]
+        self._known = {json.dumps(cell["key"], sort_keys=True) for cell in self.cells}
+
+    def add(self, key: Cell, compute: Callable[[], Cell]) -> None:
+        """Compute a cell unless it is there."""
+        if json.dumps(key, sort_keys=True) in self._known:
+            return
+        began = time.process_time()
+        cell = {"key": key, "found": compute(), "seconds": round(time.process_time() - began, 2)}
+        with self.file.open("a") as out:
+            out.write(json.dumps(cell) + "\n")
+        self.cells.append(cell)
+        print(*key.values(), {name: round(each, 4) for name, each in cell["found"].items() if each is not None},
+              f"{cell['seconds']} s", flush=True)  # fmt: skip
+
+
+# evidence
+
+
+def evidence(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
+    cases = list(traces.cases())
+    for trace, capacity in cases:
+        for policy in (*ORACLES, *CLASSIC):
+            for seed in range(3) if make_page_policy(policy).stochastic else (None,):
+                key = {"trace": trace, "capacity": capacity, "policy": policy, "seed": seed}
+                yield key, lambda key=key: count_hits(traces, **key)
+    for agent, seeds in AGENTS.items():
+        for trace, capacity in cases:
+            for seed in seeds:
+                if agent in ON_EVERY_TRACE or (agent, trace, capacity) in ELSEWHERE or traces.quick:
+                    key = {"trace": trace, "capacity": capacity, "policy": agent, "seed": seed}
+                    yield key, lambda key=key: train_and_count(traces, **key)
+
+
+def served_as(trace: RequestTrace, policy: str) -> str:
+    """Prefixes where a policy can serve them; queues of single pages see blocks as objects that stand alone."""
+    return "prefix" if trace.chained and make_page_policy(policy).prefix else "objects"
+
+
+def count_hits(traces: Traces, trace: str, capacity: int, policy: str, seed: int | None) -> Cell:
+    requests = traces[trace]
+    chosen = policy if seed is None else f"{policy}:seed={seed}"
+    if requests.chained and policy == "belady":
+        chosen = "belady_prefix"
+    found = simulate(requests, chosen, capacity, served_as(requests, chosen), "pass", warm_up=WARM_UP)
+    return {"hit_rate": found.hit_rate, "byte_hit_rate": found.byte_hit_rate}
+
+
+def train_and_count(traces: Traces, trace: str, capacity: int, policy: str, seed: int) -> Cell:
+    requests = traces[trace]
+    semantics = "prefix" if requests.chained else "objects"
+    with tempfile.TemporaryDirectory() as folder:
+        learned = train_pages(policy, requests, folder, capacity, semantics, "pass", drawn=DRAWN, seed=seed)
+    found = simulate(requests, learned, capacity, semantics, "pass", warm_up=WARM_UP)
+    return {"hit_rate": found.hit_rate, "byte_hit_rate": found.byte_hit_rate, "shadow_share": found.shadow_share,
+            "fallback": learned.card.fallback, "validation": learned.card.validation["learned"]}  # fmt: skip
+
+
+def capacities(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
+    for trace in ("web07", "mooncake", "sample"):
+        if trace in traces:
+            for capacity in (250, 500, 1000, 2000, 4000, 8000, 16000):
+                for policy in ("fifo", "lru", "s3_fifo", "arc", "w_tinylfu", "tail_oracle", "belady"):
+                    key = {"trace": trace, "capacity": capacity, "policy": policy}
+                    yield key, lambda key=key: {"hit_rate": simulate(traces[key["trace"]], key["policy"],
+                                                                     key["capacity"]).hit_rate}  # fmt: skip
+
+
+# predictions
+
+
+def harmonic(k: int) -> float:
+    return sum(1 / j for j in range(1, k + 1))
+
+
+def predictions(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
+    trace, capacity = ("sample", 1000) if traces.quick else ("multi1", 500)
+    if trace not in traces:
+        return
+    for policy in BOUNDS:
+        for predictor, flip in (*(("oracle", flip) for flip in FLIPS), ("learned", 0.0)):
+            for seed in range(3):
+                key = {"trace": trace, "capacity": capacity, "policy": policy, "predictor": predictor, "flip": flip,
+                       "seed": seed}  # fmt: skip
+                yield key, lambda key=key: misses_over_optimum(traces, **key)
+
+
+def misses_over_optimum(
+    traces: Traces, trace: str, capacity: int, policy: str, predictor: str, flip: float, seed: int
+) -> Cell:
+    requests = traces[trace]
+    alpha, beta, true_bits = BOUNDS[policy]
+    bits = true_bits(requests, capacity)
+    zeros, ones = prediction_errors(bits, predicted_bits(bits, requests, capacity, predictor, flip, seed))
+    misses = (
+        len(requests) - simulate(requests, f"{policy}:predictor={predictor}:flip={flip}:seed={seed}", capacity).hits
+    )
+    best = len(requests) - simulate(requests, "belady", capacity).hits
+    lru = len(requests) - simulate(requests, "lru", capacity).hits
+    bound = alpha * best + beta(capacity) * zeros + ones
+    return {"ratio": misses / best, "bound": bound / best, "error": (zeros + ones) / len(requests), "lru": lru / best}
+
+
+# speed
+
+
+THEIR_NAMES = {
+    "arc": "ARC", "clock": "Clock", "fifo": "FIFO", "gdsf": "GDSF", "lfu": "LFU", "lirs": "LIRS", "lru": "LRU",
+    "s3_fifo": "S3FIFO", "sieve": "Sieve", "slru": "SLRU", "two_q": "TwoQ", "w_tinylfu": "WTinyLFU",
+}  # fmt: skip
+
+
+def speed(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
+    requests = 20_000 if traces.quick else 1_000_000
+    for policy in CLASSIC:
+        key = {"policy": policy, "requests": requests, "capacity": requests // 100}
+        yield key, lambda key=key: time_policy(**key)
+
+
+@cache
+def drawn_requests(count: int) -> RequestTrace:
+    """Zipf's law with exponent 0.9 over a tenth as many pages."""
+    weights = 1 / np.arange(1, count // 10 + 1) ** 0.9
+    drawn = np.random.default_rng(0).choice(count // 10, count, p=weights / weights.sum())
+    return RequestTrace.from_keys(drawn.tolist(), "zipf")
+
+
+def time_policy(policy: str, requests: int, capacity: int) -> Cell:
+    trace = drawn_requests(requests)
+    began = time.process_time()
+    hits = simulate(trace, policy, capacity).hits
+    ours = time.process_time() - began
+    if policy not in THEIR_NAMES:
+        return {"process_seconds": ours, "hits": hits, "their_seconds": None, "their_hits": None, "ratio": None}
+    import libcachesim
+
+    theirs = getattr(libcachesim, THEIR_NAMES[policy])(cache_size=capacity)
+    request, found = libcachesim.Request(), 0
+    request.obj_size = 1
+    began = time.process_time()
+    for page in trace.pages.tolist():
+        request.obj_id = page + 1
+        found += bool(theirs.get(request))
+    their = time.process_time() - began
+    return {"process_seconds": ours, "hits": hits, "their_seconds": their, "their_hits": found, "ratio": ours / their}
+
+
+# decisions
+
+
+def decisions(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
+    for form in ("numpy", "onnx"):
+        yield {"form": form, "candidates": 16}, lambda form=form: time_decisions(form)
+
+
+def time_decisions(form: str) -> Cell:
+    """Processor time from the candidates to the page that leaves, the gathering of features with it."""
+    trace = read_requests(bundled("requests") / "sample.jsonl.gz")
+    with tempfile.TemporaryDirectory() as folder:
+        policy = train_pages("clone", trace, folder, 1000, "prefix", rounds=1, steps=100)
+        if form == "onnx":
+            policy = make_page_policy(f"{export_page_policy(policy, Path(folder, 'policy.onnx'))}:limit=0")
+    seconds: list[float] = []
+    rank = policy.rank
+
+    def timed(candidates: Candidates) -> np.ndarray:
+        began = time.thread_time()
+        scores = rank(candidates)
+        int(np.argmin(scores))
+        seconds.append(time.thread_time() - began)
+        return scores
+
+    policy.rank = timed  # type: ignore[method-assign]
+    simulate(trace, policy, 1000, "prefix")
+    p50, p95, p99 = 1e6 * np.percentile(seconds[1000:], (50, 95, 99))
+    return {"p50_us": float(p50), "p95_us": float(p95), "p99_us": float(p99), "decisions": len(seconds) - 1000}
+
+
+PARTS: dict[str, Callable[[Traces], Iterator[tuple[Cell, Callable[[], Cell]]]]] = {
+    "evidence": evidence, "capacities": capacities, "predictions": predictions, "speed": speed,
+    "decisions": decisions,
+}  # fmt: skip
+
+
+# pages and pictures
+
+
+def publish(cells: list[Cell], folder: Path, arguments: dict) -> None:
+    """Write ``cells.json``, ``README.md`` and the pictures."""
+    folder.mkdir(parents=True, exist_ok=True)
+    command = "python benchmarks/pages.py --data FOLDER --out runs/pages --publish benchmarks/results/pages"
+    found = [{**cell["key"], **cell["found"], "seconds": cell["seconds"]} for cell in cells]
+    with atomic_write(folder / "cells.json") as part:
+        part.write_text(json.dumps({"command": command, "kv_gym": __version__, "cells": found}, indent=0) + "\n")
+    with atomic_write(folder / "README.md") as part:
+        part.write_text(page(found, command), encoding="utf-8")
+    draw(found, folder)
+
+
+def page(cells: list[Cell], command: str) -> str:
+    text = [
+        "# Page policies on public request traces",
+        f"Written by `{command}`; see `benchmarks/pages.py` for the traces and the rules.",
+        "## Hit rates",
+        evidence_text(cells),
+    ]
+    if timed := [cell for cell in cells if cell["part"] == "speed"]:
+        text += ["## Speed", speed_text(timed)]
+    if decided := [cell for cell in cells if cell["part"] == "decisions"]:
+        rows = [
+            [cell["form"], f"{cell['decisions']:,}", *(f"{cell[name]:.0f}" for name in ("p50_us", "p95_us", "p99_us"))]
+            for cell in decided
+        ]
+        head = ["form", "decisions", "median", "95th percentile", "99th percentile"]
+        text += [
+            "Microseconds of processor time for a decision among 16 blocks, the gathering of features with it:",
+            pipe_table(head, rows),
+        ]
+    if predicted := [cell for cell in cells if cell["part"] == "predictions"]:
+        text += ["## One-bit predictions", predictions_text(predicted)]
+    return "\n\n".join(text) + "\n"
+
+
+def evidence_text(cells: list[Cell]) -> str:
+    rates: dict[tuple[str, int], dict[str, list[Cell]]] = {}
+    for cell in cells:
+        if cell["part"] == "evidence":
+            rates.setdefault((cell["trace"], cell["capacity"]), {}).setdefault(cell["policy"], []).append(cell)
+    rows = [summary_row(*case, found) for case, found in rates.items()]
+    head = ["trace", "capacity", "LRU", "best classic", "", "tail oracle, K = 16", "with 12 drawn", "Belady", "clone",
+            "lowest seed", "of the way to the tail oracle", "to that with 12 drawn", "left to LRU"]  # fmt: skip
+    classic = [
+        [trace, f"{capacity:,}", *(percent(mean_rate(found.get(name))) for name in CLASSIC)]
+        for (trace, capacity), found in rates.items()
+    ]
+    others = [
+        [trace, f"{capacity:,}", agent, str(len(found[agent])), percent(mean_rate(found[agent])), spread(found[agent])]
+        for (trace, capacity), found in rates.items()
+        for agent in AGENTS
+        if agent in found
+    ]
+    return "\n\n".join(
+        [
+            RULES,
+            pipe_table(head, rows, left=1),
+            pipe_table(["trace", "capacity", *CLASSIC], classic, left=1),
+            pipe_table(["trace", "capacity", "agent", "seeds", "mean", "lowest to highest"], others, left=1),
+        ]
+    )
+
+
+def summary_row(trace: str, capacity: int, found: dict[str, list[Cell]]) -> list[str]:
+    rates = {policy: mean_rate(group) for policy, group in found.items()}
+    known = {name: rates[name] for name in CLASSIC if rates.get(name) is not None}
+    best = max(known, key=known.__getitem__)
+    tail, drawn, learned = rates.get("tail_oracle"), rates.get("tail_oracle:drawn=12"), rates.get("clone")
+    helpless = tail is not None and tail < known["lru"] + 0.01
+    clones = found.get("clone", [])
+    lowest = min((cell["hit_rate"] for cell in clones), default=None)
+    left = statistics.fmean(1.0 if cell["fallback"] else cell["shadow_share"] for cell in clones) if clones else None
+    return [
+        trace, f"{capacity:,}", percent(known["lru"]), percent(known[best]), best,
+        percent(tail) + (" (cannot help)" if helpless else ""), percent(drawn), percent(rates.get("belady")),
+        percent(learned), percent(lowest), way(known[best], learned, tail), way(known[best], learned, drawn),
+        percent(left),
+    ]  # fmt: skip
+
+
+def mean_rate(group: list[Cell] | None) -> float | None:
+    return statistics.fmean(cell["hit_rate"] for cell in group) if group else None
+
+
+def percent(value: float | None) -> str:
+    return "-" if value is None else f"{100 * value:.2f}"
+
+
+def spread(group: list[Cell]) -> str:
+    rates = [cell["hit_rate"] for cell in group]
+    return f"{percent(min(rates))} to {percent(max(rates))}"
+
+
+def way(start: float, reached: float | None, end: float | None) -> str:
+    return "-" if reached is None or end is None or end <= start else f"{100 * (reached - start) / (end - start):.0f} %"
+
+
+def speed_text(cells: list[Cell]) -> str:
+    rows = [
+        [cell["policy"], f"{cell['process_seconds']:.1f}", number(cell["their_seconds"]), number(cell["ratio"]),
+         f"{cell['hits']:,}", "-" if cell["their_hits"] is None else f"{cell['their_hits']:,}"]
+        for cell in cells
+    ]  # fmt: skip
+    slowest = max(cell["process_seconds"] for cell in cells)
+    head = ["policy", "seconds", "libCacheSim", "ratio", "hits", "its hits"]
+    return (
+        f"{cells[0]['requests']:,} requests, drawn by Zipf's law, on one core: processor time; the slowest takes "
+        f"{slowest:.0f} seconds. libCacheSim is driven request by request from Python, in the same run.\n\n"
+        + pipe_table(head, rows)
+    )
+
+
+def number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.1f}"
+
+
+def predictions_text(cells: list[Cell]) -> str:
+    rows = []
+    groups: dict[tuple, list[Cell]] = {}
+    for cell in cells:
+        groups.setdefault((cell["policy"], cell["predictor"], cell["flip"]), []).append(cell)
+    for (policy, predictor, flip), group in groups.items():
+        ratio, bound, error = (statistics.fmean(cell[name] for cell in group) for name in ("ratio", "bound", "error"))
+        said = f"oracle, {flip:.0%} wrong" if predictor == "oracle" else predictor
+        rows.append([policy, said, f"{error:.3f}", f"{ratio:.3f}", f"{bound:.3f}"])
+    first = cells[0]
+    return (
+        f"{first['trace']} at {first['capacity']:,} pages, means over three seeds: misses over those of Belady's "
+        f"algorithm, and the proven bound; LRU has {first['lru']:.3f} times as many.\n\n"
+        + pipe_table(["policy", "bits", "wrong bits per access", "misses / optimum", "bound"], rows, left=2)
+    )
+
+
+def draw(cells: list[Cell], folder: Path) -> None:
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    over = [cell for cell in cells if cell["part"] == "capacities"]
+    if names := list(dict.fromkeys(cell["trace"] for cell in over)):
+        figure, axes = plt.subplots(1, len(names), figsize=(5 * len(names), 3.6), squeeze=False)
+        for axis, name in zip(axes[0], names, strict=True):
+            for policy in dict.fromkeys(cell["policy"] for cell in over):
+                line = [(c["capacity"], c["hit_rate"]) for c in over if (c["trace"], c["policy"]) == (name, policy)]
+                axis.plot(*zip(*line, strict=True), marker=".", label=policy)
+            axis.set(xscale="log", xlabel="capacity in pages", ylabel="hit rate", title=name)
+        axes[0][0].legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(folder / "hits.png", dpi=110)
+    bits = [cell for cell in cells if cell["part"] == "predictions" and cell["predictor"] == "oracle"]
+    if bits:
+        figure, axis = plt.subplots(figsize=(5.5, 3.8))
+        for place, policy in enumerate(BOUNDS):
+            points = sorted((c["error"], c["ratio"], c["bound"]) for c in bits if c["policy"] == policy)
+            error, ratio, bound = zip(*points, strict=True)
+            axis.plot(error, ratio, marker=".", color=f"C{place}", label=policy)
+            axis.plot(error, bound, linestyle=":", color=f"C{place}", label=f"{policy}, bound")
+        axis.axhline(bits[0]["lru"], color="grey", linewidth=0.8, label="lru")
+        axis.set(xlabel="wrong bits per access", ylabel="misses / misses of the optimum", yscale="log")
+        axis.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(folder / "predictions.png", dpi=110)
+
+
+if __name__ == "__main__":
+    main()
