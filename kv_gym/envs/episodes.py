@@ -11,7 +11,8 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
-from kv_gym.budgets import Budget
+from kv_gym.budgets import Budget, parse_budget, slots_after
+from kv_gym.cache_view import protected_tokens
 from kv_gym.envs.observations import Heads, Observation, ObservationTable
 from kv_gym.envs.rendering import Frame
 from kv_gym.envs.rewards import BudgetWeights, EpisodeState, EvictionMode, RankingMode
@@ -50,6 +51,7 @@ class Replay:
         recent: int = 1,
         features: Seq[str | Policy] = (),
         index: bool = False,
+        delay: int = 0,
     ) -> None:
         """Load everything; the arguments are those of :class:`kv_gym.envs.KVEvictEnv`."""
         if utility not in _REDUCTIONS:
@@ -62,11 +64,17 @@ class Replay:
         # a trace set promises len and [i], other collections may only be iterated over
         sequences = [opened[i] for i in range(len(opened))] if hasattr(opened, "__getitem__") else list(opened)
         self.table = ObservationTable(sequences, heads, max_tokens, features)
+        if delay and budget is None:
+            raise UserError(
+                f"a delay of {delay} tokens is for eviction mode, and ranking mode decides at the end of a context: "
+                "give a budget"
+            )
         self.mode: RankingMode | EvictionMode
         if budget is None:
             self.mode = RankingMode(sequences, self.table, _REDUCTIONS[utility], sinks, recent, budget_weights)
         else:
-            self.mode = EvictionMode(sequences, self.table, _REDUCTIONS[utility], sinks, recent, budget)
+            refuse_unfit_delay(sequences, parse_budget(budget), sinks, delay)
+            self.mode = EvictionMode(sequences, self.table, _REDUCTIONS[utility], sinks, max(recent, delay), budget)
         if not len(self):
             raise UserError(
                 f"none of the {len(sequences)} contexts has a head with attention to lose: record them with "
@@ -170,4 +178,14 @@ class Replay:
             keeps_history=self.mode.keeps_history,
             rows=self.mode.picture_rows,
             **outcome,
+        )
+
+
+def refuse_unfit_delay(sequences: Seq[Sequence], budget: Budget, sinks: int, delay: int) -> None:
+    """Raise a UserError for a delay that is negative, or has no room in half of some context's budget."""
+    slots = min((slots_after(budget, len(sequence.slot_positions)) for sequence in sequences), default=0)
+    if delay and (delay < 0 or protected_tokens(slots, sinks, delay)[1] < delay):
+        raise UserError(
+            f"a delay of {delay} tokens beside {sinks} sinks does not fit into half of the budget of {slots} slots: "
+            "expected a smaller one from 0, or a larger budget"
         )

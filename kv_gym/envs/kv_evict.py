@@ -120,6 +120,8 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
     - `order`: `"random"` or `"sequential"`.
     - `max_tokens`: N per head; None for the longest context.
     - `sinks`, `recent`: first and last tokens to keep always. In eviction mode they shrink to half the budget.
+    - `delay`: eviction mode: a token is judged when so many others have come after it, those of the continuation
+      included; the newest ones stay. It must fit into half the budget.
     - `features`: policies whose scores are shown, names or objects, such as `("knorm", "h2o")`.
     - `index`: add `decision` to the observation.
     - `render_mode`: which tokens stay at each budget, or after each block, as `"ansi"` (text), `"rgb_array"` (a
@@ -155,6 +157,7 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
         recent: int = 1,
         features: Seq[str | Policy] = (),
         index: bool = False,
+        delay: int = 0,
         render_mode: str | None = None,
         tokenizer: Any = None,
     ) -> None:
@@ -177,6 +180,7 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
             recent=recent,
             features=features,
             index=index,
+            delay=delay,
         )
         self.observation_space: gym.Space[Any] = self.replay.observation_space
         self.action_space = self.replay.action_space

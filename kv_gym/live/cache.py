@@ -91,6 +91,8 @@ class EvictingCache(Cache):
             that no query is farther from a key than the cache is long; None: the policy's own.
         select: which of the slots a query reads, in every forward after the first: ``all``, or ``mpcache:0.2`` and
             others of :mod:`kv_gym.live.selection`. It saves the bytes that a step reads, and none that the cache holds.
+        delay: a token is judged when so many others have come after it, by policies that have seen what these attended
+            to; the newest ones always stay. They count in the budget, of which half at most is protected.
 
     Attributes:
         model: the transformers decoder, without its wrapper.
@@ -118,10 +120,12 @@ class EvictingCache(Cache):
         offload: bool = False,
         positions: str | None = None,
         select: str | Selection = "all",
+        delay: int = 0,
     ):
         self.config = CacheConfig.parse(
             model, policy=policy, budget=budget, allocation=allocation, trigger=trigger, sinks=sinks, recent=recent,
             evicted=evicted, guard=guard, offload=offload, positions=positions, select=select,
+            delay=delay,
         )  # fmt: skip
         self._initial_budget = self.config.budget
         self.monitor = None if guard is None else GuardMonitor(guard)

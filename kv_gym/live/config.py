@@ -136,6 +136,7 @@ class CacheConfig:
         offload: whether evicted pairs are copied to the host.
         positions: rotary positions of kept keys, one of `POSITIONS`.
         select: which of the slots a query reads.
+        delay: the newest tokens that are not judged yet.
         checked: policies that are known to fit the model, and need not be checked again.
 
     Raises:
@@ -154,6 +155,7 @@ class CacheConfig:
     offload: bool = False
     positions: str = "original"
     select: Selection = field(default_factory=SelectAll)
+    delay: int = 0
     checked: tuple[Policy, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -188,6 +190,7 @@ class CacheConfig:
         if not isinstance(self.policy, PolicyGroup):
             self.allocation.refuse_unfit(self.policy)
         protection_for(self.policy, self.sinks, self.recent)  # refuses negative ones
+        self._refuse_unfit_delay()
         self.layer_tier.refuse_unfit(self.model.config.get_text_config())
         self._refuse_unfit_recording()
         self._refuse_unfit_selection()
@@ -224,6 +227,16 @@ class CacheConfig:
                 raise UserError(
                     f"the guard averages layer {layer}, and {self.num_layers} layers evict: count them from 0"
                 )
+
+    def _refuse_unfit_delay(self) -> None:
+        if type(self.delay) is not int or self.delay < 0:
+            raise UserError(f"delay is {self.delay!r}; expected a number of tokens from 0")
+        if isinstance(self.budget, int) and protected_tokens(self.budget, self.sinks, self.delay)[1] < self.delay:
+            raise UserError(
+                f"delay={self.delay} leaves the newest {self.delay} tokens alone, beside {self.sinks} first ones, and "
+                f"half of a budget at most is protected: expected a budget of at least {2 * (self.delay + self.sinks)} "
+                f"slots instead of {self.budget}"
+            )
 
     def _refuse_unfit_selection(self) -> None:
         if self.reads_all:
@@ -389,8 +402,8 @@ class CacheConfig:
 
     @property
     def protected_recent(self) -> int:
-        """Last tokens that always stay: `recent`, or those that the trigger leaves alone."""
-        return max(self.recent, self.trigger.lag)
+        """Last tokens that always stay: `recent`, or those that `delay` or the trigger leave alone."""
+        return max(self.recent, self.trigger.lag, self.delay)
 
     def scored_layer(
         self, scores: Tensor, view: CacheView, ordinal: int, seen: Sequence[int], budgets: Sequence[int]

@@ -94,6 +94,7 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
         "trigger": config.trigger.name,
         "positions": config.positions,
         "select": config.select.name,
+        "delay": config.delay,
         "sinks": config.sinks,
         "recent": config.recent,
         "seen": seen,
@@ -191,6 +192,7 @@ class SavedCache:
             "recent": _count(header["recent"], MAX_TOKENS),
             "positions": str(header.get("positions", "original")),
             "select": str(header.get("select", "all")),
+            "delay": _count(header.get("delay", 0), MAX_TOKENS),
         }
 
     def restore_layers(self, model, layers: Sequence[Any]) -> None:
