@@ -158,7 +158,7 @@ class CapturedSteps:
             for thing, attributes in host:
                 vars(thing).clear()
                 vars(thing).update(attributes)
-        return _Captured(input_ids, logits, replay, before)
+        return _Captured(input_ids, now, logits, replay, before)
 
 
 def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
@@ -205,9 +205,13 @@ class _Tensors:
 
 @dataclass(frozen=True)
 class _Captured:
-    """A captured step: where its token goes in and its logits come out, and the tensors that it works on."""
+    """A captured step: where its token goes in and its logits come out, and the tensors that it works on.
+
+    A graph keeps only what its own operations allocate alive: everything else that it reads or writes is held here.
+    """
 
     tokens: Tensor
+    positions: Tensor
     logits: Tensor
     run: Callable[[], object]
     tensors: list[_Tensors]
