@@ -1,11 +1,11 @@
 """What a trace costs by the length of its context, whole and sampled, and whether a sample trains as well.
 
-    python benchmarks/trace_scale.py --model runs/models/smollm2-135m-instruct --text FILE_OR_FOLDER --out runs/trace_scale
+    python benchmarks/trace_scale.py --text FILE_OR_FOLDER --out runs/trace_scale
 
-**Sizes**: for each length one context of a text with a continuation of 128 tokens, without statistics, each in a process
-of its own: the plain forward of context and continuation, `record`, and `record --slots 512`. Time is the processor's on
-a CPU (one thread), and the device's with `--device cuda`; memory is the process's peak above what it held once the model
-was loaded and had recorded a short context (host memory, on a GPU too).
+**Sizes**: for each length one context of a text with a continuation of 128 tokens, without statistics, each in a
+process of its own: the plain forward of context and continuation, `record`, and `record --slots 512`. Time is the
+processor's on a CPU (one thread), and elapsed with `--device cuda`; memory is the process's peak above what it held
+once the model was loaded and had recorded a short context (host memory, on a GPU too).
 
 **Training** (`--part training`): agents on contexts of the bundled model: whole, at a quarter of their slots, and
 sampled so from four times as many contexts, which takes as many bytes. Judged on whole contexts that nobody trained on
@@ -153,9 +153,9 @@ def peak() -> float:
 
 
 def on_paper() -> dict:
-    """Bytes of one context of an 8B model at 32k tokens, bfloat16, with one continuation in 32 blocks."""
+    """Bytes of one context of an 8B model at 32k tokens, bfloat16, with a continuation of 128 tokens in 8 blocks."""
     heads, slots = KVP["layers"] * KVP["kv_heads"], KVP["tokens"]
-    per_slot = 2 * KVP["head_dim"] * 2 + 32 * 2 * 4  # key and value; futures stay float32
+    per_slot = 2 * KVP["head_dim"] * 2 + 8 * 2 * 4  # key and value; futures stay float32
     return {"paper": KVP | {"bytes_whole": heads * slots * per_slot, "bytes_slots": heads * SLOTS * per_slot}}
 
 

@@ -18,8 +18,9 @@ from kv_gym.envs.rendering import Frame
 from kv_gym.envs.rewards import BudgetWeights, EpisodeState, EvictionMode, RankingMode
 from kv_gym.errors import UserError
 from kv_gym.policies import Policy
-from kv_gym.traces import open_traces
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces import TraceSet, open_traces
+from kv_gym.traces.bounded_cache import memory_limit
+from kv_gym.traces.sequence import Contexts, Sequence
 
 Traces = str | Path | Iterable[Sequence] | None
 ResetOptions = Mapping[str, int | None] | None
@@ -52,8 +53,9 @@ class Replay:
         features: Seq[str | Policy] = (),
         index: bool = False,
         delay: int = 0,
+        memory: float | None = None,
     ) -> None:
-        """Load everything; the arguments are those of :class:`kv_gym.envs.KVEvictEnv`."""
+        """Read every context; the arguments are those of :class:`kv_gym.envs.KVEvictEnv`."""
         if utility not in _REDUCTIONS:
             raise UserError(f"utility is {utility!r}; expected 'attention' or 'attention_mean'")
         if order not in ("random", "sequential"):
@@ -61,20 +63,25 @@ class Replay:
         if min(sinks, recent) < 0:
             raise UserError(f"sinks and recent are {sinks} and {recent}; expected numbers from 0")
         opened: Any = open_traces(traces) if traces is None or isinstance(traces, str | Path) else traces
-        # a trace set promises len and [i], other collections may only be iterated over
-        sequences = [opened[i] for i in range(len(opened))] if hasattr(opened, "__getitem__") else list(opened)
-        self.table = ObservationTable(sequences, heads, max_tokens, features)
         if delay and budget is None:
             raise UserError(
                 f"a delay of {delay} tokens is for eviction mode, and ranking mode decides at the end of a context: "
                 "give a budget"
             )
+        limit = memory_limit(memory)
+        sequences: Contexts
+        if isinstance(opened, TraceSet):
+            sequences = opened.holding(limit // 4)
+        else:  # what is in memory anyway; some collections may only be iterated over
+            sequences = [opened[i] for i in range(len(opened))] if hasattr(opened, "__getitem__") else list(opened)
+        self.table = ObservationTable(sequences, heads, max_tokens, features, limit // 2)
         self.mode: RankingMode | EvictionMode
         if budget is None:
             self.mode = RankingMode(sequences, self.table, _REDUCTIONS[utility], sinks, recent, budget_weights)
         else:
             refuse_unfit_delay(sequences, parse_budget(budget), sinks, delay)
-            self.mode = EvictionMode(sequences, self.table, _REDUCTIONS[utility], sinks, max(recent, delay), budget)
+            recent = max(recent, delay)
+            self.mode = EvictionMode(sequences, self.table, _REDUCTIONS[utility], sinks, recent, budget, limit // 4)
         if not len(self):
             raise UserError(
                 f"none of the {len(sequences)} contexts has a head with attention to lose: record them with "

@@ -127,15 +127,20 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
     - `render_mode`: which tokens stay at each budget, or after each block, as `"ansi"` (text), `"rgb_array"` (a
       picture) or `"human"` (the picture in a window that reset and step update; a warning where there is no display).
       Pictures of an environment all have one size.
+    - `memory`: gigabytes (10^9 bytes) that contexts may take in memory; None: half of the machine's.
     - `tokenizer`: for rendering, anything with `convert_ids_to_tokens`; None takes that of stored traces where it is
       on this machine, else token ids are shown.
 
     ## Memory
 
-    All traces are held in memory, padded to N tokens. For each context, head and slot: 8 d bytes for key and value,
-    4 F for features, and 4 for the utility in ranking mode, or 4 for each block of each continuation in eviction mode.
-    64 contexts of 1,024 tokens of a model with 90 heads of 64 dimensions take 3.0 GB. To hold less, give fewer `heads`
-    or contexts. Several environments in one process share nothing: use one vector environment.
+    Observations take 8 d bytes for each context, head and slot, and 4 F for features, all padded to N slots. Half of
+    `memory` may hold them: where all contexts fit they stay, and where they do not those that were replayed last do;
+    others are read from the disk again when an episode begins with them. A quarter of `memory` holds contexts as they
+    were read, while the environment is made and where not all fit; in eviction mode another quarter holds the attention
+    of continuations, 4 bytes per context, head, slot, continuation and block. A list of contexts stays in memory whole,
+    beside that. Always held are 4 bytes per context, head and slot for the utility in ranking mode, and the observation
+    of a batch. The last context is held even where the limit is smaller. 64 contexts of 1,024 tokens of a model with 90
+    heads of 64 dimensions take 3.0 GB. Several environments in one process share nothing: use one vector environment.
 
     ## Version History
 
@@ -160,6 +165,7 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
         delay: int = 0,
         render_mode: str | None = None,
         tokenizer: Any = None,
+        memory: float | None = None,
     ) -> None:
         """Load the traces; the arguments are described in the class docstring.
 
@@ -181,6 +187,7 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
             features=features,
             index=index,
             delay=delay,
+            memory=memory,
         )
         self.observation_space: gym.Space[Any] = self.replay.observation_space
         self.action_space = self.replay.action_space

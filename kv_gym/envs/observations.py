@@ -1,4 +1,4 @@
-"""What an agent observes: the slots of every decision, stacked once so that a batch of observations is one gather."""
+"""What an agent observes: the slots of every decision, as many in memory as a limit holds."""
 
 from __future__ import annotations
 
@@ -8,9 +8,11 @@ import numpy as np
 from gymnasium import spaces
 from numpy.typing import NDArray
 
+from kv_gym.envs.context_arrays import ContextArrays
 from kv_gym.errors import UserError
 from kv_gym.policies import Policy, make_policy
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces.bounded_cache import UNLIMITED
+from kv_gym.traces.sequence import Contexts, Sequence
 
 BOUND = 65504.0  # the largest float16: what a 16-bit model can cache is never clipped
 LAST_POSITION = 2.0**24  # the integers a float32 can tell apart
@@ -43,32 +45,47 @@ class ObservationTable:
 
     def __init__(
         self,
-        sequences: Seq[Sequence],
+        sequences: Contexts,
         heads: Heads = "all",
         max_tokens: int | None = None,
         features: Seq[str | Policy] = (),
+        limit: int = UNLIMITED,
     ) -> None:
-        """Copy keys and values of all contexts into two arrays.
+        """Read all contexts; as many of their keys and values stay in memory as `limit` bytes hold.
 
         Raises:
             UserError: no context, contexts of different models, an unboxes head, or a context above `max_tokens`.
         """
-        self.head_pairs = _head_pairs(sequences)
+        first, slot_positions, seen = _read_all(sequences, max_tokens)
+        self.head_pairs = [(layer, head) for layer in first.layers for head in range(first.keys.shape[1])]
         self.joint = heads == "joint"
         self.head_ids = _head_ids(heads, self.head_pairs)
-        self.tokens = _tokens(sequences, max_tokens)
+        lengths = np.array([len(positions) for positions in slot_positions])
+        self.tokens = int(lengths.max()) if max_tokens is None else max_tokens
         self.heads = len(self.head_ids) if self.joint else 1
         per_context = 1 if self.joint else len(self.head_ids)
-        lengths = np.array([sequence.slots for sequence in sequences])
         self.sequence = np.repeat(np.arange(len(sequences)), per_context)
         self.length = np.repeat(lengths, per_context)
-        self.seen = np.repeat([len(sequence.tokens) for sequence in sequences], per_context)
+        self.seen = np.repeat(seen, per_context)
         self.head = np.full(len(sequences), -1) if self.joint else np.tile(self.head_ids, len(sequences))
         self.lengths, self.length_index = np.unique(self.length, return_inverse=True)
         self.is_token = np.array([self.per_slot(np.ones(n, bool)) for n in self.lengths])
         self.slot_of_time = np.arange(self.size).reshape(self.heads, self.tokens).T.reshape(-1)
         self.time_of_slot = np.argsort(self.slot_of_time)
-        self._stack(sequences, tuple(make_policy(policy) for policy in features))
+        self._position = np.full((len(sequences), self.tokens), -1, np.float32)
+        for row, positions in zip(self._position, slot_positions, strict=True):
+            row[: len(positions)] = positions
+        self._slot_head = np.repeat(self.head_ids, self.tokens).astype(np.int32)
+        self.clipped = np.zeros(len(self), np.int64)
+        self._widths = {"key": first.keys.shape[-1], "value": first.keys.shape[-1]}
+        policies = tuple(make_policy(policy) for policy in features)
+        self._widths |= {"features": len(policies)} if policies else {}
+        self._slots = ContextArrays(
+            [per_context] * len(sequences),
+            {name: (self.size, width) for name, width in self._widths.items()},
+            lambda number: self._read(number, sequences[number], policies),
+            limit,
+        )
 
     def __len__(self) -> int:
         return len(self.sequence)
@@ -78,34 +95,26 @@ class ObservationTable:
         """Slots of one decision, padding included."""
         return self.heads * self.tokens
 
-    def _stack(self, sequences: Seq[Sequence], policies: tuple[Policy, ...]) -> None:
-        width = sequences[0].keys.shape[-1]
-        widths = {"key": width, "value": width} | ({"features": len(policies)} if policies else {})
-        # one extra slot of zeros at the end: gather takes slots that are not cached from there
-        self._rows = {name: np.zeros((len(self) * self.size + 1, w), np.float32) for name, w in widths.items()}
-        self._arrays = {name: rows[:-1].reshape(len(self), self.size, -1) for name, rows in self._rows.items()}
-        by_context = {
-            name: array.reshape(len(sequences), len(self.head_ids), self.tokens, -1)
-            for name, array in self._arrays.items()
-        }
-        for i, sequence in enumerate(sequences):
-            n = sequence.slots
-            by_context["key"][i, :, :n] = sequence.keys.reshape(-1, n, width)[self.head_ids]
-            by_context["value"][i, :, :n] = sequence.values.reshape(-1, n, width)[self.head_ids]
-            if policies:
-                by_context["features"][i, :, :n] = _policy_scores(sequence, policies)[self.head_ids]
-        self.clipped = np.zeros(len(self), np.int64)
-        for array in self._arrays.values():
+    def _read(self, number: int, sequence: Sequence, policies: tuple[Policy, ...]) -> dict[str, np.ndarray]:
+        """What its decisions show of a context, `[decisions, N, ...]`; numbers out of bounds are clipped."""
+        shown = {name: np.zeros((len(self.head_ids), self.tokens, w), np.float32) for name, w in self._widths.items()}
+        n, width = sequence.slots, self._widths["key"]
+        shown["key"][:, :n] = sequence.keys.reshape(-1, n, width)[self.head_ids]
+        shown["value"][:, :n] = sequence.values.reshape(-1, n, width)[self.head_ids]
+        if policies:
+            shown["features"][:, :n] = _policy_scores(sequence, policies)[self.head_ids]
+        decisions = np.flatnonzero(self.sequence == number)
+        clipped = np.zeros(len(decisions), np.int64)
+        for name, array in shown.items():
+            shown[name] = array = array.reshape(len(decisions), self.size, -1)
             for decision, slots in enumerate(array):
                 # NaN counts too: it is out of every bound
                 out_of_bounds = slots.size - np.count_nonzero(np.abs(slots) <= BOUND)
                 if out_of_bounds:
-                    self.clipped[decision] += out_of_bounds
+                    clipped[decision] += out_of_bounds
                     np.nan_to_num(np.clip(slots, -BOUND, BOUND, out=slots), copy=False)
-        self._position = np.full((len(sequences), self.tokens), -1, np.float32)
-        for row, sequence in zip(self._position, sequences, strict=True):
-            row[: sequence.slots] = sequence.slot_positions
-        self._slot_head = np.repeat(self.head_ids, self.tokens).astype(np.int32)
+        self.clipped[decisions] = clipped
+        return shown
 
     def per_slot(self, of_tokens: NDArray[np.bool_]) -> NDArray[np.bool_]:
         """From tokens of a context `[n]` to slots of a decision `[N]`: the same in every head, False in padding."""
@@ -121,14 +130,13 @@ class ObservationTable:
             cached: `[B, N]` bool, the slots that are still cached, the others show zeros; None means all.
         """
         position = np.tile(self._position[self.sequence[decisions]], (1, self.heads))
-        observation: Observation
+        observation: Observation = self._slots.take(decisions)
         if cached is None:
-            observation = {name: array.take(decisions, axis=0) for name, array in self._arrays.items()}
             observation["position"] = position
             observation["mask"] = self.is_token.take(self.length_index[decisions], axis=0).astype(np.int8)
         else:
-            slots = np.where(cached, decisions[:, None] * self.size + np.arange(self.size), len(self) * self.size)
-            observation = {name: rows.take(slots, axis=0) for name, rows in self._rows.items()}
+            for array in observation.values():
+                array[~cached] = 0
             observation["position"] = np.where(cached, position, np.float32(-1))
             observation["mask"] = cached.astype(np.int8)
         if self.joint:
@@ -139,7 +147,7 @@ class ObservationTable:
 
     def empty(self) -> Observation:
         """The observation of one environment whose episode is over: no slots."""
-        observation: Observation = {name: np.zeros(array.shape[1:], np.float32) for name, array in self._arrays.items()}
+        observation: Observation = {name: np.zeros((self.size, w), np.float32) for name, w in self._widths.items()}
         observation["position"] = np.full(self.size, -1, np.float32)
         observation["mask"] = np.zeros(self.size, np.int8)
         observation["head"] = self._slot_head.copy() if self.joint else np.zeros((), np.int64)[()]
@@ -148,7 +156,7 @@ class ObservationTable:
     def space(self, index: bool) -> spaces.Dict:
         """The observation space of one environment; its bounds do not depend on the numbers in the traces."""
         boxes: dict[str, spaces.Space] = {
-            name: spaces.Box(-BOUND, BOUND, array.shape[1:], np.float32) for name, array in self._arrays.items()
+            name: spaces.Box(-BOUND, BOUND, (self.size, width), np.float32) for name, width in self._widths.items()
         }
         boxes["position"] = spaces.Box(-1.0, LAST_POSITION, (self.size,), np.float32)
         boxes["mask"] = spaces.Box(0, 1, (self.size,), np.int8)
@@ -161,17 +169,30 @@ class ObservationTable:
         return spaces.Dict(boxes)
 
 
-def _head_pairs(sequences: Seq[Sequence]) -> list[tuple[int, int]]:
-    if not sequences:
-        raise UserError("the trace set holds no context; expected at least one (is the split or task right?)")
-    first = sequences[0]
+def _read_all(sequences: Contexts, max_tokens: int | None) -> tuple[Sequence, list[np.ndarray], list[int]]:
+    """The first context, and of all the positions of their slots and their tokens.
+
+    Raises:
+        UserError: no context, contexts of different models, or one with more slots than `max_tokens`.
+    """
+    first, positions, seen = None, [], []
     for sequence in sequences:
+        first = first or sequence
         if sequence.layers != first.layers or _sizes(sequence) != _sizes(first):
             raise UserError(
                 f"context {sequence.id!r} has layers {sequence.layers} and [layers, heads, dim] {_sizes(sequence)}, "
                 f"and {first.id!r} has {first.layers} and {_sizes(first)}: replay traces of one model at a time"
             )
-    return [(layer, head) for layer in first.layers for head in range(first.keys.shape[1])]
+        if max_tokens is not None and sequence.slots > max_tokens:
+            raise UserError(
+                f"context {sequence.id!r} has {sequence.slots} tokens and max_tokens is {max_tokens}: raise max_tokens "
+                "or choose shorter contexts"
+            )
+        positions.append(sequence.slot_positions)
+        seen.append(len(sequence.tokens))
+    if first is None:
+        raise UserError("the trace set holds no context; expected at least one (is the split or task right?)")
+    return first, positions, seen
 
 
 def _sizes(sequence: Sequence) -> tuple[int, int, int]:
@@ -190,16 +211,6 @@ def _head_ids(heads: Heads, pairs: list[tuple[int, int]]) -> NDArray[np.int64]:
         what = f"head {unboxes[0]} is not in the traces" if unboxes else "heads is empty"
         raise UserError(f"{what}; expected (layer, head) pairs from {pairs[0]} to {pairs[-1]}")
     return np.array([pairs.index(pair) for pair in wanted])
-
-
-def _tokens(sequences: Seq[Sequence], max_tokens: int | None) -> int:
-    longest = max(sequences, key=lambda sequence: sequence.slots)
-    if max_tokens is not None and longest.slots > max_tokens:
-        raise UserError(
-            f"context {longest.id!r} has {longest.slots} tokens and max_tokens is {max_tokens}: raise max_tokens "
-            "or choose shorter contexts"
-        )
-    return longest.slots if max_tokens is None else max_tokens
 
 
 def _policy_scores(sequence: Sequence, policies: tuple[Policy, ...]) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,9 +12,11 @@ from numpy.typing import NDArray
 
 from kv_gym.budgets import Budget, parse_budget, slots_after, sortable
 from kv_gym.cache_view import protected_tokens
+from kv_gym.envs.context_arrays import ContextArrays
 from kv_gym.envs.observations import ObservationTable
 from kv_gym.errors import UserError
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces.bounded_cache import UNLIMITED
+from kv_gym.traces.sequence import Contexts, Sequence
 
 BudgetWeights = str | Mapping[Budget, float]
 
@@ -56,7 +57,7 @@ class RankingMode:
 
     def __init__(
         self,
-        sequences: Seq[Sequence],
+        sequences: Contexts,
         table: ObservationTable,
         reduction: str,
         sinks: int,
@@ -182,44 +183,45 @@ class EvictionMode:
 
     def __init__(
         self,
-        sequences: Seq[Sequence],
+        sequences: Contexts,
         table: ObservationTable,
         reduction: str,
         sinks: int,
         recent: int,
         budget: Budget | str,
+        limit: int = UNLIMITED,
     ) -> None:
-        """Read the attention of every block of every continuation; arguments as for :class:`RankingMode`."""
+        """Read the attention of every block of every continuation, of which `limit` bytes stay in memory.
+
+        The other arguments are as for :class:`RankingMode`.
+        """
         self._table = table
         self._sinks, self._recent, self._budget = sinks, recent, parse_budget(budget)
         cuts: dict[tuple[int, int], int] = {}  # (tokens, new tokens) -> row of evictable and capacity
-        attention: list[np.ndarray] = []  # one row per (decision, continuation, block)
-        cut_of: list[int] = []
+        cut_of: list[int] = []  # one row per (decision, continuation, block)
         episodes: list[tuple[int, int, int, int]] = []
+        self._first_of_context = [0]
         for i, sequence in enumerate(sequences):
             decisions = np.flatnonzero(table.sequence == i)
             for c, continuation in enumerate(sequence.continuations):
                 n, blocks = sequence.slots, continuation.future.shape[3]
-                future = continuation.future[..., ("max", "mean").index(reduction)].reshape(-1, n, blocks)
-                rows = np.zeros((blocks, len(table.head_ids), table.tokens), np.float32)
-                rows[..., :n] = np.moveaxis(future[table.head_ids], -1, 0)
-                # [decisions, blocks, N]: the rows of an episode lie one after another
-                attention.extend(rows.reshape(blocks, len(decisions), table.size).swapaxes(0, 1))
+                # new tokens count in the proportion in which slots were sampled
+                new = [b * continuation.block * n // len(sequence.tokens) for b in range(blocks)]
                 for decision in decisions.tolist():
                     episodes.append((decision, c, blocks, len(cut_of)))
-                    # new tokens count in the proportion in which slots were sampled
-                    new = [b * continuation.block * n // len(sequence.tokens) for b in range(blocks)]
                     cut_of += [cuts.setdefault((n, count), len(cuts)) for count in new]
+            self._first_of_context.append(len(cut_of))
         evictable, capacity = zip(*(self._cut(n, new) for n, new in cuts), strict=True) if cuts else ((), ())
         self._evictable = np.array(evictable).reshape(-1, table.size)
         self._capacity = np.array(capacity, np.int64)
         self._cut_of = np.array(cut_of, np.int64)
-        self._attention = np.concatenate(attention) if attention else np.zeros((0, table.size), np.float32)
         self._total, self._losable = np.zeros(len(cut_of)), np.zeros(len(cut_of))
-        for row, cut in enumerate(cut_of):  # row by row, because this is the largest array
-            self._total[row] = self._attention[row].astype(np.float64).sum()
-            self._attention[row] *= self._evictable[cut]
-            self._losable[row] = self._attention[row].astype(np.float64).sum()
+        self._attention = ContextArrays(
+            np.diff(self._first_of_context).tolist(),
+            {"attention": (table.size,)},
+            lambda number: self._read(number, sequences[number], reduction),
+            limit,
+        )
         columns = np.array(episodes, np.int64).reshape(-1, 4)
         can_lose = [self._losable[first : first + blocks].any() for _, _, blocks, first in episodes]
         self.decision, self.continuation, self.blocks, self._first_row = columns[np.array(can_lose, bool)].T
@@ -229,6 +231,28 @@ class EvictionMode:
             "continuation": self.continuation,
         }
         self.picture_rows = 1 + int(self.blocks.max(initial=0))
+
+    def _read(self, number: int, sequence: Sequence, reduction: str) -> dict[str, np.ndarray]:
+        """Attention to the unprotected slots of a context, `[its rows, N]`, and the sums of these rows."""
+        table, n = self._table, sequence.slots
+        attention: list[np.ndarray] = []
+        for continuation in sequence.continuations:
+            blocks = continuation.future.shape[3]
+            future = continuation.future[..., ("max", "mean").index(reduction)].reshape(-1, n, blocks)
+            rows = np.zeros((blocks, len(table.head_ids), table.tokens), np.float32)
+            rows[..., :n] = np.moveaxis(future[table.head_ids], -1, 0)
+            # [decisions, blocks, N]: the rows of an episode lie one after another
+            attention.extend(rows.reshape(blocks, -1, table.size).swapaxes(0, 1))
+        stacked = np.concatenate(attention) if attention else np.zeros((0, table.size), np.float32)
+        start = self._first_of_context[number]
+        for row, cut in enumerate(self._cut_of[start : start + len(stacked)]):  # row by row: this is the largest array
+            self._total[start + row] = stacked[row].astype(np.float64).sum()
+            stacked[row] *= self._evictable[cut]
+            self._losable[start + row] = stacked[row].astype(np.float64).sum()
+        return {"attention": stacked}
+
+    def _attention_rows(self, rows: NDArray[np.int64]) -> NDArray[np.float32]:
+        return self._attention.take(rows)["attention"]
 
     def _cut(self, n: int, new: int) -> tuple[NDArray[np.bool_], int]:
         """The evictable slots `[N]`, and how many of them stay, `new` tokens after a context of `n`."""
@@ -276,7 +300,7 @@ class EvictionMode:
         cut = self._cut_of[rows]
         evictable = self._evictable[cut]
         cached = cached & (top_slots(scores, evictable & cached, self._capacity[cut], self._table) | ~evictable)
-        kept = np.multiply(self._attention[rows], cached, dtype=np.float64).sum(-1)
+        kept = np.multiply(self._attention_rows(rows), cached, dtype=np.float64).sum(-1)
         losable, total = self._losable[rows], self._total[rows]
         protected = total - losable
         # 1 where there is no attention to lose
@@ -306,10 +330,10 @@ class EvictionMode:
         rows = self._first_row[episodes] + block
         cut = self._cut_of[rows]
         last = self._first_row[episodes] + self.blocks[episodes] - 1
-        utility = self._attention[rows]
+        utility = self._attention_rows(rows)
         for later in range(1, int((last - rows).max(initial=0)) + 1):
             in_episode = (rows + later <= last)[:, None]
-            more = np.where(in_episode, self._attention[np.minimum(rows + later, last)], 0)
+            more = np.where(in_episode, self._attention_rows(np.minimum(rows + later, last)), 0)
             utility = np.maximum(utility, more) if highest else utility + more
         return self._evictable[cut] & cached, self._capacity[cut], utility
 
@@ -317,7 +341,8 @@ class EvictionMode:
         """What the last cut did in environment `row`; as :meth:`RankingMode.outcome`."""
         assert state.cached is not None
         first, block, cached = self._first_row[state.episode[row]], int(state.block[row]), state.cached[row]
-        utility = self._attention[first : first + self.blocks[state.episode[row]]].sum(0)
+        attention = self._attention_rows(np.arange(first, first + self.blocks[state.episode[row]]))
+        utility = attention.sum(0)
         evictable = best = cached
         label, share = "start", float("nan")
         if block:
@@ -325,7 +350,7 @@ class EvictionMode:
             cut = self._cut_of[attending]
             evictable, losable = self._evictable[cut], self._losable[attending]
             best = top_slots(utility[None], evictable[None], self._capacity[[cut]], self._table)[0] & (utility > 0)
-            kept = np.multiply(self._attention[attending], cached, dtype=np.float64).sum()
+            kept = np.multiply(attention[block - 1], cached, dtype=np.float64).sum()
             label, share = f"block {block}", float(kept / losable) if losable > 0 else float("nan")
         return {
             "labels": [label], "kept": cached[None], "best": best[None], "evictable": evictable, "utility": utility,

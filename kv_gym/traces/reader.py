@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ from kv_gym.files import bundled, parse_json, read_json, validated
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.models.loading import recorded_tokenizer
 from kv_gym.traces import safe_hdf5
+from kv_gym.traces.bounded_cache import BoundedCache
 from kv_gym.traces.schema import Entry, arrays_of, check_manifest, digest_of, refuse_other_manifest
 from kv_gym.traces.sequence import Continuation, Sequence, StoredHiddenStates
 
@@ -54,11 +56,13 @@ class TraceSet:
     Attributes:
         entries: what the shards say of each sequence, without arrays.
         manifest: how the set was recorded; plain JSON data.
+        cache: sequences that stay in memory; None: none do. See :meth:`holding`.
     """
 
-    def __init__(self, entries: list[Entry], manifest: dict[str, Any]):
+    def __init__(self, entries: list[Entry], manifest: dict[str, Any], cache: BoundedCache[Sequence] | None = None):
         self.entries = list(entries)
         self.manifest = manifest
+        self.cache = cache
         self._index = {entry.id: i for i, entry in enumerate(self.entries)}
 
     def __len__(self) -> int:
@@ -72,6 +76,11 @@ class TraceSet:
             IndexError: no such number.
         """
         entry = self.entries[self._position(key)]
+        if self.cache is None:
+            return self._read(entry)
+        return self.cache.get((entry.path, entry.id), lambda: self._read(entry))
+
+    def _read(self, entry: Entry) -> Sequence:
         with safe_hdf5.open_file(entry.path) as file:
             group = safe_hdf5.open_group(file, f"sequences/{entry.id}")
             return _read_sequence(group, self.fingerprint, self.manifest["dtype"])
@@ -105,7 +114,22 @@ class TraceSet:
             for entry in self.entries
             if (split is None or entry.split == split) and (task is None or entry.task == task)
         ]
-        return TraceSet(chosen, self.manifest)
+        return self.of(chosen)
+
+    def of(self, entries: list[Entry]) -> TraceSet:
+        """The sequences of some of the entries; what is held in memory is shared."""
+        part = copy.copy(self)
+        TraceSet.__init__(part, entries, self.manifest, self.cache)
+        return part
+
+    def holding(self, limit: int) -> TraceSet:
+        """The same set, which keeps sequences that were read in memory, up to `limit` bytes together.
+
+        Those that were not asked for the longest are dropped first, and read again when they are asked for.
+        """
+        holding = self.of(self.entries)
+        holding.cache = BoundedCache(limit, lambda sequence: sequence.nbytes)
+        return holding
 
     def load(self) -> list[Sequence]:
         """All sequences, in memory."""
@@ -122,7 +146,7 @@ class TraceSet:
             UserError: the first defect found.
         """
         entry = self.entries[self._position(key)]
-        self[key]
+        self._read(entry)
         with safe_hdf5.open_file(entry.path) as file:
             return _verify_sequence(safe_hdf5.open_group(file, f"sequences/{entry.id}"))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Protocol
 
 import h5py
 import numpy as np
@@ -126,6 +127,15 @@ class Sequence:
         """Position of each slot's token in the context, `[n]` int64."""
         return np.arange(self.slots) if self.positions is None else self.positions
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its arrays; hidden states that stay on the disk take none."""
+        arrays = [self.tokens, self.keys, self.values, self.queries]
+        arrays += [continuation.future for continuation in self.continuations]
+        arrays += [state for states in self.stats.values() for state in states.values()]
+        arrays += [self.hidden] if isinstance(self.hidden, np.ndarray) else []
+        return sum(array.nbytes for array in arrays)
+
     def refuse_sampled(self, reader: str) -> None:
         """Raise a UserError where slots were sampled, for a reader that needs all of them."""
         if self.positions is not None:
@@ -231,3 +241,13 @@ class Sequence:
                 f"context {self.id} holds no statistics of policy {policy.statistics!r}: record with --stats "
                 f"{policy.statistics}"
             )
+
+
+class Contexts(Protocol):
+    """Recorded contexts by number: a list of them, or a trace set that reads each when it is asked for."""
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, number: int, /) -> Sequence: ...
+
+    def __iter__(self) -> Iterator[Sequence]: ...

@@ -22,7 +22,8 @@ from torch.nn.functional import pad
 from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.policies.scorer import Scorer
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces import TraceSet
+from kv_gym.traces.sequence import Contexts, Sequence
 from kv_gym.training.learner import Learner, Metrics, Protection, Settings, sequence_inputs
 from kv_gym.training.losses import hard_top
 from kv_gym.training.masked_context import (
@@ -65,13 +66,16 @@ class EndToEnd(Learner):
     needs_model = True
     settings: EndToEndSettings
 
-    def prepare(self, sequences: list[Sequence]) -> None:
+    def prepare(self, sequences: Contexts) -> None:
         """Take the contexts as they are, and standardise inputs over the first of them.
 
         Raises:
             UserError: a context has no continuation.
         """
+        sequences = sequences.holding(self.memory) if isinstance(sequences, TraceSet) else sequences
+        self._tokens: list[int] = []
         for sequence in sequences:
+            self._tokens.append(len(sequence.tokens))
             if not sequence.continuations:
                 raise UserError(
                     f"context {sequence.id} has no continuations, so the cost of a cut is unknown: record some"
@@ -96,9 +100,9 @@ class EndToEnd(Learner):
 
     def _sample_contexts(self, count: int) -> list[Sequence]:
         """Random contexts of similar length, since a batch is padded to its longest."""
-        first = len(self.sequences[int(torch.randint(len(self.sequences), ()))].tokens)
-        similar = [sequence for sequence in self.sequences if 0.8 * first <= len(sequence.tokens) <= 1.25 * first]
-        return [similar[i] for i in torch.randint(len(similar), (count,)).tolist()]
+        first = self._tokens[int(torch.randint(len(self._tokens), ()))]
+        similar = [number for number, tokens in enumerate(self._tokens) if 0.8 * first <= tokens <= 1.25 * first]
+        return [self.sequences[similar[i]] for i in torch.randint(len(similar), (count,)).tolist()]
 
     def divergence(self, sequences: list[Sequence], shares: list[float], indices: list[list[int]]) -> Tensor:
         """Kullback-Leibler divergence of the cut caches from the full ones, nats per token: `[contexts]`.
@@ -121,7 +125,7 @@ class EndToEnd(Learner):
         divergence = (full.exp() * (full - cut)).sum(-1) * mask
         return divergence.sum((1, 2)) / mask.sum((1, 2))
 
-    def reward(self, policy: Scorer, validation: list[Sequence]) -> float:
+    def reward(self, policy: Scorer, validation: Contexts) -> float:
         """Minus the mean divergence at four totals, on contexts that the optimiser never saw; 0 is perfect."""
         low, high = math.log(self.settings.smallest), math.log(self.settings.largest)
         divergences = []

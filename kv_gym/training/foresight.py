@@ -21,7 +21,7 @@ from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Paper
 from kv_gym.policies.scorer import GroupedScorer, Scorer
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces.sequence import Contexts
 from kv_gym.training.grpo import GroupLearner, GRPOSettings, RankingGroup
 from kv_gym.training.learner import Metrics, sequence_inputs
 from kv_gym.training.losses import pairwise_hinge
@@ -57,12 +57,12 @@ class Foresight(GroupLearner):
     samples = 0
     any_inputs = False  # states after cuts hold keys, values and positions
 
-    def prepare(self, sequences: list[Sequence]) -> None:
+    def prepare(self, sequences: Contexts) -> None:
         """Read every block of every continuation."""
         self.fit_standardisation(map(sequence_inputs, sequences))
-        self._states = OnPolicyStates(sequences, self.settings.budget, *self.settings.protect)
+        self._states = OnPolicyStates(sequences, self.settings.budget, *self.settings.protect, self.memory)
 
-    def reward(self, policy: Scorer, validation: list[Sequence]) -> float | None:
+    def reward(self, policy: Scorer, validation: Contexts) -> float | None:
         """What the environment pays in eviction mode, on contexts that the optimiser never saw; 1 is perfect.
 
         None where nothing can be lost there at this budget: the utility kept at the end of contexts decides then.

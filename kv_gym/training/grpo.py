@@ -30,7 +30,7 @@ from torch import Tensor
 from kv_gym.devices import to_device
 from kv_gym.envs.rewards import budget_weights, rank_weights
 from kv_gym.policies.base import Paper
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces.sequence import Contexts
 from kv_gym.training.learner import ContextLearner, Learner, Metrics, Settings
 from kv_gym.training.plackett_luce import RankingStages, sample_rankings
 
@@ -164,10 +164,10 @@ class GRPO(GroupLearner, ContextLearner):
         "section 4.1",
     )
 
-    def prepare(self, sequences: list[Sequence]) -> None:
+    def prepare(self, sequences: Contexts) -> None:
         """Leave protected slots out: there is nothing to decide about them."""
         super().prepare(sequences)
-        self.contexts = [context.without_protected(*self.settings.protect) for context in self.contexts]
+        self.contexts.protect = self.settings.protect
 
     @property
     def samples(self) -> int:

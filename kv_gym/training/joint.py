@@ -20,7 +20,7 @@ from kv_gym.budgets import select_context
 from kv_gym.budgets.global_threshold import GlobalThreshold
 from kv_gym.errors import UserError
 from kv_gym.policies.scorer import Scorer
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces.sequence import Contexts, Sequence
 from kv_gym.training.learner import LossLearner, Metrics, Protection, Settings
 from kv_gym.training.losses import listwise_loss, poisson_loss, softmax_loss
 from kv_gym.training.targets import FROM_MODEL, Target, limit_continuations, utility_function
@@ -82,14 +82,15 @@ class Joint(LossLearner):
         target = getattr(settings, "target", "")
         return f"with target {target!r} reads the model" if target in FROM_MODEL else ""
 
-    def prepare(self, sequences: list[Sequence]) -> None:
+    def prepare(self, sequences: Contexts) -> None:
         """Make the target, read the contexts, and let a Poisson network from scratch begin at the mean utility."""
         settings = self.resolve_settings(self.settings, self.model is not None)
         self._target = utility_function(getattr(settings, "target", ""), self.model, sequences)
         self._validation_utility: dict[str, Tensor] = {}
         super().prepare(sequences)
-        slots = sum(context.utility.numel() for context in self.contexts)
-        self._mean_utility = max(sum(float(context.utility.sum()) for context in self.contexts) / slots, 1e-12)
+        first = self.contexts.first()
+        slots = sum(context.utility.numel() for context in first)
+        self._mean_utility = max(sum(float(context.utility.sum()) for context in first) / slots, 1e-12)
         self.absolute = self.settings.loss == "poisson"
         if self.absolute and self.from_scratch:
             with torch.no_grad():
@@ -109,7 +110,7 @@ class Joint(LossLearner):
         shares = torch.empty(settings.totals).uniform_(math.log(settings.smallest), math.log(settings.largest)).exp()
         return listwise_loss(scores, utility, shares, settings.temperature), {}
 
-    def reward(self, policy: Scorer, validation: list[Sequence]) -> float:
+    def reward(self, policy: Scorer, validation: Contexts) -> float:
         """Share of the best utility that one threshold keeps, mean over four totals from 1/8 to 1/64; 1 is perfect.
 
         The policy's protection included, as it will be used; on contexts that the optimiser never saw.

@@ -19,7 +19,7 @@ from torch import Tensor
 from kv_gym.devices import to_device
 from kv_gym.policies.base import Paper
 from kv_gym.policies.scoring.inputs import HIDDEN
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces.sequence import Contexts, Sequence
 from kv_gym.training.distill import golden_utility
 from kv_gym.training.learner import InputNames, LossLearner, Metrics, Settings
 
@@ -54,10 +54,10 @@ class KVzap(LossLearner):
     absolute = True
     settings: KVzapSettings
 
-    def prepare(self, sequences: list[Sequence]) -> None:
+    def prepare(self, sequences: Contexts) -> None:
         """Read the contexts; the bias of a network from scratch starts at the mean of each head."""
         super().prepare(sequences)
-        targets = torch.cat([_log_utility(context.utility) for context in self.contexts], 1)  # [heads, slots]
+        targets = torch.cat([_log_utility(context.utility) for context in self.contexts.first()], 1)  # [heads, slots]
         self.variance = targets.var(1, correction=0).clamp(min=1e-12)
         if self.from_scratch:
             with torch.no_grad():

@@ -25,7 +25,8 @@ from kv_gym.errors import UserError
 from kv_gym.policies.base import Paper
 from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN, INPUTS, check_inputs, read_inputs, slot_inputs
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces.bounded_cache import UNLIMITED, BoundedCache
+from kv_gym.traces.sequence import Contexts, Sequence
 
 STANDARDISATION_CONTEXTS = 32  # the first contexts, which give mean and scale of the inputs
 Metrics = dict[str, Tensor | float]
@@ -99,6 +100,12 @@ class TrainingContext:
         states = self.hidden_states if slots is None else self.hidden_states.index_select(1, slots)
         return torch.cat((inputs, states.repeat_interleave(len(inputs) // len(states), 0)), -1)
 
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its tensors."""
+        states = 0 if self.hidden_states is None else self.hidden_states.nbytes
+        return self.inputs.nbytes + self.utility.nbytes + states
+
     def without_protected(self, sinks: int, recent: int) -> TrainingContext:
         """The context without its first `sinks` and last `recent` slots (views, no copies); one slot always stays."""
         end = max(sinks + 1, self.utility.shape[1] - recent)
@@ -113,6 +120,54 @@ class TrainingContext:
             # the heads of a layer have the same mean and scale of its hidden states: take those of the first
             first = slice(None, None, network.heads // len(self.hidden_states))
             self.hidden_states.sub_(mean[first, :, width:]).mul_(scale[first, :, width:])
+
+
+class TrainingContexts:
+    """What training reads of recorded contexts: as many are in memory as a limit holds, others are read when drawn.
+
+    Args:
+        sequences: the recorded contexts.
+        read: makes a training context of one.
+        limit: bytes that those in memory may take together.
+
+    Attributes:
+        protect: first and last slots that are left out.
+    """
+
+    def __init__(self, sequences: Contexts, read: Callable[[Sequence], TrainingContext], limit: int):
+        self.protect = (0, 0)
+        self._sequences, self._read_sequence = sequences, read
+        self._cache: BoundedCache[TrainingContext] = BoundedCache(limit, lambda context: context.nbytes)
+        self._network: GroupedScorer | None = None
+
+    def __len__(self) -> int:
+        return len(self._sequences)
+
+    def __getitem__(self, number: int) -> TrainingContext:
+        number = int(number)  # of a tensor
+        context = self._cache.get(number, lambda: self._read(number))
+        return context.without_protected(*self.protect) if any(self.protect) else context
+
+    def _read(self, number: int) -> TrainingContext:
+        context = self._read_sequence(self._sequences[number])
+        if self._network is not None:
+            context.standardise(self._network)
+        return context
+
+    def first(self) -> list[TrainingContext]:
+        """The first contexts: all that the limit holds, and one at least."""
+        contexts = [self[0]]
+        taken = 2 * contexts[0].nbytes  # with the next one, of which the last tells the size
+        while len(contexts) < len(self) and taken <= self._cache.limit:
+            contexts.append(self[len(contexts)])
+            taken += contexts[-1].nbytes
+        return contexts
+
+    def standardise(self, network: GroupedScorer) -> None:
+        """Standardise all contexts, once each, as `network` would at every step."""
+        self._network = network
+        for context in self._cache.held():
+            context.standardise(network)
 
 
 def read_context(
@@ -174,7 +229,8 @@ class Learner(ABC):
     A step seeds its random draws by its own number, so it depends only on the state before it: a resumed run repeats
     an uninterrupted one exactly.
 
-    Contexts stay in the host's memory; a step moves what it draws of them to :attr:`device`, where the network is.
+    Contexts stay in the host's memory, up to :attr:`memory`; a step moves what it draws of them to :attr:`device`,
+    where the network is.
 
     Args:
         settings: of :attr:`settings_class`.
@@ -190,6 +246,7 @@ class Learner(ABC):
         absolute: a score means the same in every context, so that a threshold may be fixed ahead.
         any_inputs: it learns from whatever inputs its settings name, not from key, value and position alone.
         needs_model: it trains through the model itself, whatever the settings.
+        memory: bytes of contexts that may be held; those beyond are read again when they are drawn.
     """
 
     paper: ClassVar[Paper | None] = None
@@ -198,6 +255,7 @@ class Learner(ABC):
     absolute: bool = False
     any_inputs: ClassVar[bool] = True
     needs_model: ClassVar[bool] = False
+    memory: int = UNLIMITED
 
     def __init_subclass__(cls, **keywords: Any) -> None:
         """Accept `worth`, the former name of :meth:`utility`."""
@@ -249,13 +307,19 @@ class Learner(ABC):
         return sequence.utility()
 
     @abstractmethod
-    def prepare(self, sequences: list[Sequence]) -> None:
+    def prepare(self, sequences: Contexts) -> None:
         """Take the training contexts, and let a network from scratch standardise its inputs."""
 
     def fit_standardisation(self, inputs: Iterable[Tensor]) -> None:
         """Give a network from scratch mean and scale of its inputs, by the first contexts, each `[heads, n, f]`."""
-        if self.from_scratch:
-            self.network.standardise(torch.cat(list(islice(inputs, STANDARDISATION_CONTEXTS)), 1))
+        if not self.from_scratch:
+            return
+        sample: list[Tensor] = []
+        for context in islice(inputs, STANDARDISATION_CONTEXTS):
+            sample.append(context)
+            if sum(each.nbytes for each in sample) > self.memory // 2:
+                break
+        self.network.standardise(torch.cat(sample, 1))
 
     @abstractmethod
     def step(self, step: int) -> Metrics:
@@ -266,7 +330,7 @@ class Learner(ABC):
         """Rankings that one step learns from: one per context and head, unless a subclass draws more."""
         return self.settings.contexts * self.network.heads
 
-    def reward(self, policy: Scorer, validation: list[Sequence]) -> float | None:
+    def reward(self, policy: Scorer, validation: Contexts) -> float | None:
         """What checkpoints are chosen by, higher is better; None: the utility that `policy` keeps."""
         return None
 
@@ -314,14 +378,15 @@ class Learner(ABC):
 class ContextLearner(Learner):
     """A learner on decisions at the end of contexts; all heads train in one batched product."""
 
-    contexts: list[TrainingContext]
+    contexts: TrainingContexts
 
-    def prepare(self, sequences: list[Sequence]) -> None:
-        """Read inputs and utility of every context into memory."""
-        self.contexts = [read_context(sequence, self.utility, self.settings.inputs) for sequence in sequences]
-        self.fit_standardisation(context.network_inputs() for context in self.contexts)
-        for context in self.contexts:
-            context.standardise(self.network)
+    def prepare(self, sequences: Contexts) -> None:
+        """Read inputs and utility of the contexts, as many as memory may hold."""
+        self.contexts = TrainingContexts(
+            sequences, lambda sequence: read_context(sequence, self.utility, self.settings.inputs), self.memory
+        )
+        self.fit_standardisation(context.network_inputs() for context in self.contexts.first())
+        self.contexts.standardise(self.network)
 
     def sample_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs `[heads, contexts * n, f]` and utility `[contexts, heads, n]` of random slots, on the device."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -98,7 +98,7 @@ class RetentionPicture:
         inputs: names of the networks' inputs.
     """
 
-    def __init__(self, sequences: list[Sequence], calibrated: bool, inputs: tuple[str, ...] = DEFAULT):
+    def __init__(self, sequences: Iterable[Sequence], calibrated: bool, inputs: tuple[str, ...] = DEFAULT):
         self._inputs = [sequence_inputs(sequence, inputs) for sequence in sequences]
         self._calibrated = calibrated
 

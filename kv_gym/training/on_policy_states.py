@@ -21,7 +21,9 @@ from kv_gym.envs.rewards import EvictionMode
 from kv_gym.errors import UserError
 from kv_gym.policies.scorer import GroupedScorer
 from kv_gym.policies.scoring.inputs import slot_inputs
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces import TraceSet
+from kv_gym.traces.bounded_cache import UNLIMITED
+from kv_gym.traces.sequence import Contexts
 
 Score = Callable[[Tensor, Tensor], Tensor]
 """From inputs `[B, n, f]` and each row's head `[B]` to scores `[B, n]`."""
@@ -53,20 +55,23 @@ class DecisionStates:
 class OnPolicyStates:
     """Draws continuations of recorded contexts, and the states in them that a policy's own cuts lead to.
 
-    Holds 4 bytes per context, head, continuation, block and token.
+    Attention takes 4 bytes per context, head, continuation, block and token.
 
     Args:
         sequences: recorded contexts.
         budget: share of a context's slots that stay.
         sinks, recent: first and last tokens that are protected.
+        limit: bytes of contexts that may be held; the rest is read again when it is drawn.
 
     Raises:
         UserError: no continuation attends to anything that could be evicted.
     """
 
-    def __init__(self, sequences: list[Sequence], budget: float, sinks: int, recent: int):
-        self._table = ObservationTable(sequences)
-        self._eviction = EvictionMode(sequences, self._table, "max", sinks, recent, parse_budget(budget))
+    def __init__(self, sequences: Contexts, budget: float, sinks: int, recent: int, limit: int = UNLIMITED):
+        if isinstance(sequences, TraceSet):
+            sequences = sequences.holding(limit // 4)
+        self._table = ObservationTable(sequences, limit=limit // 2)
+        self._eviction = EvictionMode(sequences, self._table, "max", sinks, recent, parse_budget(budget), limit // 4)
         self._block_tokens = [[c.block for c in sequence.continuations] for sequence in sequences]
         context = self._table.sequence[self._eviction.decision]
         _, group = np.unique(np.stack((context, self._eviction.continuation), 1), axis=0, return_inverse=True)

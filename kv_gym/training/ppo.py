@@ -21,7 +21,7 @@ from stable_baselines3 import PPO
 from kv_gym.envs.sb3 import KVEvictVecEnv
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Paper
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces.sequence import Contexts
 from kv_gym.training.learner import Learner, Metrics, Settings, sequence_inputs
 from kv_gym.training.sb3_policy import DecisionBuffer, RankingPolicy, stages_of
 
@@ -58,13 +58,14 @@ class RankingPPO(Learner):
     settings: PPOSettings
     any_inputs = False  # the environment's observations hold keys, values and positions
 
-    def prepare(self, sequences: list[Sequence]) -> None:
+    def prepare(self, sequences: Contexts) -> None:
         """Make the environment, and the agent around the network."""
         settings, (sinks, recent) = self.settings, self.settings.protect
         if settings.envs * settings.rollout < 2:
             raise UserError("envs x rollout is 1: advantages are standardised over a rollout, so give at least 2")
         self.fit_standardisation(map(sequence_inputs, sequences))
-        self.env = KVEvictVecEnv(settings.envs, sequences, index=True, sinks=sinks, recent=recent)
+        memory = self.memory / 1e9
+        self.env = KVEvictVecEnv(settings.envs, sequences, index=True, sinks=sinks, recent=recent, memory=memory)
         self.agent = PPO(
             RankingPolicy, self.env, learning_rate=lambda _: self._rate, n_steps=settings.rollout,
             batch_size=min(settings.batch, settings.envs * settings.rollout), n_epochs=settings.epochs, gamma=0.0,

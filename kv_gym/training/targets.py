@@ -30,7 +30,7 @@ from torch import Tensor
 
 from kv_gym.errors import UserError
 from kv_gym.models.attention import attention_modules, output_projection
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces.sequence import Contexts, Sequence
 from kv_gym.training.masked_context import (
     RecordedContexts,
     continuation_logits,
@@ -49,7 +49,7 @@ WEIGHTING_CONTEXTS = 8  # contexts on which layers are weighted
 MAX_BATCH_TOKENS = 16384  # context tokens that a batch of continuations reads
 
 
-def utility_function(name: str, model=None, sequences: list[Sequence] | None = None) -> UtilityFunction:
+def utility_function(name: str, model=None, sequences: Contexts | None = None) -> UtilityFunction:
     """The utility of that name.
 
     Args:
@@ -78,7 +78,8 @@ def utility_function(name: str, model=None, sequences: list[Sequence] | None = N
 
     if name == "output":
         return unweighted
-    weights = layer_weights(model, (sequences or [])[:WEIGHTING_CONTEXTS], unweighted)
+    count = 0 if sequences is None else min(len(sequences), WEIGHTING_CONTEXTS)
+    weights = layer_weights(model, [sequences[i] for i in range(count)] if sequences is not None else [], unweighted)
     return lambda sequence: unweighted(sequence) * weights[:, None, None]
 
 

@@ -29,8 +29,9 @@ from kv_gym.policies.scorer import CHECKPOINT, GroupedScorer, Scorer, refuse_for
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN
 from kv_gym.progress import duration
 from kv_gym.traces import TraceSet, open_traces
+from kv_gym.traces.bounded_cache import memory_limit
 from kv_gym.traces.schema import Entry
-from kv_gym.traces.sequence import Sequence
+from kv_gym.traces.sequence import Contexts, Sequence
 from kv_gym.training.learner import Metrics, Settings
 from kv_gym.training.monitor import Monitor, RetentionPicture
 from kv_gym.training.pace import Pace, steps_within
@@ -58,6 +59,7 @@ def train(
     device: str | None = None,
     minutes: float | None = None,
     deadline: float | None = None,
+    memory: float | None = None,
     **settings: Any,
 ) -> Scorer:
     """Train an eviction policy on recorded traces.
@@ -81,6 +83,9 @@ def train(
         minutes: train for so long: some steps are timed first, and as many are planned as fit, at most those of the
             settings. A run that turns out slower ends in time with its best checkpoint.
         deadline: seconds after which the run ends with its best checkpoint, whatever was planned.
+        memory: gigabytes (10^9 bytes) that contexts may take in memory: half for training, a quarter for validation,
+            and a quarter while the inputs are standardised. What does not fit is read again when it is drawn. By
+            default half of the machine's memory.
         **settings: In Python, they replace those of the agent's file; see
             :class:`~kv_gym.training.learner.Settings` and the agent's own settings class.
 
@@ -114,7 +119,7 @@ def train(
         if model is None:
             raise UserError(f"agent {agent!r} {requirement}: name the one that the traces were recorded of (--model)")
         trace_set.fingerprint.refuse_other(Fingerprint.of(model), "the trace set", type(model).__name__)
-    trainer = Trainer(agent, resolved, seed, trace_set, start, model, device, minutes)
+    trainer = Trainer(agent, resolved, seed, trace_set, start, model, device, minutes, memory_limit(memory))
     if minutes is not None and not (resume is not False and trainer.adopt_plan(Path(out))):
         trainer = planned_trainer(trainer, progress)
     if deadline is not None:
@@ -182,6 +187,7 @@ class Trainer:
         model: transformers decoder of the traces.
         device: where the networks train; None: where the model is, or the CPU without one.
         minutes: after which the run ends; None: no limit.
+        memory: bytes of contexts that may be held; None: half of this machine's memory.
 
     Attributes:
         identity: agent, seed, settings, traces and start, as plain JSON data: what makes two runs the same.
@@ -202,6 +208,7 @@ class Trainer:
         model: Any = None,
         device: str | None = None,
         minutes: float | None = None,
+        memory: int | None = None,
     ):
         if minutes is not None and not minutes > 0:
             raise UserError(f"{minutes:g} minutes are given to train for; expected a number above 0")
@@ -209,6 +216,7 @@ class Trainer:
         self.agent, self.settings, self.seed, self.traces = agent, settings, seed, traces
         self.start, self.model, self.minutes = start, model, minutes
         self.limit = None if minutes is None else 60 * minutes
+        self.memory = memory_limit(None) if memory is None else memory
         self.identity: dict[str, Any] = {
             "agent": agent, "seed": seed, "settings": settings.model_dump(mode="json"), "traces": traces.hash,
             "start": weights_hash(start), **({} if minutes is None else {"minutes": minutes}),
@@ -260,8 +268,9 @@ class Trainer:
         """The same run with other steps, not set up."""
         settings = self.settings.model_copy(update={"steps": steps, "every": every})
         return Trainer(
-            self.agent, settings, self.seed, self.traces, self.start, self.model, str(self.device), self.minutes
-        )
+            self.agent, settings, self.seed, self.traces, self.start, self.model, str(self.device), self.minutes,
+            self.memory,
+        )  # fmt: skip
 
     def split_sizes(self) -> tuple[int, int]:
         """How many contexts are trained on, and how many validate."""
@@ -272,7 +281,7 @@ class Trainer:
         """Time the first steps on a few contexts; the trainer is of no use for a run afterwards."""
         whole, self.traces = (
             self.traces,
-            TraceSet(self.traces.select(split="train").entries[:PACED_CONTEXTS], self.traces.manifest),
+            self.traces.of(self.traces.select(split="train").entries[:PACED_CONTEXTS]),
         )
         seconds = [time.perf_counter()]
         for work in (self.setup, self.train_step, self.train_step, self._held_out):
@@ -327,9 +336,10 @@ class Trainer:
     def setup(self) -> None:
         """Read the contexts and make the network."""
         fingerprint, settings = self.traces.fingerprint, self.settings
-        sequences = self.traces.select(split="train").load()
-        training, self.validation = split_validation(sequences, settings.validation)
-        self.lengths = (min(len(s.tokens) for s in sequences), max(len(s.tokens) for s in sequences))
+        entries = self.traces.select(split="train").entries
+        training, validation = map(self.traces.of, split_validation(entries, settings.validation))
+        self.validation = validation.holding(self.memory // 4)
+        self.lengths = (min(entry.tokens for entry in entries), max(entry.tokens for entry in entries))
         torch.manual_seed(self.seed)
         if self.start is None:
             heads = len(fingerprint.layers) * fingerprint.kv_heads
@@ -341,8 +351,9 @@ class Trainer:
             network = copy.deepcopy(self.start.network).train()
         network.to(self.device)
         self.learner = learner_class(self.agent)(settings, self.seed, network, self.start is None, self.model)
+        self.learner.memory = self.memory // 2
         self.learner.prepare(training)
-        pictured = self.validation[:PICTURED_CONTEXTS]
+        pictured = self.validation.of(self.validation.entries[:PICTURED_CONTEXTS])
         self._picture = RetentionPicture(pictured, self.learner.calibrated, settings.inputs)
 
     def train_step(self) -> Metrics:
@@ -442,7 +453,7 @@ def split_validation(sequences: list[Recorded], share: float) -> tuple[list[Reco
     return [s for s in sequences if s.text_hash not in chosen], [s for s in sequences if s.text_hash in chosen]
 
 
-def baseline_utility(sequences: list[Sequence]) -> dict[str, dict[str, float]]:
+def baseline_utility(sequences: Contexts) -> dict[str, dict[str, float]]:
     """Utility kept at the validation budgets by the oracle and by heuristics, each with its own protection.
 
     A heuristic whose statistics were not recorded is left out.
