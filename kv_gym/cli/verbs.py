@@ -95,6 +95,18 @@ def _record(
 @verb(app, "kv_gym.training.train", arguments=("agent",))
 def _train(
     call: Call,
+    traces: Annotated[
+        Path | None, typer.Option(help="Trace set, of which the split `train` is used.", show_default=False)
+    ] = None,
+    stream: Annotated[
+        Path | None,
+        typer.Option(
+            help="In place of --traces: prompts as for `record --prompts`. --model records each context when it is "
+            "drawn, and again where --memory had no room for it. No traces are written.",
+        ),
+    ] = None,
+    slots: Annotated[int | None, typer.Option(help="With --stream: as for `record`.")] = None,
+    chat: Chat = False,
     steps: Steps = None,
     hidden: Annotated[int | None, typer.Option(help="Width of the networks.")] = None,
     rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
@@ -103,8 +115,21 @@ def _train(
     from kv_gym.training.registry import agent_settings
 
     settings = _settings(setting, steps=steps, hidden=hidden, rate=rate)
-    agent_settings(call["agent"], **settings)  # refuses unknown names before the model loads
-    policy = call(**settings)
+    resolved = agent_settings(call["agent"], **settings)  # refuses unknown names before the model loads
+    if (traces is None) == (stream is None):
+        raise UserError("train needs either --traces SET or --stream FILE.jsonl with --model")
+    source: Any = traces
+    if stream is not None:
+        if call.model_name is None:
+            raise UserError("--stream records contexts while it trains: name the model to record (--model)")
+        from kv_gym.traces import StreamedTraces, read_prompts
+
+        model, tokenizer = call.model
+        listed = read_prompts(stream, tokenizer, chat)
+        source = StreamedTraces(model, listed, tokenizer, slots=slots, hidden="hidden" in resolved.inputs)
+    elif chat or slots is not None:
+        raise UserError("--chat and --slots are for --stream; leave them out")
+    policy = call(traces=source, **settings)
     reward, size = policy.training["held_out_reward"], policy.nbytes()
     typer.echo(f"{call['out']}: held-out reward {reward:.4f}, {size:,} bytes of weights")
 

@@ -9,6 +9,7 @@ _HOMES = {
     "Continuation": "sequence",
     "Prompt": "prompts",
     "Sequence": "sequence",
+    "StreamedTraces": "streamed",
     "TraceSet": "reader",
     "info": "summary",
     "load_model": "kv_gym.models.loading",

@@ -37,6 +37,11 @@ class Prompt:
     split: str = "train"
     text_hash: str = ""
 
+    @property
+    def tokens(self) -> int:
+        """Tokens of the context with its longest continuation."""
+        return len(self.context_ids) + max(map(len, self.continuation_ids), default=0)
+
     def __post_init__(self):
         if not ID.fullmatch(self.id):
             raise UserError(f"prompt id {self.id!r} is not usable; expected up to 100 letters, digits and . _ -")

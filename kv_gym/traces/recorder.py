@@ -98,8 +98,8 @@ def record(
     if device is not None:
         model.to(usable_device(device))
     policies = _stateful_policies(stats, slots)
-    longest = max(prompts, key=_length)
-    refuse_too_long(model, _length(longest), f"prompt {longest.id} with its longest continuation")
+    longest = max(prompts, key=lambda prompt: prompt.tokens)
+    refuse_too_long(model, longest.tokens, f"prompt {longest.id} with its longest continuation")
     settings: dict[str, Any] = {"window": window, "stats": list(policies), "blocks": blocks}
     settings |= {"hidden": True} if hidden else {}
     settings |= {} if slots is None else {"slots": slots, "slot_seed": slot_seed}
@@ -277,10 +277,6 @@ def _continuations(model, prompt: Prompt, cache: RecordingCache, blocks: int) ->
             for row, i in enumerate(batch):
                 recorded[i] = Continuation(_tokens(prompt.continuation_ids[i]), futures[row], block)
     return tuple(recorded[i] for i in range(len(recorded)))
-
-
-def _length(prompt: Prompt) -> int:
-    return len(prompt.context_ids) + max(map(len, prompt.continuation_ids), default=0)
 
 
 def _tokens(ids: list[int]):
