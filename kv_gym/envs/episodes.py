@@ -79,7 +79,7 @@ class Replay:
         if budget is None:
             self.mode = RankingMode(sequences, self.table, _REDUCTIONS[utility], sinks, recent, budget_weights)
         else:
-            refuse_unfit_delay(sequences, parse_budget(budget), sinks, delay)
+            refuse_unfit_delay(self.table.lengths.tolist(), parse_budget(budget), sinks, delay)
             recent = max(recent, delay)
             self.mode = EvictionMode(sequences, self.table, _REDUCTIONS[utility], sinks, recent, budget, limit // 4)
         if not len(self):
@@ -188,9 +188,9 @@ class Replay:
         )
 
 
-def refuse_unfit_delay(sequences: Seq[Sequence], budget: Budget, sinks: int, delay: int) -> None:
+def refuse_unfit_delay(lengths: Seq[int], budget: Budget, sinks: int, delay: int) -> None:
     """Raise a UserError for a delay that is negative, or has no room in half of some context's budget."""
-    slots = min((slots_after(budget, len(sequence.slot_positions)) for sequence in sequences), default=0)
+    slots = min((slots_after(budget, n) for n in lengths), default=0)
     if delay and (delay < 0 or protected_tokens(slots, sinks, delay)[1] < delay):
         raise UserError(
             f"a delay of {delay} tokens beside {sinks} sinks does not fit into half of the budget of {slots} slots: "

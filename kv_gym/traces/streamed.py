@@ -71,14 +71,11 @@ class StreamedTraces(TraceSet):
         entries = []
         for ordinal, prompt in enumerate(listed):
             tokens, content = len(prompt.context_ids), prompt_hash(prompt.context_ids, prompt.continuation_ids)
-            entries.append(
-                Entry(
-                    path=Path(), id=prompt.id, ordinal=ordinal, tokens=tokens, slots=min(tokens, slots or tokens),
-                    continuations=len(prompt.continuation_ids), task=prompt.task, split=prompt.split,
-                    text_hash=prompt.text_hash, prompt=content,
-                    digest=hashlib.sha256((content + about).encode()).hexdigest(),
-                )
-            )  # fmt: skip
+            entry = {name: getattr(prompt, name) for name in ("id", "task", "split", "text_hash")}
+            entry |= {"tokens": tokens, "slots": min(tokens, slots or tokens), "prompt": content, "ordinal": ordinal}
+            digest = hashlib.sha256((content + about).encode()).hexdigest()
+            counts = {"continuations": len(prompt.continuation_ids)}
+            entries.append(Entry.model_validate(entry | counts | {"path": Path(), "digest": digest}))
         super().__init__(entries, manifest)
 
     def _read(self, entry: Entry) -> Sequence:
