@@ -72,6 +72,15 @@ def test_tiers(model, monkeypatch, evicted):
     assert reads == WHOLE
 
 
+@pytest.mark.parametrize("select", ["mpcache:0.1", "mpcache:0.1:paired", "quest:0.1", "random:0.1"])
+def test_selections(model, monkeypatch, select):
+    reads = count_reads(monkeypatch)
+    decode(model, "keydiff", 12, 1, 3, 1, trigger="every:2", select=select, delay=1)
+    assert reads == []
+    decode(model, "keydiff", 12, 1, 3, 1, allocation="global:raw", select=select)
+    assert reads == WHOLE
+
+
 def test_the_rest(model, monkeypatch):
     reads = count_reads(monkeypatch)
     decode(model, "streaming_llm_reindexed", 12, 1, 1)
