@@ -28,6 +28,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from functools import cache
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +54,24 @@ CASES = (
     ("web07", 1000), ("multi2", 1000), ("web07", 2000), ("multi1", 500), ("multi2", 500), ("multi1", 1000),
     ("mooncake", 5000), ("adapt_size", 16 * MIB), ("mooncake", 1000), ("mooncake", 20000), ("adapt_size", 64 * MIB),
 )  # fmt: skip
-NOT_CLASSIC = ("belady", "belady_prefix", "flush", "mark0", "mark_and_predict", "sglang_leaves", "tail_oracle",
+NOT_CLASSIC = ("belady", "belady_prefix", "flush", "lrb", "mark0", "mark_and_predict", "sglang_leaves", "tail_oracle",
                "vllm_prefix_lru")  # fmt: skip
 CLASSIC = tuple(name for name in list_page_policies() if name not in NOT_CLASSIC)
 ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
-AGENTS = {"clone": range(5), "dqn": range(5), "ppo": range(5)}
-ON_EVERY_TRACE, ELSEWHERE = ("clone",), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
+AGENTS = {"lrb": range(5), "clone": range(5), "dqn": range(5), "ppo": range(5)}
+ON_EVERY_TRACE, ELSEWHERE = ("lrb", "clone"), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
 DRAWN, WARM_UP = 12, 0.7
 FLIPS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 BOUNDS = {"flush": (1, lambda k: k - 1, discard_bits), "mark0": (1, lambda k: 2 * harmonic(k), discard_bits),
           "mark_and_predict": (2, lambda k: harmonic(k), phase_bits)}  # fmt: skip
 
-RULES = """Percent of accesses found, in the last 0.3 of the requests. Trained policies saw the first half, and chose
-their best round on the next fifth; they choose among 16 pages, four least recently used and twelve drawn at random,
-with LRU in their shadow. `best classic` is the best of the second table, chosen afterwards on the same requests. The
-two columns `of the way` say how much of the distance from it to the oracle the mean over seeds covers; where the tail
-oracle is less than a point above LRU, K candidates from the tail cannot help. Mooncake's blocks are prefixes for
-ranking policies, and stand alone for queues. Capacities are pages, those of adapt_size bytes."""
+RULES = """Percent of accesses found, in the last 0.3 of the requests. Agents saw the first half, and chose their best
+round on the next fifth; they choose among 16 pages, four least recently used and twelve drawn at random, with LRU in
+their shadow. `lrb` learns while it runs, and chooses among 64 pages, 63 of them drawn. `best classic` is the best of
+the last table, chosen afterwards on the same requests; `of the way` says how much of the distance from it to the tail
+oracle the mean over seeds covers. Where the tail oracle is less than a point above LRU, K candidates from the tail
+cannot help. Mooncake's blocks are prefixes for ranking policies, and stand alone for queues. Capacities are pages,
+those of adapt_size bytes."""
 
 Cell = dict[str, Any]
 
@@ -79,10 +81,12 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="folder of the traces")
     parser.add_argument("--out", type=Path, default=Path("runs/pages"))
     parser.add_argument("--publish", type=Path, help="folder for tables and pictures")
+    parser.add_argument("--traces", default=",".join(FILES), help="names of those to take")
+    parser.add_argument("--agents", default=",".join(AGENTS), help="names of those to train")
     parser.add_argument("--parts", default="evidence,capacities,predictions,speed,decisions")
     parser.add_argument("--quick", action="store_true", help="the bundled sample alone")
     arguments = parser.parse_args()
-    results = Results(arguments.out, Traces(arguments.data, arguments.quick))
+    results = Results(arguments.out, Traces(arguments))
     for part in arguments.parts.split(","):
         for key, compute in PARTS[part](results.traces):
             results.add({"part": part, **key}, compute)
@@ -93,11 +97,12 @@ def main() -> None:
 class Traces:
     """The traces that are there, read when they are asked for."""
 
-    def __init__(self, folder: Path | None, quick: bool):
-        self.quick = quick
+    def __init__(self, arguments: argparse.Namespace):
+        self.quick, self.agents, folder = arguments.quick, arguments.agents.split(","), arguments.data
         sample = {"sample": bundled("requests") / "sample.jsonl.gz"}
-        found = {} if folder is None else {name: folder / file for name, file in FILES.items()}
-        self._files = sample if quick else {name: file for name, file in found.items() if file.is_file()}
+        chosen = arguments.traces.split(",") if folder is not None else []
+        found = {name: folder / FILES[name] for name in chosen}
+        self._files = sample if self.quick else {name: file for name, file in found.items() if file.is_file()}
 
     def __contains__(self, name: str) -> bool:
         return name in self._files
@@ -150,12 +155,12 @@ def evidence(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
             for seed in range(3) if make_page_policy(policy).stochastic else (None,):
                 key = {"trace": trace, "capacity": capacity, "policy": policy, "seed": seed}
                 yield key, lambda key=key: count_hits(traces, **key)
-    for agent, seeds in AGENTS.items():
-        for trace, capacity in cases:
-            for seed in seeds:
-                if agent in ON_EVERY_TRACE or (agent, trace, capacity) in ELSEWHERE or traces.quick:
-                    key = {"trace": trace, "capacity": capacity, "policy": agent, "seed": seed}
-                    yield key, lambda key=key: train_and_count(traces, **key)
+    for agent in traces.agents:
+        for (trace, capacity), seed in product(cases, AGENTS[agent]):
+            if agent in ON_EVERY_TRACE or (agent, trace, capacity) in ELSEWHERE or traces.quick:
+                key = {"trace": trace, "capacity": capacity, "policy": agent, "seed": seed}
+                compute = count_hits if agent == "lrb" else train_and_count  # lrb learns while it runs
+                yield key, lambda key=key, compute=compute: compute(traces, **key)
 
 
 def served_as(trace: RequestTrace, policy: str) -> str:
@@ -352,44 +357,53 @@ def evidence_text(cells: list[Cell]) -> str:
     for cell in cells:
         if cell["part"] == "evidence":
             rates.setdefault((cell["trace"], cell["capacity"]), {}).setdefault(cell["policy"], []).append(cell)
-    rows = [summary_row(*case, found) for case, found in rates.items()]
-    head = ["trace", "capacity", "LRU", "best classic", "", "tail oracle, K = 16", "with 12 drawn", "Belady", "clone",
-            "lowest seed", "of the way to the tail oracle", "to that with 12 drawn", "left to LRU"]  # fmt: skip
+    if not rates:
+        return "Not measured yet."
+    oracles = ["LRU", "best classic", "", "tail oracle, K = 16", "with 12 drawn", "Belady"]
+    learned = ["policy", "seeds", "mean", "lowest to highest", "to LRU", "of the way", "left to LRU"]
     classic = [
         [trace, f"{capacity:,}", *(percent(mean_rate(found.get(name))) for name in CLASSIC)]
         for (trace, capacity), found in rates.items()
     ]
-    others = [
-        [trace, f"{capacity:,}", agent, str(len(found[agent])), percent(mean_rate(found[agent])), spread(found[agent])]
-        for (trace, capacity), found in rates.items()
-        for agent in AGENTS
-        if agent in found
-    ]
     return "\n\n".join(
         [
             RULES,
-            pipe_table(head, rows, left=1),
-            pipe_table(["trace", "capacity", *CLASSIC], classic, left=1),
-            pipe_table(["trace", "capacity", "agent", "seeds", "mean", "lowest to highest"], others, left=1),
+            pipe_table(["trace", "capacity", *oracles], [summary_row(*case, found) for case, found in rates.items()]),
+            pipe_table(
+                ["trace", "capacity", *learned],
+                [row for case, found in rates.items() for row in learned_rows(*case, found)],
+                left=3,
+            ),
+            pipe_table(["trace", "capacity", *CLASSIC], classic),
         ]
     )
 
 
+def best_classic(found: dict[str, list[Cell]]) -> tuple[float, str]:
+    return max((rate, name) for name in CLASSIC if (rate := mean_rate(found.get(name))) is not None)
+
+
 def summary_row(trace: str, capacity: int, found: dict[str, list[Cell]]) -> list[str]:
-    rates = {policy: mean_rate(group) for policy, group in found.items()}
-    known = {name: rates[name] for name in CLASSIC if rates.get(name) is not None}
-    best = max(known, key=known.__getitem__)
-    tail, drawn, learned = rates.get("tail_oracle"), rates.get("tail_oracle:drawn=12"), rates.get("clone")
-    helpless = tail is not None and tail < known["lru"] + 0.01
-    clones = found.get("clone", [])
-    lowest = min((cell["hit_rate"] for cell in clones), default=None)
-    left = statistics.fmean(1.0 if cell["fallback"] else cell["shadow_share"] for cell in clones) if clones else None
+    lru, tail, drawn, belady = (mean_rate(found.get(name)) for name in ("lru", *ORACLES))
+    best, name = best_classic(found)
+    helpless = lru is not None and tail is not None and tail < lru + 0.01
     return [
-        trace, f"{capacity:,}", percent(known["lru"]), percent(known[best]), best,
-        percent(tail) + (" (cannot help)" if helpless else ""), percent(drawn), percent(rates.get("belady")),
-        percent(learned), percent(lowest), way(known[best], learned, tail), way(known[best], learned, drawn),
-        percent(left),
+        trace, f"{capacity:,}", percent(lru), percent(best), name,
+        percent(tail) + (": cannot help" if helpless else ""), percent(drawn), percent(belady),
     ]  # fmt: skip
+
+
+def learned_rows(trace: str, capacity: int, found: dict[str, list[Cell]]) -> Iterator[list[str]]:
+    (best, _), lru, tail = best_classic(found), mean_rate(found.get("lru")), mean_rate(found.get("tail_oracle"))
+    for policy in AGENTS:
+        if group := found.get(policy):
+            mean, rates = mean_rate(group), [cell["hit_rate"] for cell in group]
+            left = [1.0 if cell.get("fallback") else cell.get("shadow_share") or 0.0 for cell in group]
+            yield [
+                trace, f"{capacity:,}", policy, str(len(group)), percent(mean),
+                f"{percent(min(rates))} to {percent(max(rates))}", f"{100 * (mean - lru):+.2f}", way(best, mean, tail),
+                percent(statistics.fmean(left)) if policy != "lrb" else "-",
+            ]  # fmt: skip
 
 
 def mean_rate(group: list[Cell] | None) -> float | None:
@@ -398,11 +412,6 @@ def mean_rate(group: list[Cell] | None) -> float | None:
 
 def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
-
-
-def spread(group: list[Cell]) -> str:
-    rates = [cell["hit_rate"] for cell in group]
-    return f"{percent(min(rates))} to {percent(max(rates))}"
 
 
 def way(start: float, reached: float | None, end: float | None) -> str:

@@ -204,7 +204,7 @@ def _run_ranking(
     policy.reset(0)
     cache = PageCache(
         trace, capacity, semantics, policy.candidates, policy.needs_future, getattr(policy, "priority", None),
-        policy.drawn,
+        policy.drawn, getattr(policy, "seed", 0),
     )  # fmt: skip
     bypasses = type(policy).declines is not PageRankingPolicy.declines
     observes = type(policy).observe is not PageRankingPolicy.observe

@@ -150,6 +150,12 @@ def test_drawn_candidates_let_young_pages_leave(tmp_path):
         train_pages("clone", trace, tmp_path, CAPACITY, drawn=16)
 
 
+def test_lrb_learns_it_while_the_cache_runs():
+    trace = loop_and_wonders()
+    rates = [simulate(trace, policy, CAPACITY, warm_up=0.7).hit_rate for policy in ("lru", "lrb:sample=1.0")]
+    assert rates[1] > rates[0] + 0.1, rates
+
+
 @pytest.mark.parametrize(("agent", "steps"), [("dqn", 120), ("ppo", 40)])
 def test_reinforcement_learning_learns_it_too(tmp_path, agent, steps):
     trace = loop_and_wonders()
