@@ -29,8 +29,19 @@ def _main_options(
     version: Annotated[
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    threads: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Threads of the CPU for one computation (default: all cores). Fewer where the CPU is busy."
+        ),
+    ] = None,
 ) -> None:
     """The gym for KV-cache eviction: record, replay, train, compare, export, decode."""
+    if threads is not None:
+        # before torch is imported; threads that wait for work hand their core to others instead of spinning
+        os.environ |= {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads), "OMP_WAIT_POLICY": "PASSIVE"}
+        if "torch" in sys.modules:
+            sys.modules["torch"].set_num_threads(threads)
 
 
 def main() -> None:

@@ -92,6 +92,8 @@ def evaluate(
         refuse_unwritable(json)
     rules = [parse_allocation(allocation) for allocation in allocations]
     chosen, tiers = named_policies(policies), [parse_tier(name) for name in evicted]
+    if model is not None and tokenizer is not None:
+        chosen = {name: policy.with_tokenizer(tokenizer) for name, policy in chosen.items()}
     selections = [parse_selection(name) for name in select]
     configurations = configurations_of(
         chosen, [parse_budget(each) for each in budgets], rules, tiers, sinks, recent, selections
@@ -154,7 +156,8 @@ def refuse_other_model(policies: Mapping[str, Policy], fingerprint: Fingerprint,
     for name, policy in policies.items():
         trained_on = getattr(policy, "fingerprint", None)
         if trained_on is not None:
-            trained_on.refuse_other(fingerprint, f"policy {name}", what)
+            accept = getattr(policy, "accept_fingerprint", False)
+            trained_on.refuse_other(fingerprint, f"policy {name}", what, accept)
 
 
 def traces_in_split(traces: str | Path | TraceSet, split: str | None) -> TraceSet:

@@ -72,7 +72,9 @@ class PolicyPress(ScorerPress):
         """Refuse a model that the policy was not trained for."""
         fingerprint = getattr(self.policy, "fingerprint", None)
         if fingerprint is not None:
-            fingerprint.refuse_other(Fingerprint.of(model), f"policy {self.policy.name!r}", type(model).__name__)  # type: ignore[union-attr]
+            accept = getattr(self.policy, "accept_fingerprint", False)
+            owner = f"policy {self.policy.name!r}"  # type: ignore[union-attr]
+            fingerprint.refuse_other(Fingerprint.of(model), owner, type(model).__name__, accept)
 
     @torch.no_grad()
     def score(

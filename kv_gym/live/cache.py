@@ -29,6 +29,7 @@ from kv_gym.live.forward_inputs import (
     new_token_mask,
     new_tokens,
     prefill_is_unfinished,
+    refuse_attention_weights,
     refuse_shifted,
     text_positions,
 )
@@ -398,9 +399,10 @@ class EvictingCache(Cache):
 
         Raises:
             UserError: no tokens; a mask of more than two dimensions, or one that hides other tokens than it did;
-                packed or shifted positions; or images.
+                packed or shifted positions; images; or attention weights are asked for.
         """
         count, first = new_tokens(arguments), self._states[0]
+        refuse_attention_weights(arguments, self.model.config)
         mask = arguments.get("attention_mask")
         if isinstance(mask, Tensor) and self._is_decoding_step(mask):
             self._check_later(mask)

@@ -474,4 +474,5 @@ def _refuse_unfit(policy: Policy, model) -> None:
         full_attention_modules(model)
     fingerprint = getattr(policy, "fingerprint", None)
     if fingerprint is not None:
-        fingerprint.refuse_other(Fingerprint.of(model), f"policy {policy.name!r}", type(model).__name__)
+        accept = getattr(policy, "accept_fingerprint", False)
+        fingerprint.refuse_other(Fingerprint.of(model), f"policy {policy.name!r}", type(model).__name__, accept)

@@ -15,7 +15,7 @@ from kv_gym.live.cache import EvictingCache
 from kv_gym.live.generate import Generated, generate_ids
 from kv_gym.models.chat_template import ChatTemplate
 from kv_gym.models.loading import end_tokens, refuse_too_long, token_rows
-from kv_gym.policies import Policy
+from kv_gym.policies import Policy, make_policy
 
 QUIT = "/quit"
 
@@ -61,6 +61,7 @@ class Conversation:
         self._pending = before  # text that stands before the user's next message and was not read yet
         self._ids: list[int] = []
         self._ends = end_tokens(model)
+        policy = make_policy(policy).with_tokenizer(tokenizer)
         self.cache = EvictingCache(
             model, policy, budget, allocation, "prefill" if trigger == "turn" else trigger, evicted=evicted
         )

@@ -28,6 +28,16 @@ def new_tokens(arguments: Mapping[str, Any]) -> int:
     return count
 
 
+def refuse_attention_weights(arguments: Mapping[str, Any], config: Any) -> None:
+    """Raise a UserError where a forward asks for attention weights: the heads of a cache hold different tokens."""
+    asked = arguments.get("output_attentions")
+    if getattr(config.get_text_config(), "output_attentions", False) if asked is None else asked:
+        raise UserError(
+            "an evicting cache has no attention weights to give, because every head holds its own tokens: leave "
+            "output_attentions out, or read without the cache"
+        )
+
+
 def new_token_mask(mask: Tensor | None, seen: int, tokens_seen: Sequence[int]) -> Tensor | None:
     """Which tokens of a coming forward are no padding: bool `[batch, m]` on the CPU, or None where none is padding.
 

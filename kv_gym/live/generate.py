@@ -13,7 +13,7 @@ from kv_gym.errors import UserError
 from kv_gym.live.cache import EvictingCache
 from kv_gym.models.chat_template import ChatTemplate, Messages, check_messages
 from kv_gym.models.loading import refuse_too_long, token_rows
-from kv_gym.policies import Policy
+from kv_gym.policies import Policy, make_policy
 
 
 @dataclass(frozen=True)
@@ -144,6 +144,7 @@ def generate(
         ids = list(tokenizer(prompt)["input_ids"])
     else:
         raise UserError("the prompt is empty; give some text to go on with")
+    policy = make_policy(policy).with_tokenizer(tokenizer)
     with EvictingCache(model, policy, budget, allocation, trigger, evicted=evicted, select=select) as cache:
         new = generate_ids(model, tokenizer, ids, cache, max_new_tokens, write)
         return Generated.of(tokenizer.decode(new, skip_special_tokens=True), cache)

@@ -6,13 +6,16 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
+from typing import Any
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, short_reason
 from kv_gym.models.attention import full_layers
 from kv_gym.models.wrapped_model import effective_parameters, transformers_model
+
+LONGEST_FIELD = 100_000  # characters; rotary embeddings may list a factor for every frequency
 
 
 @dataclass(frozen=True)
@@ -74,7 +77,14 @@ class Fingerprint:
             UserError: a field is missing, unknown or of another type.
         """
         try:
-            return TypeAdapter(cls).validate_json(json.dumps(data))
+            found = TypeAdapter(cls).validate_json(json.dumps(data))
+            unfit = next((name for name, value in vars(found).items() if not _is_plain(value)), None)
+            if unfit is not None:
+                raise UserError(
+                    f"the model fingerprint in the file is damaged: its field {unfit!r} is no plain text; expected one "
+                    "written by kv_gym"
+                )
+            return found
         except ValidationError as error:
             field = error.errors()[0]["loc"][:1]
             reason = f"its field {str(field[0])[:60]!r} is not as expected" if field else "it holds no fields"
@@ -86,18 +96,30 @@ class Fingerprint:
         """Plain JSON data."""
         return {**asdict(self), "layers": list(self.layers)}
 
-    def refuse_other(self, other: Fingerprint, owner: str, other_owner: str) -> None:
-        """Raise a UserError naming the first difference: `owner` has this fingerprint, `other_owner` the other."""
-        for field in ("kv_heads", "head_dim", "query_heads", "layers", "architecture", "rope", "weights"):
+    def refuse_other(self, other: Fingerprint, owner: str, other_owner: str, sizes_only: bool = False) -> None:
+        """Raise a UserError naming the first difference: `owner` has this fingerprint, `other_owner` the other.
+
+        Args:
+            other: the other fingerprint.
+            owner, other_owner: what they belong to, for the error.
+            sizes_only: accept other weights, positions and another architecture.
+        """
+        sizes = ("kv_heads", "head_dim", "query_heads", "layers")
+        for field in sizes if sizes_only else (*sizes, "architecture", "rope", "weights"):
             value, other_value = getattr(self, field), getattr(other, field)
             if value != other_value:
                 label = field
                 if field == "weights":
                     label, value, other_value = "weights hash", value[:12], other_value[:12]
                 raise UserError(
-                    f"{owner} was made for a model with {label} {value}, and {other_owner} has {other_value}: "
+                    f"{owner} was made for a model with {label} {short_reason(value)}, and {other_owner} has "
+                    f"{short_reason(other_value)}: "
                     "use the model it was made for, or make it anew for this one"
                 )
+
+
+def _is_plain(value: Any) -> bool:
+    return not isinstance(value, str) or (value.isprintable() and len(value) <= LONGEST_FIELD)
 
 
 def state_dict_hash(tensors: Mapping[str, Tensor], prefix: str = "") -> str:

@@ -109,6 +109,14 @@ class Policy(ABC):
         """Counts of first and last tokens that are always kept, unless the caller gives others."""
         return self.sinks, self.recent
 
+    def with_tokenizer(self, tokenizer: Any) -> Policy:
+        """The policy to use where the model's tokenizer is known: itself, unless some setting is a text's tokens.
+
+        Args:
+            tokenizer: a transformers tokenizer.
+        """
+        return self
+
     @abstractmethod
     def score(self, view: CacheView) -> Tensor:
         """Scores `[batch, kv_heads, tokens]`, higher = keep; values at invalid slots do not matter."""

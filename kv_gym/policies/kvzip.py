@@ -3,17 +3,19 @@
 After the prompt the model reads the context again, behind itself and chunk by
 chunk; a token scores the largest attention that any query of its chunk's repetition pays to it. `projected=True` is
 KVzip+ of kvpress: each weight times |W_O v| of the query head over |h| of the query's own layer input.
-Differs from the paper in: the words that ask for the repetition are a setting, token ids, since a cache has no
-tokenizer, and the same for every chunk; without them the repetition begins with the model's beginning token, as
-suits a model that has no instructions; tokens that came after the first cut are repeated before the next one, on top
-of what is left (the paper cuts once); the first four tokens are a setting of the protection (the code gives them the
-largest score).
+Differs from the paper in: the words that ask for the repetition are the same for every chunk; they are a setting, token
+ids, since a cache has no tokenizer: `generate`, `chat`, `evaluate` and leaderboards, which have one, put in the
+published words and what the model's chat template has before a reply. Without them, as in recordings and for a
+tokenizer that does not know these words, the repetition begins with the model's beginning token, as suits a model that
+has no instructions. Tokens that came after the first cut are repeated before the next one, on top of what is left (the
+paper cuts once). The first four tokens are a setting of the protection (the code gives them the largest score).
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +23,9 @@ from torch import Tensor
 from kv_gym.cache_view import CacheView
 from kv_gym.models.context_repetition import ContextRepetition
 from kv_gym.policies.base import Paper, StatefulPolicy
+
+REPEAT = "\n\nRepeat the previous context exactly."
+"""The published words that ask for the repetition, behind a context within the user's message."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +37,8 @@ class KVzip(StatefulPolicy):
     Attributes:
         chunk: tokens that are repeated at a time.
         overlap: tokens of the chunk before that lead in the next one.
-        instruction: token ids that ask for the repetition, as numbers with spaces between.
+        instruction: token ids that ask for the repetition, as numbers with spaces between; "": those of
+            :meth:`with_tokenizer`, where there is a tokenizer.
         projected: weigh attention as KVzip+ does.
     """
 
@@ -57,6 +63,20 @@ class KVzip(StatefulPolicy):
     def repetition(self) -> ContextRepetition:
         words = tuple(map(int, self.instruction.split()))
         return ContextRepetition(self.chunk, self.overlap, self.sinks, words, self.projected)
+
+    def with_tokenizer(self, tokenizer: Any) -> KVzip:
+        """With the published instruction, unless one was given; as it is where the tokenizer cannot say the words."""
+        if self.instruction:
+            return self
+        from kv_gym.models.chat_template import ChatTemplate
+        from kv_gym.models.loading import plain_ids
+
+        words = plain_ids(tokenizer, REPEAT)
+        if "".join(tokenizer.decode(words).split()).lower() != "".join(REPEAT.split()).lower():
+            return self
+        if getattr(tokenizer, "chat_template", None):
+            words = plain_ids(tokenizer, REPEAT + ChatTemplate(tokenizer).frame()[1])
+        return replace(self, instruction=" ".join(map(str, words)))
 
     def initial_state(self, view: CacheView) -> dict[str, Tensor]:
         return {"paid": view.keys.new_zeros(view.keys.shape[:3]).float()}

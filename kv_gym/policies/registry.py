@@ -29,6 +29,7 @@ from kv_gym.policies.base import Policy, load_settings
 from kv_gym.policies.hub import is_hub_id
 
 GROUP = "kv_gym.policies"
+_ACCEPT = "accept_fingerprint"  # the only setting of an exported policy
 _RENAMED_FILES = {"random_eviction": "random"}  # a module `random` would shadow the standard library's in scripts
 _OLD_NAMES = {"uniform_order": "random", "kv_gym.policies.uniform_order:UniformOrder": "random"}
 
@@ -44,8 +45,9 @@ def make_policy(policy: str | Path | Policy, **settings: Any) -> Policy:
     Args:
         policy: tried in this order: a name from :func:`list_policies`; a class path ``package.module:Class``; a folder
             with an exported policy; the id ``owner/name`` of one on the Hugging Face Hub. Settings may follow a name
-            or a class path, each behind a colon: ``snapkv:window=64:kernel=7``, ``caote:over=h2o``. A policy object is
-            returned as it is.
+            or a class path, each behind a colon: ``snapkv:window=64:kernel=7``, ``caote:over=h2o``; behind a folder,
+            ``runs/joint:accept_fingerprint=true`` serves every model of the same sizes. A policy object is returned as
+            it is.
         **settings: of the policy; they replace those in the text.
 
     Raises:
@@ -66,9 +68,14 @@ def make_policy(policy: str | Path | Policy, **settings: Any) -> Policy:
     elif (Path(name) / "policy.json").is_file() or is_hub_id(name):
         from kv_gym.policies.scorer import Scorer
 
-        if given := {**texts, **settings}:
-            raise UserError(f"the exported policy {name} carries its own settings; give none (got {', '.join(given)})")
-        return Scorer.from_pretrained(name)
+        given = {**_typed(Scorer, texts), **settings}
+        accept = given.pop(_ACCEPT, False)
+        if given or not isinstance(accept, bool):
+            raise UserError(
+                f"the exported policy {name} carries its own settings; give none but {_ACCEPT}=true (got "
+                f"{', '.join(given) or accept})"
+            )
+        return Scorer.from_pretrained(name, accept_fingerprint=accept)
     elif name in _entry_points():
         kind = policy_class(name)
     else:

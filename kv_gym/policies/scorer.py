@@ -121,6 +121,7 @@ class Scorer(Policy):
         absolute: a score means the same in every context, such as the logarithm of a slot's utility, so that a
             threshold can be fixed ahead; scores that were only ranked within contexts may drift between them.
         training: how it was made: agent, seed, settings, trace hash, held-out reward.
+        accept_fingerprint: serve every model of the fingerprint's sizes, such as a finetuned one; never stored.
     """
 
     paper = Paper("Learning to Evict from Key-Value Cache", "2602.10238", "section 4", venue="ICML 2026")
@@ -131,6 +132,7 @@ class Scorer(Policy):
     calibrated: bool = False
     training: dict = field(default_factory=dict)
     absolute: bool = False
+    accept_fingerprint: bool = False
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -260,12 +262,15 @@ class Scorer(Policy):
         }
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path, revision: str | None = None) -> Scorer:
+    def from_pretrained(
+        cls, folder: str | Path, revision: str | None = None, accept_fingerprint: bool = False
+    ) -> Scorer:
         """Read an exported policy; nothing in the folder is ever run.
 
         Args:
             folder: a folder, or the id ``owner/name`` of a policy on the Hugging Face Hub.
             revision: with an id: a branch, tag or commit.
+            accept_fingerprint: serve every model of the same sizes.
 
         Raises:
             UserError: missing, damaged, oversized or newer files, or weights of other sizes than described.
@@ -288,7 +293,7 @@ class Scorer(Policy):
         network = _read_weights(folder / "policy.safetensors", weights, fingerprint, described)
         return cls(
             network, fingerprint, described.lengths, described.protect, described.calibrated, described.training,
-            described.absolute,
+            described.absolute, accept_fingerprint,
         )  # fmt: skip
 
     def card(self) -> str:

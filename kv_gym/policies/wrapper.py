@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
@@ -16,7 +16,7 @@ from kv_gym.policies.base import Policy, StatefulPolicy
 from kv_gym.policies.registry import make_policy
 
 # of a trained policy: which model it belongs to, lengths it was trained on, how, and the bytes of its weights
-_OF_TRAINED_BASE = ("absolute", "fingerprint", "lengths", "nbytes", "training")
+_OF_TRAINED_BASE = ("absolute", "accept_fingerprint", "fingerprint", "lengths", "nbytes", "training")
 
 
 @dataclass(frozen=True)
@@ -75,6 +75,10 @@ class PolicyWrapper(StatefulPolicy):
     @property
     def repetition(self) -> ContextRepetition | None:
         return self.base.repetition
+
+    def with_tokenizer(self, tokenizer: Any) -> Policy:
+        base = self.base.with_tokenizer(tokenizer)
+        return self if base is self.base else replace(self, over=base)
 
     def initial_state(self, view: CacheView) -> dict[str, Tensor]:
         return self.base.initial_state(view) if isinstance(self.base, StatefulPolicy) else {}

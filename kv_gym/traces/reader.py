@@ -18,7 +18,7 @@ from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.models.loading import recorded_tokenizer
 from kv_gym.traces import safe_hdf5
 from kv_gym.traces.bounded_cache import BoundedCache
-from kv_gym.traces.schema import Entry, arrays_of, check_manifest, digest_of, refuse_other_manifest
+from kv_gym.traces.schema import Entry, arrays_of, check_manifest, digest_of, identity_of, refuse_other_manifest
 from kv_gym.traces.sequence import Continuation, Sequence, StoredHiddenStates
 
 MANIFEST = "manifest.json"
@@ -148,7 +148,7 @@ class TraceSet:
         entry = self.entries[self._position(key)]
         self._read(entry)
         with safe_hdf5.open_file(entry.path) as file:
-            return _verify_sequence(safe_hdf5.open_group(file, f"sequences/{entry.id}"))
+            return _verify_sequence(safe_hdf5.open_group(file, f"sequences/{entry.id}"), entry, self.manifest)
 
     def _position(self, key: int | str) -> int:
         if isinstance(key, str):
@@ -180,8 +180,12 @@ def read_shards(folder: Path, manifest: dict[str, Any]) -> list[Entry]:
         refuse_other_manifest(manifest, shard_manifest, f"{folder} (compared with its {path.name})")
         for entry in shard_entries:
             # two recorders at work in one folder may record a prompt twice: either recording serves
-            earlier = entries.setdefault(entry.id, entry)
-            if earlier.prompt != entry.prompt:
+            earlier = entries.get(entry.id)
+            if earlier is None:
+                entries[entry.id] = entry
+            elif earlier.prompt == entry.prompt:
+                entries[entry.id] = earlier.model_copy(update={"recordings": earlier.recordings + 1})
+            else:
                 raise UserError(f"sequence {entry.id} has other tokens in {earlier.path} than in {path}: remove one")
     return list(entries.values())
 
@@ -288,7 +292,7 @@ def _read_continuation(group: h5py.Group, slots: tuple[int, ...]) -> Continuatio
     return Continuation(tokens, future, block)
 
 
-def _verify_sequence(group: h5py.Group) -> int:
+def _verify_sequence(group: h5py.Group, entry: Entry, manifest: dict[str, Any]) -> int:
     """Compute every hash of a sequence again and return the number of its arrays."""
     arrays = arrays_of(group)
     for data in arrays.values():
@@ -296,6 +300,12 @@ def _verify_sequence(group: h5py.Group) -> int:
             raise UserError(
                 f"{data.file.filename}:{data.name} fails its checksum: the file is damaged, record it again"
             )
-    if digest_of(group) != safe_hdf5.text_attribute(group, "digest"):
-        raise UserError(f"{group.file.filename}:{group.name} fails its digest: its attributes were changed")
+    place = f"{group.file.filename}:{group.name}"
+    if digest_of(group) != entry.digest:
+        raise UserError(f"{place} fails its digest: its attributes were changed")
+    # recordings of earlier versions have no identity
+    if "identity" in group.attrs and safe_hdf5.text_attribute(group, "identity") != identity_of(
+        entry.id, entry.digest, manifest
+    ):
+        raise UserError(f"{place} was recorded under another id or with another manifest: record it again")
     return len(arrays)

@@ -1,7 +1,8 @@
 """The schema of a trace set: its manifest, what a shard says of each sequence, and the hashes of content.
 
 `traces/README.md` has the schema as a table: one HDF5 group per sequence. Arrays carry HDF5's Fletcher-32 checksum,
-which every read verifies, and a SHA-256 of their content; a sequence's `digest` covers these and its attributes.
+which every read verifies, and a SHA-256 of their content; a sequence's `digest` covers these and its attributes, and
+its `identity` the digest, the sequence's id and the manifest.
 """
 
 from __future__ import annotations
@@ -92,6 +93,7 @@ class Entry(BaseModel):
         task, split, text_hash: as in :class:`~kv_gym.traces.prompts.Prompt`.
         prompt: hash of the tokens of context and continuations.
         digest: hash of everything.
+        recordings: how many shards hold the sequence; the first of them is read.
     """
 
     model_config = ConfigDict(strict=True, frozen=True)
@@ -107,6 +109,7 @@ class Entry(BaseModel):
     text_hash: PlainText
     prompt: PlainText
     digest: PlainText
+    recordings: int = 1
 
 
 def check_manifest(data: Any, where: str) -> dict[str, Any]:
@@ -154,6 +157,18 @@ def prompt_hash(context: Row[int] | np.ndarray, continuations: Iterable[Row[int]
     return hashlib.sha256(json.dumps(ids).encode()).hexdigest()
 
 
+def identity_of(id: str, digest: str, manifest: dict[str, Any]) -> str:
+    """SHA-256 that ties a sequence's content to its id and to how it was recorded.
+
+    Args:
+        id: of the sequence.
+        digest: of its content.
+        manifest: of the trace set; versions and the model's name are no part of it.
+    """
+    recorded = {name: manifest[name] for name in _MUST_MATCH}
+    return hashlib.sha256(json.dumps([id, digest, recorded], sort_keys=True).encode()).hexdigest()
+
+
 def arrays_of(group: h5py.Group, prefix: str = "") -> dict[str, h5py.Dataset]:
     """All arrays of a sequence's group, by their path in it; no number of them is read."""
     arrays: dict[str, h5py.Dataset] = {}
@@ -170,7 +185,8 @@ def arrays_of(group: h5py.Group, prefix: str = "") -> dict[str, h5py.Dataset]:
 def digest_of(group: h5py.Group) -> str:
     """SHA-256 over all attributes of a sequence's group and of what it holds; the hashes of arrays are among them."""
     parts: dict[str, Any] = {name: safe_hdf5.attributes(data) for name, data in arrays_of(group).items()}
-    parts[""] = {name: value for name, value in safe_hdf5.attributes(group).items() if name != "digest"}
+    about = safe_hdf5.attributes(group)
+    parts[""] = {name: value for name, value in about.items() if name not in ("digest", "identity")}
     for name in safe_hdf5.member_names(group, "continuation"):
         parts[f"continuation/{name}"] = safe_hdf5.attributes(safe_hdf5.open_group(group, f"continuation/{name}"))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()

@@ -72,13 +72,15 @@ def info(path: str | Path | None = None) -> dict[str, Any]:
 def validate(path: str | Path | None = None) -> dict[str, Any]:
     """Read a whole trace set and check it.
 
-    Arrays are checked against the schema, and every hash is computed again.
+    Arrays are checked against the schema, and every hash is computed again: of arrays, of attributes, and of each
+    sequence's id with the manifest.
 
     Args:
         path: folder or file; by default the bundled sample.
 
     Returns:
-        How much was checked: sequences, arrays, bytes, and the set's hash.
+        How much was checked: sequences, arrays, bytes, recordings that stand in two files (one of them is read), and
+        the set's hash.
 
     Raises:
         UserError: the first defect found.
@@ -93,7 +95,10 @@ def validate(path: str | Path | None = None) -> dict[str, Any]:
             raise UserError(f"sequence {entry.id} shares its text with the other split: keep a document in one split")
     arrays = sum(traces.verify(i) for i in range(len(traces)))
     size = sum(shard.stat().st_size for shard in {entry.path for entry in traces.entries})
-    return {"sequences": len(traces), "arrays": arrays, "bytes": size, "hash": traces.hash}
+    duplicates = sum(entry.recordings - 1 for entry in traces.entries)
+    return {
+        "sequences": len(traces), "arrays": arrays, "bytes": size, "duplicates": duplicates, "hash": traces.hash,
+    }  # fmt: skip
 
 
 def show(

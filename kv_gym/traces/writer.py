@@ -21,7 +21,7 @@ from kv_gym.files import flush_to_disk
 from kv_gym.traces import safe_hdf5
 from kv_gym.traces.prompts import Prompt
 from kv_gym.traces.reader import MANIFEST, read_manifest, read_shards
-from kv_gym.traces.schema import Entry, digest_of, prompt_hash, refuse_other_manifest
+from kv_gym.traces.schema import Entry, digest_of, identity_of, prompt_hash, refuse_other_manifest
 from kv_gym.traces.sequence import Sequence
 
 _LARGEST_MANIFEST = 60_000  # bytes; an HDF5 attribute holds 64 KiB
@@ -103,7 +103,7 @@ class TraceWriter:
             with _ShardFile(temporary, "w+b") as raw:
                 with h5py.File(raw, "w", libver=("v110", "v110")) as file:
                     safe_hdf5.set_text(file, manifest=self._text)
-                    yield Shard(file.create_group("sequences"), self.manifest["storage"], raw)
+                    yield Shard(file.create_group("sequences"), self.manifest, raw)
                 raw.raise_failure()
             flush_to_disk(temporary)
             if not (self.out / MANIFEST).exists():
@@ -174,13 +174,13 @@ class Shard:
 
     Args:
         group: its group of sequences.
-        storage: type of keys, values, queries and hidden states: ``float32``, ``float16`` or ``bfloat16``.
+        manifest: of the trace set; its `storage` is the type of keys, values, queries and hidden states.
         file: the file that the shard is written to.
     """
 
-    def __init__(self, group: h5py.Group, storage: str, file: _ShardFile):
+    def __init__(self, group: h5py.Group, manifest: dict[str, Any], file: _ShardFile):
         self._group = group
-        self._storage = storage
+        self._manifest = manifest
         self._file = file
 
     def add(self, sequence: Sequence, ordinal: int) -> None:
@@ -215,13 +215,14 @@ class Shard:
             subgroup.attrs["block"] = continuation.block
             _write_array(subgroup, "tokens", np.asarray(continuation.tokens, np.int64))
             _write_array(subgroup, "future", np.asarray(continuation.future, np.float32), by_head=True)
-        safe_hdf5.set_text(group, digest=digest_of(group))
+        digest = digest_of(group)
+        safe_hdf5.set_text(group, digest=digest, identity=identity_of(sequence.id, digest, self._manifest))
         self._group.file.flush()
         self._file.raise_failure()
 
     def _stored(self, array: np.ndarray) -> np.ndarray:
-        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(getattr(torch, self._storage))
-        return tensor.view(torch.uint16).numpy() if self._storage == "bfloat16" else tensor.numpy()
+        tensor = torch.from_numpy(np.ascontiguousarray(array)).to(getattr(torch, self._manifest["storage"]))
+        return tensor.view(torch.uint16).numpy() if self._manifest["storage"] == "bfloat16" else tensor.numpy()
 
 
 def _write_array(

@@ -1,6 +1,7 @@
 """A user's mistake on the command line: one sentence on stderr, exit code 2, no traceback, nothing left behind."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -232,3 +233,12 @@ def test_unusable_settings(sample, tmp_path, given, expected):
     code, message = run("train", "joint", "--traces", sample, "--out", tmp_path / "out", "--set", given)
     assert code == 2 and expected in message and message.count("\n") == 1
     assert not (tmp_path / "out").exists()
+
+
+def test_threads_of_the_cpu(tmp_path):
+    code = "import os, sys; sys.argv = ['kv-gym', '--threads', '1', 'policies']; from kv_gym.cli import app\n"
+    code += "app(standalone_mode=False)\nimport torch; assert torch.get_num_threads() == 1\n"
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("OMP_")}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    assert run("--threads", "0", "policies")[0] == 2

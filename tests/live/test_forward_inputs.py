@@ -91,3 +91,10 @@ def test_keys_that_are_not_finite_are_refused(policy):
     model.model.layers[1].self_attn.k_proj.bias = torch.nn.Parameter(torch.full((16,), float("nan")).double())
     with pytest.raises(UserError, match="the keys of layer 1 are not finite"):
         feed(model, tokens(1, 12), EvictingCache(model, policy, 8))
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_attention_weights_are_refused(attention):
+    model = tiny(attention=attention)
+    with EvictingCache(model, "knorm", 4) as cache, pytest.raises(UserError, match="has no attention weights to give"):
+        model(tokens(1, 8), past_key_values=cache, output_attentions=True)

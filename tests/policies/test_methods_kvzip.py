@@ -1,15 +1,15 @@
 """KVzip: the second reading against a slow one, by hand, and what becomes of its statistics."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from live_models import feed, tiny, tokens
 from second_reading_reference import paid_when_repeated
 
-from kv_gym import CacheView, EvictingCache, make_policy
+from kv_gym import CacheView, EvictingCache, Policy, evaluate, make_policy
 from kv_gym.errors import UserError
-from kv_gym.live import PolicyGroup
+from kv_gym.live import Conversation, PolicyGroup, generate
 from kv_gym.models.context_repetition import ContextRepetition
 from kv_gym.traces import Prompt
 from kv_gym.traces.recorder import record_sequence
@@ -186,3 +186,67 @@ def test_embeddings_cannot_be_repeated():
 def test_bad_settings_are_refused(settings):
     with pytest.raises(UserError, match="expected"):
         make_policy("kvzip", **settings)
+
+
+# -- the words that ask for the repetition -------------------------------------------------------------------------
+
+
+class Letters:
+    """A tokenizer whose tokens are characters, with a chat template."""
+
+    chat_template = "{{ messages }}"
+
+    def __call__(self, text, **_):
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def decode(self, ids):
+        return "".join(map(chr, ids))
+
+    def apply_chat_template(self, messages, add_generation_prompt=False, **_):
+        turns = "".join(f"<{turn['role']}>{turn['content']}</>" for turn in messages)
+        return turns + "<assistant>" * add_generation_prompt
+
+
+class OldWords(Letters):
+    """One that does not know the published words, as the bundled model's."""
+
+    def decode(self, ids):
+        return "thou"
+
+
+def test_the_published_words_and_the_chat_templates_answer_where_there_is_a_tokenizer():
+    words = "\n\nRepeat the previous context exactly."
+    policy = make_policy("kvzip")
+    asked = policy.with_tokenizer(Letters())
+    assert asked.repetition.instruction == tuple(map(ord, words + "</><assistant>"))
+    wrapped = make_policy("same_tokens:over=kvzip").with_tokenizer(Letters())
+    assert wrapped.repetition == asked.repetition
+    plain = Letters()
+    plain.chat_template = None
+    assert policy.with_tokenizer(plain).repetition.instruction == tuple(map(ord, words))
+    assert policy.with_tokenizer(OldWords()) is policy
+    given = make_policy("kvzip:instruction=17 4")
+    assert given.with_tokenizer(Letters()) is given and make_policy("knorm").with_tokenizer(None).name == "knorm"
+
+
+@dataclass(frozen=True)
+class AsksForTokenizer(Policy):
+    def with_tokenizer(self, tokenizer):
+        raise UserError(f"given {type(tokenizer).__name__}")
+
+    def score(self, view):
+        raise NotImplementedError
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda policy: generate(tiny(), Letters(), "text", policy),
+        lambda policy: Conversation(tiny(), Letters(), policy),
+        lambda policy: evaluate([policy], [0.5], model=tiny(), tokenizer=Letters(), tasks=[], progress=False),
+    ],
+    ids=["generate", "chat", "evaluate"],
+)
+def test_policies_are_told_of_the_tokenizer(call):
+    with pytest.raises(UserError, match="given Letters"):
+        call(AsksForTokenizer())

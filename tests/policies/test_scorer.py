@@ -1,7 +1,7 @@
 """The learned policy: the batched network against a loop, saving and loading, and files that must be refused."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 import torch
@@ -151,3 +151,27 @@ def test_weights_that_are_not_finite_are_refused(scorer, tmp_path):
     _edit(tmp_path / "policy")
     with pytest.raises(UserError, match="not finite"):
         make_policy(tmp_path / "policy")
+
+
+def test_another_model_of_the_same_sizes_is_accepted_on_request(tmp_path):
+    model = tiny_model()
+    fingerprint = Fingerprint.of(model)
+    network = GroupedScorer(len(fingerprint.layers) * fingerprint.kv_heads, fingerprint.head_dim, hidden=4)
+    folder = tmp_path / "policy"
+    Scorer(network, replace(fingerprint, weights="b" * 64), (1, 99)).save_pretrained(folder)
+    with pytest.raises(UserError, match="weights hash bbbbbbbbbbbb"):
+        EvictingCache(model, folder)
+    accepted = make_policy(folder, accept_fingerprint=True)
+    for policy in (accepted, make_policy("same_tokens", over=accepted), f"{folder}:accept_fingerprint=true"):
+        EvictingCache(model, policy).detach()
+    Scorer(network, replace(fingerprint, query_heads=99), (1, 99)).save_pretrained(folder)
+    with pytest.raises(UserError, match="query_heads 99"):
+        EvictingCache(model, f"{folder}:accept_fingerprint=true")
+    with pytest.raises(UserError, match="give none but accept_fingerprint=true"):
+        make_policy(f"{folder}:window=3")
+
+
+def test_a_fingerprint_with_a_line_end_is_refused():
+    with pytest.raises(UserError, match="its field 'architecture' is no plain text") as refused:
+        Fingerprint.from_json(FINGERPRINT.to_json() | {"architecture": "a\nb"})
+    assert "\n" not in str(refused.value)

@@ -1,9 +1,11 @@
 """Looking at traces, and recording a real pretrained model on real text."""
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,33 @@ def test_info_is_plain_data(recorded):
 def test_validate_counts_what_it_read(recorded):
     told = validate(recorded)
     # p0: tokens, keys, values, queries, mass and two continuations of two arrays; p1 has no continuation
-    assert (told["sequences"], told["arrays"]) == (2, 9 + 5)
+    assert (told["sequences"], told["arrays"], told["duplicates"]) == (2, 9 + 5, 0)
+
+
+@pytest.mark.parametrize("change", ["id", "manifest"])
+def test_validate_finds_another_id_and_another_manifest(recorded, tmp_path, change):
+    folder = tmp_path / "set"
+    shutil.copytree(recorded, folder)
+    for path in [*folder.glob("*.h5")]:
+        with h5py.File(path, "r+") as file:
+            if change == "id":
+                for name in [*file["sequences"]]:
+                    file["sequences"].move(name, f"other-{name}")
+            else:
+                other = json.loads(file.attrs["manifest"]) | {"recipe": {"source": "elsewhere"}}
+                file.attrs["manifest"] = json.dumps(other)
+                (folder / "manifest.json").write_text(json.dumps(other))
+    assert len(open_traces(folder)) == 2
+    with pytest.raises(UserError, match="under another id or with another manifest"):
+        validate(folder)
+
+
+def test_validate_counts_copies_of_files(recorded, tmp_path):
+    folder = tmp_path / "set"
+    shutil.copytree(recorded, folder)
+    for path in [*folder.glob("*.h5")]:
+        shutil.copyfile(path, path.with_name(f"copy-of-{path.name}"))
+    assert validate(folder)["duplicates"] == len(open_traces(folder)) == 2
 
 
 def test_show_keeps_the_tokens_that_the_future_uses_most(recorded):

@@ -219,7 +219,7 @@ class Runner:
     def __init__(self, spec: Spec, out: Path):
         self.spec, self.out = spec, out
         self._tasks: dict[TaskKey, Task] = {}
-        self._policies: dict[PolicySource, Policy] = {}
+        self._policies: dict[tuple[PolicySource, bool], Policy] = {}
         self._refusals: dict[tuple, str] = {}
 
     @cached_property
@@ -265,7 +265,7 @@ class Runner:
             if sentence:
                 lines.append(_refused(cell, job.batch, sentence))
             else:
-                able.append((cell, self._policies[cell.policy]))
+                able.append((cell, self._policy(task, cell)))
         with warnings.catch_warnings():  # other lengths than a policy was trained on are what some tasks are about
             warnings.filterwarnings("ignore", message=".* was trained on contexts of")
             self._measure(task, job.batch, able, lines, failures)
@@ -288,10 +288,18 @@ class Runner:
                 self._refusals[key] = str(error)
         return self._refusals[key]
 
+    def _policy(self, task: Task, cell: Cell) -> Policy:
+        """The policy of a cell, made once; recordings know no tokenizer."""
+        key = cell.policy, isinstance(task, ReplayTask)
+        if key not in self._policies:
+            policy = cell.policy.make()
+            if not isinstance(task, ReplayTask):
+                policy = policy.with_tokenizer(_LazyTokenizer(self.spec.model))
+            self._policies[key] = policy
+        return self._policies[key]
+
     def _check(self, task: Task, cell: Cell) -> None:
-        if cell.policy not in self._policies:
-            self._policies[cell.policy] = cell.policy.make()
-        config = cell.configuration(self._policies[cell.policy])
+        config = cell.configuration(self._policy(task, cell))
         if isinstance(task, ReplayTask):
             task.refuse_unfit(config)
         else:

@@ -47,10 +47,12 @@ class ReplayTask(Task):
     def refuse_unfit(self, configuration: Configuration) -> None:
         """Raise a UserError for a configuration that this recording cannot replay."""
         configuration.allocation.refuse_unfit(configuration.policy)
-        fingerprint = getattr(configuration.policy, "fingerprint", None)
+        fingerprint, accept = (
+            getattr(configuration.policy, name, None) for name in ("fingerprint", "accept_fingerprint")
+        )
         if fingerprint is not None and isinstance(self.sequences, TraceSet):
-            recorded = self.sequences.fingerprint
-            fingerprint.refuse_other(recorded, f"policy {configuration.name!r}", "the model of the traces")
+            owner, recorded = f"policy {configuration.name!r}", self.sequences.fingerprint
+            fingerprint.refuse_other(recorded, owner, "the model of the traces", bool(accept))
         self.sequences[0].refuse_unrecorded(configuration.policy)
 
     @torch.no_grad()
