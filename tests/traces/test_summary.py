@@ -25,6 +25,7 @@ from kv_gym.traces import (
     show,
     validate,
 )
+from kv_gym.traces.safe_hdf5 import set_text
 from kv_gym.traces.summary import FIT, SMALLEST, attention_figure, draw_attention
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -75,7 +76,7 @@ def test_validate_finds_another_id_and_another_manifest(recorded, tmp_path, chan
                     file["sequences"].move(name, f"other-{name}")
             else:
                 other = json.loads(file.attrs["manifest"]) | {"recipe": {"source": "elsewhere"}}
-                file.attrs["manifest"] = json.dumps(other)
+                set_text(file, manifest=json.dumps(other))
                 (folder / "manifest.json").write_text(json.dumps(other))
     assert len(open_traces(folder)) == 2
     with pytest.raises(UserError, match="under another id or with another manifest"):
