@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import ablation
+import hardening
 import novels
 import rl_gain
 import transfer
@@ -82,12 +83,29 @@ def of_both_decisions(results: Path) -> str:
     return "\n\n".join([introduction, *tables])
 
 
+def of_hardening(results: Path) -> str:
+    """Damaged files and disturbed commands."""
+    data = read(results / "hardening.json")
+    introduction = (
+        "Every file format that is read was damaged at random, and every command that runs long was killed at random "
+        "moments, started on a disk too small and without rights, sent signals, and run twice in one folder at once "
+        f"(`hardening.py`, seed {data['seed']}, which says what each column counts). *Accepted*: other data was read "
+        "by right, because no hash covers a file that people write, or all of its hashes were forged with it. "
+        "*Memory*: more than ten times the file above what reading the sample takes, and 16 MiB; for texts, of which "
+        "tokens are made, 500 times. *Equal afterwards*: kills after which the same command ended with the result of "
+        "an undisturbed run. *As expected*: one sentence and exit code 2 with the earlier output as it was, or after "
+        "a signal the undisturbed result."
+    )
+    return f"{introduction}\n\n{hardening.markdown(data)}"
+
+
 SECTIONS: dict[str, tuple[str, Callable[[Path], str]]] = {
     "ablation.json": ("What makes one ranking over all slots good", of_ablation),
     "rl_gain.json": ("What reinforcement learning adds to a supervised start", of_rl_gain),
     "both_decisions": ("One policy for prefill and decode", of_both_decisions),
     "transfer.json": ("Longer contexts than trained on", of_transfer),
     "novels": ("Perplexity of novels", of_novels),
+    "hardening.json": ("How hard it was tried", of_hardening),
 }
 
 

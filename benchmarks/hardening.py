@@ -30,7 +30,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +119,15 @@ class Mutations:
             found[name] = {"mutations": counts.total()} | {outcome: counts[outcome] for outcome in OUTCOMES}
         return found
 
-    def table(self) -> str:
-        """The counts as Markdown."""
-        rows = [[name, *(f"{count:,}" for count in counts.values())] for name, counts in self.counts().items()]
-        return pipe_table(["format", "mutations", *OUTCOMES], rows)
+
+def markdown(counts: Mapping[str, Any]) -> str:
+    """The counts of mutations and of runs as Markdown tables; ``counts`` as in the file of results."""
+    firsts = {"mutations": "format", "runs": "command"}
+    tables = []
+    for part, first in firsts.items():
+        rows = [[name, *(f"{count:,}" for count in row.values())] for name, row in counts[part].items()]
+        tables.append(pipe_table([first, *counts[part]["all"]], rows))
+    return "\n\n".join(tables)
 
 
 def _samples(out: Path) -> Path:
@@ -155,13 +160,13 @@ def main() -> None:
         began = time.monotonic()
         mutations.run(args.mutations, began + 30 * args.minutes)
         runs.run(args.kills, began + 60 * args.minutes)
-        print(f"{mutations.table()}\n\n{runs.table()}\n")
+        counts = {"mutations": mutations.counts(), "runs": runs.counts()}
+        print(markdown(counts))
         faults = [row for row in mutations.rows if row["outcome"] in FAULTS]
         faults += [row for row in runs.rows if row["outcome"] != "ok"]
         for row in faults[:20]:
             print(json.dumps(row))
         if args.json:
-            counts = {"mutations": mutations.counts(), "runs": runs.counts()}
             write_json(args.json, {"seed": args.seed, "versions": versions()} | counts)
     sys.exit(bool(faults))
 

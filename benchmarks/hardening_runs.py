@@ -26,10 +26,10 @@ import torch
 from hardening_sandbox import cpu_seconds, fork, silence
 
 from kv_gym import cli
-from kv_gym.markdown import pipe_table
 from kv_gym.traces import open_traces, validate
 
-UNSTABLE = ("seconds", "milliseconds", "command", "versions")  # of results: they differ from run to run
+UNSTABLE = ("seconds", "milliseconds", "command", "versions", "sha256")
+"""Parts of results that differ from run to run: times, and checksums of files with times in them."""
 MOST_SECONDS = 900  # for one command, on a machine that does other things too
 
 
@@ -177,7 +177,8 @@ class Runs:
             place = self.log.parent / "undisturbed"
             shutil.rmtree(place, ignore_errors=True)
             place.mkdir()
-            self._stop(self._start(command, place), signal.SIGKILL, MOST_SECONDS)
+            if self._stop(self._start(command, place), signal.SIGKILL, MOST_SECONDS) != 0:
+                raise RuntimeError(f"{command.name} fails though nothing disturbs it: {self._said(place)[-500:]}")
             left, spent = command.left(place / "out"), float((place / "seconds").read_text())
             largest = max(file.stat().st_size for file in (place / "out").rglob("*") if file.is_file())
             self._undisturbed[command.name] = left, spent, largest
@@ -206,10 +207,12 @@ class Runs:
         _, _, largest = self.undisturbed(command)
         disk = place / "disk"
         disk.mkdir()
-        size = max(4096, int(largest * (0.3 + 0.5 * draw.random())))
+        size = (int(largest * (0.3 + 0.5 * draw.random())) // 4096 + 1) * 4096  # whole pages
         mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", disk], capture_output=True)
         if mounted.returncode:
             return {"outcome": "ok", "said": "left out: no right to mount a small disk"}
+        if size > largest:  # then another file leaves no room
+            (disk / "other").write_bytes(bytes(size))
         try:
             refused = self._refused(command, place, disk)
             partial = [file.name for file in disk.rglob("*.tmp*")]
@@ -361,13 +364,6 @@ class Runs:
                 "as expected": sum(map(_is_ok, others)),
             }
         return found
-
-    def table(self) -> str:
-        """The counts as Markdown."""
-        counts = self.counts()
-        return pipe_table(
-            ["command", *counts["all"]], [[name, *map(str, row.values())] for name, row in counts.items()]
-        )
 
 
 def _is_ok(row: dict) -> bool:

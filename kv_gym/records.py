@@ -76,8 +76,9 @@ def _places(source: Source, expected: str) -> Iterator[tuple[str, Any]]:
 
 
 def _arrow_rows(path: Path, expected: str) -> Iterator[dict[str, Any]]:
+    files = _saved_files(path) if path.is_dir() else [path]
     pyarrow = _pyarrow(path)
-    for file in _saved_files(path) if path.is_dir() else [path]:
+    for file in files:
         try:
             for batch in _batches(pyarrow, file):
                 yield from batch.to_pylist()

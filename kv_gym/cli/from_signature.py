@@ -258,14 +258,15 @@ def _option(name: str, source: OptionSource, positional: bool, option_name: str 
     # the default stands in the help alone: what is not given is not passed on, so that the function's own applies
     shown = "" if default in (None, "") or isinstance(default, bool) else f"  [default: {default}]"
     help_text = f"{source.help}{shown}"
+    # readable=False: whoever reads a path says in one sentence why it cannot be read
     if positional:
         kind = list[str] if source.kind is list else kind
-        info: Any = typer.Argument(help=help_text, show_default=False)
+        info: Any = typer.Argument(help=help_text, show_default=False, readable=False)
     elif source.kind is bool:
         info = typer.Option(flag if default is False else f"{flag}/--no-{flag[2:]}", help=help_text, show_default=False)
     else:
         metavar = "A,B,..." if source.kind is list else None
-        info = typer.Option(flag, help=help_text, show_default=False, metavar=metavar)
+        info = typer.Option(flag, help=help_text, show_default=False, metavar=metavar, readable=False)
     if source.required:
         return _parameter(name, Annotated[kind, info])
     return _parameter(name, Annotated[kind | None, info], None)  # type: ignore[operator]

@@ -123,7 +123,8 @@ def _slots_to_write(slots: Slots) -> tuple[dict[str, Any], dict[str, Tensor | No
         for name, buffer in slots.buffers.items():
             parts[f"slots.{name}"] = copy = torch.zeros_like(buffer)
             copy[filled] = buffer[filled]
-        return {}, parts | {"lengths": slots.lengths, "capacities": slots.capacities}
+        # copies: the capacities may be the lengths, and safetensors writes no tensor twice
+        return {}, parts | {"lengths": slots.lengths, "capacities": slots.capacities.clone()}
     assert isinstance(slots, EqualSlots)
     slots.close_gap()
     for name, buffer in slots.buffers.items():

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, short_reason
 from kv_gym.files import MODEL
 from kv_gym.models.attention import refuse_unsupported
 
@@ -69,6 +69,7 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
         config = AutoConfig.from_pretrained(**source.arguments, trust_remote_code=False)
         if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
             raise UserError(f"a model of type {config.model_type!r} is no decoder; expected a causal language model")
+        source.refuse_other_size(config)
         with redirect_stderr(StringIO()) if source.gguf else nullcontext():  # another bar, which has no switch
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **source.arguments, **source.loading_options(), config=config, dtype=loaded_dtype,
@@ -140,6 +141,25 @@ class _Source:
             return cls(name, {"pretrained_model_name_or_path": name, "local_files_only": False}, local=False)
         arguments = {"pretrained_model_name_or_path": path.parent, "gguf_file": path.name, "local_files_only": True}
         return cls(name, arguments, gguf=True, tokenizer=_read_gguf_header(path))
+
+    def refuse_other_size(self, config) -> None:
+        """Refuse a folder whose configuration is of a far larger model before memory is taken for that.
+
+        Raises:
+            ValueError: it has more than twice as many parameters as the files of weights have bytes; none takes less
+                than four bits.
+        """
+        from transformers import AutoModelForCausalLM
+
+        files = list(Path(self.name).glob("*.safetensors")) if self.local and not self.gguf else []
+        if not files or getattr(config, "quantization_config", None):
+            return
+        size = sum(file.stat().st_size for file in files)
+        with torch.device("meta"):
+            described = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        count = sum(parameter.numel() for parameter in described.parameters())
+        if count > 2 * size + 2**24:  # loading finds out better reasons where that takes little memory
+            raise ValueError(f"config.json describes {count} parameters, and the files of weights hold {size} bytes")
 
     def loading_options(self) -> dict[str, Any]:
         """Arguments of ``from_pretrained`` for the model alone: safetensors only, or plain weights of a GGUF file."""
@@ -307,4 +327,4 @@ def beginning_ids(tokenizer) -> list[int]:
 
 def _reason(error: Exception) -> str:
     first, *more = str(error).strip().splitlines() or [type(error).__name__]
-    return f"{first} {more[0].strip()}"[:300] if first.endswith(":") and more else first[:300]
+    return short_reason(f"{first} {more[0]}" if first.endswith(":") and more else first)

@@ -207,13 +207,14 @@ def _nginx(path: Path) -> RequestTrace:
             left = found["ttl"]
             seconds = float(left) if left not in (None, "", "-") else float("inf")
             key = found["key"] or found["request"].split()[1]
+            size = 0 if found["bytes"] == "-" else int(found["bytes"])
         except (ValueError, IndexError):
             raise _wrong(path, number, text, "a line of NGINX's combined log, with its cache fields") from None
         if found["status"] in ("-", "BYPASS"):
             continue
         keys.append(key)
         times.append(when)
-        sizes.append(0 if found["bytes"] == "-" else int(found["bytes"]))
+        sizes.append(size)
         ttl.append(seconds)
         lines.append(number)
     expiring = ttl if any(seconds != float("inf") for seconds in ttl) else None

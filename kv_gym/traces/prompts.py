@@ -44,7 +44,7 @@ class Prompt:
 
     def __post_init__(self):
         if not ID.fullmatch(self.id):
-            raise UserError(f"prompt id {self.id!r} is not usable; expected up to 100 letters, digits and . _ -")
+            raise UserError(f"prompt id {self.id[:100]!r} is not usable; expected up to 100 letters, digits and . _ -")
         if CONTROL.search(self.task):
             raise UserError(f"prompt {self.id} has control characters in its task; expected a name")
         if self.split not in ("train", "test"):

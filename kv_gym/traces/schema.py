@@ -146,8 +146,8 @@ def refuse_other_manifest(manifest: dict[str, Any], other: dict[str, Any], where
     for name in _MUST_MATCH:
         if manifest[name] != other[name]:
             raise UserError(
-                f"the trace set {where} was recorded with {name} {json.dumps(manifest[name])}, now it is "
-                f"{json.dumps(other[name])}: record with the same, or into another folder"
+                f"the trace set {where} was recorded with {name} {json.dumps(manifest[name])[:500]}, now it "
+                f"is {json.dumps(other[name])[:500]}: record with the same, or into another folder"
             )
 
 

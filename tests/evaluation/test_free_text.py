@@ -289,3 +289,6 @@ def test_what_else_is_refused(tmp_path, tokenizer):
         longbench(file, tokenizer, template=tmp_path / "template.txt")
     with pytest.raises(UserError, match="cannot be read"):
         longbench(file, tokenizer, template=tmp_path / "none.txt")
+    (tmp_path / "template.txt").write_text("{context} {input}" + 100_000 * "x")
+    with pytest.raises(UserError, match="larger than 100000 bytes"):
+        longbench(file, tokenizer, template=tmp_path / "template.txt")

@@ -240,13 +240,22 @@ RandomOperations.TestCase.settings = settings(
     phases=(Phase.generate, Phase.shrink),
     suppress_health_check=list(HealthCheck),
 )
+pytestmark = pytest.mark.filterwarnings("ignore:Using `assume` outside")
 TestRandomOperations = pytest.mark.timeout(0 if RUNS else 300)(RandomOperations.TestCase)
 
 
 # sequences that failed once
 
 
-@pytest.mark.filterwarnings("ignore:Using `assume`")
+def test_a_fork_is_saved():
+    state = RandomOperations()
+    state.begin("cake", "uniform", "prefill", "drop", 3, (None, None), False, 1)
+    state.forward(0, 0, 2, False, True)
+    state.fork(0, None)
+    state.save_and_load(1)
+    state.teardown()
+
+
 def test_padding_after_the_rows_were_repeated():
     state = RandomOperations()
     state.begin("cake", "uniform", "prefill", "drop", 3, (None, None), False, 1)

@@ -59,6 +59,13 @@ def test_a_saved_model_records_the_same(tmp_path):
     np.testing.assert_array_equal(record_sequence(loaded, prompt).keys, record_sequence(model.float(), prompt).keys)
 
 
+def test_a_configuration_of_a_far_larger_model_is_refused_before_memory_is_taken(folder):
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10**9}))
+    with pytest.raises(UserError, match=r"config\.json describes \d+ parameters, and the files of weights hold"):
+        load_model(folder, device="cpu")
+
+
 def test_missing_weights_are_refused_by_name(folder, capfd):
     change(folder / "config.json", tie_word_embeddings=False)
     with pytest.raises(UserError, match=r"comes without the weights lm_head\.weight, which would be random numbers"):

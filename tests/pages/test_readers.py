@@ -92,6 +92,7 @@ def test_the_summary_counts_reuse():
         ("time,id,size\n1,a\n", "auto", "line 2: .* expected the columns of the header"),
         ("time,id,size\n1,a,inf\n", "auto", "line 2"),
         (nginx((0, "a", 10, "MISS", "60")) + "not a log line\n", "auto", "line 2: 'not a log line'"),
+        (nginx((0, "a", "9" * 5000, "MISS", "60")), "auto", "line 1: "),
         (nginx((5, "a", 10, "MISS", "60"), (1, "b", 5, "MISS", "9")), "auto", "line 2: time"),
         ("a\n", "binary", "request format 'binary' is not known"),
         ("abcd\n", "cache2k", "5 bytes; expected 32-bit keys"),

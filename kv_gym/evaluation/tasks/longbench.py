@@ -17,6 +17,7 @@ from kv_gym.files import read_text, validated
 from kv_gym.records import read_records
 
 TEMPLATE = "{context}\n\n{input}\n"
+LARGEST_TEMPLATE = 100_000  # bytes
 _CHOICES = "(A) {0}\n(B) {1}\n(C) {2}\n(D) {3}\nAnswer with the letter of the correct choice."
 VERSION_2 = "longbench_v2"
 _ONE_LINE = ("trec", "triviaqa", "samsum", "lsht")  # examples follow one another there: a model goes on with more
@@ -152,7 +153,7 @@ def score_answer(prediction: str, prompt: FreeTextPrompt) -> float:
 
 def _template(file: str | Path | None) -> tuple[str, str]:
     expected = "expected a text in UTF-8 with {context} and, behind it, what follows the compression"
-    text = TEMPLATE if file is None else read_text(file, expected)
+    text = TEMPLATE if file is None else read_text(file, expected, LARGEST_TEMPLATE)
     before, found, after = text.partition("{context}")
     if not found or not after:
         raise UserError(f"template {file} holds no {{context}}, or nothing behind it; {expected}")
