@@ -84,7 +84,8 @@ class EvictingCache(Cache):
         sinks, recent: first and last tokens that always stay; None means the policy's own.
         evicted: what becomes of evicted pairs: ``drop``; ``merge`` (keys and values join the most similar survivor)
             or ``merge:values``; ``bits:2``, ``bits:4`` or ``bits:8``: they stay visible in so many bits per number
-            (``bits:2:balanced``: with a channel balancer), beside the budget, which counts full-precision slots.
+            (``bits:2:balanced``: with a channel balancer), beside the budget, which counts full-precision slots. That
+            grows with the text; ``bits:4:most=512`` keeps at most so many for each KV head, of the latest tokens.
         guard: what is measured at every forward, and what follows when it is too much. What it measured is in
             ``cache.monitor``, a :class:`~kv_gym.live.guard.GuardMonitor`.
         offload: keep a copy of every evicted pair in the host's memory, for :meth:`restore`.

@@ -21,6 +21,7 @@ TIERS = {
     "bits:2": ("bits", {"bits": 2}),
     "bits:8": ("bits", {"bits": 8}),
     "bits:4:balanced": ("bits", {"bits": 4, "balanced": True}),
+    "bits:8:most=3": ("bits", {"bits": 8, "most": 3}),
     "merge": ("merge", {}),
     "merge:values": ("merge:values", {}),
 }
@@ -215,8 +216,9 @@ def test_bytes(evicted, allocation):
         expected = places * 10 * (2 * d * 8 + 8)
         if isinstance(tier, LowPrecision):
             group = min(tier.group, d)
-            expected += places * 40 * (2 * d * tier.bits // 8 + 2 * (d // group) * 2 * 2)
-            assert tier.nbytes(d) == 2 * d * tier.bits // 8 + 2 * (d // group) * 2 * 2
+            pair = 2 * d * tier.bits // 8 + 2 * (d // group) * 2 * 2 + 4 * (tier.most is not None)
+            expected += places * (tier.most or 40) * pair
+            assert tier.nbytes(d) == pair
             if tier.balanced:
                 expected += 3 * 2 * (4 + 2) * d * 8
         if isinstance(tier, Merge):
@@ -396,6 +398,11 @@ def test_refusals():
     model = tiny()
     with pytest.raises(UserError, match="evicted='bits:3' is unknown; expected one of drop, merge"):
         EvictingCache(model, evicted="bits:3")
+    for wrong in ("merge:most=3", "bits:4:most=", "bits:4:most=-1"):
+        with pytest.raises(UserError, match="is unknown; expected one of drop, merge"):
+            parse_tier(wrong)
+    with pytest.raises(UserError, match="cannot keep 0 evicted pairs"):
+        parse_tier("bits:4:most=0")
     with pytest.raises(UserError, match="in 3 bits; expected 2, 4 or 8"):
         LowPrecision(3)
     with pytest.raises(UserError, match="number from 1"):

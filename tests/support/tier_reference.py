@@ -37,7 +37,7 @@ class TieredReference(MaskedReference):
     """Tells evicted pairs from survivors by the positions that the cache kept, and treats them by `tier`.
 
     Args:
-        tier: ``bits`` with `bits`, `group` and `balanced`; ``merge`` with `decay`; or ``merge:values``.
+        tier: ``bits`` with `bits`, `group`, `balanced` and `most`; ``merge`` with `decay`; or ``merge:values``.
 
     Attributes:
         shown: (layer, row, head) -> positions in full precision.
@@ -45,9 +45,10 @@ class TieredReference(MaskedReference):
         thresholds: (layer, row, head) -> D2O's threshold.
     """
 
-    def __init__(self, model, tier, bits=4, group=8, balanced=False, decay=0.5):
+    def __init__(self, model, tier, bits=4, group=8, balanced=False, decay=0.5, most=None):
         super().__init__(model)
         self.tier, self.bits, self.group, self.balanced, self.decay = tier, bits, group, balanced, decay
+        self.most = most
         self.shown, self.changed, self.thresholds, self.balance = {}, {}, {}, {}
 
     def _attention(self, module, query, key, value, mask, scaling=None, **rest):
@@ -77,6 +78,16 @@ class TieredReference(MaskedReference):
                     self._merge(place, gone, stays, keys, values)
         if self.tier != "bits":
             self.hide(layer, kept)
+        elif self.most is not None:
+            rows, heads = kept.shape[:2]
+            visible = [self._visible(layer, row, head) for row in range(rows) for head in range(heads)]
+            self.hide(layer, torch.stack(visible).unflatten(0, (rows, heads)))
+
+    def _visible(self, layer, row, head):
+        """Positions in full precision and the latest of the others, `[tokens seen]`, -1 fills up."""
+        place = layer, row, head
+        visible = [*self.shown[place][0], *sorted(self.changed.get(place, ()))[-self.most :]]
+        return torch.tensor(visible + [-1] * (self.shown[place][1] - len(visible)))
 
     def _round(self, place, gone, keys, values):
         d = len(keys[0])

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from dataclasses import replace
+
 from kv_gym.errors import UserError
 from kv_gym.live.tiers.base import Drop, EvictedPairs, LayerTier, PackedPairs, Tier
 from kv_gym.live.tiers.low_precision import LowPrecision
@@ -25,13 +28,19 @@ TIERS = tuple(_BY_NAME)
 
 def parse_tier(evicted: str | Tier) -> Tier:
     """A tier by name: ``drop``, ``merge``, ``merge:values``, ``bits:2``, ``bits:4``, ``bits:8``, or one of these with
-    ``:balanced``; an object is returned as it is.
+    ``:balanced``, and with ``:most=N`` at most N evicted pairs for each KV head; an object is returned as it is.
 
     Raises:
         UserError: an unknown name.
     """
     if isinstance(evicted, Tier):
         return evicted
-    if evicted not in _BY_NAME:
-        raise UserError(f"evicted={evicted!r} is unknown; expected one of {', '.join(_BY_NAME)}")
-    return _BY_NAME[evicted]
+    name, bounded, most = str(evicted).partition(":most=")
+    tier = _BY_NAME.get(name)
+    if bounded and isinstance(tier, LowPrecision) and re.fullmatch("[0-9]{1,9}", most):
+        return replace(tier, most=int(most))
+    if bounded or tier is None:
+        raise UserError(
+            f"evicted={evicted!r} is unknown; expected one of {', '.join(_BY_NAME)}, those in bits also with :most=N"
+        )
+    return tier

@@ -65,12 +65,13 @@ class EvictedPairs:
         indices = self.indices()
         return [take(tensor, indices) for tensor in tensors]
 
-    def append_to(self, stored: Slots | None, new: dict[str, Tensor]) -> Slots:
+    def append_to(self, stored: Slots | None, new: dict[str, Tensor], limit: int | None = None) -> Slots:
         """Store what a tier made of the evicted pairs, `[batch, kv_heads, most, ...]` each.
 
         Args:
             stored: what was stored before, or None.
             new: one tensor for each buffer.
+            limit: no head holds more than so many afterwards; None: not known.
 
         Returns:
             The slots to use from here on.
@@ -80,7 +81,7 @@ class EvictedPairs:
         real = None
         if not self.equal:
             real = torch.arange(self.most, device=self.kept.device) < self.evicted.sum(2)[..., None]
-        slots = slots.append(new, slack, real, self.most_evicted, self.seen)
+        slots = slots.append(new, slack, real, self.most_evicted, min(self.seen, limit or self.seen))
         return slots.clone() if self.trim else slots
 
 

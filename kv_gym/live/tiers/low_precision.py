@@ -2,7 +2,8 @@
 
 Source: MiKV, "No Token Left Behind" (arXiv 2402.18096): what is evicted is kept at low precision, one way. Differs
 from the paper in: any policy evicts; survivors keep the model's own precision; the group size is a setting (the paper
-takes half a head). The balancer of a head is fixed when it first evicts, from all queries and cached keys until then.
+takes half a head), and there may be a bound on how many are kept. The balancer of a head is fixed when it first
+evicts, from all queries and cached keys until then.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.errors import UserError
-from kv_gym.live.slots import Slots
+from kv_gym.live.slots import EqualSlots, Slots
 from kv_gym.live.tiers.base import EvictedPairs, LayerTier, PackedPairs, Tier
 from kv_gym.live.tiers.quantiser import dequantise, quantise
 from kv_gym.policies.base import Paper
@@ -31,14 +32,17 @@ class LowPrecision(Tier):
     :mod:`kv_gym.live.ragged_kernel`). Other forwards bring the whole tier back to the model's precision, one layer at
     a time: that saves memory and not time (on a CPU a step takes longer than with the full cache).
 
+    The tier grows with the text unless `most` bounds it: see :meth:`nbytes` for what a pair takes.
+
     Attributes:
         bits: per number, 2, 4 or 8.
         group: channels that share a scale and a zero; at most the head's size, which it must divide.
         balanced: MiKV's channel balancer: keys are multiplied by √(max|q| / max|k|) of their channel before they are
             rounded and divided after, so that channels which queries weigh most are rounded least.
+        most: how many evicted pairs a KV head keeps, those of the latest tokens; None: all of them.
 
     Raises:
-        UserError: other bits, or a group below 1.
+        UserError: other bits, or a group or `most` below 1.
     """
 
     paper = Paper(
@@ -48,17 +52,23 @@ class LowPrecision(Tier):
     bits: int = 4
     group: int = GROUP
     balanced: bool = False
+    most: int | None = None
 
     def __post_init__(self) -> None:
         if self.bits not in BITS:
             raise UserError(f"evicted pairs cannot be kept in {self.bits} bits; expected 2, 4 or 8")
         if self.group < 1:
             raise UserError(f"a group of {self.group} channels cannot share a scale; expected a number from 1")
+        if self.most is not None and self.most < 1:
+            raise UserError(
+                f"a head cannot keep {self.most} evicted pairs; expected a number from 1, or evicted='drop'"
+            )
 
     @property
     def name(self) -> str:
-        """Such as ``bits:2`` or ``bits:4:balanced``."""
-        return f"bits:{self.bits}" + (":balanced" if self.balanced else "")
+        """Such as ``bits:2``, ``bits:4:balanced`` or ``bits:4:most=512``."""
+        bound = "" if self.most is None else f":most={self.most}"
+        return f"bits:{self.bits}" + (":balanced" if self.balanced else "") + bound
 
     @property
     def sees_queries(self) -> bool:  # type: ignore[override]
@@ -85,14 +95,15 @@ class LowPrecision(Tier):
 
     def nbytes(self, d: int) -> int:
         """Bytes that one evicted pair takes, key and value of `d` channels each."""
-        return 2 * (d * self.bits // 8 + d // min(self.group, d) * 2 * 2)
+        position = 0 if self.most is None else 4
+        return 2 * (d * self.bits // 8 + d // min(self.group, d) * 2 * 2) + position
 
 
 class QuantisedLayer(LayerTier):
     """The evicted pairs of one layer: packed codes and float16 grids of keys and values, or of one of them.
 
     Attributes:
-        settings: bits and groups.
+        settings: bits, groups and the bound.
         names: ``keys``, ``values`` or both.
         largest_query: `[batch, query_heads, d]`, largest size of each query channel so far; only with a balancer.
         balance: `[batch, kv_heads, d]`, what keys are multiplied by; 0 where a head has evicted nothing yet.
@@ -124,7 +135,24 @@ class QuantisedLayer(LayerTier):
             if name == "keys" and balance is not None:
                 numbers = numbers * balance[:, :, None]
             new[f"{name}_codes"], new[f"{name}_grid"] = quantise(numbers, self.settings.bits, group)
-        self.stored = pairs.append_to(self.stored, new)
+        most = self.settings.most
+        if most is None:
+            self.stored = pairs.append_to(self.stored, new)
+            return
+        (positions,) = pairs.select(pairs.positions)
+        new["positions"] = positions.int()
+        self.stored = pairs.append_to(self.stored, new, most + pairs.most)
+        if self.stored.longest > most:
+            self.stored = self._latest(self.stored, most, pairs)
+
+    def _latest(self, stored: Slots, most: int, pairs: EvictedPairs) -> Slots:
+        """Keep the `most` latest tokens of every head."""
+        if isinstance(stored, EqualSlots):
+            stored.keep_top(stored.data("positions"), most, pairs.slack, pairs.trim)
+            return stored
+        padded, real = stored.padded(["positions"])
+        positions = padded["positions"]
+        return stored.keep(real & (positions >= positions.topk(most).values[..., -1:]), pairs.slack, pairs.trim)
 
     def _fixed_balance(self, pairs: EvictedPairs) -> Tensor:
         """The balance, fixed now for the heads that evict for the first time."""
