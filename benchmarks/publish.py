@@ -4,7 +4,7 @@
     python benchmarks/publish.py --run runs/held_out  # before that takes over the zoo that zoo.py trained there
     python benchmarks/publish.py --check              # says which pages are stale, and exits with 1
 
-The pages: what stands between the markers of README.md, docs/real-model.md and docs/results.md; agents/README.md and
+The pages: what stands between the markers of README.md and of real-model.md, results.md and live-cache.md in docs; agents/README.md and
 the cards of its policies, BENCHMARK.md and benchmarks/RESULTS.md. They are made of ``benchmarks/results/`` and
 agents/trained/ alone.
 """
@@ -16,6 +16,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import gpu_page
 import real_model_page
 from findings import findings
 
@@ -67,6 +68,8 @@ def pages(root: Path) -> dict[Path, str]:
         made[root / "docs" / "real-model.md"] = between_markers(
             root / "docs" / "real-model.md", real_model_page.page(real, root / RESULTS)
         )
+    if gpu := gpu_page.page(root / RESULTS):
+        made[root / "docs" / "live-cache.md"] = between_markers(root / "docs" / "live-cache.md", gpu)
     if found := findings(root / RESULTS):
         made[root / "benchmarks" / "RESULTS.md"] = found
     for folder in sorted((root / "agents" / "trained").iterdir()):

@@ -8,8 +8,9 @@
 | ``per_head`` | everything | any device; one product per head, so best on a CPU |
 
 On a GPU the first one that serves the call is used, on a CPU the last one; :func:`ragged_backend` chooses another.
-No GPU has run the first two yet (November 2026): tests run the kernel in Triton's interpreter and ``varlen`` against a
-slow stand-in.
+On a GPU, decoding steps of equal heads go through the kernel too: torch's own attention makes a new plan for every
+length. The kernel ran on an H200 (``benchmarks/gpu/run.py``); tests run it in Triton's interpreter, and ``varlen``, which
+no GPU has run yet (November 2026), against a slow stand-in.
 """
 
 from __future__ import annotations

