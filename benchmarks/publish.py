@@ -4,8 +4,8 @@
     python benchmarks/publish.py --run runs/held_out  # before that takes over the zoo that zoo.py trained there
     python benchmarks/publish.py --check              # says which pages are stale, and exits with 1
 
-The pages: what stands between the markers of README.md and of real-model.md, results.md and live-cache.md in docs; agents/README.md and
-the cards of its policies, BENCHMARK.md and benchmarks/RESULTS.md. They are made of ``benchmarks/results/`` and
+The pages: what stands between the markers of README.md and of real-model.md, results.md and live-cache.md in docs;
+agents/README.md and the cards of its policies, BENCHMARK.md and benchmarks/RESULTS.md. They are made of ``benchmarks/results/`` and
 agents/trained/ alone.
 """
 

@@ -7,7 +7,8 @@ by the model where a step is timed: random keys and values of the kept size are 
 time depends on nothing else. Bounds are bytes moved, divided by the bandwidth that a large copy reaches in the same
 run.
 
-An H200 ran this on 27 November 2026: ``benchmarks/results/gpu/h200.json``. ``TRITON_INTERPRET=1 python benchmarks/gpu/run.py --device cpu --tiny``
+An H200 ran this on 27 November 2026: ``benchmarks/results/gpu/h200.json``. On a CPU,
+``TRITON_INTERPRET=1 python benchmarks/gpu/run.py --device cpu --tiny``
 rehearses every part with tiny shapes; its numbers mean nothing.
 
 Run: ``python benchmarks/gpu/run.py --minutes 8 --out runs/gpu``

@@ -9,8 +9,8 @@
 
 On a GPU the first one that serves the call is used, on a CPU the last one; :func:`ragged_backend` chooses another.
 On a GPU, decoding steps of equal heads go through the kernel too: torch's own attention makes a new plan for every
-length. The kernel ran on an H200 (``benchmarks/gpu/run.py``); tests run it in Triton's interpreter, and ``varlen``, which
-no GPU has run yet (November 2026), against a slow stand-in.
+length. The kernel ran on an H200 (``benchmarks/gpu/run.py``); tests run it in Triton's interpreter, and ``varlen``,
+which no GPU has run yet (November 2026), against a slow stand-in.
 """
 
 from __future__ import annotations
