@@ -5,15 +5,16 @@
     python benchmarks/publish.py --check              # says which pages are stale, and exits with 1
 
 The pages: what stands between the markers of README.md and of real-model.md, results.md and live-cache.md in docs;
-agents/README.md and the cards of its policies, BENCHMARK.md and benchmarks/RESULTS.md. They are made of ``benchmarks/results/`` and
-agents/trained/ alone.
+agents/README.md and the cards of its policies, BENCHMARK.md and benchmarks/RESULTS.md. They are made of
+``benchmarks/results/`` and agents/trained/ alone.
 """
 
 from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from pathlib import Path
 
 import gpu_page
@@ -40,40 +41,42 @@ def main() -> None:
     parser.add_argument("--check", action="store_true", help="write nothing")
     arguments = parser.parse_args()
     if arguments.check:
-        stale = [str(file.relative_to(ROOT)) for file, text in pages(ROOT).items() if not is_fresh(file, text)]
+        stale = [str(file.relative_to(ROOT)) for file, make in pages(ROOT).items() if not is_fresh(file, make())]
         sys.exit(f"stale: {', '.join(stale)}; run python benchmarks/publish.py" if stale else 0)
     if arguments.run is not None:
         for settings in sorted((ROOT / "agents").glob("*.yml")):
             if (arguments.run / f"{settings.stem}-0" / "policy.json").is_file():
                 policy = Scorer.from_pretrained(arguments.run / f"{settings.stem}-0")
                 policy.save_pretrained(ROOT / "agents" / "trained" / settings.stem)
-    for file, text in pages(ROOT).items():
-        file.write_text(text, encoding="utf-8")
+    for file, make in pages(ROOT).items():
+        file.write_text(make(), encoding="utf-8")
     headline = read_rows(ROOT / RESULTS / "headline")
     picture([row for row in headline if row["task"] == TASK], ROOT / RESULTS / "headline.png", ["accuracy"])
     real_model_page.draw(ROOT / RESULTS)
 
 
-def pages(root: Path) -> dict[Path, str]:
-    """Every generated page of a checkout, and what it should say."""
-    headline, board = read_rows(root / RESULTS / "headline"), read_rows(root / RESULTS / "leaderboard")
-    made = {
-        root / "README.md": between_markers(root / "README.md", first_screen(headline)),
-        root / "docs" / "results.md": between_markers(root / "docs" / "results.md", headline_table(headline)),
-        root / "agents" / "README.md": zoo(board, root / "agents" / "trained"),
-        root / "BENCHMARK.md": page(board),
-    }
-    if real := real_model_page.rows_of(root / RESULTS):
-        made[root / "README.md"] = between_markers(root / "README.md", real_model_page.first_screen(real))
-        made[root / "docs" / "real-model.md"] = between_markers(
-            root / "docs" / "real-model.md", real_model_page.page(real, root / RESULTS)
-        )
-    if gpu := gpu_page.page(root / RESULTS):
-        made[root / "docs" / "live-cache.md"] = between_markers(root / "docs" / "live-cache.md", gpu)
-    if found := findings(root / RESULTS):
-        made[root / "benchmarks" / "RESULTS.md"] = found
-    for folder in sorted((root / "agents" / "trained").iterdir()):
-        made[folder / "README.md"] = Scorer.from_pretrained(folder).card()
+def pages(root: Path) -> dict[Path, Callable[[], str]]:
+    """Every generated page of a checkout, and what makes it."""
+    results, trained, docs = root / RESULTS, root / "agents" / "trained", root / "docs"
+    rows = cache(lambda folder: read_rows(results / folder))
+    real = cache(lambda: real_model_page.rows_of(results))
+
+    def between(file: Path, text: Callable[[], str]) -> tuple[Path, Callable[[], str]]:
+        return file, lambda: between_markers(file, text())
+
+    made = dict(
+        [
+            between(root / "README.md", lambda: real_model_page.first_screen(real())),
+            between(docs / "results.md", lambda: headline_table(rows("headline"))),
+            between(docs / "real-model.md", lambda: real_model_page.page(real(), results)),
+            between(docs / "live-cache.md", lambda: gpu_page.page(results)),
+            (root / "agents" / "README.md", lambda: zoo(rows("leaderboard"), trained)),
+            (root / "BENCHMARK.md", lambda: page(rows("leaderboard"))),
+            (root / "benchmarks" / "RESULTS.md", lambda: findings(results)),
+        ]
+    )
+    for folder in sorted(trained.iterdir()):
+        made[folder / "README.md"] = lambda folder=folder: Scorer.from_pretrained(folder).card()
     return made
 
 
@@ -86,27 +89,6 @@ def between_markers(file: Path, text: str) -> str:
     """A page with `text` in place of what stands between its markers."""
     page = file.read_text(encoding="utf-8")
     return f"{page.split(START)[0]}{START}\n{text}{END}{page.split(END)[1]}"
-
-
-def first_screen(rows: Sequence[Mapping]) -> str:
-    """The README's picture, and the smallest sufficient budget of the policies that matter."""
-    full = next((row for row in rows if row["policy"] == FULL and row["task"] == TASK), None)
-    if full is None:
-        return ""
-    lines = [line for line in summarise(rows) if line["task"] == TASK]
-    validated = {line["policy"] for line in lines if line["chosen_on_validation"]}
-    lines = [line for line in lines if line["chosen_on_validation"] or line["policy"] not in validated]
-    smallest = {key[1]: budget for key, budget in smallest_budgets(lines).items() if budget is not None}
-    learned = {line["policy"] for line in lines if line["learned"]}
-    best = min((name for name in smallest if name not in learned), key=lambda name: smallest[name])
-    titles = {"end_to_end": "learned through the model", best: "best heuristic", "rloo": "KVP"}
-    shown = ", ".join(f"`{name}` {format_budget(smallest[name])} ({title})" for name, title in titles.items())
-    return (
-        f"![accuracy over budget](benchmarks/results/headline.png)\n\n"
-        f"Accuracy of the bundled model on {full['questions']:,} held-out questions against the share of the KV cache "
-        f"that is kept. Smallest share within one point of the full cache ({full['accuracy']:.1%}): {shown}. "
-        f"[All results](docs/results.md).\n"
-    )
 
 
 def headline_table(rows: Sequence[Mapping]) -> str:
