@@ -20,6 +20,8 @@ from kv_gym.errors import UserError
 from kv_gym.models.attention import AttentionCall, attach, detach, full_layers, observe_next_attention
 from kv_gym.traces.sequence import Sequence
 
+WORTHWHILE = 0.8  # of the slots: a layer that reads more of them reads all, which spares the selection
+
 
 @dataclass(frozen=True)
 class RecordedContexts:
@@ -157,15 +159,34 @@ def _by_context(tensor: Tensor, contexts: int) -> Tensor:
 class MaskedContextCache(Cache):
     """Contexts whose slots have gates; every forward of it runs one batch of continuations."""
 
-    def __init__(self, contexts: RecordedContexts, gates: Tensor):
-        """`gates` is `[C, L, H, n]`, 0 where a slot is evicted, padding included."""
-        keys, values, longest = contexts.keys, contexts.values, contexts.keys.shape[3]
+    def __init__(self, contexts: RecordedContexts, gates: Tensor, read: Tensor | None = None):
+        """`gates` is `[C, L, H, n]`, 0 where a slot is evicted, padding included; `read` says which slots are read.
+
+        A slot that is not read has to have a gate of 0, and gets no gradient.
+        """
+        longest, layers = contexts.keys.shape[3], gates.shape[1]
+        counts = [longest] * layers if read is None else read.sum(-1).amax((0, 2)).tolist()
         super().__init__(
             layers=[
-                MaskedContextLayer(keys[:, layer], values[:, layer], gates[:, layer], longest)
-                for layer in range(gates.shape[1])
+                MaskedContextLayer(
+                    *_slots_read(contexts, gates, layer, read if count < WORTHWHILE * longest else None, count), longest
+                )
+                for layer, count in enumerate(counts)
             ]
         )
+
+
+def _slots_read(
+    contexts: RecordedContexts, gates: Tensor, layer: int, read: Tensor | None, count: int
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Keys, values and gates of a layer, of the first `count` slots that every head reads (None: of all)."""
+    keys, values, layer_gates = contexts.keys[:, layer], contexts.values[:, layer], gates[:, layer]
+    if read is None:
+        return keys, values, layer_gates
+    # heads that read fewer slots than another are given some whose gates are 0
+    slots = read[:, layer].int().argsort(dim=-1, descending=True, stable=True)[..., : max(1, count)]
+    wide = slots[..., None].expand(-1, -1, -1, keys.shape[-1])
+    return keys.gather(2, wide), values.gather(2, wide), layer_gates.gather(2, slots)
 
 
 @contextmanager
@@ -197,7 +218,9 @@ def frozen_model(model) -> Iterator[None]:
         detach(model)
 
 
-def continuation_logits(model, contexts: RecordedContexts, gates: Tensor, tokens: Tensor) -> Tensor:
+def continuation_logits(
+    model, contexts: RecordedContexts, gates: Tensor, tokens: Tensor, read: Tensor | None = None
+) -> Tensor:
     """Logits `[C, Q, m, vocabulary]` of Q continuations of each context, under :func:`frozen_model`.
 
     Args:
@@ -205,13 +228,14 @@ def continuation_logits(model, contexts: RecordedContexts, gates: Tensor, tokens
         contexts: C recorded contexts.
         gates: `[C, L, H, n]`.
         tokens: `[C, Q, m]` int64 continuations, padded at the end.
+        read: `[C, L, H, n]` bool, slots that are read; all others have gates of 0. None: all of them.
     """
     count, per_context, m = tokens.shape
     starts = to_device(contexts.lengths, tokens.device).repeat_interleave(per_context)[:, None]
     out = model(
         input_ids=tokens.flatten(0, 1),
         position_ids=starts + torch.arange(m, device=tokens.device),
-        past_key_values=MaskedContextCache(contexts, gates),
+        past_key_values=MaskedContextCache(contexts, gates, read),
         use_cache=True,
     )
     return out.logits.unflatten(0, (count, per_context))

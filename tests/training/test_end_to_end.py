@@ -111,7 +111,7 @@ def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for
     """Against one pass of the model for every context and total, with the cut and its divergence written out here."""
     model, traces = recorded
     sequences = traces.load()[:3]
-    settings = EndToEndSettings(hidden=8, smallest=0.1, largest=0.4)
+    settings = EndToEndSettings(hidden=8, smallest=0.1, largest=0.4, top=None)
     torch.manual_seed(0)
     network = GroupedScorer(sequences[0].keys.shape[0] * sequences[0].keys.shape[1], sequences[0].keys.shape[3], 8)
     learner = EndToEnd(settings, 0, network, model=model)
@@ -135,9 +135,9 @@ def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for
             divergences.append(far / tokens_there)
     calls = []
 
-    def counted(model, contexts, gates, tokens):
+    def counted(model, contexts, gates, *given):
         calls.append(bool((gates == 1).all()))
-        return continuation_logits(model, contexts, gates, tokens)
+        return continuation_logits(model, contexts, gates, *given)
 
     monkeypatch.setattr(end_to_end, "continuation_logits", counted)
     assert learner.reward(None, sequences) == pytest.approx(-sum(divergences) / len(divergences), rel=1e-4)
@@ -149,6 +149,70 @@ def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for
     learner.prepare(sequences)
     assert learner.reward(None, sequences) == pytest.approx(-sum(divergences) / len(divergences), rel=1e-4)
     assert calls.count(True) == 12  # and asked for again where it would not fit
+
+
+def learner_of(recorded, **settings):
+    """A learner on two contexts with scores that are far apart, and the two."""
+    model, traces = recorded
+    sequences = traces.load()[:2]
+    torch.manual_seed(0)
+    network = GroupedScorer(sequences[0].keys.shape[0] * sequences[0].keys.shape[1], sequences[0].keys.shape[3], 8)
+    learner = EndToEnd(EndToEndSettings(hidden=8, **settings), 0, network, model=model)
+    learner.prepare(sequences)
+    with torch.no_grad():
+        network.weights[-1] *= 400
+    return learner, sequences
+
+
+@pytest.mark.parametrize("top", [4, 16, VOCABULARY])
+def test_the_highest_log_probabilities_lose_no_more_than_the_divergence_within_the_others(recorded, top):
+    cuts = [0.2, 0.3], [[0, 2], [1, 0]]
+    whole, sequences = learner_of(recorded, top=None)
+    part, _ = learner_of(recorded, top=top)
+    seen = []
+    for learner in (whole, part):
+        original = end_to_end.continuation_logits
+
+        def watched(*given, original=original):
+            logits = original(*given)
+            if logits.requires_grad:
+                logits.retain_grad()
+                seen.append(logits)
+            return logits
+
+        with frozen_model(learner.model), pytest.MonkeyPatch.context() as patch:
+            patch.setattr(end_to_end, "continuation_logits", watched)
+            divergence = learner.divergence(sequences, *cuts)
+            divergence.sum().backward()
+            seen.append(divergence.detach())
+    logits, exact, top_logits, found = seen
+    log_probs, ids = (torch.stack(each) for each in zip(*map(whole._full, sequences, cuts[1]), strict=True))
+    full = torch.zeros_like(log_probs).scatter_(-1, ids, log_probs)
+    cut = logits.detach().log_softmax(-1)
+    others = torch.ones_like(full).scatter_(-1, ids[..., :top], 0.0)
+    rest, cut_rest = ((each.exp() * others).sum(-1) for each in (full, cut))
+    _, mask = padded_continuations(sequences, cuts[1])
+    within = (full.exp() * others * (full - cut)).sum(-1) - rest * (rest.log() - cut_rest.log()).nan_to_num()
+    dropped = (within * mask).sum((1, 2)) / mask.sum((1, 2))
+    assert found == pytest.approx(exact - dropped, abs=1e-5) and (found <= exact + 1e-6).all()
+    moved = (logits.grad - top_logits.grad).abs().sum(-1)
+    assert (moved <= mask / mask.sum((1, 2), keepdim=True) * 2 * rest + 1e-6).all()
+
+
+def test_slots_far_below_the_threshold_change_nothing(recorded):
+    found = []
+    for near in (None, 12.0):
+        learner, sequences = learner_of(recorded, near=near)
+        read = learner._cut(sequences[0], 0.2, len(sequences[0].tokens))[1].float().mean()
+        assert read == 1 if near is None else read < 0.75
+        with frozen_model(learner.model):
+            divergence = learner.divergence(sequences, [0.2, 0.3], [[0, 2], [1, 0]])
+            divergence.sum().backward()
+        gradient = torch.cat([each.grad.flatten() for each in learner.network.parameters()])
+        found.append((divergence.detach(), gradient))
+    (exact, gradient), (divergence, other) = found
+    assert divergence == pytest.approx(exact, rel=1e-5)
+    assert (gradient - other).norm() < 1e-3 * gradient.norm()
 
 
 def test_refusals(recorded, tmp_path):
