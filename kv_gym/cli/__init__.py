@@ -59,7 +59,7 @@ def main() -> None:
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == 130:
-            resumable = _RESUMABLE.intersection(sys.argv[1:2])
+            resumable = _RESUMABLE.intersection(sys.argv[1:4])  # options of kv-gym itself stand in front
             advice = "run the same command again to go on" if resumable else "the same command begins anew"
             typer.echo(f"kv-gym: interrupted; {advice}", err=True)
         raise

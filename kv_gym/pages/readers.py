@@ -14,7 +14,7 @@ from typing import IO
 
 import numpy as np
 
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, short_reason
 from kv_gym.files import parse_json
 from kv_gym.pages.requests import RequestTrace
 
@@ -52,7 +52,7 @@ def read_requests(path: str | Path, format: str = "auto") -> RequestTrace:
         kind = _detect(path) if format == "auto" else format
         return FORMATS[kind](path)
     except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise UserError(f"{path} cannot be read: {error}") from None
+        raise UserError(f"{path} cannot be read: {short_reason(error)}") from None
 
 
 def _open(path: Path) -> IO[bytes]:

@@ -24,7 +24,7 @@ from typing import Any, get_type_hints
 
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, short_reason
 from kv_gym.policies.base import Policy, load_settings
 from kv_gym.policies.hub import is_hub_id
 
@@ -174,7 +174,7 @@ def _from_class_path(path: str) -> type[Policy]:
     try:
         kind = getattr(import_module(module), attribute)
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise UserError(f"cannot import policy {path}: {error}; expected package.module:Class") from None
+        raise UserError(f"cannot import policy {path}: {short_reason(error)}; expected package.module:Class") from None
     return _checked(kind, path)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from typing import Any
 
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, short_reason
 from kv_gym.pages.policies.base import PagePolicy
 
 _NOT_POLICIES = ("base", "exported", "learned", "registry")
@@ -65,7 +65,7 @@ def _from_class_path(module: str, attribute: str) -> type[PagePolicy]:
     try:
         kind = getattr(import_module(module), attribute)
     except Exception as error:  # whatever the user's module raises while it is imported
-        raise UserError(f"cannot import page policy {module}:{attribute}: {error}") from None
+        raise UserError(f"cannot import page policy {module}:{attribute}: {short_reason(error)}") from None
     if not (isinstance(kind, type) and issubclass(kind, PagePolicy)):
         raise UserError(f"{module}:{attribute} is no subclass of kv_gym.pages.PagePolicy")
     return kind
