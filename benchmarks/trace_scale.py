@@ -75,7 +75,7 @@ def main() -> None:
                     write_json(arguments.json, result(sizes, training=training, **on_paper()))
     if arguments.part != "sizes":
         training = compare_training(arguments.out, arguments.seeds, arguments.steps)
-        write_json(arguments.json, result(sizes, training=training, **on_paper()))
+    write_json(arguments.json, result(sizes, training=training, **on_paper()))
     print(size_table(sizes), training_table(training), json.dumps(on_paper(), indent=2), sep="\n\n")
 
 

@@ -49,6 +49,11 @@ class BoundedCache(Generic[Value]):
             self.bytes -= self._size(self._values.popitem(last=False)[1])
         return value
 
+    def clear(self) -> None:
+        """Drop all values."""
+        self._values.clear()
+        self.bytes = 0
+
     def held(self) -> list[Value]:
         """All values that are held."""
         return list(self._values.values())

@@ -163,6 +163,10 @@ class TrainingContexts:
             taken += contexts[-1].nbytes
         return contexts
 
+    def forget(self) -> None:
+        """Read every context again when it is drawn."""
+        self._cache.clear()
+
     def standardise(self, network: GroupedScorer) -> None:
         """Standardise all contexts, once each, as `network` would at every step."""
         self._network = network
@@ -387,6 +391,13 @@ class ContextLearner(Learner):
         )
         self.fit_standardisation(context.network_inputs() for context in self.contexts.first())
         self.contexts.standardise(self.network)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from an earlier state; its mean and scale may be of more or fewer contexts than fit here."""
+        before = self.network.mean.clone()
+        super().load_state_dict(state)
+        if not torch.equal(before, self.network.mean):
+            self.contexts.forget()
 
     def sample_batch(self) -> tuple[Tensor, Tensor]:
         """Inputs `[heads, contexts * n, f]` and utility `[contexts, heads, n]` of random slots, on the device."""
