@@ -43,10 +43,12 @@ def _record(
     call: Call,
     prompts: Annotated[
         Path | None,
-        typer.Option(help="JSON lines, or a data set's file, with context and continuations."),
+        typer.Option(readable=False, help="JSON lines, or a data set's file, with context and continuations."),
     ] = None,
     chat: Chat = False,
-    text: Annotated[Path | None, typer.Option(help="A text file, cut into contexts and continuations.")] = None,
+    text: Annotated[
+        Path | None, typer.Option(readable=False, help="A text file, cut into contexts and continuations.")
+    ] = None,
     tasks: Annotated[
         str | None,
         typer.Option(
@@ -96,7 +98,8 @@ def _record(
 def _train(
     call: Call,
     traces: Annotated[
-        Path | None, typer.Option(help="Trace set, of which the split `train` is used.", show_default=False)
+        Path | None,
+        typer.Option(readable=False, help="Trace set, of which the split `train` is used.", show_default=False),
     ] = None,
     stream: Annotated[
         Path | None,
