@@ -1,0 +1,34 @@
+"""The page of claims says what the committed results say, and its verdicts follow from intervals."""
+
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+sys.path.append(str(ROOT / "benchmarks"))
+
+import seeds  # noqa: E402
+
+
+def test_the_page_is_current():
+    page = seeds.page(ROOT / seeds.RESULTS)
+    assert (ROOT / seeds.PAGE).read_text() == page, "run `python benchmarks/seeds.py --page`"
+    assert page.count("| yes |") + page.count("| no |") + page.count("| open |") == len(seeds.claims()) + 4
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "margin", "verdict"),
+    [
+        (0.01, 0.2, 0.0, "yes"), (-0.2, -0.01, 0.0, "no"), (-0.1, 0.1, 0.0, "open"),
+        (-0.01, 0.01, -0.02, "yes"), (-0.2, -0.03, -0.02, "no"), (0.01, 0.2, 0.1, "open"),
+    ],
+)  # fmt: skip
+def test_verdicts(low, high, margin, verdict):
+    assert seeds._verdict(low, high, margin) == verdict
+
+
+def test_keydiff_on_small_sets():
+    found = seeds.keydiff_on_small_sets(sets=20, keys=6, kept=3)
+    assert found["best"] <= found["keydiff"] < found["mean"] and 0 < found["optimal"] <= 1
+    assert seeds.keydiff_on_small_sets(sets=20, keys=4, kept=4)["optimal"] == 1
