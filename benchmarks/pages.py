@@ -68,10 +68,11 @@ BOUNDS = {"flush": (1, lambda k: k - 1, discard_bits), "mark0": (1, lambda k: 2 
 RULES = """Percent of accesses found, in the last 0.3 of the requests. Agents saw the first half, and chose their best
 round on the next fifth; they choose among 16 pages, four least recently used and twelve drawn at random, with LRU in
 their shadow. `lrb` learns while it runs, and chooses among 64 pages, 63 of them drawn. `best classic` is the best of
-the last table, chosen afterwards on the same requests; `of the way` says how much of the distance from it to the tail
-oracle the mean over seeds covers. Where the tail oracle is less than a point above LRU, K candidates from the tail
-cannot help. Mooncake's blocks are prefixes for ranking policies, and stand alone for queues. Capacities are pages,
-those of adapt_size bytes."""
+the last table, chosen afterwards on the same requests; `of the way` says how much of the distance from it to the
+oracle with 12 drawn the mean over seeds covers. Oracles are best over a whole trace, not in its last part. Where the
+tail oracle is less than a point above LRU, K candidates from the tail cannot help. Mooncake's blocks are prefixes for
+ranking policies, and stand alone for queues. Capacities are pages, those of adapt_size bytes. What is missing has not
+been measured yet."""
 
 Cell = dict[str, Any]
 
@@ -80,14 +81,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder of the traces")
     parser.add_argument("--out", type=Path, default=Path("runs/pages"))
-    parser.add_argument("--publish", type=Path, help="folder for tables and pictures")
+    parser.add_argument("--publish", type=Path, help="folder for tables and pictures; with `--parts=` of what is there")
     parser.add_argument("--traces", default=",".join(FILES), help="names of those to take")
     parser.add_argument("--agents", default=",".join(AGENTS), help="names of those to train")
     parser.add_argument("--parts", default="evidence,capacities,predictions,speed,decisions")
     parser.add_argument("--quick", action="store_true", help="the bundled sample alone")
     arguments = parser.parse_args()
     results = Results(arguments.out, Traces(arguments))
-    for part in arguments.parts.split(","):
+    for part in filter(None, arguments.parts.split(",")):
         for key, compute in PARTS[part](results.traces):
             results.add({"part": part, **key}, compute)
     if arguments.publish is not None:
@@ -357,6 +358,7 @@ def evidence_text(cells: list[Cell]) -> str:
     for cell in cells:
         if cell["part"] == "evidence":
             rates.setdefault((cell["trace"], cell["capacity"]), {}).setdefault(cell["policy"], []).append(cell)
+    rates = {case: found for case, found in rates.items() if set(CLASSIC) | set(ORACLES) <= set(found)}
     if not rates:
         return "Not measured yet."
     oracles = ["LRU", "best classic", "", "tail oracle, K = 16", "with 12 drawn", "Belady"]
@@ -394,14 +396,15 @@ def summary_row(trace: str, capacity: int, found: dict[str, list[Cell]]) -> list
 
 
 def learned_rows(trace: str, capacity: int, found: dict[str, list[Cell]]) -> Iterator[list[str]]:
-    (best, _), lru, tail = best_classic(found), mean_rate(found.get("lru")), mean_rate(found.get("tail_oracle"))
+    (best, _), lru, oracle = best_classic(found), *(mean_rate(found.get(name)) for name in ("lru", ORACLES[1]))
     for policy in AGENTS:
         if group := found.get(policy):
             mean, rates = mean_rate(group), [cell["hit_rate"] for cell in group]
             left = [1.0 if cell.get("fallback") else cell.get("shadow_share") or 0.0 for cell in group]
             yield [
                 trace, f"{capacity:,}", policy, str(len(group)), percent(mean),
-                f"{percent(min(rates))} to {percent(max(rates))}", f"{100 * (mean - lru):+.2f}", way(best, mean, tail),
+                f"{percent(min(rates))} to {percent(max(rates))}", f"{100 * (mean - lru):+.2f}",
+                way(best, mean, oracle),
                 percent(statistics.fmean(left)) if policy != "lrb" else "-",
             ]  # fmt: skip
 
