@@ -6,6 +6,7 @@ From the attention a slot receives to what the model loses without it; L layers,
 |---|---|
 | ``utility`` | attention received per query, the most of the KV head's query heads (as KVP) |
 | ``mean`` | the same, the mean of the query heads |
+| ``kvzip`` | the largest attention while the model repeats the context (KVzip's score, see ``record --stats``) |
 | ``value`` | ``utility`` times the norm of what the value adds to the layer's output (KVzap divides by another) |
 | ``output`` | how far the layer's output moves when this slot alone goes (CAOTE's error, arXiv 2504.14051, projected) |
 | ``layers`` | ``mean`` times the loss per unit of it in that layer, measured once |
@@ -13,7 +14,7 @@ From the attention a slot receives to what the model loses without it; L layers,
 | ``gradient`` | change of the continuation's loss, to first order, when this slot alone goes |
 | ``odds`` | change of the log-odds of what the model would say, to first order, root mean square |
 
-All but the first two need the model. Attention is recorded as the mean over a block of queries: ``output`` is the
+All but the first three need the model. Attention is recorded as the mean over a block of queries: ``output`` is the
 error of a block's mean output, which bounds the mean error of its queries from below. Values of the continuation's own
 tokens are not recorded, so attention to them counts as if it read the block's mean over the context.
 """
@@ -38,9 +39,9 @@ from kv_gym.training.masked_context import (
     padded_continuations,
 )
 
-Target = Literal["utility", "mean", "value", "output", "layers", "output_layers", "gradient", "odds"]
+Target = Literal["utility", "mean", "kvzip", "value", "output", "layers", "output_layers", "gradient", "odds"]
 TARGETS = get_args(Target)
-FROM_TRACES, FROM_MODEL = TARGETS[:2], TARGETS[2:]
+FROM_TRACES, FROM_MODEL = TARGETS[:3], TARGETS[3:]
 UtilityFunction = Callable[[Sequence], np.ndarray]
 """Utility of a context's slots, `[L, H, n]` float32, non-negative."""
 
@@ -62,6 +63,8 @@ def utility_function(name: str, model=None, sequences: Contexts | None = None) -
     """
     if name not in TARGETS:
         raise UserError(f"unknown target {name!r}; known: {', '.join(TARGETS)}")
+    if name == "kvzip":
+        return second_reading_utility
     if name in FROM_TRACES:
         return lambda sequence: sequence.utility("max" if name == "utility" else "mean")
     if model is None:
@@ -96,6 +99,22 @@ def limit_continuations(sequence: Sequence, count: int | None) -> Sequence:
             "or set continuations lower"
         )
     return sequence if count in (None, recorded) else replace(sequence, continuations=sequence.continuations[:count])
+
+
+def second_reading_utility(sequence: Sequence) -> np.ndarray:
+    """KVzip's score of every slot, `[L, H, n]`, as the recording found it with whatever settings.
+
+    A teacher: what it ranks high is found by reading the context twice, and a policy that learned it reads once.
+
+    Raises:
+        UserError: the context was recorded without it.
+    """
+    recorded = [state["paid"] for name, state in sequence.stats.items() if name.partition("(")[0] == "kvzip"]
+    if not recorded:
+        raise UserError(
+            f"target 'kvzip' learns from a second reading and context {sequence.id} has none: record with --stats kvzip"
+        )
+    return recorded[0].astype(np.float32)
 
 
 def output_roots(model) -> dict[int, Tensor]:

@@ -193,3 +193,13 @@ def test_refusals(model, sequence):
         utility_function("gradient", model)(short)
     with pytest.raises(UserError, match="there are none; expected at least one"):
         utility_function("layers", model, [])
+
+
+def test_a_second_readings_score_is_a_teacher(model, sequence):
+    draw = torch.randint(VOCABULARY, (24,), generator=torch.Generator().manual_seed(0)).tolist()
+    twice = record_sequence(model, Prompt("c", draw, [[1, 2, 3]]), stats=("kvzip:chunk=8",))
+    utility = utility_function("kvzip")(twice)
+    assert utility.shape == twice.keys.shape[:3] and utility.dtype == np.float32 and 0 < utility.max() <= 1
+    assert np.array_equal(utility, next(iter(twice.stats.values()))["paid"])
+    with pytest.raises(UserError, match="context c has none: record with --stats kvzip"):
+        utility_function("kvzip")(sequence)
