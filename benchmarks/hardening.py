@@ -152,8 +152,9 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the counts to this file")
     args = parser.parse_args()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
-    with tempfile.TemporaryDirectory() as temporary:
-        out = args.out or Path(temporary)
+    # no TemporaryDirectory: its finaliser would remove the folder at the end of every forked command
+    out = args.out or Path(tempfile.mkdtemp())
+    try:
         samples = _samples(out)
         mutations = Mutations(samples, out / f"mutations-{args.seed}.jsonl", args.seed)
         runs = Runs(samples, out / f"runs-{args.seed}.jsonl", args.seed)
@@ -168,6 +169,9 @@ def main() -> None:
             print(json.dumps(row))
         if args.json:
             write_json(args.json, {"seed": args.seed, "versions": versions()} | counts)
+    finally:
+        if args.out is None:
+            shutil.rmtree(out, ignore_errors=True)
     sys.exit(bool(faults))
 
 

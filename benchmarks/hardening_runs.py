@@ -288,6 +288,7 @@ class Runs:
             silence(place / "said")
             clock = (place / "seconds").open("w")  # while there are rights to open it
             torch.set_num_threads(1)
+            "".encode("utf-8-sig")  # a codec is a module, which may not be readable without rights
             os.environ["HF_HUB_OFFLINE"] = "1"
             sys.argv = ["kv-gym", *command.argv(self.samples, (out or place) / "out")]
             before()
