@@ -74,9 +74,10 @@ class CapturedSteps:
             read = "nothing" if not seen else "rows of different lengths"
             raise UserError(f"the cache has read {read}: read a prompt with it first, without padding")
         (position,) = seen
-        if self._captured is None or not self._captured.fits(states, tokens) or self._evicts_next():
+        evicts = self._evicts_next()
+        if evicts or self._captured is None or not self._captured.fits(states, tokens):
             self._captured = None
-            usual = self.refusal() is not None or self._evicts_next() or not all(s.steps_repeat for s in states)
+            usual = evicts or self.refusal() is not None or not all(state.steps_repeat for state in states)
             if usual or not self._ran_before:
                 self._ran_before = True
                 return self._forward(tokens, torch.full_like(tokens, position))

@@ -94,7 +94,7 @@ class EvictingLayer(CacheLayerMixin):
         hidden = current_hidden_states(self.state.index) if self.state.config.needs_hidden else None
         chunks = self._chunks(keys)
         at_once = len(chunks) == 1 and isinstance(chunks[0], slice) and isinstance(self.state.slots, EqualSlots)
-        if at_once and not (self.state.stored_as_read and reads_in_place(keys)):
+        if at_once and not (reads_in_place(keys) and self.state.stored_as_read):
             self.state.append(keys, values, None, hidden)
             visible = self.state.visible_slots()
             keys, values = visible.data("keys"), visible.data("values")
@@ -147,7 +147,7 @@ class EvictingLayer(CacheLayerMixin):
                 query, token_mask, padded = call.query, chunk, True
                 self.state.append(keys, values, token_mask, hidden)
             dropout = call.kwargs.get("dropout", 0.0)
-            in_place = token_mask is None and self.state.stored_as_read and reads_in_place(query, dropout)
+            in_place = token_mask is None and reads_in_place(query, dropout) and self.state.stored_as_read
             if (selected := self._attend_selected(call, query, token_mask)) is not None:
                 outputs.append(selected)
             elif in_place:
