@@ -6,7 +6,7 @@ import re
 import tempfile
 from pathlib import Path
 
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, short_reason
 
 FILES = ("README.md", "policy.json", "policy.safetensors")
 _LARGEST = {"README.md": 2**20, "policy.json": 2**20, "policy.safetensors": 2**31}
@@ -86,4 +86,4 @@ def refuse_large(folder: Path) -> None:
 
 def _reason(error: Exception) -> str:
     lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    return f"{type(error).__name__}: {short_reason(lines[0])}" if lines else type(error).__name__

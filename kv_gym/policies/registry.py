@@ -185,7 +185,7 @@ def _checked(kind: object, source: str) -> type[Policy]:
 
 
 def _reason(error: Exception) -> str:
-    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+    return f"{type(error).__name__}: {short_reason(error)}"
 
 
 def _unknown(name: str) -> str:
