@@ -50,7 +50,7 @@ LONGEST_NUMBER = 100
 
 _JSON_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[\[\]{}]|[^\s,:\[\]{}"]+')
 _CHUNK = 2**24  # bytes
-_SURROGATE = re.compile(r"[\ud800-\udfff]")
+SURROGATE = re.compile(r"[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
 _Model = TypeVar("_Model", bound="BaseModel")
@@ -85,14 +85,25 @@ def read_bytes(path: str | Path, expected: str, largest: int = LARGEST_TEXT) -> 
     return bytes(data)
 
 
+def exists(name: str | Path) -> bool:
+    """Whether a name is that of a file or folder; one that none can have, such as a long list of tasks, is not."""
+    try:
+        return Path(name).exists()
+    except OSError:  # longer than the system allows
+        return False
+
+
 @contextmanager
 def open_file(path: str | Path, expected: str) -> Iterator[BinaryIO]:
     """A file that is read in binary; arguments as for :func:`read_text`.
 
     Raises:
-        UserError: it cannot be opened, or read within the block; or it is a device, which may have no end.
+        UserError: it cannot be opened, or read within the block; or it is a device or a named pipe, which may have no
+            end or never begin.
     """
     try:
+        if stat.S_ISFIFO(os.stat(path).st_mode) and not str(path).startswith("/dev/"):  # there a shell puts its own
+            raise UserError(f"{path} is a named pipe and no file; {expected}")
         with open(path, "rb") as file:
             if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):
                 raise UserError(f"{path} is a device and no file; {expected}")
@@ -274,7 +285,7 @@ def parse_yaml(text: str, where: str, expected: str = "expected a YAML document"
             value = super().construct_object(node, deep=deep)
             if isinstance(value, float) and not math.isfinite(value):
                 refuse("a number is not finite", node)
-            if isinstance(value, str) and _SURROGATE.search(value):
+            if isinstance(value, str) and SURROGATE.search(value):
                 refuse("a text holds half of a surrogate pair", node)
             return value
 
@@ -396,7 +407,7 @@ def _refusal(match: re.Match, keys: list[set[str]], non_finite_as_null: bool) ->
         keys.pop()
     elif string:
         content = json.loads(string)
-        if _SURROGATE.search(content):
+        if SURROGATE.search(content):
             return "a text holds half of a surrogate pair"
         if colon and _CONTROL.search(content):
             return "a key holds control characters"
@@ -430,10 +441,13 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
     try:
         yield part
         flush_to_disk(part)
-    except BaseException:
+        os.replace(part, path)
+    except BaseException as error:
         part.unlink(missing_ok=True)
+        # a write that fails names no file, and a failed open the temporary one
+        if isinstance(error, OSError) and error.errno and error.filename in (None, str(part)):
+            raise type(error)(error.errno, error.strerror, str(path)) from None
         raise
-    os.replace(part, path)
     if os.name != "nt":  # the rename itself must reach the disk; Windows opens no folders
         flush_to_disk(path.parent)
 

@@ -14,7 +14,7 @@ from types import ModuleType
 from typing import Any
 
 from kv_gym.errors import UserError
-from kv_gym.files import read_json, read_json_lines
+from kv_gym.files import exists, read_json, read_json_lines
 
 Source = str | Path | Iterable[Mapping[str, Any]]
 
@@ -51,7 +51,7 @@ def is_dataset(source: Any) -> bool:
     if not isinstance(source, str | Path):
         return True
     path = Path(source)
-    return path.is_dir() or path.suffix in (".arrow", ".parquet")
+    return (exists(path) and path.is_dir()) or path.suffix in (".arrow", ".parquet")
 
 
 def name_of(source: Source) -> str:

@@ -1,5 +1,6 @@
 """Files: readers of outside data and what they refuse, writing whole or not at all, refusals before any work."""
 
+import errno
 import os
 import shlex
 import sys
@@ -148,10 +149,18 @@ def test_a_written_file_and_its_folder_reach_the_disk_before_the_name_is_taken(t
 
 
 @pytest.mark.parametrize("read", [read_text, lambda file: list(read_json_lines(file))])
-def test_a_device_is_no_file(tmp_path, read):
+def test_a_device_and_a_pipe_are_no_files(tmp_path, read):
     (tmp_path / "a.jsonl").symlink_to("/dev/zero")  # bytes without end
-    with pytest.raises(UserError, match=r"a\.jsonl is a device and no file; expected"):
-        read(tmp_path / "a.jsonl")
+    os.mkfifo(tmp_path / "b.jsonl")  # which nobody writes to
+    for name, what in (("a.jsonl", "a device"), ("b.jsonl", "a named pipe")):
+        with pytest.raises(UserError, match=f"{name} is {what} and no file; expected"):
+            read(tmp_path / name)
+
+
+def test_a_sentence_prints_on_one_line_and_is_no_page():
+    sentence = str(UserError("task '\x1b[2Ja\nb\u202e\ud83d' in file;\texpected " + "x" * 10**6 + " at the end"))
+    assert sentence.startswith("task '□[2Ja b□□' in file; expected xx") and sentence.endswith("xx at the end")
+    assert sentence.isprintable() and len(sentence) < 2000
 
 
 def test_a_block_that_fails_leaves_the_earlier_file_and_nothing_else(tmp_path):
@@ -160,6 +169,15 @@ def test_a_block_that_fails_leaves_the_earlier_file_and_nothing_else(tmp_path):
     with pytest.raises(KeyboardInterrupt), atomic_write(file) as part:
         part.write_text("half")
         raise KeyboardInterrupt
+    with pytest.raises(OSError) as full, atomic_write(file) as part:
+        part.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")  # as of a write, which names no file
+    assert full.value.filename == str(file)
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(OSError) as taken, atomic_write(tmp_path / "folder") as part:
+        part.write_text("whole")
+    assert taken.value.filename == str(tmp_path / "folder")
+    (tmp_path / "folder").rmdir()
     assert [(found.name, found.read_text()) for found in tmp_path.iterdir()] == [("a.json", "earlier")]
     with atomic_write(file) as part:
         part.write_text("later")

@@ -11,7 +11,7 @@ import typer
 
 from kv_gym import __version__
 from kv_gym.cli.verbs import app
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, printable
 
 __all__ = ["app", "main"]
 
@@ -47,7 +47,7 @@ def _main_options(
 def main() -> None:
     """Entry point: a user's mistake is one sentence on stderr and exit code 2."""
     sys.path.append(os.getcwd())  # for policies of the user's own, such as my_policy:MyPolicy
-    warnings.formatwarning = lambda message, *_: f"kv-gym: note: {message}\n"  # type: ignore[assignment]
+    warnings.formatwarning = lambda message, *_: f"kv-gym: note: {printable(str(message))}\n"  # type: ignore[assignment]
     try:
         app()
     except UserError as error:
@@ -55,7 +55,7 @@ def main() -> None:
         sys.exit(2)
     except OSError as error:
         reason = f"cannot use {error.filename}: {error.strerror}" if error.filename else error  # HDF5 names no file
-        typer.echo(f"kv-gym: {reason}", err=True)
+        typer.echo(f"kv-gym: {printable(str(reason))}", err=True)
         sys.exit(2)
     except SystemExit as stop:
         if stop.code == 130:

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 import typer
 
 from kv_gym.cli.from_signature import Call, Device, Dtype, load_named_model, verb
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, printable
 from kv_gym.files import atomic_write, parse_yaml
 
 app = typer.Typer(
@@ -36,6 +36,11 @@ Setting = Annotated[
 ]
 Chat = Annotated[bool, typer.Option("--chat", help="Render questions and messages by the model's chat template.")]
 Steps = Annotated[int | None, typer.Option(help="Optimiser steps.")]
+
+
+def _say(text: object, *, err: bool = False, nl: bool = True) -> None:
+    """Print a text in which names and words may be anybody's."""
+    typer.echo(printable(str(text), kept="\n\t"), err=err, nl=nl)
 
 
 @verb(app, "kv_gym.traces.record")
@@ -91,7 +96,7 @@ def _record(
         listed = list(reference_prompts(task, tokens, count, continuations, split, seed))
         recipe = reference_recipe(task, tokens, continuations, split, seed)
     recipe |= {"chat": True} if chat else {}
-    typer.echo(f"{len(call(prompts=listed, recipe=recipe))} contexts in {call['out']}")
+    _say(f"{len(call(prompts=listed, recipe=recipe))} contexts in {call['out']}")
 
 
 @verb(app, "kv_gym.training.train", arguments=("agent",))
@@ -115,7 +120,7 @@ def _train(
     rate: Annotated[float | None, typer.Option(help="Peak learning rate.")] = None,
     setting: Setting = None,
 ) -> None:
-    from kv_gym.training.registry import agent_settings
+    from kv_gym.training.registry import agent_settings, learner_class
 
     settings = _settings(setting, steps=steps, hidden=hidden, rate=rate)
     resolved = agent_settings(call["agent"], **settings)  # refuses unknown names before the model loads
@@ -129,12 +134,14 @@ def _train(
 
         model, tokenizer = call.model
         listed = read_prompts(stream, tokenizer, chat)
-        source = StreamedTraces(model, listed, tokenizer, slots=slots, hidden="hidden" in resolved.inputs)
+        stats = learner_class(call["agent"]).statistics(resolved)
+        hidden_states = "hidden" in resolved.inputs
+        source = StreamedTraces(model, listed, tokenizer, slots=slots, hidden=hidden_states, stats=stats)
     elif chat or slots is not None:
         raise UserError("--chat and --slots are for --stream; leave them out")
     policy = call(traces=source, **settings)
     reward, size = policy.training["held_out_reward"], policy.nbytes()
-    typer.echo(f"{call['out']}: held-out reward {reward:.4f}, {size:,} bytes of weights")
+    _say(f"{call['out']}: held-out reward {reward:.4f}, {size:,} bytes of weights")
 
 
 @verb(
@@ -167,7 +174,7 @@ def _evaluate(
         from kv_gym.evaluation.decision_value import decision_table
 
         data = call.other("kv_gym.evaluation.decision_value", baseline=decision_value)
-        typer.echo(decision_table(data["rows"]))
+        _say(decision_table(data["rows"]))
         return
     if (call["traces"] is None) == (not with_model):
         raise UserError("evaluate compares either on --traces or on a --model with --tasks; give exactly one of them")
@@ -185,9 +192,9 @@ def _evaluate(
     from kv_gym.evaluation.report import markdown, merged
 
     data = call(tasks=questions)
-    typer.echo(markdown(merged(data)))
+    _say(markdown(merged(data)))
     for sentence in data["left_out"]:
-        typer.echo(f"left out: {sentence}", err=True)
+        _say(f"left out: {sentence}", err=True)
 
 
 @verb(app, "kv_gym.evaluation.leaderboard.leaderboard", arguments=("spec",), defaults={"workers": 2})
@@ -201,14 +208,14 @@ def _leaderboard(
     rows = call()
     refused = sum(bool(row.get("refused")) for row in rows)
     rows_file = Path(call["out"]) / "rows.jsonl"
-    typer.echo(f"{len(rows)} rows in {rows_file}" + (f", {refused} of them refused" if refused else ""))
+    _say(f"{len(rows)} rows in {rows_file}" + (f", {refused} of them refused" if refused else ""))
     if publish is not None:
         for file in leaderboard.publish(rows, publish):
-            typer.echo(f"{file}: {file.stat().st_size:,} bytes")
+            _say(f"{file}: {file.stat().st_size:,} bytes")
     if page is not None:
         with atomic_write(page) as part:
             part.write_text(leaderboard.page(leaderboard.compact(rows)), encoding="utf-8")
-        typer.echo(f"wrote {page}")
+        _say(f"wrote {page}")
 
 
 @verb(
@@ -225,9 +232,9 @@ def _calibrate(call: Call) -> None:
     about = json.loads(rule.about)
     for row in zip(rule.shares, rule.thresholds, about["kept_mean"], about["kept_deviation"], strict=True):
         share, threshold, mean, deviation = row
-        typer.echo(f"{format_budget(share):>8}  score from {threshold:.4g}  kept {mean:.4f} +- {deviation:.4f}")
+        _say(f"{format_budget(share):>8}  score from {threshold:.4g}  kept {mean:.4f} +- {deviation:.4f}")
     shortest, longest = about["lengths"]
-    typer.echo(f"{call['out'] or 'measured on'}: {about['contexts']} contexts of {shortest} to {longest} tokens")
+    _say(f"{call['out'] or 'measured on'}: {about['contexts']} contexts of {shortest} to {longest} tokens")
 
 
 @verb(app, "kv_gym.training.export", arguments=("policy",), defaults={"out": None})
@@ -238,11 +245,11 @@ def _export(
     if call["out"] is None and tensors is None:
         raise UserError("export needs something to write: --out FOLDER or --tensors FILE")
     if call["out"] is not None:
-        typer.echo(f"exported to {call()}")
+        _say(f"exported to {call()}")
     if tensors is not None:
         from kv_gym.interop import export_tensors
 
-        typer.echo(f"tensors in {export_tensors(call['policy'], tensors)}")
+        _say(f"tensors in {export_tensors(call['policy'], tensors)}")
 
 
 @verb(app, "kv_gym.live.generate")
@@ -254,8 +261,8 @@ def _generate(call: Call) -> None:
         raise UserError(
             f"model {call.model_name} has no tokenizer, so text cannot be read; use kv_gym.EvictingCache in Python"
         )
-    done = call(write=lambda text: typer.echo(text, nl=False))  # echo flushes, so that words appear as they come
-    typer.echo(f"\n[cache: {done.cache_held}]", err=True)
+    done = call(write=lambda text: _say(text, nl=False))  # it flushes, so that words appear as they come
+    _say(f"\n[cache: {done.cache_held}]", err=True)
 
 
 @verb(app, "kv_gym.live.chat", kinds={"lines": None})
@@ -299,7 +306,7 @@ def _report(
     view = None
     if model is not None:
         view = _token_view(load_named_model(model, device, dtype), policies, tasks, task, tokens, context, chat)
-    typer.echo(f"wrote {call(results=read, tokens=view)}")
+    _say(f"wrote {call(results=read, tokens=view)}")
 
 
 def _token_view(
@@ -340,22 +347,22 @@ def _policies(
     if table:
         from kv_gym.method_table import method_tables
 
-        typer.echo(method_tables(), nl=False)
+        _say(method_tables(), nl=False)
         return
     from importlib import import_module
 
     for name in list_policies():
         about = import_module(policy_class(name).__module__).__doc__ or ""
-        typer.echo(f"{name:24} {' '.join(about.split(chr(10) * 2)[0].split())}")
+        _say(f"{name:24} {' '.join(about.split(chr(10) * 2)[0].split())}")
 
 
 @verb(app, "kv_gym.fit.fit", kinds={"data": Path})
 def _fit(call: Call, steps: Steps = None, setting: Setting = None) -> None:
     done = call(**_settings(setting, steps=steps))
     for sentence in done["verdict"]:
-        typer.echo(sentence)
+        _say(sentence)
     spent = ", ".join(f"{phase} {seconds:.0f} s" for phase, seconds in done["seconds"].items())
-    typer.echo(f"{call['out']}: card in README.md, figures in fit.json, the policy in policy/ ({spent})")
+    _say(f"{call['out']}: card in README.md, figures in fit.json, the policy in policy/ ({spent})")
 
 
 @verb(app, "kv_gym.fit.demo.demo")
@@ -367,7 +374,7 @@ def _demo(call: Call) -> None:
 @verb(trace, "kv_gym.traces.validate", arguments=("path",))
 def _trace_facts(call: Call) -> None:
     for name, value in call().items():
-        typer.echo(f"{name}: {value}")
+        _say(f"{name}: {value}")
 
 
 @verb(trace, "kv_gym.traces.show", arguments=("path",))
@@ -380,7 +387,7 @@ def _trace_show(call: Call) -> None:
 @verb(pages, "kv_gym.pages.summarise_requests", arguments=("path",), command_name="info")
 def _pages_info(call: Call) -> None:
     for name, value in call().items():
-        typer.echo(f"{name}: {'-' if value is None else value}")
+        _say(f"{name}: {'-' if value is None else value}")
 
 
 @verb(
@@ -401,7 +408,7 @@ def _pages_simulate(
         refuse_unwritable(json_file)
     rows = call()
     head = ["policy", "seed", "capacity", "hit rate", "byte hit rate"]
-    typer.echo(pipe_table(head, [_page_cells(row) for row in rows], left=2))
+    _say(pipe_table(head, [_page_cells(row) for row in rows], left=2))
     if json_file is not None:
         write_json(json_file, {"rows": rows})
 
@@ -419,12 +426,12 @@ def _pages_train(call: Call) -> None:
     card = call().card
     rates = ", ".join(f"{name} {rate:.4f}" for name, rate in card.validation.items())
     stands_in = "; it is worse than LRU there, so LRU stands in" if card.fallback else ""
-    typer.echo(f"{call['out']}: hit rate on the validation part: {rates}{stands_in}")
+    _say(f"{call['out']}: hit rate on the validation part: {rates}{stands_in}")
 
 
 @verb(pages, "kv_gym.pages.export_page_policy", arguments=("policy",), kinds={"policy": Path}, command_name="export")
 def _pages_export(call: Call) -> None:
-    typer.echo(call())
+    _say(call())
 
 
 app.add_typer(trace, name="trace")

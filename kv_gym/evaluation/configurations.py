@@ -48,6 +48,7 @@ class Configuration:
             "policy": self.name, "seed": self.seed, "budget": self.budget, "allocation": self.allocation.name,
             "evicted": self.evicted.name, "sinks": self.sinks, "recent": self.recent,
             "policy_bytes": getattr(self.policy, "nbytes", int)(), "select": self.select.name,
+            "accept_fingerprint": bool(getattr(self.policy, "accept_fingerprint", False)),
         }  # fmt: skip
 
 

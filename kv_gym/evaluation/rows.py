@@ -126,6 +126,7 @@ class Row(BaseModel):
             heads; None where that is not measured.
         cache_bytes: all that the compressed cache of one context holds, mean over contexts.
         policy_bytes: weights of the policy, held once.
+        accept_fingerprint: whether a trained policy was to serve any model of its sizes, not its own alone.
         milliseconds: CPU time of a context for the cuts and all that follows the first one, mean over contexts.
         slots: `[layers][kv_heads]`, slots held after the last cut, mean over contexts.
         head_utility: `[layers][kv_heads]`, `utility_kept` of each head.
@@ -169,6 +170,7 @@ class Row(BaseModel):
     slots_read: Number = None
     cache_bytes: Number = None
     policy_bytes: Number = None
+    accept_fingerprint: StrictBool = False
     milliseconds: Number = None
     slots: Grid = None
     head_utility: Grid = None

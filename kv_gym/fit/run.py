@@ -204,10 +204,17 @@ class _Pipeline:
 
     def _record(self, data: FitData, out: Path, agent: str, progress: bool) -> None:
         recipe = {"source": "fit", "data": self.folder.state["settings"]["data"]} | data.source
-        hidden = HIDDEN in agent_settings(agent, **self.settings).inputs
+        settings = agent_settings(agent, **self.settings)
+        more = [self._policy(name) for name in learner_class(agent).statistics(settings)]
         record(
-            self.model, data.prompts(), out, tokenizer=self.tokenizer, recipe=recipe, progress=progress, hidden=hidden
-        )
+            self.model, data.prompts(), out, tokenizer=self.tokenizer, recipe=recipe, progress=progress,
+            hidden=HIDDEN in settings.inputs, stats=["h2o", *more] if more else None,
+        )  # fmt: skip
+
+    def _policy(self, name: str) -> Policy:
+        """A policy that knows the model's tokenizer, where there is one."""
+        policy = make_policy(name)
+        return policy if self.tokenizer is None else policy.with_tokenizer(self.tokenizer)
 
     def _timings(self, agents: Sequence[str], minutes: float | None) -> Timings:
         """Time measuring, recording and training steps on a few contexts, in a folder that goes again.
@@ -216,7 +223,7 @@ class _Pipeline:
         """
         whole, few = time.perf_counter(), self.data.validation[:2]
         seconds = []
-        policy, equal = make_policy("keydiff"), parse_allocation("uniform")
+        policy, equal = self._policy("keydiff"), parse_allocation("uniform")
         for configurations in ([], [Configuration("keydiff", policy, 1 / n, equal) for n in (2, 4, 8)]):
             began = time.perf_counter()
             measure_losses(self.model, few, "timing", self.data.measure, configurations, False)
@@ -312,7 +319,7 @@ class _Pipeline:
         configurations = [
             Configuration(name, heuristic, compared, parse_allocation(rule))
             for name, rules in HEURISTICS.items()
-            for heuristic in [make_policy(name)]
+            for heuristic in [self._policy(name)]
             for rule in rules
         ]
         best: dict[str, dict[str, Any]] = {}
@@ -331,7 +338,7 @@ class _Pipeline:
         for row in chosen["rows"]:
             if row["policy"] not in (FULL, LEARNED):
                 configurations.append(
-                    Configuration(row["policy"], make_policy(row["policy"]), at, parse_allocation(row["allocation"]))
+                    Configuration(row["policy"], self._policy(row["policy"]), at, parse_allocation(row["allocation"]))
                 )
         return {"rows": self._measured("test", configurations)}
 
@@ -349,7 +356,7 @@ class _Pipeline:
         state |= result([*chosen["rows"], *tested["rows"]], **known)
         state["verdict"] = verdict(state)
         with atomic_write(self.folder.path / "README.md") as part:
-            part.write_text(card(state))
+            part.write_text(card(state), encoding="utf-8")
         for name in ("chosen", "tested"):  # their rows stand together now
             del state[name]
         self.folder.save(finished=True)

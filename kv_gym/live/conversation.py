@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, printable
 from kv_gym.files import read_text
 from kv_gym.live.cache import EvictingCache
 from kv_gym.live.generate import Generated, generate_ids
@@ -124,7 +124,7 @@ def chat(
     context: str | Path | None = None,
     max_new_tokens: int = 256,
     lines: Iterable[str] | None = None,
-    write: Callable[[str], object] = lambda text: print(text, end="", flush=True),
+    write: Callable[[str], object] = lambda text: print(printable(text, kept="\n\t"), end="", flush=True),
     note: Callable[[str], object] = lambda text: print(text, file=sys.stderr, flush=True),
 ) -> list[Generated]:
     """Talk with a chat model whose cache is cut after every turn.

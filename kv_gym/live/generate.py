@@ -12,7 +12,7 @@ from transformers import TextStreamer
 from kv_gym.errors import UserError
 from kv_gym.live.cache import EvictingCache
 from kv_gym.models.chat_template import ChatTemplate, Messages, check_messages
-from kv_gym.models.loading import refuse_too_long, token_rows
+from kv_gym.models.loading import beginning_ids, plain_ids, refuse_too_long, token_rows
 from kv_gym.policies import Policy, make_policy
 
 
@@ -141,7 +141,7 @@ def generate(
             raise UserError("the prompt is empty; give some text to reply to")
         ids = template.ids(template.render(messages))
     elif prompt.strip():
-        ids = list(tokenizer(prompt)["input_ids"])
+        ids = beginning_ids(tokenizer) + plain_ids(tokenizer, prompt)
     else:
         raise UserError("the prompt is empty; give some text to go on with")
     policy = make_policy(policy).with_tokenizer(tokenizer)

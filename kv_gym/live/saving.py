@@ -161,6 +161,8 @@ class SavedCache:
     @contextmanager
     def open(cls, file: Path) -> Iterator[SavedCache]:
         """Open a file; whatever its damage raises inside the block becomes a UserError."""
+        if not file.is_file():
+            raise UserError(f"there is no file {file}; expected one that EvictingCache.save wrote")
         try:
             with safe_open(file, "pt") as stored:
                 try:
@@ -169,9 +171,9 @@ class SavedCache:
                     if isinstance(error, UserError):
                         raise
                     raise _damaged(file, f"{type(error).__name__}: {error}") from None
-        except FileNotFoundError:
-            raise UserError(f"there is no file {file}; expected one that EvictingCache.save wrote") from None
-        except (SafetensorError, OSError) as error:
+        except OSError as error:
+            raise UserError(f"{file} cannot be read now ({short_reason(error)})") from None
+        except SafetensorError as error:
             raise _damaged(file, error) from None
 
     def settings(

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, short_reason
 from kv_gym.models.loading import plain_ids
 
 Messages = Sequence[Mapping[str, str]]
@@ -49,8 +49,7 @@ class ChatTemplate:
         try:
             return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply)
         except Exception as error:  # a template raises whatever Jinja does, or errors of its own
-            reason = (str(error) or type(error).__name__).strip().splitlines()[0][:200]
-            raise UserError(f"the model's chat template refuses the messages: {reason}") from None
+            raise UserError(f"the model's chat template refuses the messages: {short_reason(error)}") from None
 
     def split(
         self, messages: Messages, more: str = "", following: Messages = (), reply: bool = True

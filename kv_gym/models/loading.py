@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.errors import UserError, short_reason
-from kv_gym.files import MODEL
+from kv_gym.files import MODEL, SURROGATE, exists
 from kv_gym.models.attention import refuse_unsupported
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -32,6 +32,7 @@ _TOKENIZER_FILES = (
     "vocab.txt",
     "spiece.model",
 )
+_MOST_LAYERS = 4096
 _HUB_NAME = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
@@ -114,7 +115,7 @@ class _Source:
     def find(cls, path_or_id: str | Path) -> _Source:
         """Look at what a path or name stands for; a GGUF file is refused here by what its header says."""
         path, name = Path(path_or_id), str(path_or_id)
-        if path.is_dir():
+        if exists(path) and path.is_dir():
             files = sorted(path.glob("*.gguf"))
             if (path / "config.json").is_file():
                 # transformers 5.2 makes up a tokenizer of three words where a folder has none
@@ -132,8 +133,8 @@ class _Source:
                     "wrote, or one file NAME.gguf"
                 )
             path = files[0]
-        elif not path.is_file() or path.suffix.lower() != ".gguf":
-            if path.exists() or not _HUB_NAME.fullmatch(name):
+        elif not (exists(path) and path.is_file()) or path.suffix.lower() != ".gguf":
+            if exists(path) or not _HUB_NAME.fullmatch(name):
                 raise UserError(
                     f"there is no model folder {path_or_id}; expected one with config.json, a GGUF file, or a name on "
                     "the Hub"
@@ -146,11 +147,13 @@ class _Source:
         """Refuse a folder whose configuration is of a far larger model before memory is taken for that.
 
         Raises:
-            ValueError: it has more than twice as many parameters as the files of weights have bytes; none takes less
-                than four bits.
+            ValueError: it has more layers than any model, or more than twice as many parameters as the files of weights
+                have bytes; none takes less than four bits.
         """
         from transformers import AutoModelForCausalLM
 
+        if (layers := getattr(config.get_text_config(), "num_hidden_layers", 0)) > _MOST_LAYERS:
+            raise ValueError(f"config.json describes {layers} layers")
         files = list(Path(self.name).glob("*.safetensors")) if self.local and not self.gguf else []
         if not files or getattr(config, "quantization_config", None):
             return
@@ -299,8 +302,18 @@ def end_tokens(model) -> set[int]:
 
 
 def plain_ids(tokenizer, text: str) -> list[int]:
-    """Token ids of a text, without any token that the tokenizer sets before or behind it."""
-    return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    """Token ids of a text, without any token that the tokenizer sets before or behind it.
+
+    Raises:
+        UserError: a tokenizer that fails; or half of a surrogate pair, as which bytes of a command line that are no
+            UTF-8 arrive.
+    """
+    if SURROGATE.search(text):
+        raise UserError("a text holds half of a surrogate pair or bytes that are no UTF-8; expected text in UTF-8")
+    try:
+        return list(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
+    except Exception as error:  # the tokenizers library raises nothing more special
+        raise UserError(f"the model's tokenizer cannot read a text: {short_reason(error)}") from None
 
 
 def text_ids(tokenizer, text: str) -> list[int]:

@@ -62,7 +62,8 @@ def push(policy, repo_id: str, private: bool | None = None) -> str:
     with tempfile.TemporaryDirectory() as parent:
         folder = policy.save_pretrained(Path(parent) / "policy")
         card = folder / "README.md"
-        card.write_text(_FRONT_MATTER + card.read_text().replace('"this-folder"', f'"{repo_id}"'))
+        text = card.read_text(encoding="utf-8").replace('"this-folder"', f'"{repo_id}"')
+        card.write_text(_FRONT_MATTER + text, encoding="utf-8")
         try:
             address = huggingface_hub.create_repo(repo_id, private=private, exist_ok=True)
             huggingface_hub.upload_folder(

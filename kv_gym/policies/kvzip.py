@@ -13,6 +13,7 @@ paper cuts once). The first four tokens are a setting of the protection (the cod
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -57,7 +58,9 @@ class KVzip(StatefulPolicy):
     def __post_init__(self) -> None:
         self._require(self.chunk >= 1 and self.overlap >= 0, "chunk from 1 and overlap from 0")
         words = self.instruction.split()
-        self._require(all(word.isdecimal() for word in words), "token ids in instruction, such as '17 4 256'")
+        self._require(
+            all(re.fullmatch("[0-9]{1,9}", word) for word in words), "token ids in instruction, such as '17 4 256'"
+        )
 
     @property
     def repetition(self) -> ContextRepetition:

@@ -25,6 +25,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kv_gym.errors import UserError, short_reason
+from kv_gym.files import exists
 from kv_gym.policies.base import Policy, load_settings
 from kv_gym.policies.hub import is_hub_id
 
@@ -57,15 +58,15 @@ def make_policy(policy: str | Path | Policy, **settings: Any) -> Policy:
     if isinstance(policy, Policy):
         return policy
     source = str(policy)
-    name, texts = (source, {}) if Path(source).exists() else _split(source)
+    name, texts = (source, {}) if exists(source) else _split(source)
     if current_name(name) != name:
         warnings.warn(f"policy {name} is called {current_name(name)!r} now", DeprecationWarning, stacklevel=2)
         name = current_name(name)
     if name in _bundled() and name != "scorer":
         kind = policy_class(name)
-    elif ":" in name and not Path(name).exists():
+    elif ":" in name and not exists(name):
         kind = _from_class_path(name)
-    elif (Path(name) / "policy.json").is_file() or is_hub_id(name):
+    elif exists(Path(name) / "policy.json") or is_hub_id(name):
         from kv_gym.policies.scorer import Scorer
 
         given = {**_typed(Scorer, texts), **settings}
@@ -191,7 +192,7 @@ def _reason(error: Exception) -> str:
 def _unknown(name: str) -> str:
     if name == "scorer":
         return "policy 'scorer' is learned: name the folder that `kv-gym train` exported, with its policy.json"
-    if Path(name).is_dir():
+    if exists(name):
         return f"folder {name} holds no policy.json; expected a policy exported by `kv-gym train` or `kv-gym export`"
     nearest = difflib.get_close_matches(name, list_policies(), n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(list_policies())}"

@@ -11,6 +11,7 @@ from typing import Any
 from kv_gym.errors import UserError
 from kv_gym.models.loading import refuse_too_long
 from kv_gym.models.wrapped_model import transformers_model
+from kv_gym.policies import Policy, make_policy
 from kv_gym.traces.prompts import Prompt
 from kv_gym.traces.reader import TraceSet
 from kv_gym.traces.recorder import LEAST_SLOTS, make_manifest, record_sequence
@@ -30,6 +31,7 @@ class StreamedTraces(TraceSet):
         prompts: contexts with continuations.
         tokenizer: whose hash the manifest is to carry, or None.
         slots, slot_seed, hidden, window, blocks: as for :func:`kv_gym.traces.record`.
+        stats: policies with memory whose statistics to record, none by default.
 
     Raises:
         UserError: no prompts, two of one id, or one that is longer than the model's positions.
@@ -46,6 +48,7 @@ class StreamedTraces(TraceSet):
         hidden: bool = False,
         window: int = 32,
         blocks: int = 32,
+        stats: Iterable[str | Policy] = (),
     ):
         self._model = transformers_model(model)
         listed = list(prompts)
@@ -65,6 +68,12 @@ class StreamedTraces(TraceSet):
             "window": window,
             "blocks": blocks,
         }
+        # settings that say a text's tokens, such as kvzip's instruction, are those of this tokenizer
+        known = [
+            make_policy(each) if tokenizer is None else make_policy(each).with_tokenizer(tokenizer) for each in stats
+        ]
+        if known:
+            self._settings["stats"] = sorted(policy.statistics for policy in known)
         given = {name: value for name, value in self._settings.items() if value is not None}
         manifest = make_manifest(self._model, tokenizer, "auto", given, None)
         about = json.dumps([manifest["fingerprint"], self._settings])
@@ -76,7 +85,8 @@ class StreamedTraces(TraceSet):
             digest = hashlib.sha256((content + about).encode()).hexdigest()
             counts = {"continuations": len(prompt.continuation_ids)}
             entries.append(Entry.model_validate(entry | counts | {"path": Path(), "digest": digest}))
+        self._stats = tuple(known)
         super().__init__(entries, manifest)
 
     def _read(self, entry: Entry) -> Sequence:
-        return record_sequence(self._model, self._prompts[entry.id], stats=(), **self._settings)
+        return record_sequence(self._model, self._prompts[entry.id], **self._settings | {"stats": self._stats})

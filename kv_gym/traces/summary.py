@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Sequence as Seq
 from pathlib import Path
@@ -13,7 +14,7 @@ from rich.console import Group
 from rich.text import Text
 
 from kv_gym.budgets import format_budget, parse_budget, select
-from kv_gym.errors import UserError
+from kv_gym.errors import UserError, printable
 from kv_gym.files import atomic_write
 from kv_gym.policies.oracle import Oracle
 from kv_gym.traces.reader import TraceSet, open_traces
@@ -137,7 +138,7 @@ def show(
     layer, head = _choose_head(context, layer, head)
     tokenizer = tokenizer or traces.tokenizer()
     ids = context.tokens[context.slot_positions].tolist()
-    words = [str(i) for i in ids] if tokenizer is None else tokenizer.convert_ids_to_tokens(ids)
+    words = [str(i) for i in ids] if tokenizer is None else list(map(_shown, tokenizer.convert_ids_to_tokens(ids)))
     title = (
         f"{context.id} ({context.task or 'no task'}, {context.split}): {_size(context)}, "
         f"continuations: {len(context.continuations)}; "
@@ -215,7 +216,7 @@ def attention_figure(sequence: Sequence, words: Seq[str]) -> Figure:
     top.set_title(
         f"{sequence.id} ({sequence.task or 'no task'}, {sequence.split}): {_size(sequence)}, {layers} layers of "
         f"{heads} KV heads, continuations: {len(sequence.continuations)}",
-        fontsize=10, loc="left",
+        fontsize=10, loc="left", parse_math=False,
     )  # fmt: skip
     style = {"aspect": "auto", "interpolation": "nearest", "cmap": "magma_r"}
     scale = LogNorm(SMALLEST, max(float(utility.max()), 10 * SMALLEST))
@@ -245,7 +246,7 @@ def _find_sequence(traces: TraceSet, sequence: str | int) -> Sequence:
     text = str(sequence)
     if text in traces.ids:
         return traces[text]
-    if text.isdigit() and int(text) < len(traces):
+    if re.fullmatch("[0-9]{1,9}", text) and int(text) < len(traces):
         return traces[int(text)]
     raise UserError(f"there is no sequence {text!r}; expected a number below {len(traces)} or one of {traces.ids[:3]}")
 
@@ -295,11 +296,16 @@ def _name_tokens(axes, words: Seq[str], utility: np.ndarray) -> None:
         if all(abs(token - other) >= apart for other in named):
             named.append(token)
     named.sort()
-    axes.set_xticks(named, [_printable(words[token]) for token in named], rotation=90, fontsize=7)
+    axes.set_xticks(named, [_short(words[token]) for token in named], rotation=90, fontsize=7)
     axes.set_xlabel("token" if len(named) == n else f"token ({len(named)} of {n} are named: where most attention goes)")
 
 
-def _printable(word: str) -> str:
-    shown = "".join(letter if letter.isprintable() else "□" for letter in str(word))
+def _shown(word: str | None) -> str:
+    """A token as a terminal shows it; an id that the tokenizer does not know has none."""
+    return printable(str(word))
+
+
+def _short(word: str) -> str:
+    shown = printable(str(word))
     # a dollar sign would begin a formula
     return (shown if len(shown) <= 14 else shown[:13] + "…").replace("$", r"\$")

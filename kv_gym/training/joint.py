@@ -36,7 +36,7 @@ class JointSettings(Settings):
     Attributes:
         loss: ``softmax`` over all slots, ``poisson`` (an absolute scale) or ``listwise`` (soft cuts to sampled totals).
         target: utility of a slot, one of :data:`kv_gym.training.targets.TARGETS`; ``auto`` is ``layers`` where the
-            model is given and ``mean`` where it is not.
+            model is given and every slot was recorded, else ``mean``.
         continuations: how many recorded continuations of a context its utility is the mean of; None: all.
         totals: for ``listwise``: totals per context and step.
         smallest, largest: for ``listwise``: these totals, as shares of all drawn slots; drawn log-uniformly.
@@ -75,6 +75,11 @@ class Joint(LossLearner):
         if getattr(settings, "target", "") != "auto":
             return settings
         return settings.model_copy(update={"target": "layers" if has_model else "mean"})
+
+    @classmethod
+    def statistics(cls, settings: Settings) -> tuple[str, ...]:
+        """Those of the second reading, where it is the target."""
+        return ("kvzip",) if getattr(settings, "target", "") == "kvzip" else ()
 
     @classmethod
     def model_requirement(cls, settings: Settings) -> str:

@@ -290,8 +290,18 @@ class Learner(ABC):
 
     @classmethod
     def resolve_settings(cls, settings: Settings, has_model: bool) -> Settings:
-        """Settings with every choice made that depends on whether the model is given."""
+        """Settings with every choice made that depends on what there is to learn from.
+
+        Args:
+            settings: as they were given.
+            has_model: the model is given, and the traces hold every slot of their contexts, as it needs them.
+        """
         return settings
+
+    @classmethod
+    def statistics(cls, settings: Settings) -> tuple[str, ...]:
+        """Policies whose statistics it learns from, so that traces must hold them."""
+        return ()
 
     @classmethod
     def scores_comparable(cls, settings: Settings) -> bool:

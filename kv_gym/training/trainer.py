@@ -105,14 +105,16 @@ def train(
         for name, value in (("hidden", start.network.hidden), ("inputs", start.inputs)):
             if settings.get(name) is None:
                 settings[name] = value
-    resolved = kind.resolve_settings(agent_settings(agent, **settings), model is not None)
+    given = agent_settings(agent, **settings)
+    trace_set = traces if isinstance(traces, TraceSet) else open_traces(traces)
+    whole = all(entry.slots == entry.tokens for entry in trace_set.entries)
+    resolved = kind.resolve_settings(given, model is not None and whole)
     if resolved.inputs != DEFAULT and not kind.any_inputs:
         raise UserError(
             f"agent {agent!r} learns from {', '.join(DEFAULT)} alone and was given inputs {list(resolved.inputs)}: "
             "leave them out, or train another agent"
         )
     refuse_foreign(Path(out))
-    trace_set = traces if isinstance(traces, TraceSet) else open_traces(traces)
     if start is not None:
         _refuse_unfit_start(start, resolved, trace_set.fingerprint)
     if requirement := kind.model_requirement(resolved):

@@ -240,7 +240,8 @@ def few_heuristics(monkeypatch):
 
 
 def test_continuations_are_judged_by_their_likelihood(model, continuations, tmp_path, few_heuristics):
-    done = fit(model, continuations, tmp_path / "out", tolerance=50.0, **FAST)
+    done = fit(model, continuations, tmp_path / "out", tolerance=50.0, **FAST, target="kvzip")
+    assert "kvzip" in open_traces(tmp_path / "out/traces")[0].stats  # what a target needs is recorded for it
     assert done["measure"] == "nll" and done["budget"] == 1 / 4
     losses = []
     for context in read_data(continuations).test:

@@ -100,3 +100,26 @@ def test_the_command_reads_plain_lines_and_generate_replies_to_a_prompt(loaded, 
     assert said == generate(model, tokenizer, [{"role": "user", "content": "Hi"}], "recency", 1.0, max_new_tokens=3)
     ids = tokenizer.encode("<user>Hi</user><assistant>", add_special_tokens=False)
     assert said.text == tokenizer.decode(reply_to(model, ids, 3), skip_special_tokens=True)
+
+
+def test_a_prompt_gets_the_beginning_token_and_no_end_token(loaded):
+    model, tokenizer = loaded
+
+    class Ending:
+        """The tokenizer, which sets an end token behind a text unless it is told not to."""
+
+        bos_token_id = None
+
+        def __getattr__(self, name):
+            return getattr(tokenizer, name)
+
+        def __call__(self, text, add_special_tokens=True, **more):
+            ids = tokenizer(text, add_special_tokens=False, **more)["input_ids"]
+            return {"input_ids": [*ids, 2] if add_special_tokens else ids}
+
+    options = {"policy": "recency", "budget": 1.0, "max_new_tokens": 4}
+    assert (
+        generate(model, Ending(), "the lamp", **options).text == generate(model, tokenizer, "the lamp", **options).text
+    )
+    with pytest.raises(UserError, match="bytes that are no UTF-8"):
+        generate(model, tokenizer, b"the \xff lamp".decode("utf-8", "surrogateescape"), **options)

@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -127,7 +128,7 @@ def test_a_policy_that_no_file_can_name_is_given_again(tmp_path):
     assert torch.equal(feed(model, tokens(1, 3), again), feed(model, tokens(1, 3), cache))
 
 
-def test_what_cannot_be_saved_or_read_is_refused(tmp_path):
+def test_what_cannot_be_saved_or_read_is_refused(tmp_path, monkeypatch):
     model = tiny()
     with pytest.raises(UserError, match="the cache is empty"):
         EvictingCache(model).save(tmp_path / "a")
@@ -136,6 +137,11 @@ def test_what_cannot_be_saved_or_read_is_refused(tmp_path):
         cache.save(tmp_path / "no" / "folder")
     with pytest.raises(UserError, match="there is no file"):
         EvictingCache.load(tmp_path / "none", model)
+    (tmp_path / "b").write_bytes(b"")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match=r"b cannot be read now \(.*Input/output error"):
+        patch.setattr("kv_gym.live.saving.safe_open", Mock(side_effect=OSError(5, "Input/output error")))
+        EvictingCache.load(tmp_path / "b", model)
+    (tmp_path / "b").unlink()
     file = cache.save(tmp_path / "a")
     assert [path.name for path in tmp_path.iterdir()] == ["a"]
     with pytest.raises(UserError, match="weights hash"):

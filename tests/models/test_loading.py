@@ -64,6 +64,9 @@ def test_a_configuration_of_a_far_larger_model_is_refused_before_memory_is_taken
     (folder / "config.json").write_text(json.dumps(config | {"vocab_size": 10**9}))
     with pytest.raises(UserError, match=r"config\.json describes \d+ parameters, and the files of weights hold"):
         load_model(folder, device="cpu")
+    (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31, "layer_types": None}))
+    with pytest.raises(UserError, match=r"config\.json describes 2147483648 layers"):
+        load_model(folder, device="cpu")
 
 
 def test_missing_weights_are_refused_by_name(folder, capfd):

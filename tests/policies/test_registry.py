@@ -79,6 +79,7 @@ def test_unknown_settings_are_refused_with_the_known_ones():
         ("graph_kv", {"sources": 0}),
         ("critical_kv", {"first_stage": 1.5}),
         ("next_use", {"threshold": 0}),
+        ("kvzip", {"instruction": "9" * 5000}),
     ],
 )
 def test_settings_without_meaning_are_refused(name, settings):
@@ -139,6 +140,7 @@ def test_an_old_name_works_with_a_warning(old):
         ("next_use:threshold=0.5", "next_use", {"threshold": 0.5}),
         ("next_use:threshold=None", "next_use", {}),
         ("kvzip:instruction=17 4 256", "kvzip", {"instruction": "17 4 256"}),
+        (f"kvzip:instruction={'17 ' * 99}4", "kvzip", {"instruction": "17 " * 99 + "4"}),  # longer than a file's name
         ("user_policy:Nearest:distance=3", "user_policy:Nearest", {"distance": 3}),
     ],
 )

@@ -12,6 +12,8 @@ from kv_gym import EvictingCache
 from kv_gym.cache_view import CacheView
 from kv_gym.checksums import described_data_hash
 from kv_gym.errors import UserError
+from kv_gym.evaluation.configurations import Configuration
+from kv_gym.evaluation.rows import complete
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import make_policy
 from kv_gym.policies.scorer import GroupedScorer, Scorer
@@ -164,6 +166,8 @@ def test_another_model_of_the_same_sizes_is_accepted_on_request(tmp_path):
     accepted = make_policy(folder, accept_fingerprint=True)
     for policy in (accepted, make_policy("same_tokens", over=accepted), f"{folder}:accept_fingerprint=true"):
         EvictingCache(model, policy).detach()
+        assert complete(Configuration("mine", make_policy(policy)).fields())["accept_fingerprint"] is True
+    assert Configuration("mine", make_policy(folder)).fields()["accept_fingerprint"] is False
     Scorer(network, replace(fingerprint, query_heads=99), (1, 99)).save_pretrained(folder)
     with pytest.raises(UserError, match="query_heads 99"):
         EvictingCache(model, f"{folder}:accept_fingerprint=true")

@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from kv_gym import cli
 from kv_gym.errors import UserError
 from kv_gym.files import MODEL
+from kv_gym.policies import make_policy
 from kv_gym.traces import StreamedTraces, record
 from kv_gym.training import train
 from kv_gym.training.registry import agent_settings
@@ -79,6 +80,10 @@ def test_the_command(tmp_path):
     rows = [{"context_ids": [*range(1, 60 + i)], "continuation_ids": [[4, 5, 6]]} for i in range(5)]
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
     command = ["train", "joint", "--stream", str(file), "--model", str(MODEL), "--out", str(tmp_path / "policy")]
-    command += ["--steps", "2", "--hidden", "8", "--set", "contexts=2", "--set", "target=mean", "--slots", "32"]
-    done = CliRunner().invoke(cli.app, [*command, "--no-progress"])
-    assert done.exit_code == 0 and "held-out reward" in done.output, done.output
+    command += ["--steps", "2", "--hidden", "8", "--set", "contexts=2", "--no-progress"]
+    for more in (["--slots", "32"], ["--set", "target=kvzip", "--out", f"{tmp_path}/again"]):
+        done = CliRunner().invoke(cli.app, [*command, *more])
+        assert done.exit_code == 0 and "held-out reward" in done.output, done.output
+    assert make_policy(tmp_path / "policy").training["settings"]["target"] == "mean"  # the rest reads all slots
+    taught = make_policy(tmp_path / "again").training
+    assert taught["settings"]["target"] == "kvzip"

@@ -108,6 +108,8 @@ def test_show_refuses_what_is_not_there(recorded):
     for arguments, reason in [
         (("p9",), "no sequence 'p9'"),
         (("2",), "no sequence '2'"),
+        (("²",), "no sequence '²'"),
+        (("9" * 5000,), "no sequence '99"),
         ((1,), "without continuations"),
         ((0, 3), "no layer 3"),
         ((0, 0, 2), "head 2"),

@@ -52,7 +52,9 @@ def exported_hash(folder: str | Path) -> str:
         about = {name: value for name, value in about.items() if name not in ("training", "sha256")}
     except (OSError, ValueError, AttributeError):
         raise UserError(f"folder {folder} holds no exported policy; expected what `kv-gym train` writes") from None
-    return digest([about, weights, *(_code(Path(inspect.getfile(part)).read_text()) for part in (scorer, inputs))])
+    return digest(
+        [about, weights, *(_code(Path(inspect.getfile(part)).read_text(encoding="utf-8")) for part in (scorer, inputs))]
+    )
 
 
 def model_hash(folder: str | Path) -> str:

@@ -17,6 +17,7 @@ from kv_gym.evaluation.leaderboard.identity import RESULTS, digest, exported_has
 from kv_gym.evaluation.leaderboard.spec import ALL, Protection, Spec, Validation
 from kv_gym.evaluation.rows import FULL
 from kv_gym.evaluation.summary import NULLS
+from kv_gym.files import exists
 from kv_gym.live.selection import parse_selection
 from kv_gym.live.tiers import parse_tier
 from kv_gym.policies import Policy, list_policies, make_policy
@@ -72,7 +73,7 @@ class PolicySource:
 
 def is_exported(source: str) -> bool:
     """Whether a policy is named by the folder of an exported one, or by a path that should be one."""
-    return ":" not in source and ("/" in source or (Path(source) / "policy.json").is_file())
+    return ":" not in source and ("/" in source or exists(Path(source) / "policy.json"))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from typing import Any, TypeVar, get_args
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks.base import Task
+from kv_gym.files import exists
 from kv_gym.markdown import pipe_table
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
@@ -143,7 +144,7 @@ def parse_tasks(text: str, tokenizer=None, count: int | None = None, chat: bool 
     Raises:
         UserError: an unknown name or option, or whatever the task refuses.
     """
-    if Path(text).is_file():
+    if exists(text) and Path(text).is_file():
         return list_tasks()["file"].tasks(text, text, [], tokenizer, count, chat)
     items = [item.strip() for item in text.split(",") if item.strip()]
     if not items:
@@ -159,6 +160,6 @@ def _parse(item: str, tokenizer, count: int | None, chat: bool) -> list[Task]:
         end -= 1
     name, start = (fields[0], 1) if fields[0] in known else ("file", 0)
     argument = ":".join(fields[start:end])
-    if name == "file" and not argument.endswith((".jsonl", ".arrow", ".parquet")) and not Path(argument).exists():
+    if name == "file" and not argument.endswith((".jsonl", ".arrow", ".parquet")) and not exists(argument):
         raise UserError(f"task {item!r} is neither a file nor known; known are {', '.join(known)}")
     return known[name].tasks(item, argument, fields[end:], tokenizer, count, chat)
