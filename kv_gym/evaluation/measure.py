@@ -20,6 +20,7 @@ def measure(
     tasks: Iterable[Task],
     configurations: Sequence[Configuration],
     advance: Callable[[int], None] = lambda done: None,
+    go_on: Callable[[int], bool] = lambda batch: True,
 ) -> list[dict[str, Any]]:
     """Measure every configuration on every task.
 
@@ -28,6 +29,7 @@ def measure(
         tasks: what is asked, or replayed.
         configurations: what is compared; a context is read once for all of them.
         advance: called with the number of contexts done (progress).
+        go_on: asked before each batch, with its number of contexts; a task ends at the first no.
 
     Returns:
         Rows (:class:`kv_gym.evaluation.rows.Row`), task by task in the order of the configurations.
@@ -42,6 +44,8 @@ def measure(
     for task in tasks:
         outcomes: list[list] = [[] for _ in configurations]
         for batch in task.batches():
+            if not go_on(len(batch)):
+                break
             for found, (_, new) in zip(outcomes, task.measure(model, batch, configurations), strict=True):
                 found += new
             advance(len(batch))

@@ -7,7 +7,7 @@ Differences are paired, context by context: most of what varies between contexts
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from kv_gym.evaluation.configurations import Configuration, full_cache
@@ -26,6 +26,7 @@ def measure_losses(
     metric: str,
     configurations: Iterable[Configuration],
     progress: bool = True,
+    go_on: Callable[[int], bool] = lambda batch: True,
 ) -> list[dict[str, Any]]:
     """Measure configurations on a part of the data: a context is read once and cut before its questions are seen.
 
@@ -36,13 +37,15 @@ def measure_losses(
         metric: ``accuracy`` or ``nll``, what the loss is of.
         configurations: what is measured, with the full cache.
         progress: show a bar.
+        go_on: asked before each batch of contexts, with its size; the rows are of the contexts before the first no.
 
     Returns:
         Rows (:class:`kv_gym.evaluation.rows.Row`), the full cache first, with ``loss`` and ``loss_upper``: its mean
         and the upper end of its 95 % interval; accuracy counts from 0 to 1.
     """
     with ProgressBar(part, len(contexts), shown=progress, transient=True) as bar:
-        full, *rows = measure(model, [unseen_questions(contexts, part)], [full_cache(), *configurations], bar.advance)
+        task = unseen_questions(contexts, part)
+        full, *rows = measure(model, [task], [full_cache(), *configurations], bar.advance, go_on)
     for row in rows:
         row["loss"], row["loss_upper"] = paired_loss(full["contexts"], row["contexts"], metric)
     return [full | {"loss": 0.0, "loss_upper": 0.0}, *rows]

@@ -138,6 +138,19 @@ class Plan:
             f"about {duration(self.total)}{end} on this machine{more}",
         ]
 
+    def judging_time(self, spent: Mapping[str, float], phase: str) -> float | None:
+        """Seconds after which no further context is begun in a phase that measures; None without a limit.
+
+        Args:
+            spent: seconds of the phases so far, those of an interrupted one included.
+            phase: ``chosen`` or ``tested``. The first leaves the second its planned part of the time.
+        """
+        if self.minutes is None:
+            return None
+        left = 60 * self.minutes * MARGIN - sum(spent.values())
+        later = self.seconds["tested"] if phase == "chosen" else 0.0
+        return max(0.0, left * self.seconds[phase] / max(self.seconds[phase] + later, 1e-9))
+
     def training_time(self, spent: Mapping[str, float], stage: int) -> float | None:
         """Seconds after which a stage has to end, counted from its own start; None without a limit.
 
@@ -162,6 +175,11 @@ class Plan:
 def phase_of(stage: int, stages: int) -> str:
     """Name of the phase of a fit that a training run is."""
     return "train" if stage == stages - 1 else "warm_start"
+
+
+def fewest_to_test(fewest: int) -> int:
+    """Test contexts that are needed at least, where the choice needs `fewest`."""
+    return max(fewest // 2, 4)
 
 
 def plan_whole(agent: str, limits: Limits, timings: Timings, spent: float) -> Plan:
@@ -261,7 +279,7 @@ def _ways_to_judge(limits: Limits) -> Iterator[tuple[int, int, Sequence[float]]]
     coarse = [] if limits.fixed_budgets or len(limits.budgets) < 4 else [limits.budgets[::2]]
     for share in SHARES:
         validation = min(limits.validation, max(limits.fewest, math.ceil(share * limits.validation)))
-        test = min(limits.test, max(limits.fewest // 2, 4, math.ceil(share * limits.test)))
+        test = min(limits.test, max(fewest_to_test(limits.fewest), math.ceil(share * limits.test)))
         for budgets in [limits.budgets, *coarse]:
             yield validation, test, budgets
 

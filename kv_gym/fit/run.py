@@ -25,7 +25,7 @@ from kv_gym.fit.card import LEARNED, card, share_of, verdict
 from kv_gym.fit.data import FEWEST, FitData, contexts_for, read_data
 from kv_gym.fit.folder import FitFolder
 from kv_gym.fit.loss import least_provable, measure_losses
-from kv_gym.fit.plan import Limits, Plan, Timings, phase_of, plan_whole, plan_within
+from kv_gym.fit.plan import Limits, Plan, Timings, fewest_to_test, phase_of, plan_whole, plan_within
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, make_policy
 from kv_gym.policies.scorer import Scorer
@@ -94,7 +94,8 @@ def fit(
         agent: what is trained, see :func:`kv_gym.training.train`; by default ``end_to_end``, and within `minutes`
             ``joint``, then ``end_to_end`` from there if the time is long enough for both.
         minutes: time that all of it may take: agents, contexts, lengths, budgets and steps are chosen so that it fits,
-            and training ends in time even if the machine turns out slower. By default it takes as long as it takes.
+            and training, choosing and testing end in time even if the machine turns out slower (with fewer steps and
+            contexts, but as many as a choice needs). By default it takes as long as it takes.
         allocation: who gets the slots; by default ``global`` where the agent's scores allow it, else ``uniform``.
         budgets: shares of the tokens to try, from the largest down; by default 1/2 to 1/90.
         count: contexts to train on, at most.
@@ -290,9 +291,27 @@ class _Pipeline:
             with self._shown(name, what):
                 self.folder.save(**{name: work()})
 
-    def _measured(self, part: str, configurations: Iterable[Configuration]) -> list[dict[str, Any]]:
+    def _measured(
+        self, part: str, configurations: Sequence[Configuration], seconds: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Rows of a part's contexts: of all, or of those that a time allows, but of no fewer than a choice needs."""
         contexts = getattr(self.data, part)
-        return measure_losses(self.model, contexts, part, self.data.measure, configurations, self.progress)
+        fewest = _fewest_to_choose(self.data, self.folder.state["settings"]["tolerance"])
+        if part == "test":
+            fewest = fewest_to_test(fewest)
+        began, done = time.perf_counter(), 0
+
+        def go_on(batch: int) -> bool:
+            nonlocal done
+            spent = time.perf_counter() - began
+            late = seconds is not None and done >= fewest and spent * (done + batch) > seconds * done
+            done += 0 if late else batch
+            return not late
+
+        rows = measure_losses(self.model, contexts, part, self.data.measure, configurations, self.progress, go_on)
+        if done < len(contexts):
+            self.console.print(f"   the time is short: {done} of {len(contexts)} contexts")
+        return rows
 
     def _full_cache(self) -> dict[str, Any]:
         (row,) = self._measured("validation", ())
@@ -307,10 +326,15 @@ class _Pipeline:
 
     def _choose(self, policy: Policy) -> dict[str, Any]:
         """Walk down the budgets with the learned policy, then see what heuristics do where it ended."""
-        rule = parse_allocation(self.allocation)
+        rule, walked = parse_allocation(self.allocation), len(self.plan.budgets)
+        seconds = self.plan.judging_time(self.folder.state["seconds"], "chosen")
         rows = self._measured(
-            "validation", [Configuration(LEARNED, policy, budget, rule) for budget in self.plan.budgets]
+            "validation",
+            [Configuration(LEARNED, policy, budget, rule) for budget in self.plan.budgets],
+            None if seconds is None else seconds * walked / (walked + sum(map(len, HEURISTICS.values()))),
         )
+        read = [self.data.validation[int(number)] for number in rows[0]["contexts"]]  # for the heuristics, too
+        self.data = replace(self.data, validation=tuple(read))
         tolerance = self.folder.state["settings"]["tolerance"]
         budget = smallest_sufficient_budget(
             (row["budget"], row["loss_upper"] <= tolerance) for row in rows if row["policy"] == LEARNED
@@ -340,7 +364,8 @@ class _Pipeline:
                 configurations.append(
                     Configuration(row["policy"], self._policy(row["policy"]), at, parse_allocation(row["allocation"]))
                 )
-        return {"rows": self._measured("test", configurations)}
+        seconds = self.plan.judging_time(self.folder.state["seconds"], "tested")
+        return {"rows": self._measured("test", configurations, seconds)}
 
     def _finish(self, policy: Scorer) -> None:
         state = self.folder.state

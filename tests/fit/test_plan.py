@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from traced_models import VOCABULARY, tiny_model
 
 from kv_gym.errors import UserError
-from kv_gym.fit import fit, run
+from kv_gym.fit import fit, loss, run
 from kv_gym.fit.plan import MARGIN, Limits, Plan, Stage, Timings, plan_whole, plan_within
 from kv_gym.policies import make_policy
 from kv_gym.training.pace import Pace
@@ -99,6 +100,18 @@ def test_training_gives_way_to_phases_that_took_longer_than_planned():
     assert plan_whole("joint", LIMITS, TIMINGS, 60.0).training_time(planned, 0) is None
 
 
+def test_choosing_and_testing_share_what_is_left():
+    plan = plan_within(60, BOTH, LIMITS, TIMINGS, spent=60.0)
+    before = {name: plan.seconds[name] for name in plan.seconds if name not in ("chosen", "tested")}
+    late = before | {"train": before["train"] + 300}
+    left = 60 * 60 * MARGIN - sum(late.values())
+    chosen = plan.judging_time(late, "chosen")
+    assert chosen == pytest.approx(left * plan.seconds["chosen"] / (plan.seconds["chosen"] + plan.seconds["tested"]))
+    assert plan.judging_time(late | {"chosen": chosen}, "tested") == pytest.approx(left - chosen)
+    assert plan.judging_time(late | {"chosen": 9999.0}, "tested") == 0
+    assert plan_whole("joint", LIMITS, TIMINGS, 60.0).judging_time(before, "chosen") is None
+
+
 @pytest.fixture(scope="module")
 def continuations(tmp_path_factory):
     generator = torch.Generator().manual_seed(1)
@@ -131,6 +144,16 @@ def test_a_fit_within_minutes_trains_joint_and_then_through_the_model(continuati
     assert fit(model, continuations, tmp_path / "out", tolerance=50.0, minutes=10)["plan"] == done["plan"]
     with pytest.raises(UserError, match=r"begun with minutes 10(\.0)? and this call has 20"):
         fit(model, continuations, tmp_path / "out", tolerance=50.0, minutes=20)
+
+    # out of time: no more contexts than a choice and a test need, the same ones for heuristics and policy
+    state = json.loads((tmp_path / "out" / "fit.json").read_text())
+    monkeypatch.setattr(Plan, "judging_time", lambda *_: 0.0)
+    monkeypatch.setattr(loss, "unseen_questions", partial(loss.unseen_questions, rows=1))
+    (tmp_path / "out" / "fit.json").write_text(json.dumps(state | {"finished": False}))
+    late = fit(model, continuations, tmp_path / "out", tolerance=50.0, minutes=10)
+    counts = {task: {row["n"] for row in late["rows"] if row["task"] == task} for task in ("validation", "test")}
+    assert counts == {"validation": {4}, "test": {4}}
+    assert late["plan"]["validation"] == 5 and "the time is short: 4 of 5" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
