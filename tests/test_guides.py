@@ -41,7 +41,13 @@ def folder(tmp_path, monkeypatch):
     return tmp_path
 
 
-@pytest.mark.parametrize("page", [*TYPED, *PAGES[1:3]], ids=lambda page: f"{page.parent.name}/{page.stem}")
+def block_page(page):
+    """A page whose blocks are run; the ones that take long, only with the slow tests."""
+    slow = page.parent.name == "benchmarks" or page.stem == "publish-results"
+    return pytest.param(page, id=f"{page.parent.name}/{page.stem}", marks=[pytest.mark.slow] if slow else [])
+
+
+@pytest.mark.parametrize("page", [block_page(page) for page in (*TYPED, *PAGES[1:3])])
 def test_every_block_runs(page, folder):
     Page(page).run()
 

@@ -194,6 +194,7 @@ def test_a_damaged_batch_is_refused(tmp_path):
         ResultFolder(tmp_path)
 
 
+@pytest.mark.slow
 def test_two_processes_write_the_rows_of_one(place, tmp_path, rows):
     spec = spec_of(place, learned={"mine": [str(place / "mine-{seed}")]}, seeds=[0, 1])
     assert without_times(leaderboard(spec, tmp_path, workers=2, progress=False)) == without_times(rows)
@@ -213,6 +214,7 @@ time.sleep(90)
 """
 
 
+@pytest.mark.slow
 def test_a_worker_ends_when_its_parent_is_killed():
     # the worker has the same standard output, which ends with the last process that holds it
     done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, timeout=60)

@@ -91,6 +91,7 @@ def test_what_stands_outside_of_the_markers_is_left_alone(checkout):
     assert stale(checkout, "README.md") == set()
 
 
+@pytest.mark.slow
 def test_no_page_is_stale():
     done = subprocess.run(
         [sys.executable, ROOT / "benchmarks" / "publish.py", "--check"], capture_output=True, text=True

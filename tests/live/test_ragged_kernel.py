@@ -18,6 +18,7 @@ def run(*command, **environment):
     return done.stdout
 
 
+@pytest.mark.slow
 def test_in_the_interpreter():
     pytest.importorskip("triton", reason="the kernel needs Triton: pip install 'kv-gym[gpu]'")
     checks = Path(__file__).with_name("interpreted_kernel.py")

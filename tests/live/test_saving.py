@@ -60,6 +60,7 @@ def begun(family, settings, padded):
     return model, cache
 
 
+@pytest.mark.slow
 def test_a_fresh_process_continues_exactly(tmp_path):
     """Equal, ragged and padded slots, hybrid layers, evictions to come; nothing in what follows is another number."""
     cases = [("llama", name, 0) for name in SETTINGS] + [("llama", "every", 1), ("llama", "scores", 1)]

@@ -214,6 +214,7 @@ with EvictingCache(model, folder + "/policy", 9) as cache, torch.no_grad():
 """
 
 
+@pytest.mark.slow
 def test_live_keeps_what_replay_keeps_in_a_fresh_process(recorded, tmp_path):
     model, folder = recorded
     model.save_pretrained(tmp_path / "model")

@@ -111,6 +111,7 @@ def test_word_and_place_alone_do_not_tell_facts_from_distractors(task):
     assert 0.4 < area <= 0.6
 
 
+@pytest.mark.slow
 def test_an_interrupted_training_ends_as_an_uninterrupted_one(tmp_path, monkeypatch):
     from safetensors.torch import load_file
 

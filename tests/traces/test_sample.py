@@ -4,6 +4,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from transformers import LlamaForCausalLM
 
 from kv_gym import list_policies, make_policy
@@ -20,6 +21,7 @@ def test_the_bundled_sample_is_what_the_recipe_says():
     assert set(full.stats) == remembering, "a policy with memory came: run the recipe again"
 
 
+@pytest.mark.slow
 def test_sample_is_small_and_has_one_full_sequence(tmp_path):
     LlamaForCausalLM(reference_config()).save_pretrained(tmp_path / "model")
     build_tokenizer().save_pretrained(tmp_path / "model")
