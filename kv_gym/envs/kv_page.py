@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import gymnasium as gym
 import numpy as np
@@ -41,6 +42,7 @@ class PageEpisodes:
         reward: str = "hits",
         part: Sequence[float] = (0.0, 1.0),
         drawn: int = 0,
+        limit: float = 0.0,
     ):
         for name, value, known in (
             ("semantics", semantics, SEMANTICS),
@@ -52,6 +54,8 @@ class PageEpisodes:
         if candidates < 2:
             raise UserError(f"with candidates={candidates} there is nothing to decide; expected 2 or more")
         check_drawn(drawn, candidates)
+        if not 0 <= limit < float("inf"):
+            raise UserError(f"a limit of {limit} seconds is no time; expected 0 (none) or more")
         if horizon < 1:
             raise UserError(f"horizon {horizon} serves no request; expected 1 or more")
         if not (len(part) == 2 and 0 <= part[0] < part[1] <= 1):
@@ -71,7 +75,7 @@ class PageEpisodes:
             )
         self.candidates, self.drawn = candidates, drawn
         self.semantics, self.features = semantics, tuple(features)
-        self.action, self.reward = action, reward
+        self.action, self.reward, self.limit = action, reward, limit
         first, last = (round(share * self.trace.requests) for share in part)
         self.first, self.last = first, max(last, first + 1)
         self.horizon = min(horizon, self.last - self.first)
@@ -103,6 +107,31 @@ def sample_requests() -> Path:
     return bundled("requests") / "sample.jsonl.gz"
 
 
+class DecisionTimer:
+    """Says whether a decision came later than a limit after the candidates were shown.
+
+    Args:
+        limit: seconds; 0: no decision is late.
+
+    Attributes:
+        clock: gives the seconds.
+    """
+
+    def __init__(self, limit: float):
+        self.limit, self.clock = limit, cast(Callable[[], float], time.perf_counter)
+        self._begun = 0.0
+
+    def start(self) -> None:
+        """Candidates are shown now."""
+        if self.limit:
+            self._begun = self.clock()
+
+    @property
+    def late(self) -> bool:
+        """Whether a decision that comes now is late."""
+        return self.limit > 0 and self.clock() - self._begun > self.limit
+
+
 class PageEpisode:
     """One slice of the trace, served from a warm cache up to the next decision.
 
@@ -126,6 +155,7 @@ class PageEpisode:
         self._warm()
         self._before = (self.cache.hits, self.cache.served, self.cache.evictions)
         self._counted = 0  # hits that rewards have paid
+        self._decisions = self._late = 0
         self._at_end: dict[str, Any] = {}
         self.shown: list[int] = []
         self.over, self.evicted = False, -1
@@ -189,11 +219,14 @@ class PageEpisode:
             "accesses": self.accesses,
             "evictions": self.cache.evictions - self._before[2],
             "start": self.start,
+            "late_share": self._late / max(self._decisions, 1),
         }
 
-    def act(self, action: Any) -> float:
-        """Evict by the action, go on to the next decision, and give the reward."""
-        place = self._chosen(action)
+    def act(self, action: Any, late: bool = False) -> float:
+        """Evict by the action (or by LRU where it is late), go on to the next decision, and give the reward."""
+        place = 0 if late else self._chosen(action)
+        self._decisions += 1
+        self._late += late
         regret = self._regret(place) if self.rules.reward == "belady" else 0.0
         self.evicted = self.shown[place]
         self.cache.evict(self.evicted)
@@ -276,6 +309,12 @@ class KVPageEnv(gym.Env[Observation, Any]):
     `reward="belady"`: 0 for the candidate whose next use is farthest, down to -1 for one
     that is asked for at once: `log(1 + its distance) / log(1 + the farthest distance) - 1`.
 
+    ## Info
+
+    `hit_rate`, `hits`, `accesses` and `evictions` of the episode so far, its first request `start`, and `late_share`:
+    the share of its decisions that came later than `limit` after the candidates were shown. In their place the least
+    recently used page left, as in a server that cannot wait.
+
     ## Starting State
 
     A stretch of `horizon` requests is drawn; the cache holds what LRU had left there after the requests before it (at
@@ -299,6 +338,8 @@ class KVPageEnv(gym.Env[Observation, Any]):
     - `action`, `reward`: see above.
     - `drawn`: how many of the K candidates are drawn at random from all pages that may leave, behind the least recently
       used ones; `order` says nothing of them.
+    - `limit`: seconds from the return of `reset` or `step` to the next call of `step`, after which LRU decides; in a
+      batch, for all its environments together. 0: no limit, so that results can be repeated on a slower machine.
     - `part`: the share of the trace that episodes are drawn from, such as `(0.0, 0.7)` for training.
 
     The trace and, for each environment, one cache are held in memory: about 100 bytes for each page of the trace and
@@ -328,6 +369,7 @@ class KVPageEnv(gym.Env[Observation, Any]):
         self.observation_space: spaces.Space = self.rules.observation_space
         self.action_space = self.rules.action_space
         self.render_mode = render_mode
+        self.timer = DecisionTimer(self.rules.limit)
         self._episode: PageEpisode | None = None
         self._last = ""
 
@@ -342,16 +384,20 @@ class KVPageEnv(gym.Env[Observation, Any]):
         super().reset(seed=seed)
         self._episode = begin_episode(self.rules, self.np_random, options)
         self._last = ""
-        return self._episode.observe(), self._episode.describe()
+        observation, info = self._episode.observe(), self._episode.describe()
+        self.timer.start()
+        return observation, info
 
     def step(self, action: Any) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
         """Evict a page and serve requests up to the next decision."""
         episode = self._episode
         if episode is None or episode.over:
             raise UserError("step was called before reset, or after the end of the episode: call reset first")
-        reward = episode.act(action)
+        reward = episode.act(action, self.timer.late)
         self._last = f"page {episode.evicted} left, reward {reward:g}"
-        return episode.observe(), reward, False, episode.over, episode.describe()
+        observation, info = episode.observe(), episode.describe()
+        self.timer.start()
+        return observation, reward, False, episode.over, info
 
     def action_masks(self) -> np.ndarray:
         """`[K]` bool, which candidates there are; what `sb3_contrib.MaskablePPO` asks for."""

@@ -9,7 +9,7 @@ from gymnasium.vector import AutoresetMode, VectorEnv
 from gymnasium.vector.utils import batch_space
 from numpy.typing import NDArray
 
-from kv_gym.envs.kv_page import Observation, PageEpisode, PageEpisodes, begin_episode
+from kv_gym.envs.kv_page import DecisionTimer, Observation, PageEpisode, PageEpisodes, begin_episode
 from kv_gym.errors import UserError
 
 
@@ -43,6 +43,7 @@ class KVPageVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self.single_action_space = self.rules.action_space
         self.observation_space = batch_space(self.single_observation_space, num_envs)
         self.action_space = batch_space(self.single_action_space, num_envs)
+        self.timer = DecisionTimer(self.rules.limit)
         self._episodes: list[PageEpisode] = []
 
     def reset(
@@ -56,7 +57,9 @@ class KVPageVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                 raise UserError(f"start names {len(options['start'])} requests; expected one or {self.num_envs}")
             each = [{**options, "start": start} for start in options["start"]]
         self._episodes = [begin_episode(self.rules, self.np_random, one) for one in each]
-        return self._observe(), self._infos([True] * self.num_envs)
+        observation, infos = self._observe(), self._infos([True] * self.num_envs)
+        self.timer.start()
+        return observation, infos
 
     def step(
         self, actions: np.ndarray
@@ -64,7 +67,8 @@ class KVPageVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """Evict a page everywhere, and begin anew where the slice is over."""
         if not self._episodes:
             raise UserError("step was called before reset: call reset first")
-        rewards = np.array([one.act(action) for one, action in zip(self._episodes, actions, strict=True)])
+        late = self.timer.late
+        rewards = np.array([one.act(action, late) for one, action in zip(self._episodes, actions, strict=True)])
         over = np.array([one.over for one in self._episodes])
         infos: dict[str, Any] = {}
         if over.any():
@@ -75,7 +79,9 @@ class KVPageVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
                 self._episodes[place] = begin_episode(self.rules, self.np_random)
             infos |= {"final_obs": final_obs, "_final_obs": over.copy(), "_final_info": over.copy()}
         infos |= self._infos([True] * self.num_envs)
-        return self._observe(), rewards, np.zeros(self.num_envs, bool), over, infos
+        observation = self._observe()
+        self.timer.start()
+        return observation, rewards, np.zeros(self.num_envs, bool), over, infos
 
     def action_masks(self) -> NDArray[np.bool_]:
         """`[num_envs, K]`, which candidates there are."""

@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from typer.testing import CliRunner
 
@@ -25,13 +26,14 @@ def test_info_prints_the_summary():
 
 
 def test_simulate_writes_rows(tmp_path):
-    out = tmp_path / "rows.json"
+    keys, out = tmp_path / "keys.txt", tmp_path / "rows.json"
+    keys.write_text("".join(f"{key}\n" for key in np.random.default_rng(0).zipf(1.2, 4000).clip(max=10**6)))
     done = run(
-        "simulate", SAMPLE, "--policies", "lru,random_page,s3_fifo:small=0.2", "--capacity", "500,1000", "--json", out
+        "simulate", keys, "--policies", "lru,random_page,s3_fifo:small=0.2", "--capacity", "500,1000", "--json", out
     )
     assert done.exit_code == 0, done.output
     rows = json.loads(out.read_text())["rows"]
-    assert rows == compare_page_policies(SAMPLE, ["lru", "random_page", "s3_fifo:small=0.2"], [500, 1000])
+    assert rows == compare_page_policies(keys, ["lru", "random_page", "s3_fifo:small=0.2"], [500, 1000])
     assert [(row["policy"], row["seed"]) for row in rows[:5]] == [
         ("lru", None), ("random_page", 0), ("random_page", 1), ("random_page", 2), ("s3_fifo:small=0.2", None)
     ]  # fmt: skip

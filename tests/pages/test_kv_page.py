@@ -31,7 +31,7 @@ def by_index(place):
     return lambda observation: min(place, int(observation["mask"].sum()) - 1)
 
 
-@pytest.mark.parametrize("settings", [{}, INDEX | {"drawn": 8}])
+@pytest.mark.parametrize("settings", [{"capacity": 200}, INDEX | {"capacity": 200, "drawn": 8}])
 @pytest.mark.filterwarnings("error")
 def test_both_checkers_are_silent(settings):
     check_env(gym.make("KVPage-v0", **settings).unwrapped)
@@ -144,6 +144,26 @@ def test_steps_of_the_sb3_batch_are_those_of_the_scalar_environment():
     np.testing.assert_array_equal(np.stack(masks), observations["mask"].astype(bool))
 
 
+def test_lru_stands_in_for_late_decisions():
+    """Every second decision takes a second too much, by a clock that only the test moves."""
+    keys = np.random.default_rng(0).integers(0, 40, 300).tolist()
+    rules = {"requests": RequestTrace.from_keys(keys, "drawn"), "capacity": 12, "semantics": "objects", "horizon": 200}
+    env, free = (gym.make("KVPage-v0", **rules, limit=limit, action="index").unwrapped for limit in (0.5, 0.0))
+    batch = gym.make_vec("KVPage-v0", num_envs=2, **rules, limit=0.5, action="index").unwrapped
+    now = [0.0]
+    env.timer.clock = batch.timer.clock = free.timer.clock = lambda: now[0]
+    for each, start in ((env, 50), (free, 50), (batch, [50, 80])):
+        _, info = each.reset(options={"start": start})
+    assert info["late_share"].tolist() == [0.0, 0.0]
+    for number in range(20):
+        now[0] += 1.0 if number % 2 else 0.25
+        observation, reward, *_, info = env.step(7)
+        _, expected, *_, alone = free.step(0 if number % 2 else 7)
+        observations, rewards, *_, infos = batch.step(np.array([7, 7]))
+        assert reward == expected == rewards[0] and (observations["age"][0] == observation["age"]).all()
+    assert info["late_share"] == 0.5 == infos["late_share"][1] and alone["late_share"] == 0.0
+
+
 def test_ppo_trains_on_index_actions():
     env = KVPageVecEnv(4, **INDEX)
     agent = PPO("MultiInputPolicy", env, n_steps=8, batch_size=16, n_epochs=1, seed=0, device="cpu")
@@ -162,6 +182,7 @@ def test_ppo_trains_on_index_actions():
         ({"candidates": 1}, "nothing to decide"),
         ({"drawn": 16}, "16 of 16 candidates cannot be drawn"),
         ({"horizon": 0}, "serves no request"),
+        ({"limit": -1.0}, "a limit of -1.0 seconds"),
         ({"capacity": 0}, "holds nothing"),
         ({"capacity": 10**9}, "nothing ever leaves"),
         ({"features": ["age", "colour"]}, "expected some of age"),

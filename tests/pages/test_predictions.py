@@ -41,9 +41,10 @@ def sequences(count, seed):
         yield RequestTrace.from_keys(pages.tolist()), capacity, float(random.choice([0.05, 0.2, 0.5, 1.0]))
 
 
-def test_flush_meets_its_bound_on_1500_sequences():
+@pytest.mark.parametrize(("count", "seed"), [(300, 1), pytest.param(1500, 0, marks=pytest.mark.slow)])
+def test_flush_meets_its_bound_on_random_sequences(count, seed):
     """(1, k - 1, 1): misses are at most OPT + (k - 1) times wrong zeros + wrong ones; perfect bits give OPT."""
-    for trace, capacity, flip in sequences(1500, 0):
+    for trace, capacity, flip in sequences(count, seed):
         best = misses(trace, "belady", capacity)
         assert misses(trace, "flush", capacity) == misses(trace, "mark0", capacity) == best
         bits = discard_bits(trace, capacity)

@@ -8,12 +8,13 @@ A block may have a mark in the line above it, which readers of the rendered page
 
 import ast
 import configparser
+import gzip
 import importlib
 import os
 import re
 import shlex
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import islice, pairwise
 from pathlib import Path
 
 import typer
@@ -30,6 +31,7 @@ _MOST = {"--count": 8, "--steps": 3, "--tokens": 64, "--continuation-tokens": 8,
 _FOLDERS = "kv_gym|tests|benchmarks|examples|agents|traces/recipes|docs"
 _TOLERANCE = 0.5  # so few questions cannot tell less
 _WORDS = {"multi_key": 64, "dialogue": 128, "copy": 32, "fact": 128}
+_REQUESTS = "sample.jsonl.gz"
 _MADE = re.compile(rf"\b({'|'.join(_WORDS)}):(\d+)")
 _VERBS = typer.main.get_command(app)
 
@@ -143,6 +145,7 @@ def small(words):
     """The same call with little work: see `_MOST`."""
     known = options(words)
     words = [_MADE.sub(lambda made: f"{made[1]}:{min(int(made[2]), _WORDS[made[1]])}", word) for word in words]
+    words = [_write_few_requests(word) if Path(word).name == _REQUESTS else word for word in words]
     given = dict(pairwise(words))
     wanted = {name: most for name, most in _MOST.items() if name in known}
     if given.get("--data", "").endswith(".jsonl"):  # whose lines have lengths of their own
@@ -158,6 +161,13 @@ def small(words):
         else:
             words += [name, str(most)]
     return [*words, *(["--no-progress"] if "--progress" in known else [])]
+
+
+def _write_few_requests(file):
+    """The first requests of a trace, in a file in the working folder."""
+    with gzip.open(file, "rt") as lines:
+        Path("few_requests.jsonl").write_text("".join(islice(lines, 300)))
+    return "few_requests.jsonl"
 
 
 def check_other(words):
