@@ -71,7 +71,7 @@ class Replay:
         limit = memory_limit(memory)
         sequences: Contexts
         if isinstance(opened, TraceSet):
-            sequences = opened.holding(limit // 4)
+            sequences = opened.cached(limit // 4)
         else:  # what is in memory anyway; some collections may only be iterated over
             sequences = [opened[i] for i in range(len(opened))] if hasattr(opened, "__getitem__") else list(opened)
         self.table = ObservationTable(sequences, heads, max_tokens, features, limit // 2)

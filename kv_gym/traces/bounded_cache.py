@@ -54,8 +54,8 @@ class BoundedCache(Generic[Value]):
         self._values.clear()
         self.bytes = 0
 
-    def held(self) -> list[Value]:
-        """All values that are held."""
+    def values(self) -> list[Value]:
+        """All values in the cache."""
         return list(self._values.values())
 
 

@@ -56,7 +56,7 @@ class TraceSet:
     Attributes:
         entries: what the shards say of each sequence, without arrays.
         manifest: how the set was recorded; plain JSON data.
-        cache: sequences that stay in memory; None: none do. See :meth:`holding`.
+        cache: sequences that stay in memory; None: none do. See :meth:`cached`.
     """
 
     def __init__(self, entries: list[Entry], manifest: dict[str, Any], cache: BoundedCache[Sequence] | None = None):
@@ -122,14 +122,14 @@ class TraceSet:
         TraceSet.__init__(part, entries, self.manifest, self.cache)
         return part
 
-    def holding(self, limit: int) -> TraceSet:
+    def cached(self, limit: int) -> TraceSet:
         """The same set, which keeps sequences that were read in memory, up to `limit` bytes together.
 
         Those that were not asked for the longest are dropped first, and read again when they are asked for.
         """
-        holding = self.of(self.entries)
-        holding.cache = BoundedCache(limit, lambda sequence: sequence.nbytes)
-        return holding
+        cached = self.of(self.entries)
+        cached.cache = BoundedCache(limit, lambda sequence: sequence.nbytes)
+        return cached
 
     def load(self) -> list[Sequence]:
         """All sequences, in memory."""

@@ -80,7 +80,7 @@ class EndToEnd(Learner):
         Raises:
             UserError: a context has no continuation.
         """
-        sequences = sequences.holding(self.memory) if isinstance(sequences, TraceSet) else sequences
+        sequences = sequences.cached(self.memory) if isinstance(sequences, TraceSet) else sequences
         self._lengths: list[tuple[int, int]] = []  # of each context and of its longest continuation
         for sequence in sequences:
             if not sequence.continuations:

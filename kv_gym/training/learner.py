@@ -170,7 +170,7 @@ class TrainingContexts:
     def standardise(self, network: GroupedScorer) -> None:
         """Standardise all contexts, once each, as `network` would at every step."""
         self._network = network
-        for context in self._cache.held():
+        for context in self._cache.values():
             context.standardise(network)
 
 

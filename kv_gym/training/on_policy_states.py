@@ -69,7 +69,7 @@ class OnPolicyStates:
 
     def __init__(self, sequences: Contexts, budget: float, sinks: int, recent: int, limit: int = UNLIMITED):
         if isinstance(sequences, TraceSet):
-            sequences = sequences.holding(limit // 4)
+            sequences = sequences.cached(limit // 4)
         self._table = ObservationTable(sequences, limit=limit // 2)
         self._eviction = EvictionMode(sequences, self._table, "max", sinks, recent, parse_budget(budget), limit // 4)
         self._block_tokens = [[c.block for c in sequence.continuations] for sequence in sequences]

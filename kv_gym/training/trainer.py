@@ -340,7 +340,7 @@ class Trainer:
         fingerprint, settings = self.traces.fingerprint, self.settings
         entries = self.traces.select(split="train").entries
         training, validation = map(self.traces.of, split_validation(entries, settings.validation))
-        self.validation = validation.holding(self.memory // 4)
+        self.validation = validation.cached(self.memory // 4)
         self.lengths = (min(entry.tokens for entry in entries), max(entry.tokens for entry in entries))
         torch.manual_seed(self.seed)
         if self.start is None:

@@ -43,8 +43,8 @@ def test_what_was_not_asked_for_the_longest_goes_first():
         return cache.get(key, lambda: made.append(key) or size)
 
     assert [get(*pair) for pair in (("a", 4), ("b", 4), ("a", 4), ("c", 6), ("b", 4))] == [4, 4, 4, 6, 4]
-    assert made == ["a", "b", "c", "b"] and cache.bytes == 10 and cache.held() == [6, 4]
-    assert get("huge", 99) == 99 and cache.held() == [99]
+    assert made == ["a", "b", "c", "b"] and cache.bytes == 10 and cache.values() == [6, 4]
+    assert get("huge", 99) == 99 and cache.values() == [99]
     with pytest.raises(UserError, match="memory is 0; expected gigabytes above 0"):
         memory_limit(0)
     assert memory_limit(1.5) == 1_500_000_000 and 0 < memory_limit(None) < bounded_cache.UNLIMITED
