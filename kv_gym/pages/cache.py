@@ -7,9 +7,8 @@ import random
 from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from functools import cached_property
 from itertools import islice
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -20,13 +19,15 @@ Priority = Callable[["PageCache", int], tuple]
 
 
 _NAMES = (
-    "last_use", "uses", "created", "gap", "length", "seen", "period", "previous", "often", "steady", "place", "known",
+    "last_use", "uses", "created", "gap", "length", "seen", "period", "previous", "often", "steady", "behind", "known",
     "turn", "pace", "depth",
 )  # fmt: skip
 COLUMNS = {name: place for place, name in enumerate(_NAMES)}
-"""Rows of :attr:`PageCache.table` by name."""
+"""Columns of :attr:`PageCache.table` by name."""
 
 HALF_LIVES = {"often": 1_000.0, "steady": 30_000.0}  # accesses after which a use counts half
+_DECAYING = slice(COLUMNS["often"], COLUMNS["steady"] + 1)
+_RATES = -1 / np.array(list(HALF_LIVES.values()))
 
 
 class Candidates:
@@ -38,7 +39,7 @@ class Candidates:
 
     Attributes:
         pages: K numbers.
-        columns: `[columns, K]` float64, what the cache has noted of each, read in one go.
+        columns: `[K, columns]` float64, what the cache has noted of each, by :data:`COLUMNS`, read in one go.
         age: `[K]` accesses since each was last used.
         gap: `[K]` mean number of accesses between its uses (moving average), or its age where it had one use.
         hits: `[K]` uses while it was cached, the first not counted.
@@ -55,25 +56,28 @@ class Candidates:
 
     def __init__(self, cache: PageCache, pages: list[int]):
         self.cache, self.pages = cache, pages
+        # made when they are first asked for; functools.cached_property takes a lock, longer than all of this
+        self._places = self._columns = self._age = self._decayed = cast(np.ndarray, None)
 
     def __len__(self) -> int:
         return len(self.pages)
 
-    @cached_property
-    def _places(self) -> np.ndarray:
-        return np.array(self.pages)
-
-    @cached_property
+    @property
     def columns(self) -> np.ndarray:  # noqa: D102
-        return self.cache.table.take(self._places, 1)
+        if self._columns is None:
+            self._places = np.array(self.pages)
+            self._columns = self.cache.table.take(self._places, 0)
+        return self._columns
 
     def column(self, name: str) -> np.ndarray:
         """`[K]` float64, one of :data:`COLUMNS`."""
-        return self.columns[COLUMNS[name]]
+        return self.columns[:, COLUMNS[name]]
 
-    @cached_property
+    @property
     def age(self) -> np.ndarray:  # noqa: D102
-        return self.cache.access - self.column("last_use")
+        if self._age is None:
+            self._age = self.cache.access - self.columns[:, 0]
+        return self._age
 
     @property
     def gap(self) -> np.ndarray:  # noqa: D102
@@ -111,9 +115,17 @@ class Candidates:
     @property
     def parent_age(self) -> np.ndarray:
         """`[K]` accesses since the page before each in its chain was used; its own age where there is none."""
+        last_use = self.columns[:, 0]
         parents = self.cache.parents.take(self._places)
-        last = self.cache.table[COLUMNS["last_use"]].take(parents, mode="clip")
-        return self.cache.access - np.where(parents < 0, self.column("last_use"), last)
+        last = self.cache.table.take(parents, 0, mode="wrap")[:, 0]  # -1 reads the last row, which is not used
+        return self.cache.access - np.where(parents < 0, last_use, last)
+
+    @property
+    def decayed(self) -> np.ndarray:
+        """`[K, 2]` uses of which those long ago count less, now: `often` and `steady` of :data:`HALF_LIVES`."""
+        if self._decayed is None:
+            self._decayed = self.columns[:, _DECAYING] * np.exp2(self.age[:, None] * _RATES)
+        return self._decayed
 
     @property
     def capacity(self) -> int:  # noqa: D102
@@ -239,14 +251,14 @@ class PageCache:
         access: number of the current access.
         incoming: the page that room is made for.
         size: cached pages, and their sizes.
-        table: `[columns, footprint]` float64, what is noted of every page, by :data:`COLUMNS`: access of its last use,
+        table: `[footprint, columns]` float64, what is noted of every page, by :data:`COLUMNS`: access of its last use,
             uses while it was cached, access at which it was stored, moving mean of the accesses between uses, pages of
             the request that last used it, requests for it, accesses between its last two uses and between the two
             before, uses of which those long ago count less, with half-lives of 1,000 and 30,000 accesses; of the
-            request that last used it: the page's place, how many of its first pages were known, its turn (one more
-            than that of the request that first brought the last known page) and the accesses since that page was used;
-            place in the request that first asked for it.
-        last_use, uses, created: rows of the table, of which single entries are read and written fast.
+            request that last used it: its pages behind this one, how many of its first pages were known, its turn (one
+            more than that of the request that first brought the last known page) and the accesses since that page was
+            used; place in the request that first asked for it.
+        last_use, uses, created: columns of the table, of which single entries are read and written fast.
         parents: `[footprint]` int64, the page before each one in the chain it was stored with, or -1.
         due: next use of each page, where the cache looks ahead.
     """
@@ -271,16 +283,16 @@ class PageCache:
         self._times = lists.get("times")
         self._ttl = lists.get("ttl") if self._times is not None else None
         self._next = lists["next_use"] if future or priority else None
-        self.table = np.zeros((len(COLUMNS), trace.footprint))
-        self.table[COLUMNS["depth"]] = trace.depth
-        self.table[COLUMNS["length"]], self.table[COLUMNS["period"]] = 1, 1e6
-        table: Any = self.table  # NumPy's stubs do not say that an array is a buffer
-        rows: dict[str, Any] = {name: memoryview(row) for name, row in zip(_NAMES, table, strict=True)}
-        self.last_use, self.uses, self.created, self._seen = (rows[n] for n in ("last_use", "uses", "created", "seen"))
-        self._gap, self._period, self._previous = rows["gap"], rows["period"], rows["previous"]
-        self._often, self._steady = rows["often"], rows["steady"]
-        self._length, self._place, self._known = rows["length"], rows["place"], rows["known"]
-        self._turn, self._pace = rows["turn"], rows["pace"]
+        self.table = np.zeros((trace.footprint, len(COLUMNS)))  # what is noted of a page lies side by side
+        self.table[:, COLUMNS["depth"]] = trace.depth
+        self.table[:, COLUMNS["length"]], self.table[:, COLUMNS["period"]] = 1, 1e6
+        columns: Any = self.table.T  # NumPy's stubs do not say that an array is a buffer
+        of: dict[str, Any] = {name: memoryview(column) for name, column in zip(_NAMES, columns, strict=True)}
+        self.last_use, self.uses, self.created, self._seen = (of[n] for n in ("last_use", "uses", "created", "seen"))
+        self._gap, self._period, self._previous = of["gap"], of["period"], of["previous"]
+        self._often, self._steady = of["often"], of["steady"]
+        self._length, self._behind, self._known = of["length"], of["behind"], of["known"]
+        self._turn, self._pace = of["turn"], of["pace"]
         self.due = [NEVER] * trace.footprint
         self.parents = trace.parents.copy()
         parents: Any = self.parents
@@ -455,7 +467,8 @@ class PageCache:
     def _note_request(self, page: int, place: int, request: tuple[int, int, float, float]) -> None:
         """Note the request that used a page."""
         length, known, turn, pace = request
-        self._length[page], self._place[page], self._known[page], self._pace[page] = length, place, known, pace
+        self._length[page], self._behind[page] = length, length - 1 - place
+        self._known[page], self._pace[page] = known, pace
         if not self._turn[page]:  # of the request that first brought it
             self._turn[page] = turn
 

@@ -8,13 +8,8 @@ from functools import lru_cache
 import numpy as np
 
 from kv_gym.errors import UserError
-from kv_gym.pages.cache import COLUMNS, HALF_LIVES, Candidates
+from kv_gym.pages.cache import COLUMNS, Candidates
 from kv_gym.pages.requests import RequestTrace
-
-
-def _decayed(name: str) -> Callable[[Candidates], np.ndarray]:
-    return lambda pages: pages.column(name) * 0.5 ** (pages.age / HALF_LIVES[name])
-
 
 # names, and either a column of the cache or what is computed from several; then what its logarithm is divided by
 _LOGARITHMS: dict[str, tuple[str | Callable[[Candidates], np.ndarray], float]] = {
@@ -27,9 +22,9 @@ _LOGARITHMS: dict[str, tuple[str | Callable[[Candidates], np.ndarray], float]] =
     "depth": ("depth", 5),
     "length": ("length", 5),
     "previous": ("previous", 10),
-    "often": (_decayed("often"), 2),
-    "steady": (_decayed("steady"), 3),
-    "behind": (lambda pages: pages.length - 1 - pages.column("place"), 5),
+    "often": (lambda pages: pages.decayed[:, 0], 2),
+    "steady": (lambda pages: pages.decayed[:, 1], 3),
+    "behind": ("behind", 5),
     "known": ("known", 5),
     "turn": ("turn", 3),
     "pace": ("pace", 10),
@@ -39,8 +34,14 @@ _OTHERS: dict[str, Callable[[Candidates], np.ndarray]] = {
     "ttl": lambda pages: np.where(
         np.isfinite(pages.ttl), np.log1p(np.minimum(np.maximum(pages.ttl, 0), 1e7)) / 16, 1.0
     ),
-    "order": lambda pages: np.arange(len(pages)) / 16,
+    "order": lambda pages: _order(len(pages)),
 }
+
+
+@lru_cache
+def _order(count: int) -> np.ndarray:
+    return np.arange(count) / 16
+
 
 BASIC_FEATURES = ("age", "gap", "hits", "seen", "period", "size", "ttl", "depth", "length", "order")
 """What ``KVPage-v0`` shows by default: accesses since the last use, mean accesses between uses, hits while cached,
@@ -85,21 +86,24 @@ def feature_matrix(candidates: Candidates, features: Sequence[str]) -> np.ndarra
         features: names of :data:`FEATURES`.
     """
     columns, computed, scales, others = _layout(tuple(features))
-    made = candidates.columns.take(columns, 0)
+    found = candidates.columns.take(columns, 1)
     for place, compute in computed:
-        made[place] = compute(candidates)
-    made = np.log((made + 1).astype(np.float32)) * scales  # of float32: five times as fast as log1p of float64
+        found[:, place] = compute(candidates)
+    found += 1
+    made = found.astype(np.float32)
+    np.log(made, made)  # of float32: five times as fast as log1p of float64
+    made *= scales
     for place, compute in others:
-        made[place] = compute(candidates)
-    return made.T
+        made[:, place] = compute(candidates)
+    return made
 
 
 @lru_cache
 def _layout(features: tuple[str, ...]) -> tuple[np.ndarray, list, np.ndarray, list]:
-    """Rows of the table to take at once, and what is computed in their place: before the logarithm, or without one."""
+    """Columns of the table to take at once, and what is computed in their place, before the logarithm or without."""
     sources = [_LOGARITHMS.get(name, ("seen", 1.0)) for name in features]
     columns = np.array([COLUMNS[source] if isinstance(source, str) else 0 for source, _ in sources])
     computed = [(place, source) for place, (source, _) in enumerate(sources) if not isinstance(source, str)]
-    scales = np.array([[1 / scale] for _, scale in sources], np.float32)
+    scales = np.array([1 / scale for _, scale in sources], np.float32)
     others = [(place, _OTHERS[name]) for place, name in enumerate(features) if name in _OTHERS]
     return columns, computed, scales, others
