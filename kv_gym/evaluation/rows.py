@@ -112,6 +112,8 @@ class Row(BaseModel):
         utility_kept: share of the recorded future attention that the kept slots received (ratio of sums over
             contexts, layers and heads). Replay only.
         kept_share: share of the slots that stay, mean over contexts. Replay only.
+        hit_rate, byte_hit_rate: of page policies: share of the accesses, and of the bytes, that the cache held; the
+            budget is then the capacity, in pages or bytes.
         accuracy_interval, nll_interval, utility_kept_interval: of rows that sum up several runs, half the width of the
             95 % interval, or its two ends.
         loss, loss_upper: what the configuration loses against the full cache on the same contexts (share of the
@@ -159,6 +161,8 @@ class Row(BaseModel):
     nll: Number = None
     utility_kept: Number = None
     kept_share: Number = None
+    hit_rate: Number = None
+    byte_hit_rate: Number = None
     accuracy_interval: Interval = None
     nll_interval: Interval = None
     utility_kept_interval: Interval = None
@@ -196,7 +200,16 @@ class Row(BaseModel):
             row["seed"] = 0  # it has weights, and one row for all its training runs
         if isinstance(row.get("policy"), str):
             row["policy"] = current_name(row["policy"])
+        if "capacity" in row and "budget" not in row:  # of `kv-gym pages simulate`
+            row |= {"budget": row["capacity"], "task": page_task(row.get("trace"), row.get("semantics"))}
+            row.setdefault("n", row.get("accesses"))
         return row
+
+
+def page_task(trace: Any, semantics: Any, warm_up: float = 0.0) -> str:
+    """The task of rows of page policies on a trace of requests, of which the first share only warms the cache."""
+    part = f", last {1 - warm_up:.0%}" if warm_up else ""
+    return f"pages {trace or 'of requests'}, {semantics or 'objects'}{part}"
 
 
 class AblationRow(BaseModel):
@@ -233,7 +246,7 @@ def complete(row: Mapping[str, Any], where: str = "a row") -> dict[str, Any]:
     Raises:
         UserError: no policy or budget, or a field of another type.
     """
-    if not isinstance(row, Mapping) or row.get("policy") is None or row.get("budget") is None:
+    if not isinstance(row, Mapping) or row.get("policy") is None or row.get("budget", row.get("capacity")) is None:
         raise UserError(f"{where} has no policy and budget; {EXPECTED}")
     return validated(Row, row, where).model_dump()
 

@@ -19,6 +19,8 @@ from typing import Any
 from kv_gym.errors import UserError
 from kv_gym.files import MODEL, read_bytes, read_json
 from kv_gym.models.fingerprint import state_dict_hash
+from kv_gym.pages import PagePolicy, RequestTrace
+from kv_gym.pages.policies.learned import Learned
 from kv_gym.policies import Policy
 
 RESULTS = 2
@@ -34,6 +36,20 @@ def digest(content: Any) -> str:
 def policy_hash(policy: Policy) -> str:
     """SHA-256 of a policy without weights: its class, its settings and its code."""
     return digest(_settings(policy))
+
+
+def page_policy_hash(policy: PagePolicy) -> str:
+    """SHA-256 of a page policy: its class, settings and code; of a trained one its card, with its weights' hash."""
+    kind: Any = type(policy)
+    settings = [f for f in fields(kind) if f.init and not f.metadata] if is_dataclass(kind) else []
+    card = policy.card.model_dump() if isinstance(policy, Learned) else None
+    return digest([kind.__qualname__, {f.name: getattr(policy, f.name) for f in settings}, card, _code_of(kind)])
+
+
+def requests_hash(trace: RequestTrace) -> str:
+    """SHA-256 of a trace of requests."""
+    arrays = (trace.pages, trace.starts, trace.sizes, trace.times, trace.ttl)
+    return digest([None if array is None else hashlib.sha256(array.tobytes()).hexdigest() for array in arrays])
 
 
 def exported_hash(folder: str | Path) -> str:

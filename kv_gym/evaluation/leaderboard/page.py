@@ -22,18 +22,18 @@ def page(rows: Iterable[Mapping], title: str = "Benchmark") -> str:
 
     Returns:
         For each task a table of accuracy at every budget, one of what the configurations cost and gain at the middle
-        budget, and one of its parts where it has any; then utility kept in replay, what was refused, and where all
-        comes from.
+        budget, and one of its parts where it has any; then utility kept in replay, hit rates of page policies, what was
+        refused, and where all comes from.
     """
     rows = sorted(rows, key=lambda row: row["task"])
     lines = summarise(rows)
     smallest = smallest_budgets(lines)
-    out = [f"# {title}", "", *_about(rows)]
+    out = [f"# {title}", "", *(_about(rows) if lines else ())]
     for task in dict.fromkeys(line["task"] for line in lines):
         shown = [line for line in lines if line["task"] == task and _is_shown(line, lines)]
         out += ["", f"## {_text(task)}", "", *_overview(shown), "", *_accuracy(shown, smallest)]
         out += ["", *_details(shown), *_parts(shown)]
-    out += _utility(rows) + _refused(rows) + _origin(rows)
+    out += _utility(rows) + _hit_rates(rows) + _refused(rows) + _origin(rows)
     return "\n".join(out) + "\n"
 
 
@@ -169,11 +169,33 @@ def _utility(rows: Sequence[Mapping]) -> list[str]:
     return out
 
 
+def _hit_rates(rows: Sequence[Mapping]) -> list[str]:
+    lines = summarise(rows, "hit_rate")
+    out = []
+    for task in dict.fromkeys(line["task"] for line in lines):
+        same = [line for line in lines if line["task"] == task]
+        capacities = sorted({line["budget"] for line in same})
+        by_policy: dict[str, dict[float, Mapping]] = {}
+        for line in same:
+            by_policy.setdefault(line["policy"], {})[line["budget"]] = line
+        body = [
+            [_text(policy), *(f"{100 * found[c]['hit_rate']:.2f}" if c in found else "" for c in capacities)]
+            for policy, found in sorted(by_policy.items(), key=lambda p: -sum(x["hit_rate"] for x in p[1].values()))
+        ]
+        out += [
+            "", f"## Hit rates, {_text(task)}", "",
+            f"Percent of {same[0]['n']:,.0f} accesses found in a cache of that size, means over seeds.", "",
+            pipe_table(["policy", *(f"{capacity:,}" for capacity in capacities)], body),
+        ]  # fmt: skip
+    return out
+
+
 def _refused(rows: Sequence[Mapping]) -> list[str]:
     refused: dict[str, list[str]] = {}
     for row in rows:
         if row.get("refused"):
-            refused.setdefault(row["refused"], []).append(f"{row['policy']}, {row['allocation']} ({row['task']})")
+            how = "" if row["task"].startswith("pages ") else f", {row['allocation']}"
+            refused.setdefault(row["refused"], []).append(f"{row['policy']}{how} ({row['task']})")
     lines = [f"- {', '.join(map(_text, dict.fromkeys(who)))}: {_text(why)}" for why, who in refused.items()]
     return ["", "## Refused", "", *lines] if lines else []
 
@@ -189,7 +211,7 @@ def _origin(rows: Sequence[Mapping]) -> list[str]:
     packages = ", ".join(f"{name} {' and '.join(each)}" for name, each in found.items())
     return [
         "", "## Made by", "", *(f"    {shlex.join(shlex.split(command))}" for command in commands), "",
-        f"Model {', '.join(models)}; {packages}.",
+        f"Model {', '.join(models)}; {packages}." if models else f"{packages}.",
     ]  # fmt: skip
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
 from functools import cached_property
 from itertools import product
@@ -189,18 +189,27 @@ def learned(spec: Spec) -> list[PolicySource]:
         UserError: a folder that is not there.
     """
     found = [replace(policy, seed=0) for policy in _named(spec) if policy.learned]
-    for name, folders in spec.learned.items():
-        seeds = spec.seeds if any("{seed}" in folder for folder in folders) else (0,)
-        for seed in seeds:
+    for name, seed, place in trained(spec.learned, spec.seeds):
+        found.append(PolicySource.of(place if "/" in place else f"./{place}", name, seed))
+    return found
+
+
+def trained(learned: Mapping[str, Sequence[str]], seeds: Iterable[int]) -> Iterator[tuple[str, int, str]]:
+    """Name, seed and folder of trained policies: of several folders of a name the first that is there.
+
+    Raises:
+        UserError: a folder that is not there.
+    """
+    for name, folders in learned.items():
+        for seed in seeds if any("{seed}" in folder for folder in folders) else (0,):
             places = [folder.replace("{seed}", str(seed)) for folder in folders]
-            place = next((place for place in places if (Path(place) / "policy.json").is_file()), None)
+            place = next((each for each in places if (Path(each) / "policy.json").is_file()), None)
             if place is None:
                 raise UserError(
                     f"learned policy {name!r} is not in {' or '.join(places)}: train it into one of them, or leave it "
                     "or its seed out of the specification"
                 )
-            found.append(PolicySource.of(place if "/" in place else f"./{place}", name, seed))
-    return found
+            yield name, seed, place
 
 
 def _named(spec: Spec) -> list[PolicySource]:

@@ -18,6 +18,7 @@ from rich.progress import Progress
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation.leaderboard.identity import digest, model_folder, model_hash
+from kv_gym.evaluation.leaderboard.pages import page_cells
 from kv_gym.evaluation.leaderboard.plan import (
     Candidate,
     Cell,
@@ -46,7 +47,7 @@ REPLAYED_AT_ONCE = 8  # contexts of a batch of replay
 def leaderboard(
     spec: str | Path | Mapping | Spec, out: str | Path = "results", workers: int = 1, progress: bool = True
 ) -> list[dict[str, Any]]:
-    """Measure policies x budgets x allocations x tasks x seeds.
+    """Measure policies x budgets x allocations x tasks x seeds, and page policies x capacities x seeds.
 
     What a specification asks for and `out` does not hold yet is measured.
     Each context is read once and forked for every configuration. An interruption loses at most the batches under way;
@@ -62,8 +63,8 @@ def leaderboard(
 
     Returns:
         Rows (:class:`kv_gym.evaluation.rows.Row`), one per configuration and task. Rows of replay have
-        ``utility_kept`` and no accuracy. A configuration that the model or the task refuses has ``refused``, the
-        sentence, and no numbers.
+        ``utility_kept`` and no accuracy, those of page policies ``hit_rate``. A configuration that the model or the
+        task refuses has ``refused``, the sentence, and no numbers.
 
     Raises:
         UserError: a specification that cannot be used, or configurations that failed: all others are kept.
@@ -121,7 +122,9 @@ class _Leaderboard:
 
     def __init__(self, spec: Spec, out: Path, workers: int, bar: Progress):
         self.spec, self.bar, self.count = spec, bar, workers
-        self.plain, self.trained = heuristics(spec), learned(spec)
+        measured = bool(spec.tasks) or spec.utility is not None  # else there are only pages
+        self.plain, self.trained = (heuristics(spec), learned(spec)) if measured else ([], [])
+        self.pages = [cell for each in spec.pages for cell in page_cells(each, spec.seeds)]
         self.model_hash = digest([model_hash(model_folder(spec.model)), spec.dtype]) if spec.tasks else ""
         self.results = ResultFolder(out)
         self.runner = Runner(spec, out)
@@ -142,6 +145,8 @@ class _Leaderboard:
                 policies = *self.plain, *self.trained, *map(PolicySource.of, self.spec.utility.oracles)
                 wanted[key] = cells_of(self._identity(key), self.spec, policies, nulls=False)
             self.results.current = [cell for cells in wanted.values() for cell in cells]
+            self.results.current += dict.fromkeys(cell.id for cell in self.pages)
+            self._measure_pages()
             self._measure(pool, {key: [cell for cell, _ in cells.values()] for key, cells in wanted.items()}, "measure")
         for cell, mark in (pair for cells in wanted.values() for pair in cells.values()):
             if cell.id in self.results.rows:
@@ -187,6 +192,12 @@ class _Leaderboard:
             if len(self.results.rows) > known:
                 self.results.save()
             self.bar.advance(shown)
+
+    def _measure_pages(self) -> None:
+        missing = [cell for cell in self.pages if cell.id not in self.results.rows]
+        for cell in self.bar.track(missing, description="pages") if missing else ():
+            self.results.rows[cell.id] = complete(cell.measure() | self.origin)
+            self.results.save()
 
     def _finish(self, cell: Cell, batches: int) -> bool:
         """Make a cell's row of what its batches gave; False where that cannot be yet."""

@@ -15,15 +15,18 @@ seeds: [0, 1, 2, 3, 4]
 validation: {contexts: 16, budgets: [1/16], allocations: [uniform, "global:softmax"], protections: [own, [0, 0]],
              windows: [8]}
 utility: {traces: runs/held_out/test-512, contexts: 16, oracles: [oracle]}
+pages:                               # page policies on traces of requests; neither model nor budgets are needed
+  - {requests: traces/requests/sample.jsonl.gz, capacities: [500, 1000], semantics: prefix, warm_up: 0.7,
+     policies: [lru, tail_oracle], learned: {clone: "runs/pages-{seed}"}}
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, PlainValidator, StrictStr, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, StrictStr, model_validator
 
 from kv_gym.budgets import budget_key, parse_allocation, parse_budget
 from kv_gym.errors import UserError
@@ -92,6 +95,13 @@ def _protections(value: Any) -> tuple[Protection, ...]:
     return tuple(found)
 
 
+def _capacities(value: Any) -> tuple[int, ...]:
+    numbers = _numbers(value)
+    if not numbers or 0 in numbers:
+        raise ValueError("expected numbers from 1, pages or bytes")
+    return numbers
+
+
 def _folders(value: Any) -> dict[str, tuple[str, ...]]:
     if not isinstance(value, Mapping):
         raise ValueError("expected folders by name, such as joint: runs/joint-{seed}")
@@ -103,6 +113,7 @@ Budgets = Annotated[tuple[str, ...], PlainValidator(_budgets)]
 Allocations = Annotated[tuple[str, ...], PlainValidator(_allocations)]
 Selections = Annotated[tuple[str, ...], PlainValidator(_selections)]
 Numbers = Annotated[tuple[int, ...], PlainValidator(_numbers)]
+Capacities = Annotated[tuple[int, ...], PlainValidator(_capacities)]
 Count = Annotated[int | None, PlainValidator(_count)]
 
 
@@ -163,6 +174,27 @@ class Utility(_Section):
     oracles: Names = ("oracle",)
 
 
+class PageSpec(_Section):
+    """Page policies on one trace of requests, see :func:`kv_gym.pages.simulate`.
+
+    Attributes:
+        requests, format: file of the trace, and what it holds.
+        capacities: pages, or bytes where the trace has sizes.
+        policies: names, class paths, trained folders or exported files.
+        learned: folders with ``{seed}``, by the name that rows carry.
+        semantics, oversize, warm_up: of the simulation.
+    """
+
+    requests: StrictStr
+    format: StrictStr = "auto"
+    capacities: Capacities
+    policies: Names = ("lru", "s3_fifo", "tail_oracle", "belady")
+    learned: Annotated[dict[str, tuple[str, ...]], PlainValidator(_folders)] = {}
+    semantics: Literal["objects", "prefix"] = "objects"
+    oversize: Literal["refuse", "pass"] = "refuse"
+    warm_up: Annotated[float, Field(ge=0, lt=1)] = 0.0
+
+
 def _task(value: Any) -> Any:
     return {"task": value} if isinstance(value, str) else value
 
@@ -183,8 +215,8 @@ class Spec(_Section):
     """What is compared; see the module's example.
 
     Attributes:
-        tasks: at least one, unless there is `utility`.
-        budgets: as users write them.
+        tasks: at least one, unless there is `utility` or `pages`.
+        budgets: as users write them; needed by tasks and utility.
         model: ``reference``, a folder or a hub id.
         dtype: that the model computes in.
         allocations, tiers, selections: every policy meets every one that it can use.
@@ -195,10 +227,11 @@ class Spec(_Section):
         seeds: training runs of each learned policy.
         validation: how heuristics' settings are chosen, for tasks with validation contexts.
         utility: what is replayed.
+        pages: page policies, whose stochastic ones run with each of `seeds`.
     """
 
-    tasks: Annotated[tuple[Annotated[TaskSpec, BeforeValidator(_task)], ...], BeforeValidator(_list)]
-    budgets: Budgets
+    tasks: Annotated[tuple[Annotated[TaskSpec, BeforeValidator(_task)], ...], BeforeValidator(_list)] = ()
+    budgets: Budgets = ()
     model: StrictStr = "reference"
     dtype: StrictStr = "auto"
     allocations: Allocations = ("uniform",)
@@ -210,11 +243,15 @@ class Spec(_Section):
     seeds: Numbers = (0,)
     validation: Validation = Validation()
     utility: Utility | None = None
+    pages: Annotated[tuple[PageSpec, ...], BeforeValidator(_list)] = ()
 
     @model_validator(mode="after")
     def _measures_something(self) -> Spec:
-        if not self.tasks and self.utility is None:
-            raise UserError("a specification has neither tasks nor utility; expected something to measure")
+        slots = bool(self.tasks) or self.utility is not None
+        if not slots and not self.pages:
+            raise UserError("a specification has no tasks, utility or pages; expected something to measure")
+        if slots and not self.budgets:
+            raise UserError("a specification has no budgets; expected shares of the tokens, such as [1/4, 1/8]")
         return self
 
 
@@ -231,4 +268,4 @@ def read_spec(spec: str | Path | Mapping | Spec) -> Spec:
         return spec
     if isinstance(spec, Mapping):
         return validated(Spec, spec, "the specification")
-    return validated(Spec, read_yaml(spec, "expected a specification with tasks and budgets"), str(spec))
+    return validated(Spec, read_yaml(spec, "expected a specification with tasks and budgets, or pages"), str(spec))

@@ -23,6 +23,7 @@ TITLES = {
     "accuracy": "questions answered right",
     "nll": "NLL of the right answer, nats per token",
     "utility_kept": "future attention kept",
+    "hit_rate": "accesses that the cache held",
 }
 COSTS = {"total_bytes": "bytes of one context's cache and of the policy", "milliseconds": "CPU milliseconds a context"}
 # 1/8 rather than 0.125, and slots as they are
@@ -116,7 +117,7 @@ def _colour(role: str, number: int, taken: set[str]) -> str:
 
 
 def _quality(by_configuration: Sequence[dict]) -> float:
-    for measure in ("accuracy", "utility_kept"):
+    for measure in ("accuracy", "utility_kept", "hit_rate"):
         if values := [point[measure] for point in by_configuration if point[measure] is not None]:
             return fmean(values)
     return 0.0
@@ -144,7 +145,7 @@ def quality(
     """A measure over the budget: a line per configuration, its 95 % interval, the full cache as a dotted line.
 
     Args:
-        measure: accuracy, nll or utility_kept.
+        measure: accuracy, nll, utility_kept or hit_rate, whose budget is the capacity of a cache of pages.
         styles: of the configurations, in the legend's order.
         colour: a colour as the chart's reader takes it, by its name.
         budgets: that the axis names.
@@ -155,13 +156,13 @@ def quality(
     kept = fields.transform_filter("datum.role != 'full'")
     x = alt.X(
         "budget:Q",
-        title="budget, share of the tokens",
+        title="capacity, pages or bytes" if measure == "hit_rate" else "budget, share of the tokens",
         scale=alt.Scale(type="log", base=2, nice=False, padding=12),
         axis=alt.Axis(labelExpr=_BUDGET, grid=False, values=sorted(set(budgets)), labelOverlap=True),
     )
     top = {} if measure == "nll" else {"domainMin": 0}
     y = alt.Y(f"{measure}:Q", title=TITLES[measure], scale=alt.Scale(zero=False, nice=True, **top))
-    if measure == "accuracy":
+    if measure in ("accuracy", "hit_rate"):
         y = y.axis(format=".0%")
     encodings = _encodings(alt, styles, colour, legend)
     tips = _tips(alt, measure)
@@ -298,7 +299,7 @@ def _tips(alt, measure: str, cost: str = "") -> list:
     fields = [
         alt.Tooltip("configuration:N", title="policy"),
         alt.Tooltip("budget_text:N", title="budget"),
-        alt.Tooltip(f"{measure}:Q", format=".1%" if measure == "accuracy" else ".3f"),
+        alt.Tooltip(f"{measure}:Q", format=".3f" if measure in ("nll", "utility_kept") else ".1%"),
         alt.Tooltip(f"{measure}_low:Q", title="95 % from", format=".3f"),
         alt.Tooltip(f"{measure}_high:Q", title="to", format=".3f"),
         alt.Tooltip("runs:Q"),
@@ -320,7 +321,7 @@ def picture(rows: Sequence[Mapping], file: str | Path, measures: Iterable[str] =
     Args:
         rows: results of one task.
         file: PNG to write.
-        measures: accuracy, nll, utility_kept; those that no row has are left out.
+        measures: accuracy, nll, utility_kept, hit_rate; those that no row has are left out.
 
     Raises:
         UserError: the extra `report` is not installed.

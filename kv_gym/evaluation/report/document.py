@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import html
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +12,7 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.report.charts import altair, frontier_picture, quality_picture
 from kv_gym.evaluation.report.page import write_page
 from kv_gym.evaluation.report.results import Results
-from kv_gym.evaluation.report.summaries import summaries
+from kv_gym.evaluation.report.summaries import MEASURES, summaries
 from kv_gym.evaluation.rows import FULL
 from kv_gym.files import atomic_write
 from kv_gym.markdown import pipe_table
@@ -88,17 +88,32 @@ def _table_and_pictures(results: Results, folder: Path) -> str:
     points = summaries(results.rows)
     if not points:
         return ""
-    text = markdown(_row(point) for point in points)
+    slots = [point for point in points if point["hit_rate"] is None]
+    tables = [markdown(map(_row, slots))] if slots else []
+    text = "\n".join([*tables, *_hit_rates([point for point in points if point["hit_rate"] is not None])])
     tasks = list(dict.fromkeys(point["task"] for point in points))
     for number, task in enumerate(tasks, 1):
         suffix = f"-{number}" if len(tasks) > 1 else ""
         of_task = [point for point in points if point["task"] == task]
-        quality_picture(of_task, folder / f"report{suffix}.png", ("accuracy", "nll", "utility_kept"))
+        quality_picture(of_task, folder / f"report{suffix}.png", MEASURES)
         about = _literal(task) or "all"
         text += f"\n![budgets against quality: {about}](report{suffix}.png)\n"
         if frontier_picture(of_task, folder / f"frontier{suffix}.png"):
             text += f"\n![costs against quality: {about}](frontier{suffix}.png)\n"
     return text + "\n"
+
+
+def _hit_rates(points: Sequence[dict]) -> list[str]:
+    """The table of page policies, the best first at every capacity; none without points."""
+    if not points:
+        return []
+    order = sorted(points, key=lambda point: (point["task"], point["budget"], -point["hit_rate"]))
+    body = [
+        [*(html.escape(point[name], quote=False) for name in ("task", "configuration")), f"{point['budget']:,}",
+         f"{point['hit_rate']:.2%}"]
+        for point in order
+    ]  # fmt: skip
+    return [pipe_table(["requests", "policy", "capacity", "hit rate"], body, left=2) + "\n"]
 
 
 def _row(point: dict) -> dict:
@@ -117,6 +132,7 @@ def _origin(results: Results) -> str:
     versions = ", ".join(_literal(f"{name} {version}") for name, version in results.versions.items())
     return (
         f"Allocation of the slots: {rules}. Utility kept: share of the recorded future attention on kept slots."
+        f" Hit rate: share of the accesses to pages that the cache held; the budget is its capacity."
         f" Accuracy: greedy exact match of the whole answer, question unseen while compressing."
         f" Cache bytes: all that the compressed cache of one context holds; what stands behind a plus are the weights"
         f" of a learned policy, held once. Rows stand on n = {counts} contexts or questions.\n\n"

@@ -122,4 +122,6 @@ def _cell(row: dict) -> tuple:
 def _is_result(row: dict) -> bool:
     if "variant" in row:
         return True
+    if "hit_rate" in row:
+        return "policy" in row and bool({"budget", "capacity"} & set(row))
     return {"policy", "budget"} <= set(row) and bool({"accuracy", "utility_kept", "nll", "refused"} & set(row))

@@ -10,8 +10,9 @@ from kv_gym.budgets import budget_key, format_budget
 from kv_gym.evaluation.rows import FULL
 from kv_gym.evaluation.summary import NULLS, best_heuristics, configuration_key, smallest_budgets, summarise
 from kv_gym.markdown import one_line
+from kv_gym.pages.policies.registry import list_page_policies, make_page_policy
 
-MEASURES = ("accuracy", "nll", "utility_kept")
+MEASURES = ("accuracy", "nll", "utility_kept", "hit_rate")
 _NAMES = ("policy", "task", "allocation", "evicted", "select", "trigger")
 COSTS = ("total_bytes", "milliseconds")
 SETTINGS = ("allocation", "evicted", "select", "protection", "window", "trigger")
@@ -27,9 +28,9 @@ def summaries(rows: Iterable[Mapping]) -> list[dict]:
 
     Returns:
         One dict per configuration, budget and task. ``configuration`` is its label in charts and tables, ``role`` is
-        learned, heuristic, null, oracle or full. Every measure (accuracy, nll, utility_kept) comes with ``_low`` and
-        ``_high``, the ends of its 95 % interval, None where nothing is known of it. ``bytes`` is the cache,
-        ``total_bytes`` with the policy's weights; ``slots`` and ``head_gain`` are `[layers][heads]`, the gain being
+        learned, heuristic, null, oracle or full. Every one of :data:`MEASURES` comes with ``_low`` and ``_high``, the
+        ends of its 95 % interval, None where nothing is known of it. ``bytes`` is the cache, ``total_bytes`` with the
+        policy's weights; ``slots`` and ``head_gain`` are `[layers][heads]`, the gain being
         utility kept beyond that of ``gain_over``, the best policy at that budget that is neither learned nor an
         oracle. ``difference`` is the accuracy beyond ``against``, the best heuristic, paired over contexts.
         ``smallest`` says whether it is the configuration's smallest budget that keeps the full cache's accuracy.
@@ -39,7 +40,7 @@ def summaries(rows: Iterable[Mapping]) -> list[dict]:
     lines: dict[tuple, dict[str, dict]] = {}
     for measure in MEASURES:
         measured = [_for_measure(measure, row) for row in usable]
-        for part in ([r for r in measured if (r["policy"] in oracles) == given] for given in (False, True)):
+        for part in ([r for r in measured if (_base(r["policy"]) in oracles) == given] for given in (False, True)):
             for line in summarise(part, measure):
                 lines.setdefault(_place(line), {})[measure] = line
     named = _distinguishing(lines)
@@ -70,7 +71,13 @@ def _for_measure(measure: str, row: dict) -> dict:
 def _oracles() -> set[str]:
     from kv_gym.policies.registry import list_policies, make_policy
 
-    return {name for name in list_policies() if name != "scorer" and make_policy(name).needs_future}
+    of_slots = {name for name in list_policies() if name != "scorer" and make_policy(name).needs_future}
+    return of_slots | {name for name in list_page_policies() if make_page_policy(name).needs_future}
+
+
+def _base(policy: str) -> str:
+    """A policy's name without the settings behind it, as page policies bear them."""
+    return policy.partition(":")[0]
 
 
 def _setting(line: Mapping, name: str) -> str:
@@ -94,9 +101,11 @@ def _point(of: Mapping[str, dict], named: set[str], oracles: set[str]) -> dict[s
     runs = [row for one in of.values() for row in one["rows"]]
     policy = line["policy"]
     learned = line["learned"] and policy != FULL
+    if "hit_rate" in of:  # the seeds of bundled page policies are those of what they draw
+        learned = _base(policy) not in list_page_policies()
     kind = (
         "full" if policy == FULL else "learned" if learned else "null" if policy in NULLS
-        else "oracle" if policy in oracles else "heuristic"
+        else "oracle" if _base(policy) in oracles else "heuristic"
     )  # fmt: skip
     # a trigger that differs from task to task tells tasks apart, not configurations
     extra = [_setting(line, name) for name in SETTINGS if name in named and name != "trigger"]

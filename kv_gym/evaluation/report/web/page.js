@@ -21,14 +21,15 @@
     return [...known].sort((a, b) => b[0] - a[0]);
   };
 
-  const measures = { accuracy: "Accuracy", nll: "NLL", utility_kept: "Utility kept" };
+  const measures = { accuracy: "Accuracy", nll: "NLL", utility_kept: "Utility kept", hit_rate: "Hit rate" };
   const costs = { total_bytes: "Accuracy against bytes", milliseconds: "Accuracy against time" };
   const policy = { field: "configuration", title: "policy", form: "text" };
   const budget = { field: "budget_text", title: "budget", form: "text", sort: "budget" };
+  const capacity = { ...budget, title: "capacity" };
   const interval = (field, title, form) => ({ field, title, form, low: `${field}_low`, high: `${field}_high` });
   const columns = {
     quality: [policy, budget, interval("accuracy", "accuracy", "percent"), interval("nll", "NLL", "three"),
-      interval("utility_kept", "utility kept", "three"), interval("difference", "points over best heuristic", "signed"),
+      interval("utility_kept", "utility kept", "three"), interval("hit_rate", "hit rate", "percent"), interval("difference", "points over best heuristic", "signed"),
       { field: "runs", title: "runs", form: "whole" }, { field: "n", title: "n", form: "whole" }],
     frontier: [policy, budget, interval("accuracy", "accuracy", "percent"), { field: "bytes", title: "cache bytes", form: "whole" },
       { field: "weights", title: "policy bytes", form: "whole" }, { field: "total_bytes", title: "together", form: "whole" },
@@ -145,7 +146,9 @@
   function showTask() {
     const rows = ofTask();
     cards();
-    tables.show(find("quality-table"), "Quality over budget", used(columns.quality, rows), rows, { field: has("accuracy", rows) ? "accuracy" : "utility_kept", down: true });
+    const quality = used(columns.quality, rows).map((column) => (column === budget && has("hit_rate", rows) ? capacity : column));
+    const first = ["accuracy", "hit_rate"].find((field) => has(field, rows)) || "utility_kept";
+    tables.show(find("quality-table"), "Quality over budget", quality, rows, { field: first, down: true });
     tables.show(find("frontier-table"), "What quality costs", used(columns.frontier, rows), rows, { field: "total_bytes", down: false });
     find("frontier").hidden = !rows.some((row) => row.accuracy !== null && (row.total_bytes !== null || row.milliseconds !== null));
     showHeads();
@@ -156,7 +159,7 @@
   async function draw() {
     const knowing = (...fields) => () => shown().filter((point) => fields.every((field) => point[field] !== null));
     const wanted = [
-      ...Object.entries(measures).map(([key, title]) => ["quality", key, title, "points", knowing(key), `${title} over the budget, as in the table below`]),
+      ...Object.entries(measures).map(([key, title]) => ["quality", key, title, "points", knowing(key), `${title} over the ${key === "hit_rate" ? "capacity" : "budget"}, as in the table below`]),
       ...Object.entries(costs).map(([key, title]) => ["frontier", key, title, "points", knowing(key, "accuracy"), `${title}, as in the table below`]),
       ["heads", "slots", "Slots held", "cells", () => cells.filter((cell) => cell.slots !== null)],
       ["heads", "gain", "Gain over the best heuristic", "cells", () => cells.filter((cell) => cell.gain !== null)],
