@@ -11,6 +11,12 @@ from kv_gym.errors import UserError
 from kv_gym.pages.cache import COLUMNS, Candidates
 from kv_gym.pages.requests import RequestTrace
 
+
+@lru_cache
+def _order(count: int) -> np.ndarray:
+    return np.arange(count) / 16
+
+
 # names, and either a column of the cache or what is computed from several; then what its logarithm is divided by
 _LOGARITHMS: dict[str, tuple[str | Callable[[Candidates], np.ndarray], float]] = {
     "age": (lambda pages: pages.age, 10),
@@ -36,11 +42,6 @@ _OTHERS: dict[str, Callable[[Candidates], np.ndarray]] = {
     ),
     "order": lambda pages: _order(len(pages)),
 }
-
-
-@lru_cache
-def _order(count: int) -> np.ndarray:
-    return np.arange(count) / 16
 
 
 BASIC_FEATURES = ("age", "gap", "hits", "seen", "period", "size", "ttl", "depth", "length", "order")
