@@ -43,7 +43,9 @@ def page_policy_hash(policy: PagePolicy) -> str:
     kind: Any = type(policy)
     settings = [f for f in fields(kind) if f.init and not f.metadata] if is_dataclass(kind) else []
     card = policy.card.model_dump() if isinstance(policy, Learned) else None
-    return digest([kind.__qualname__, {f.name: getattr(policy, f.name) for f in settings}, card, _code_of(kind)])
+    return digest(
+        [kind.__qualname__, {f.name: _settings(getattr(policy, f.name)) for f in settings}, card, _code_of(kind)]
+    )
 
 
 def requests_hash(trace: RequestTrace) -> str:
