@@ -72,7 +72,8 @@ round on the next fifth; they choose among 16 pages, four least recently used an
 their shadow. `lrb` learns while it runs, and chooses among 64 pages, 63 of them drawn. `best classic` is the best of
 the last table, chosen afterwards on the same requests; `of the way` says how much of the distance from it to the
 oracle with 12 drawn the mean over seeds covers. Oracles are best over a whole trace, not in its last part. Where the
-tail oracle is less than a point above LRU, K candidates from the tail cannot help. Mooncake's blocks are prefixes for
+tail oracle is less than a point above LRU, K candidates from the tail cannot help; where it is `below it`, it is below
+the best classic policy, so that a policy must look beyond the tail to be better. Mooncake's blocks are prefixes for
 ranking policies, and stand alone for queues. Capacities are pages, those of adapt_size bytes. What is missing has not
 been measured yet."""
 
@@ -395,9 +396,10 @@ def summary_row(trace: str, capacity: int, found: dict[str, list[Cell]]) -> list
     lru, tail, drawn, belady = (mean_rate(found.get(name)) for name in ("lru", *ORACLES))
     best, name = best_classic(found)
     helpless = lru is not None and tail is not None and tail < lru + 0.01
+    note = ": cannot help" if helpless else ": below it" if tail is not None and tail < best else ""
     return [
         trace, f"{capacity:,}", percent(lru), percent(best), name,
-        percent(tail) + (": cannot help" if helpless else ""), percent(drawn), percent(belady),
+        percent(tail) + note, percent(drawn), percent(belady),
     ]  # fmt: skip
 
 
