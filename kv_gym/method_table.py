@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from kv_gym.budgets import ALLOCATIONS, Allocation
 from kv_gym.live.selection import SELECTIONS, parse_selection
-from kv_gym.live.tiers import TIERS, parse_tier
+from kv_gym.live.tiers import TIERS, LowRankState, Tier, parse_tier
 from kv_gym.markdown import pipe_table
 from kv_gym.policies import Policy, list_policies, make_policy, policy_class
 from kv_gym.policies.wrapper import PolicyWrapper
@@ -39,7 +39,8 @@ def method_tables() -> str:
             [(name, paper_link(kind), *_allocation(kind)) for name, kind in ALLOCATIONS.items()], None,
         ),
         "## Tiers: what becomes of evicted pairs",
-        pipe_table(("evicted", "paper", "what"), [_tier(name) for name in TIERS], None),
+        pipe_table(("evicted", "paper", "what"), [_tier(name, type(parse_tier(name))) for name in TIERS]
+                   + [_tier("less:FOLDER", LowRankState)], None),
         "## Selections: which of the held slots a query reads",
         pipe_table(("select", "paper", "what"), [_selection(name) for name in SELECTIONS], None),
         "## Agents: how a policy is learned",
@@ -54,8 +55,7 @@ def paper_link(kind: type) -> str:
     return "-" if paper is None else paper.link
 
 
-def _tier(name: str) -> Sequence[str]:
-    kind = type(parse_tier(name))
+def _tier(name: str, kind: type[Tier]) -> Sequence[str]:
     return name, paper_link(kind), _summary(kind.__doc__)
 
 

@@ -37,7 +37,7 @@ def test_the_command_prints_the_page():
 
 def test_nothing_is_missing(rows):
     tables = [[name.removesuffix(":SHARE") for name in table] for table in rows]
-    assert tables == [list_policies(), list(ALLOCATIONS), list(TIERS), list(SELECTIONS), list_agents()]
+    assert tables == [list_policies(), list(ALLOCATIONS), [*TIERS, "less:FOLDER"], list(SELECTIONS), list_agents()]
     assert len({len(cells) for cells in rows[0].values()}) == 1
 
 

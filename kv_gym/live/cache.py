@@ -85,7 +85,8 @@ class EvictingCache(Cache):
         evicted: what becomes of evicted pairs: ``drop``; ``merge`` (keys and values join the most similar survivor)
             or ``merge:values``; ``bits:2``, ``bits:4`` or ``bits:8``: they stay visible in so many bits per number
             (``bits:2:balanced``: with a channel balancer), beside the budget, which counts full-precision slots. That
-            grows with the text; ``bits:4:most=512`` keeps at most so many for each KV head, of the latest tokens.
+            grows with the text; ``bits:4:most=512`` keeps at most so many for each KV head, of the latest tokens;
+            ``less:FOLDER``: they are absorbed into a state of fixed size, by kernels that `kv-gym train-less` wrote.
         guard: what is measured at every forward, and what follows when it is too much. What it measured is in
             ``cache.monitor``, a :class:`~kv_gym.live.guard.GuardMonitor`.
         offload: keep a copy of every evicted pair in the host's memory, for :meth:`restore`.
@@ -334,6 +335,7 @@ class EvictingCache(Cache):
         model,
         policy: str | Path | Policy | None = None,
         allocation: str | Allocation | None = None,
+        evicted: str | Tier | None = None,
     ) -> EvictingCache:
         """A cache as it was when it was saved; nothing in the file is ever run.
 
@@ -342,12 +344,13 @@ class EvictingCache(Cache):
             model: the same model in the same precision, on any device.
             policy: a trained policy, or one of the user's own class; None where the file can name it.
             allocation: one that is read from a file or is the user's own; None where the file can name it.
+            evicted: the trained tier ``less:FOLDER``, where the cache has one; None: evicted pairs are dropped.
 
         Raises:
-            UserError: another model or policy, or a damaged or newer file.
+            UserError: another model, policy or tier, or a damaged or newer file.
         """
         with SavedCache.open(Path(file)) as saved:
-            cache = cls(model, **saved.settings(model, policy, allocation))
+            cache = cls(model, **saved.settings(model, policy, allocation, evicted))
             try:
                 saved.restore_layers(model, cache.layers)
             except BaseException:

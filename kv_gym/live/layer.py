@@ -15,7 +15,7 @@ from transformers.cache_utils import CacheLayerMixin
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.layer_state import LayerState
-from kv_gym.live.ragged_attention import attend_kernel, attend_ragged, causal_mask, reads_in_place
+from kv_gym.live.ragged_attention import attend_absorbed, attend_kernel, attend_ragged, causal_mask, reads_in_place
 from kv_gym.live.slots import EqualSlots, RaggedSlots
 from kv_gym.models.attention import AttentionCall, observe_next_attention
 from kv_gym.models.hidden_states import current_hidden_states
@@ -109,7 +109,7 @@ class EvictingLayer(CacheLayerMixin):
         self.state.scaling = call.scaling
         self.state.use_output_projection(call.module, call.query.shape[1], call.query.shape[3])
         if self._new is None:
-            output = self._attend_selected(call, call.query, None)
+            output = self._attend_otherwise(call, call.query, None)
             result = self._attend_equal(call) if output is None else (output, None)
             self._observe_and_evict(call.query, None)
         else:
@@ -128,13 +128,20 @@ class EvictingLayer(CacheLayerMixin):
         call.mask = None if is_causal else causal_mask(m, n, call.query)
         return call.run()
 
-    def _attend_selected(self, call: AttentionCall, query: Tensor, token_mask: Tensor | None) -> Tensor | None:
-        """Attention of queries that select what they read, those of later forwards than the first; None: of others."""
-        state = self.state
-        if state.config.reads_all or self.seen == call.query.shape[2]:
+    def _attend_otherwise(self, call: AttentionCall, query: Tensor, token_mask: Tensor | None) -> Tensor | None:
+        """Attention of queries that select what they read, or that meet a state of evicted pairs; None: of others.
+
+        In the first forward every query reads all slots.
+        """
+        state, dropout = self.state, call.kwargs.get("dropout", 0.0)
+        if not state.config.reads_all and self.seen > call.query.shape[2]:
+            return state.selection.attend(query, state.slots, call.scaling, self.seen, token_mask, dropout)
+        if not state.tier.absorbs:
             return None
-        dropout = call.kwargs.get("dropout", 0.0)
-        return state.selection.attend(query, state.slots, call.scaling, self.seen, token_mask, dropout)
+        if token_mask is None and reads_in_place(query, dropout):
+            return attend_kernel(query, state.slots, call.scaling, absorbed=state.tier.absorbed(query))
+        positions = state.newest_positions(query.shape[2], token_mask)
+        return attend_absorbed(query, state.slots, call.scaling, state.tier.absorbed, positions, dropout)
 
     def _attend_in_chunks(self, call: AttentionCall, keys: Tensor, values: Tensor, hidden: Tensor | None) -> Tensor:
         outputs, padded = [], self.token_mask is not None
@@ -148,8 +155,8 @@ class EvictingLayer(CacheLayerMixin):
                 self.state.append(keys, values, token_mask, hidden)
             dropout = call.kwargs.get("dropout", 0.0)
             in_place = token_mask is None and reads_in_place(query, dropout) and self.state.stored_as_read
-            if (selected := self._attend_selected(call, query, token_mask)) is not None:
-                outputs.append(selected)
+            if (output := self._attend_otherwise(call, query, token_mask)) is not None:
+                outputs.append(output)
             elif in_place:
                 outputs.append(attend_kernel(query, self.state.slots, call.scaling, self.state.tier.packed()))
             elif isinstance(slots := self.state.visible_slots(), RaggedSlots):

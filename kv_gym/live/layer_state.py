@@ -154,6 +154,15 @@ class LayerState:
         ahead = torch.arange(m) if token_mask is None else token_mask.cumsum(1) - 1
         return (number_tensor(self.tokens_seen, device)[:, None] + to_device(ahead, device))[:, None]
 
+    def newest_positions(self, m: int, token_mask: Tensor | None) -> Tensor:
+        """Positions of the newest `m` columns of tokens, `[batch, m]` int64; -1 where they are padding."""
+        device = self.slots.device
+        seen = number_tensor(self.tokens_seen, device)[:, None]
+        if token_mask is None:
+            return seen - m + torch.arange(m, device=device)
+        real = to_device(token_mask, device)
+        return (seen - real.sum(1, keepdim=True) + real.cumsum(1) - 1).masked_fill(~real, -1)
+
     def store_unread(self, ids: Tensor | None, positions: Tensor | None, token_mask: Tensor | None, seen: int) -> None:
         """Keep the ids of new tokens until they are read again.
 

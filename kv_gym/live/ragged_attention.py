@@ -18,7 +18,7 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from functools import cache
@@ -31,6 +31,7 @@ from kv_gym.errors import UserError
 from kv_gym.live.slots import EqualSlots, RaggedSlots, Slots
 from kv_gym.live.tiers import PackedPairs
 
+MOST_QUERIES = 256  # whose products with all slots are held at a time, where a state takes part
 BACKENDS = ("kernel", "varlen", "padded", "per_head")
 _chosen: ContextVar[str | None] = ContextVar("ragged_backend", default=None)
 
@@ -130,14 +131,21 @@ def _has_varlen() -> bool:
     return {"seqused_k", "enable_gqa", "window_size"} <= inspect.signature(varlen_attn).parameters.keys()
 
 
-def attend_kernel(query: Tensor, slots: Slots, scaling: float, packed: PackedPairs | None = None) -> Tensor:
-    """A decoding step over slots and, read where they lie, over the evicted pairs of a low-precision tier.
+def attend_kernel(
+    query: Tensor,
+    slots: Slots,
+    scaling: float,
+    packed: PackedPairs | None = None,
+    absorbed: tuple[Tensor, Tensor] | None = None,
+) -> Tensor:
+    """A decoding step over slots and what a tier holds of evicted pairs: in low precision, or in a state.
 
     Args:
         query: `[batch, query_heads, 1, d]`.
         slots: of any layout, with the new token's key and value appended.
         scaling: factor on the products.
-        packed: what the tier holds; None: nothing.
+        packed: pairs in low precision, which are read where they lie; None: there are none.
+        absorbed: what :meth:`~kv_gym.live.tiers.LayerTier.absorbed` says of a state; None: there is none.
 
     Returns:
         `[batch, 1, query_heads, d]`.
@@ -153,13 +161,22 @@ def attend_kernel(query: Tensor, slots: Slots, scaling: float, packed: PackedPai
         (keys, values, *grids), starts, lengths, longest = _rows(packed.slots, names)
         if packed.balance is not None:  # keys are stored multiplied by it
             queries = queries / packed.balance.view(-1, 1, d).to(queries.dtype)
-        evicted, evicted_lse = attend_rows(
-            queries, keys, values, starts, lengths, scaling, longest, packed.bits, *grids
+        out = _joined(
+            out, lse, *attend_rows(queries, keys, values, starts, lengths, scaling, longest, packed.bits, *grids)
         )
-        # the tier's part of the weight; the newest token is in `slots`, so `lse` is finite
-        share = (evicted_lse - lse).sigmoid()[..., None]
-        out = (out * (1 - share) + evicted * share).to(query.dtype)
+    if absorbed is not None:
+        logit, value = absorbed
+        out = _joined(out, lse, value.view_as(out), logit.view_as(lse))
     return out.view(batch, 1, query_heads, d)
+
+
+def _joined(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> Tensor:
+    """Attention over two sets of pairs, of the outputs `[..., d]` and the log-sum-exp `[...]` of each alone.
+
+    The newest token is in the first set, so its log-sum-exp is finite.
+    """
+    share = (other_lse - lse).sigmoid()[..., None]
+    return (out * (1 - share) + other * share).to(out.dtype)
 
 
 def _rows(slots: Slots, names: Sequence[str]) -> tuple[list[Tensor], Tensor, Tensor, int]:
@@ -273,6 +290,42 @@ def attend_padded(query: Tensor, slots: RaggedSlots, scaling: float, dropout: fl
         scale=scaling,
     )
     return out.transpose(1, 2).contiguous()
+
+
+def attend_absorbed(
+    query: Tensor,
+    slots: Slots,
+    scaling: float,
+    absorbed: Callable[[Tensor], tuple[Tensor, Tensor]],
+    positions: Tensor,
+    dropout: float = 0.0,
+) -> Tensor:
+    """Attention of the newest tokens over slots and a state of evicted pairs, in float32 or wider; any device.
+
+    Args:
+        query: `[batch, query_heads, m, d]`.
+        slots: of any layout, with the new tokens' keys and values appended.
+        scaling: factor on the products.
+        absorbed: gives logit and value of the state for some of the queries.
+        positions: `[batch, m]` int64 of the queries; below 0 where a query is padding.
+        dropout: on the weights, when the model trains.
+
+    Returns:
+        `[batch, m, query_heads, d]`; zero where a query is padding.
+    """
+    filled, real = slots.padded(("keys", "values", "positions"))
+    exact = torch.promote_types(query.dtype, torch.float32)
+    keys, values = (filled[name].to(exact)[:, :, None] for name in ("keys", "values"))
+    outputs = []
+    for part, at in zip(query.split(MOST_QUERIES, 2), positions.split(MOST_QUERIES, 1), strict=True):
+        logit, value = (tensor.unflatten(1, (real.shape[1], -1)) for tensor in absorbed(part))
+        products = part.to(exact).unflatten(1, (real.shape[1], -1)) @ keys.transpose(-1, -2) * scaling
+        visible = (real[:, :, None] & (filled["positions"][:, :, None] <= at[:, None, :, None]))[:, :, None]
+        products = products.masked_fill(~visible, torch.finfo(exact).min)
+        weights = F.dropout(torch.cat((products, logit[..., None]), -1).softmax(-1), dropout, dropout > 0)
+        out = weights[..., :-1] @ values + weights[..., -1:] * value
+        outputs.append(out.flatten(1, 2).masked_fill((at < 0)[:, None, :, None], 0))
+    return torch.cat(outputs, 2).transpose(1, 2).to(query.dtype).contiguous()
 
 
 def causal_mask(m: int, n: int, like: Tensor) -> Tensor | None:

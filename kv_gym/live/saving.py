@@ -6,7 +6,7 @@ Buffers are written with their room for tokens to come, zeroed, because it decid
 overwritten, and with it the last digit of what follows.
 
 Bundled policies are saved by name and settings; a trained one, or one of the user's own class, as a digest, and must
-be given again by whoever loads the cache.
+be given again by whoever loads the cache. So must a trained tier, whose state is saved.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ from kv_gym.live.layer import EvictingLayer
 from kv_gym.live.layer_state import LayerState
 from kv_gym.live.selection import parse_selection
 from kv_gym.live.slots import EqualSlots, RaggedSlots, Slots
-from kv_gym.live.tiers import Drop
+from kv_gym.live.tiers import Drop, LowRankState, Tier, parse_tier
 from kv_gym.models.attention import attention_modules
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.policies import Policy, current_name, list_policies, make_policy
 
-KIND, FORMAT = "kv_gym cache", 3  # 1: keys have their original positions; before 3: no checksum, no selection
+KIND, FORMAT = "kv_gym cache", 4  # 1: keys at their original positions; before 3: no checksum; before 4: no tier
 MAX_TOKENS = 2**31  # positions beyond are not ranked
 _MAX_NESTED_POLICIES = 4
 # what a damaged file makes of reading it
@@ -56,7 +56,7 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
         layers: the cache's layers, as transformers knows them.
         seen: tokens seen.
     """
-    if not isinstance(config.layer_tier, Drop):
+    if not isinstance(config.layer_tier, Drop | LowRankState):
         raise UserError(
             f"a cache with evicted={config.layer_tier.name!r}, a guard or offload=True holds more than its slots, "
             "which no file has a place for: save one that was made without them"
@@ -76,6 +76,7 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
             about, parts = _slots_to_write(state.slots)
             about_layers[str(index)] = about | {"scaling": state.scaling}
             parts |= {"queries": state.queries, "unread": state.unread}
+            parts |= {f"tier.{name}": getattr(state.tier, name) for name in state.tier.row_tensors}
         else:
             about_layers[str(index)] = {"seen": layer.get_seq_length()}
             parts = {"window.keys": layer.keys, "window.values": layer.values}
@@ -95,6 +96,7 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
         "positions": config.positions,
         "select": config.select.name,
         "delay": config.delay,
+        "tier": config.evicted.digest if isinstance(config.evicted, LowRankState) else None,
         "sinks": config.sinks,
         "recent": config.recent,
         "seen": seen,
@@ -177,7 +179,11 @@ class SavedCache:
             raise _damaged(file, error) from None
 
     def settings(
-        self, model, policy: str | Path | Policy | None, allocation: str | Allocation | None
+        self,
+        model,
+        policy: str | Path | Policy | None,
+        allocation: str | Allocation | None,
+        evicted: str | Tier | None,
     ) -> dict[str, Any]:
         """What to make the cache with; arguments and errors are those of :meth:`EvictingCache.load`."""
         header, file = self.header, self.file
@@ -196,6 +202,7 @@ class SavedCache:
             "positions": str(header.get("positions", "original")),
             "select": str(header.get("select", "all")),
             "delay": _count(header.get("delay", 0), MAX_TOKENS),
+            "evicted": _choose_tier(header.get("tier"), evicted, file),
         }
 
     def restore_layers(self, model, layers: Sequence[Any]) -> None:
@@ -265,6 +272,8 @@ class SavedCache:
             length = _count(about["length"], buffers["keys"].shape[2])
             state.slots = EqualSlots(buffers, length, about["foreign"] is True)
         state.queries, state.unread = tensors.get("queries"), tensors.get("unread")
+        for name in state.tier.row_tensors:
+            setattr(state.tier, name, tensors.get(f"tier.{name}"))
         if state.unread is not None:
             counts = (state.unread[..., 0] >= 0).sum(1).tolist()
             state.unread_is_padded = any(count < state.unread.shape[1] for count in counts)
@@ -301,6 +310,9 @@ class SavedCache:
             expected |= {name: ([rows, heads], torch.int64) for name in ("lengths", "capacities")}
         if config.num_queries:
             expected["queries"] = [rows, model.query_heads, range(1, config.num_queries + 1), d], dtype
+        if any(name.startswith("tier.") for name in tensors):  # none before the first eviction
+            for name, (shape, kind) in state.tier.saved_shapes(rows, dtype).items():
+                expected[f"tier.{name}"] = [*shape], kind
         if "unread" in tensors and config.needs_second_reading and state.ordinal == 0:
             expected["unread"] = [rows, range(seen + 1), 2], torch.int64
         return expected
@@ -426,6 +438,21 @@ def _choose_allocation(stored: dict, given: str | Allocation | None, file: Path)
     ):
         raise UserError(f"the cache in {file} has allocation {name!r}, which no file can name: give it as allocation=")
     return name
+
+
+def _choose_tier(digest: str | None, given: str | Tier | None, file: Path) -> Tier:
+    """The tier of a saved cache: `drop`, or the trained one that was given, which must be the same.
+
+    Raises:
+        UserError: another one was given, or none where the cache has one.
+    """
+    tier = parse_tier("drop" if given is None else given)
+    found = tier.digest if isinstance(tier, LowRankState) else None
+    if digest is not None and given is None:
+        raise UserError(f"the cache in {file} has a state that kernels were trained for: give them as evicted=")
+    if found != digest or not isinstance(tier, Drop | LowRankState):
+        raise UserError(f"the cache in {file} was saved with another tier than evicted={tier.name!r}: give that one")
+    return tier
 
 
 def _has_name(allocation: Allocation) -> bool:

@@ -5,6 +5,7 @@
 
 import pytest
 import torch
+from less_reference import state_for
 from live_models import feed, tiny, tokens
 
 from kv_gym import EvictingCache
@@ -73,11 +74,14 @@ def test_the_kernel_equals_softmax_and_reads_no_slack(lengths, group, d, dtype, 
         ("h2o", {"allocation": "global:zscore"}),
         ("keydiff", {"evicted": "bits:4:balanced"}),
         ("keydiff", {"evicted": "bits:2", "allocation": "global:raw", "trigger": "every:2"}),
+        ("keydiff", {"evicted": state_for, "allocation": "global:raw", "trigger": "every:2"}),
     ],
 )
 @torch.no_grad()
 def test_a_cache_decodes_alike_through_the_kernel(policy, settings):
     model = tiny("llama").float()
+    if settings.get("evicted") is state_for:
+        settings = settings | {"evicted": state_for(model)}
     prompt, answer = tokens(1, 24), tokens(1, 3, seed=1)
     logits = {}
     for backend in ("kernel", "per_head"):

@@ -3,6 +3,7 @@
 import pytest
 import recorded_steps
 import torch
+from less_reference import state_for
 from live_models import tiny, tokens
 from torch.utils._python_dispatch import _disable_current_modes
 
@@ -47,6 +48,7 @@ def as_on_a_gpu(monkeypatch):
         ("keydiff", {"allocation": "global:raw", "trigger": "every:16"}, 37),
         ("snapkv", {"allocation": "global:zscore"}, 39),
         ("snapkv", {"trigger": "every:16", "evicted": "bits:4"}, 37),
+        ("keydiff", {"trigger": "every:16", "evicted": state_for}, 37),
         ("h2o", {"trigger": "every:16"}, 0),  # its memory changes at every step
     ],
 )
@@ -55,6 +57,8 @@ def test_replays_give_the_logits_of_usual_steps(as_on_a_gpu, policy, settings, r
     model = tiny("llama")
     if "evicted" in settings:  # groups of 32 channels share a scale
         model = tiny("llama", head_dim=32)
+        if settings["evicted"] is state_for:
+            settings = settings | {"evicted": state_for(model)}
     ids, fed = tokens(2, 40), tokens(2, 40, seed=1)
     with EvictingCache(model, policy, 0.5, **settings) as cache, EvictingCache(model, policy, 0.5, **settings) as usual:
         for one in (cache, usual):

@@ -15,7 +15,8 @@ from kv_gym.budgets.calibrated import Calibrated, policy_identity
 from kv_gym.budgets.epicache import EpiCache
 from kv_gym.budgets.shares import Shares
 from kv_gym.live import Guard
-from kv_gym.live.tiers import TIERS
+from kv_gym.live.tiers import TIERS, LowRankState
+from kv_gym.models.fingerprint import Fingerprint
 
 LAYERS, HEADS = 2, 2
 WHOLE, EACH = [(LAYERS, 1, HEADS)], [(1, HEADS)] * LAYERS  # one wait for the model, or one for each layer
@@ -69,6 +70,20 @@ def test_tiers(model, monkeypatch, evicted):
     decode(model, "h2o", 12, 1, 1, trigger="every:2", evicted=evicted)
     assert reads == []
     decode(model, "h2o", 12, 1, 1, allocation="global", trigger="every:1", evicted=evicted)
+    assert reads == WHOLE
+
+
+def test_a_state(model, monkeypatch):
+    sizes = Fingerprint("llama", "", "", tuple(range(LAYERS)), model.config.num_attention_heads, HEADS,
+                        model.config.head_dim)  # fmt: skip
+    state = LowRankState.untrained(sizes, scale=1.0)
+    for ordinal in range(LAYERS):
+        state.kernels_of(ordinal, torch.empty(0, device=META))  # copied to the device once
+    monkeypatch.setattr(LowRankState, "refuse_other_model", lambda *_: None)
+    reads = count_reads(monkeypatch)
+    decode(model, "keydiff", 12, 1, 1, 3, trigger="every:2", evicted=state)
+    assert reads == []
+    decode(model, "h2o", 12, 1, 1, allocation="global", trigger="every:1", evicted=state)
     assert reads == WHOLE
 
 

@@ -199,7 +199,7 @@ def shaped(name, change):
 
 
 DAMAGE = {
-    "newer": (header("format", value=4), "cache format 4, newer than 3"),
+    "newer": (header("format", value=5), "cache format 5, newer than 4"),
     "another kind": (header("kind", value="x"), "holds no cache"),
     "keys that are NaN": (put("0.slots.keys", float("nan"), 0, 0, 1), "holds NaN"),
     "infinite values": (put("1.slots.values", float("inf"), 0, 0, 1), "not finite"),

@@ -107,6 +107,7 @@ class LayerTier:
     Class attributes:
         drops: nothing is done with evicted pairs, so nobody needs to say which are evicted.
         row_tensors: names of attributes, tensors `[batch, ...]` or None, that are stored beside `stored`.
+        held_as: how it holds evicted pairs, for errors.
 
     Attributes:
         stored: pairs that later queries see beside the full-precision slots, in the tier's own form; None: none yet.
@@ -114,7 +115,13 @@ class LayerTier:
 
     drops: ClassVar[bool] = False
     row_tensors: ClassVar[tuple[str, ...]] = ()
+    held_as: ClassVar[str] = "in low precision"
     stored: Slots | None = None
+
+    @property
+    def absorbs(self) -> bool:
+        """Whether a state of evicted pairs takes part in attention from now on: see :meth:`absorbed`."""
+        return False
 
     def observe(self, query: Tensor, token_mask: Tensor | None) -> None:
         """See the queries `[batch, query_heads, m, d]` of new tokens; `token_mask [batch, m]` bool: no padding."""
@@ -148,6 +155,26 @@ class LayerTier:
     def packed(self) -> PackedPairs | None:
         """The same pairs as they are stored; None where there are none, or they can only be read by `visible`."""
         return None
+
+    def absorbed(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """What a state of fixed size adds to attention, where :attr:`absorbs`: to every query it is one more slot.
+
+        Args:
+            query: `[batch, query_heads, m, d]`.
+
+        Returns:
+            The logit of that slot, `[batch, query_heads, m]`, and its value `[batch, query_heads, m, d]`; float32 or
+            wider.
+        """
+        raise NotImplementedError
+
+    def forget(self) -> None:
+        """Drop what is held of evicted pairs: they are back among the full-precision slots."""
+        self.stored = None
+
+    def saved_shapes(self, rows: int, dtype: torch.dtype) -> dict[str, tuple[list[int], torch.dtype]]:
+        """Shapes and types of the attributes that a file holds, for `rows` rows and keys of `dtype`."""
+        return {}
 
     def tensors(self) -> Iterator[Tensor]:
         """Every tensor that is stored, for the count of bytes."""
@@ -200,6 +227,9 @@ class Tier(ABC):
     def refuse_unfit(self, config) -> None:  # noqa: B027
         """Raise a UserError for a model (its text configuration) whose heads this tier cannot serve."""
 
+    def refuse_other_model(self, model) -> None:  # noqa: B027
+        """Raise a UserError for a model that this tier was not trained for."""
+
     def begin_after(self, previous: LayerTier, ordinal: int, empty: bool, complete: bool) -> LayerTier:
         """What a layer of a fork starts with, where the cache before had another tier.
 
@@ -212,9 +242,9 @@ class Tier(ABC):
         Raises:
             UserError: the other one holds evicted pairs, or did not see the queries that this one needs.
         """
-        if previous.stored is not None:
+        if previous.stored is not None or previous.absorbs:
             raise UserError(
-                "the cache holds evicted pairs in low precision, and a fork cannot treat them otherwise: fork it "
+                f"the cache holds evicted pairs {previous.held_as}, and a fork cannot treat them otherwise: fork it "
                 "before the first eviction"
             )
         if self.sees_queries and not empty:

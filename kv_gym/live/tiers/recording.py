@@ -53,6 +53,9 @@ class RecordingTier(Tier):
             return None
         return self.guard.bits
 
+    def refuse_other_model(self, model) -> None:
+        self.tier.refuse_other_model(model)
+
     def refuse_unfit(self, config) -> None:
         self.tier.refuse_unfit(config)
         if self.sketch_bits:
@@ -109,6 +112,14 @@ class TierRecorder(LayerTier):
         return self.inner.drops and self.sketch is None and self.host is None
 
     @property
+    def absorbs(self) -> bool:
+        return self.inner.absorbs
+
+    @property
+    def held_as(self) -> str:  # type: ignore[override]
+        return self.inner.held_as
+
+    @property
     def _parts(self) -> dict[str, LayerTier]:
         parts = {"inner": self.inner, "sketch": self.sketch, "host": self.host}
         return {name: part for name, part in parts.items() if part is not None}
@@ -151,8 +162,11 @@ class TierRecorder(LayerTier):
         """The host's copies, padded, and which are real; nothing is stored of them here any more. None: none yet."""
         copies = None if self.host is None or self.host.stored is None else self.host.stored.padded()
         for part in self._parts.values():
-            part.stored = None
+            part.forget()
         return copies
+
+    def absorbed(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        return self.inner.absorbed(query)
 
     def visible(self, dtype: torch.dtype) -> Slots | None:
         return self.inner.visible(dtype)
