@@ -145,6 +145,26 @@ def _train(
 
 
 @verb(
+    app, "kv_gym.training.less.train_less", rename={"texts": "text"}, kinds={"texts": list}, command_name="train-less"
+)
+def _train_less(call: Call, steps: Steps = None, setting: Setting = None) -> None:
+    from kv_gym.files import read_text
+    from kv_gym.models.loading import text_ids
+
+    settings = _settings(setting, steps=steps)
+    contents = [read_text(file) for file in call["texts"]]  # before the model loads
+    _, tokenizer = call.model
+    if tokenizer is None:
+        raise UserError(f"model {call.model_name} came without a tokenizer, so text cannot be read: train in Python")
+    state = call(texts=[text_ids(tokenizer, text) for text in contents], **settings)
+    errors = state.training["error"]
+    typer.echo(
+        f"{call['out']}: held-out error {sum(errors) / len(errors):.3f} of that of dropping, "
+        f"{state.weight_bytes:,} bytes of weights"
+    )
+
+
+@verb(
     app,
     "kv_gym.evaluation.evaluate",
     rename={"allocations": "allocation"},

@@ -14,7 +14,10 @@ from kv_gym.models.fingerprint import Fingerprint
 def state_for(model, scale=1.0):
     """Random kernels whose evicted pairs weigh about as much as kept ones; with a scale of 0 nothing."""
     torch.manual_seed(5)
-    return LowRankState.untrained(Fingerprint.of(model), 4, 6, scale)
+    state = LowRankState.untrained(Fingerprint.of(model), 4, 6, scale)
+    for layer in state.kernels:
+        layer.log_scale.copy_(torch.randn_like(layer.log_scale))
+    return LowRankState(state.kernels, state.fingerprint)
 
 
 def gelu(x):
@@ -30,7 +33,8 @@ def psi(kernels, head, keys):
 
 def phi(kernels, head, queries):
     """`[m, R]` for the queries `[m, d]` of one query head."""
-    return gelu(gelu(queries @ kernels.query_in[head].double()) @ kernels.query_out[head].double()).abs()
+    features = gelu(gelu(queries @ kernels.query_in[head].double()) @ kernels.query_out[head].double()).abs()
+    return features * kernels.log_scale[head].double().exp()
 
 
 class LessReference(MaskedReference):

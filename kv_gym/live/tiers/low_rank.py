@@ -4,12 +4,12 @@ Source: LESS (arXiv 2402.09398, ICML 2024) and its code. Per KV head the state i
 pair adds `psi(k)^T v` and `psi(k)`, and a query attends to it as if the pair were still there with weight
 `phi(q) . psi(k)` in place of `exp(q . k / sqrt d)`:
 
-    phi(q) = |gelu(gelu(q A) B)|      psi(k) = |u + (u M) t|  with  u = |s| gelu(gelu(k C) D)
+    phi(q) = e^c |gelu(gelu(q A) B)|      psi(k) = |u + (u M) t|  with  u = |s| gelu(gelu(k C) D)
     output = (phi(q) H + sum of exp(q . k) v over kept pairs) / (phi(q) z + sum of exp(q . k))
 
 Differs from the paper in: a KV head of a group has one state, which the queries of its group read through a `phi` of
-their own (the code has one state per query head); any policy evicts, at any time; a state that absorbed nothing has
-weight 0 (in the code 1e-6).
+their own (the code has one state per query head); `phi` has a factor `e^c` per query head, because the logits of a head may
+all be far from 0; any policy evicts, at any time; a state that absorbed nothing has weight 0 (in the code 1e-6).
 """
 
 from __future__ import annotations
@@ -56,6 +56,7 @@ class LayerKernels(nn.Module):
             bound = (6 / (rows + columns)) ** 0.5  # Xavier's
             return nn.Parameter(torch.empty(heads, rows, columns).uniform_(-bound, bound))
 
+        self.log_scale = nn.Parameter(torch.zeros(query_heads, 1, 1))
         self.query_in, self.query_out = matrices(query_heads, head_dim, width), matrices(query_heads, width, rank)
         self.key_in, self.key_out = matrices(kv_heads, head_dim, width), matrices(kv_heads, width, rank)
         self.mix = matrices(kv_heads, rank, rank)
@@ -64,7 +65,7 @@ class LayerKernels(nn.Module):
 
     def phi(self, query: Tensor) -> Tensor:
         """Features of queries `[batch, query_heads, m, d]`: non-negative, `[batch, query_heads, m, R]`."""
-        return gelu(gelu(query @ self.query_in) @ self.query_out).abs()
+        return gelu(gelu(query @ self.query_in) @ self.query_out).abs() * self.log_scale.exp()
 
     def psi(self, keys: Tensor) -> Tensor:
         """Features of keys `[batch, kv_heads, n, d]`: non-negative, `[batch, kv_heads, n, R]`."""
