@@ -157,11 +157,8 @@ def _train_less(call: Call, steps: Steps = None, setting: Setting = None) -> Non
     if tokenizer is None:
         raise UserError(f"model {call.model_name} came without a tokenizer, so text cannot be read: train in Python")
     state = call(texts=[text_ids(tokenizer, text) for text in contents], **settings)
-    errors = state.training["error"]
-    typer.echo(
-        f"{call['out']}: held-out error {sum(errors) / len(errors):.3f} of that of dropping, "
-        f"{state.weight_bytes:,} bytes of weights"
-    )
+    error, size = state.training["error"], state.weight_bytes
+    typer.echo(f"{call['out']}: held-out error {error:.3f} times that of dropping, {size:,} bytes of weights")
 
 
 @verb(

@@ -5,8 +5,8 @@ behind the output projection, when pairs that a policy evicts are weighed by `ph
 target are those of the full cache, so layers do not wait for one another and the model is frozen.
 Differs from the paper in: the model runs over fresh windows of text and each layer learns while it is run, so nothing
 is recorded, and there is no dropout; any policy that cuts layer by layer may evict, at a budget that is drawn for every
-step; the error counts in units of the error of dropping; the scale of `phi` begins at the mean log-sum-exp of the kept
-pairs' logits; AdamW with a cosine in place of Adam with steps.
+step; the error counts in units of the output's energy, and its gradient is clipped; the scale of `phi` begins at the
+mean log-sum-exp of the kept pairs' logits; a layer that never beats dropping on held-out text absorbs nothing.
 """
 
 from __future__ import annotations
@@ -37,6 +37,7 @@ from kv_gym.policies.scorer import CHECKPOINT
 from kv_gym.training.monitor import Monitor
 
 VALIDATION_WINDOWS = 8
+LARGEST_GRADIENT = 1.0  # norm over a layer's kernels, of an error in units of the output's energy
 
 
 class LessSettings(BaseModel):
@@ -100,8 +101,9 @@ def train_less(
         **settings: In Python, see :class:`LessSettings`.
 
     Returns:
-        The trained tier, from the checkpoint with the smallest held-out error. Its ``training`` holds policy, seed,
-        settings, ``error`` (1 is dropping, 0 the full cache) for each layer, and seconds.
+        The trained tier, each layer from the checkpoint with its smallest held-out error. Its ``training`` holds
+        policy, seed, settings, seconds, ``error``, the held-out squared error as a share of that of dropping, and
+        ``layers``, both squared errors of each layer.
 
     Raises:
         UserError: an unknown setting, texts that are shorter than two windows, a policy that does not cut layer by
@@ -183,10 +185,11 @@ class _Run:
             [weight for layer in self.kernels for weight in layer.parameters()], lr=settings.rate, weight_decay=0.0
         )
         self.step, self.seconds = 0, 0.0
-        # held-out error, that of each layer, and their weights
-        self.best: tuple[float, list[float], list[dict[str, Tensor]]] = (math.inf, [], [])
         if not self._resume(checkpoint, resume):
             self._scale_to_kept_mass()
+            self.errors = [(math.inf, math.inf)] * len(self.kernels)  # held-out, absorbed and dropped
+            self.best: list[dict[str, Tensor]] = [{}] * len(self.kernels)  # weights of each layer
+            self._validate()
         self.out.mkdir(parents=True, exist_ok=True)
         began = time.perf_counter() - self.seconds
         with Monitor(self.out, "train less", settings.steps, self.step, progress) as monitor:
@@ -198,10 +201,11 @@ class _Run:
                     monitor.log(self.step, "validation", {"error": self._validate()})
                     self.seconds = time.perf_counter() - began
                     self._save(checkpoint)
-        _, layers, weights = self.best
-        for layer, own in zip(self.kernels, weights, strict=True):
+        for layer, own, (absorbed, dropped) in zip(self.kernels, self.best, self.errors, strict=True):
             layer.load_state_dict(own)
-        result = {"error": [round(error, 4) for error in layers], "seconds": round(self.seconds, 1)}
+            if absorbed >= dropped:
+                layer.absorb_nothing()
+        result = {"error": self._error(), "layers": self.errors, "seconds": round(self.seconds, 1)}
         LowRankState(self.kernels, self.fingerprint, self.identity | result).save_pretrained(self.out)
         checkpoint.unlink(missing_ok=True)
         return LowRankState.from_pretrained(self.out)
@@ -218,7 +222,7 @@ class _Run:
         self._simulate(self.validation[: self.settings.rows], share, scale)
 
     def _train_step(self) -> float:
-        """One optimiser step on fresh windows; the mean over layers of their error. Seeded by its own number."""
+        """One optimiser step on fresh windows, seeded by its own number: the error as a share of that of dropping."""
         settings = self.settings
         generator = torch.Generator().manual_seed(self.seed * 1_000_003 + self.step)
         lengths = torch.tensor([len(ids) - settings.tokens + 1 for ids in self.training], dtype=torch.float64)
@@ -228,14 +232,15 @@ class _Run:
             windows.append(self.training[number][start : start + settings.tokens])
         low, high = math.log(settings.smallest), math.log(settings.largest)
         share = math.exp(low + (high - low) * float(torch.rand((), generator=generator)))
-        errors: list[float] = []
+        errors: list[tuple[float, float]] = []
 
         def descend(layer: SimulatedLayer) -> None:
             with torch.enable_grad():
-                own, dropped = squared_errors(self.kernels[layer.ordinal], layer, queries, settings.block)
-                loss = own / dropped.clamp(min=1e-30)
-                loss.backward()
-            errors.append(float(loss.detach()))
+                kernels = self.kernels[layer.ordinal]
+                absorbed, dropped, energy = squared_errors(kernels, layer, queries, settings.block)
+                (absorbed / energy.clamp(min=1e-30)).backward()
+                torch.nn.utils.clip_grad_norm_(kernels.parameters(), LARGEST_GRADIENT)
+            errors.append((float(absorbed.detach()), float(dropped)))
 
         queries = self._queries(share, generator)
         for group in self.optimizer.param_groups:
@@ -243,7 +248,7 @@ class _Run:
         self.optimizer.zero_grad()
         self._simulate(torch.stack(windows).to(self.model.device), share, descend)
         self.optimizer.step()
-        return sum(errors) / len(errors)
+        return sum(absorbed for absorbed, _ in errors) / max(1e-30, sum(dropped for _, dropped in errors))
 
     def _schedule(self) -> float:
         warm = max(1, self.settings.steps // 20)
@@ -263,27 +268,33 @@ class _Run:
         simulate_evictions(self.config.model, windows, self.config.fork(budget=self._slots(share)), show)
 
     def _validate(self) -> float:
-        """The held-out error at the geometric mean of the budgets; the best weights so far are kept."""
+        """The held-out error at the geometric mean of the budgets; the best weights of each layer so far are kept."""
         share = math.sqrt(self.settings.smallest * self.settings.largest)
         queries = self._queries(share, torch.Generator().manual_seed(0))
         sums = torch.zeros(len(self.kernels), 2, dtype=torch.float64)
 
         def measure(layer: SimulatedLayer) -> None:
             found = squared_errors(self.kernels[layer.ordinal], layer, queries, self.settings.block)
-            sums[layer.ordinal] += torch.stack(found).double().cpu()
+            sums[layer.ordinal] += torch.stack(found[:2]).double().cpu()
 
         for windows in self.validation.split(self.settings.rows):
             self._simulate(windows, share, measure)
-        layers = (sums[:, 0] / sums[:, 1].clamp(min=1e-30)).tolist()
-        error = sum(layers) / len(layers)
-        if error < self.best[0]:
-            weights = [{name: tensor.clone() for name, tensor in layer.state_dict().items()} for layer in self.kernels]
-            self.best = error, layers, weights
-        return error
+        for ordinal, (absorbed, dropped) in enumerate(sums.tolist()):
+            if absorbed < self.errors[ordinal][0]:
+                self.errors[ordinal] = absorbed, dropped
+                state = self.kernels[ordinal].state_dict()
+                self.best[ordinal] = {name: tensor.clone() for name, tensor in state.items()}
+        return self._error()
+
+    def _error(self) -> float:
+        """The smallest held-out squared errors of all layers, as a share of those of dropping."""
+        dropped = sum(dropped for _, dropped in self.errors)
+        return sum(min(pair) for pair in self.errors) / max(1e-30, dropped)
 
     def _save(self, file: Path) -> None:
         state = {
-            "identity": json.dumps(self.identity), "step": self.step, "seconds": self.seconds, "best": self.best,
+            "identity": json.dumps(self.identity), "step": self.step, "seconds": self.seconds,
+            "best": self.best, "errors": self.errors,
             "kernels": [layer.state_dict() for layer in self.kernels], "optimizer": self.optimizer.state_dict(),
         }  # fmt: skip
         data = io.BytesIO()
@@ -304,7 +315,8 @@ class _Run:
                 for layer, own in zip(self.kernels, state["kernels"], strict=True):
                     layer.load_state_dict(own)
                 self.optimizer.load_state_dict(state["optimizer"])
-                self.step, self.seconds, self.best = state["step"], state["seconds"], tuple(state["best"])
+                self.step, self.seconds = state["step"], state["seconds"]
+                self.best, self.errors = state["best"], state["errors"]
                 return True
         if resume:
             raise UserError(
@@ -314,10 +326,13 @@ class _Run:
         return False
 
 
-def squared_errors(kernels: LayerKernels, layer: SimulatedLayer, queries: Tensor, block: int) -> tuple[Tensor, Tensor]:
+def squared_errors(
+    kernels: LayerKernels, layer: SimulatedLayer, queries: Tensor, block: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Squared error of a layer's output at some queries, mean over them: with evicted pairs absorbed, and dropped.
 
-    The parallel form: every evicted pair has its own weight, and no state is made.
+    The last one is the full cache's output squared. The parallel form: every evicted pair has its own weight, and no
+    state is made.
 
     Args:
         kernels: of the layer.
@@ -338,11 +353,10 @@ def squared_errors(kernels: LayerKernels, layer: SimulatedLayer, queries: Tensor
     target = layer.output[:, queries].to(exact).transpose(1, 2)
     projection = output_projection(layer.module, query.shape[1], d).to(exact)
 
-    def error(output: Tensor) -> Tensor:
-        difference = output.flatten(1, 2) - target
-        return torch.einsum("bhmd,hde->bme", difference, projection).square().sum(-1).mean()
+    def energy(output: Tensor) -> Tensor:
+        return torch.einsum("bhmd,hde->bme", output, projection).square().sum(-1).mean()
 
-    return error(absorbed), error(dropped.detach())
+    return energy(absorbed.flatten(1, 2) - target), energy(dropped.flatten(1, 2) - target), energy(target)
 
 
 def _kept_products(layer: SimulatedLayer, queries: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -8,8 +8,8 @@ pair adds `psi(k)^T v` and `psi(k)`, and a query attends to it as if the pair we
     output = (phi(q) H + sum of exp(q . k) v over kept pairs) / (phi(q) z + sum of exp(q . k))
 
 Differs from the paper in: a KV head of a group has one state, which the queries of its group read through a `phi` of
-their own (the code has one state per query head); `phi` has a factor `e^c` per query head, because the logits of a head may
-all be far from 0; any policy evicts, at any time; a state that absorbed nothing has weight 0 (in the code 1e-6).
+their own (the code has one state per query head); `phi` has a factor `e^c` per query head, because all logits of a
+head may be far from 0; any policy evicts, at any time; a state that absorbed nothing has weight 0 (in the code 1e-6).
 """
 
 from __future__ import annotations
@@ -62,6 +62,12 @@ class LayerKernels(nn.Module):
         self.mix = matrices(kv_heads, rank, rank)
         self.key_scale = nn.Parameter(torch.full((kv_heads, 1, rank), scale))
         self.mix_scale = nn.Parameter(torch.full((kv_heads, 1, rank), scale))
+
+    @torch.no_grad()
+    def absorb_nothing(self) -> None:
+        """Set the scales of `psi` to 0: evicted pairs are dropped."""
+        self.key_scale.zero_()
+        self.mix_scale.zero_()
 
     def phi(self, query: Tensor) -> Tensor:
         """Features of queries `[batch, query_heads, m, d]`: non-negative, `[batch, query_heads, m, R]`."""
