@@ -72,8 +72,9 @@ def evaluate(
         recent: last tokens that every policy keeps; by default each policy's own number.
         allocations: who gets the slots: ``uniform``, ``global``, ``global:NORMALISATION`` ...; every policy is measured
             with all that can use its scores.
-        evicted: what becomes of evicted pairs: ``drop``, ``merge``, ``merge:values``, ``bits:4`` ...; every policy is
-            measured with each. Only with a model, because replay knows what is kept and not what a model makes of it.
+        evicted: what becomes of evicted pairs: ``drop``, ``merge``, ``merge:values``, ``bits:4``, ``less:FOLDER`` ...;
+            every policy is measured with each. Only with a model, because replay knows what is kept and not what a
+            model makes of it.
         select: which of the held slots a query reads: ``all``, ``mpcache:0.2`` ...; every policy is measured with each.
             Only with a model.
         json: file to write the result to.

@@ -137,7 +137,7 @@ class CacheConfig:
         positions: rotary positions of kept keys, one of `POSITIONS`.
         select: which of the slots a query reads.
         delay: the newest tokens that are not judged yet.
-        checked: policies and tiers that are known to fit the model, and need not be checked again.
+        checked: policies that are known to fit the model, and need not be checked again.
 
     Raises:
         UserError: settings that do not fit the model or one another.
@@ -156,7 +156,7 @@ class CacheConfig:
     positions: str = "original"
     select: Selection = field(default_factory=SelectAll)
     delay: int = 0
-    checked: tuple[Policy | Tier, ...] = field(default=(), repr=False, compare=False)
+    checked: tuple[Policy, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
     def parse(cls, model, **settings: Any) -> CacheConfig:
@@ -178,7 +178,7 @@ class CacheConfig:
         Raises:
             UserError: settings that do not fit, or that need what a cache with these settings did not keep.
         """
-        checked = {id(known): known for known in (*self.checked, *self.tracked_policies, self.evicted)}
+        checked = {id(known): known for known in (*self.checked, *self.tracked_policies)}
         changed = replace(self, checked=tuple(checked.values()), **_parsed(changes))
         self._refuse_what_was_not_kept(changed)
         return changed
@@ -192,8 +192,7 @@ class CacheConfig:
         protection_for(self.policy, self.sinks, self.recent)  # refuses negative ones
         self._refuse_unfit_delay()
         self.layer_tier.refuse_unfit(self.model.config.get_text_config())
-        if not any(self.evicted is known for known in self.checked):
-            self.evicted.refuse_other_model(self.model)
+        self.evicted.refuse_other_model(self.model)
         self._refuse_unfit_recording()
         self._refuse_unfit_selection()
         if self.positions not in POSITIONS:

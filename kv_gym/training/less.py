@@ -211,7 +211,7 @@ class _Run:
         return LowRankState.from_pretrained(self.out)
 
     def _scale_to_kept_mass(self) -> None:
-        """Begin next to dropping: with features of size 1, a query's state weighs what it pays the kept tokens."""
+        """Give features of size 1 the weight that queries pay the kept tokens, in the geometric mean."""
         share = math.sqrt(self.settings.smallest * self.settings.largest)
         queries = self._queries(share, torch.Generator().manual_seed(0))
 

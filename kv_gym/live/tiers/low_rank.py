@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import copy
 import json
+import weakref
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -128,6 +129,7 @@ class LowRankState(Tier):
         self.weight_bytes = sum(tensor.nbytes for layer in kernels for tensor in layer.parameters())
         self.digest = described_data_hash(fingerprint.to_json(), self._weights())
         self._copies: dict[tuple[int, torch.device, torch.dtype], LayerKernels] = {}
+        self._serves: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, LowRankState) and other.digest == self.digest
@@ -149,8 +151,10 @@ class LowRankState(Tier):
         return f"less:{self.folder}" if self.folder else "less"
 
     def refuse_other_model(self, model) -> None:
-        """Raise a UserError for a model that the kernels were not trained on."""
-        self.fingerprint.refuse_other(Fingerprint.of(model), f"tier {self.name!r}", type(model).__name__)
+        """Raise a UserError for a model that the kernels were not trained on; each model is looked at once."""
+        if model not in self._serves:
+            self.fingerprint.refuse_other(Fingerprint.of(model), f"tier {self.name!r}", type(model).__name__)
+            self._serves.add(model)
 
     def begin(self, ordinal: int = 0) -> LayerTier:
         return AbsorbingLayer(self, ordinal)
