@@ -347,7 +347,8 @@ def squared_errors(
     dropped = (products - mass).exp() @ values[:, :, None]  # [batch, kv_heads, group, m, d]
     phi = kernels.phi(query.to(kernels.mix.dtype)).unflatten(1, (heads, -1))
     weights = phi @ kernels.psi(keys.to(kernels.mix.dtype))[:, :, None].transpose(-1, -2)
-    weights = weights.masked_fill(~evicted[:, :, None], 0).to(exact) * (-mass).exp()
+    scale = (kernels.log_scale.unflatten(0, (heads, -1)) - mass).exp()
+    weights = weights.masked_fill(~evicted[:, :, None], 0).to(exact) * scale
     absorbed = (dropped + weights @ values[:, :, None]) / (1 + weights.sum(-1, keepdim=True))
 
     target = layer.output[:, queries].to(exact).transpose(1, 2)

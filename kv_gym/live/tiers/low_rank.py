@@ -48,6 +48,9 @@ class LayerKernels(nn.Module):
         rank: R, numbers that a query or key is mapped to.
         width: of the hidden layers; the paper has 512.
         scale: what the scales of `psi` begin with; 0 absorbs nothing.
+
+    Attributes:
+        log_scale: `[query_heads, 1, 1]`, the logarithm c of the factor of `phi`.
     """
 
     def __init__(self, query_heads: int, kv_heads: int, head_dim: int, rank: int, width: int, scale: float = START):
@@ -71,8 +74,8 @@ class LayerKernels(nn.Module):
         self.mix_scale.zero_()
 
     def phi(self, query: Tensor) -> Tensor:
-        """Features of queries `[batch, query_heads, m, d]`: non-negative, `[batch, query_heads, m, R]`."""
-        return gelu(gelu(query @ self.query_in) @ self.query_out).abs() * self.log_scale.exp()
+        """Features of queries `[batch, query_heads, m, d]`: `[batch, query_heads, m, R]`, before the factor `e^c`."""
+        return gelu(gelu(query @ self.query_in) @ self.query_out).abs()
 
     def psi(self, keys: Tensor) -> Tensor:
         """Features of keys `[batch, kv_heads, n, d]`: non-negative, `[batch, kv_heads, n, R]`."""
@@ -286,7 +289,7 @@ class AbsorbingLayer(LayerTier):
         phi = kernels.phi(query.to(kernels.mix.dtype)).unflatten(1, (heads, -1))  # [batch, kv_heads, group, m, R]
         weight = (phi @ self.mass[:, :, None, :, None])[..., 0]
         value = phi @ self.sums[:, :, None] / weight.clamp(min=torch.finfo(weight.dtype).tiny)[..., None]
-        return weight.log().flatten(1, 2), value.flatten(1, 2)
+        return weight.log().flatten(1, 2) + kernels.log_scale[..., 0], value.flatten(1, 2)
 
     def forget(self) -> None:
         self.sums = self.mass = None
