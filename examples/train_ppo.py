@@ -15,9 +15,8 @@ from stable_baselines3.common.vec_env import VecMonitor
 
 import kv_gym
 from kv_gym.envs import KVEvictVecEnv
-from kv_gym.policies.scorer import Scorer
 from kv_gym.training.learner import sequence_inputs
-from kv_gym.training.sb3_policy import DecisionBuffer, RankingPolicy
+from kv_gym.training.sb3_policy import DecisionBuffer, RankingPolicy, save_policy
 
 
 def main() -> None:
@@ -49,10 +48,7 @@ def main() -> None:
     trained, _ = evaluate_policy(loaded, eval_env, episodes)
     print(f"mean reward (1 is a perfect ranking) on {len(held_out)} held-out context(s): {trained:.3f}")
     print(f"the same without training: {untrained:.3f}")
-    policy = Scorer(
-        loaded.policy.scorer, recorded.fingerprint, (min(lengths), max(lengths)), training={"steps": args.steps}
-    )
-    print(f"a policy for EvictingCache lies in {policy.save_pretrained(args.out / 'policy')}")
+    print(f"a policy for EvictingCache lies in {save_policy(loaded, args.out / 'policy', recorded)}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ _HOMES = {
     "evaluate": "kv_gym.evaluation",
     "export": "kv_gym.training",
     "generate": "kv_gym.live",
+    "push_to_hub": "kv_gym.publishing",
     "report": "kv_gym.evaluation",
     "leaderboard": "kv_gym.evaluation.leaderboard",
     "calibrate": "kv_gym.evaluation",

@@ -15,13 +15,14 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part of kv_gym may import parts of its own layer and of those before it.
 LAYERS = (
-    {"checksums", "errors", "files", "markdown", "progress", "records"},
+    {"checksums", "errors", "files", "hub", "markdown", "progress", "records"},
     {"cache_view", "devices"},
     {"budgets", "models", "pages", "policies", "traces"},
     {"envs", "live", "reference"},
     {"evaluation", "interop", "training"},
     {"method_table", "testing"},
-    {"cli", "fit"},
+    {"fit"},
+    {"cli", "publishing"},
     {"__main__"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}

@@ -94,3 +94,10 @@ def test_files_that_hold_no_records_are_refused(files, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "pyarrow", None)
     with pytest.raises(UserError, match=r"rows\.parquet needs the extra datasets: pip install 'kv-gym\[datasets\]'"):
         list(read_records(files / "rows.parquet", "x"))
+
+
+def test_a_mapping_of_splits_is_refused_by_fit_as_well():
+    from kv_gym.fit.data import read_data
+
+    with pytest.raises(UserError, match=r"a dict of train, test was given; expected the rows of one"):
+        read_data({"train": [], "test": []})

@@ -269,6 +269,11 @@ def _export(
         _say(f"tensors in {export_tensors(call['policy'], tensors)}")
 
 
+@verb(app, "kv_gym.publishing.push_to_hub", arguments=("path", "repo_id"), command_name="push")
+def _push(call: Call) -> None:
+    typer.echo(call())
+
+
 @verb(app, "kv_gym.live.generate")
 def _generate(call: Call) -> None:
     from kv_gym.budgets import parse_budget

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kv_gym.budgets import Budget, parse_budget, slots_after
 from kv_gym.cache_view import protected_tokens
-from kv_gym.envs.observations import Heads, Observation, ObservationTable
+from kv_gym.envs.observations import Heads, Observation, ObservationTable, flat_space, flatten
 from kv_gym.envs.rendering import Frame
 from kv_gym.envs.rewards import BudgetWeights, EpisodeState, EvictionMode, RankingMode
 from kv_gym.errors import UserError
@@ -52,6 +52,7 @@ class Replay:
         recent: int = 1,
         features: Seq[str | Policy] = (),
         index: bool = False,
+        flat: bool = False,
         delay: int = 0,
         memory: float | None = None,
     ) -> None:
@@ -60,6 +61,8 @@ class Replay:
             raise UserError(f"utility is {utility!r}; expected 'attention' or 'attention_mean'")
         if order not in ("random", "sequential"):
             raise UserError(f"order is {order!r}; expected 'random' or 'sequential'")
+        if flat and index:
+            raise UserError("flat=True makes one array of an observation and index=True adds an entry to it: give one")
         if min(sinks, recent) < 0:
             raise UserError(f"sinks and recent are {sinks} and {recent}; expected numbers from 0")
         opened: Any = open_traces(traces) if traces is None or isinstance(traces, str | Path) else traces
@@ -89,7 +92,9 @@ class Replay:
             )
         self._tokens = [sequence.tokens[sequence.slot_positions] for sequence in sequences]
         self._order, self._index, self._next = order, index, 0
-        self.observation_space = self.table.space(index)
+        self._entries = self.table.space(index)
+        self._flat = flat
+        self.observation_space: spaces.Space[Any] = flat_space(self._entries) if flat else self._entries
         self.action_space = spaces.Box(-1.0, 1.0, (self.table.size,), np.float32)
 
     def __len__(self) -> int:
@@ -131,9 +136,10 @@ class Replay:
             )
         return np.flatnonzero(fits)
 
-    def observe(self, state: EpisodeState) -> Observation:
-        """New arrays with the observations of B environments."""
-        return self.slots(self.mode.decision[state.episode], state.cached)
+    def observe(self, state: EpisodeState) -> Any:
+        """New arrays with the observations of B environments; with `flat` one array."""
+        observation = self.slots(self.mode.decision[state.episode], state.cached)
+        return flatten(self._entries, observation) if self._flat else observation
 
     def slots(self, decisions: NDArray[np.int64], mask: np.ndarray | None = None) -> Observation:
         """The observations again from their `decision` ids `[B]` and, in eviction mode, their `mask` `[B, N]`."""
@@ -142,9 +148,12 @@ class Replay:
             observation["decision"] = decisions.astype(np.int32)[:, None]
         return observation
 
-    def final_observation(self) -> Observation:
+    def final_observation(self) -> Any:
         """The observation of one environment whose episode is over: no slots."""
-        return self.table.empty() | ({"decision": np.zeros(1, np.int32)} if self._index else {})
+        observation = self.table.empty() | ({"decision": np.zeros(1, np.int32)} if self._index else {})
+        if self._flat:
+            return flatten(self._entries, {name: np.asarray(array)[None] for name, array in observation.items()})[0]
+        return observation
 
     def reset_info(self, state: EpisodeState) -> dict[str, np.ndarray]:
         """The `info` of `reset` for B episodes, each `[B]`."""

@@ -13,14 +13,14 @@ from gymnasium.vector import AutoresetMode
 
 from kv_gym.budgets import Budget
 from kv_gym.envs.episodes import Replay, Traces
-from kv_gym.envs.observations import Heads, Observation
+from kv_gym.envs.observations import Heads
 from kv_gym.envs.rendering import FRAMES_PER_SECOND, MODES, Renderer
 from kv_gym.envs.rewards import BudgetWeights, EpisodeState
 from kv_gym.errors import UserError
 from kv_gym.policies import Policy
 
 
-class KVEvictEnv(gym.Env[Observation, np.ndarray]):
+class KVEvictEnv(gym.Env[Any, np.ndarray]):
     """
     ## Description
 
@@ -124,6 +124,9 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
       included; the newest ones stay. It must fit into half the budget.
     - `features`: policies whose scores are shown, names or objects, such as `("knorm", "h2o")`.
     - `index`: add `decision` to the observation.
+    - `flat`: an observation is one array, `Box((size,), float32)`, as `FlattenObservation` would make it: for libraries
+      that know no `Dict`, and for the native batch, which resets within the step and which Gymnasium's vector wrappers
+      of observations therefore refuse.
     - `render_mode`: which tokens stay at each budget, or after each block, as `"ansi"` (text), `"rgb_array"` (a
       picture) or `"human"` (the picture in a window that reset and step update; a warning where there is no display).
       Pictures of an environment all have one size.
@@ -162,6 +165,7 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
         recent: int = 1,
         features: Seq[str | Policy] = (),
         index: bool = False,
+        flat: bool = False,
         delay: int = 0,
         render_mode: str | None = None,
         tokenizer: Any = None,
@@ -186,6 +190,7 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
             recent=recent,
             features=features,
             index=index,
+            flat=flat,
             delay=delay,
             memory=memory,
         )
@@ -204,9 +209,7 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
         """How many different episodes the traces hold."""
         return len(self.replay)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin an episode."""
         super().reset(seed=seed)
         if self._check_autoreset:
@@ -219,7 +222,7 @@ class KVEvictEnv(gym.Env[Observation, np.ndarray]):
             self.renderer.reset([self.replay.frame(self._state, 0, None)])
         return _only_row(self.replay.observe(self._state)), _plain_info(self.replay.reset_info(self._state))
 
-    def step(self, action: np.ndarray) -> tuple[Observation, float, bool, bool, dict[str, Any]]:
+    def step(self, action: np.ndarray) -> tuple[Any, float, bool, bool, dict[str, Any]]:
         """Rank the slots by the scores `action`, `[N]`."""
         if self._state is None:
             raise UserError("the episode is over or has not begun: call reset first")
@@ -259,8 +262,8 @@ def _warn_if_reset_takes_a_step() -> None:
             return
 
 
-def _only_row(batch: Observation) -> Observation:
-    return {name: array[0] for name, array in batch.items()}
+def _only_row(batch: Any) -> Any:
+    return {name: array[0] for name, array in batch.items()} if isinstance(batch, dict) else batch[0]
 
 
 def _plain_info(info: dict[str, np.ndarray]) -> dict[str, Any]:

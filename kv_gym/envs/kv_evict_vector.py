@@ -16,7 +16,7 @@ from kv_gym.envs.rewards import EpisodeState
 from kv_gym.errors import UserError
 
 
-class KVEvictVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
+class KVEvictVectorEnv(VectorEnv[Any, np.ndarray, np.ndarray]):
     """Many :class:`~kv_gym.envs.kv_evict.KVEvictEnv` at once, ``gym.make_vec("KVEvict-v0", num_envs=64, ...)``.
 
     Rewards, observations and infos are those of the scalar environment. An environment whose episode is over is
@@ -69,7 +69,7 @@ class KVEvictVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         self.action_space = batch_space(self.single_action_space, num_envs)
         self._state: EpisodeState | None = None
         self._final_obs = self.replay.final_observation()
-        for array in self._final_obs.values():
+        for array in self._final_obs.values() if isinstance(self._final_obs, dict) else [self._final_obs]:
             if isinstance(array, np.ndarray):
                 array.setflags(write=False)
 
@@ -92,9 +92,7 @@ class KVEvictVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         """
         return self.replay.slots(np.asarray(decisions, np.int64).reshape(-1), mask)
 
-    def reset(
-        self, *, seed: int | None = None, options: dict[str, Any] | None = None
-    ) -> tuple[Observation, dict[str, Any]]:
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[Any, dict[str, Any]]:
         """Begin new episodes everywhere; a seed also begins the sequential order again."""
         super().reset(seed=seed)
         if seed is not None:
@@ -105,9 +103,7 @@ class KVEvictVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
         everywhere = np.ones(self.num_envs, bool)
         return self.replay.observe(self._state), _with_masks(self.replay.reset_info(self._state), everywhere)
 
-    def step(
-        self, actions: np.ndarray
-    ) -> tuple[Observation, np.ndarray, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
+    def step(self, actions: np.ndarray) -> tuple[Any, np.ndarray, NDArray[np.bool_], NDArray[np.bool_], dict[str, Any]]:
         """Rank the slots by the scores `actions`, `[num_envs, N]`, and reset the episodes that ended."""
         if self._state is None:
             raise UserError("step was called before reset: call reset first")

@@ -169,6 +169,29 @@ class ObservationTable:
         return spaces.Dict(boxes)
 
 
+def flat_space(space: spaces.Dict) -> spaces.Box:
+    """The space of :func:`flatten`, float32."""
+    flat = spaces.flatten_space(space)
+    assert isinstance(flat, spaces.Box)
+    return spaces.Box(flat.low.astype(np.float32), flat.high.astype(np.float32), dtype=np.float32)
+
+
+def flatten(space: spaces.Dict, observation: Observation) -> NDArray[np.float32]:
+    """Observations of B environments as rows `[B, size]`, as Gymnasium's ``FlattenObservation`` has them.
+
+    Args:
+        space: of one environment, whose entries follow one another; the id of a head is one-hot.
+        observation: of B environments.
+    """
+    parts = []
+    for name, entry in space.items():
+        array = observation[name]
+        if isinstance(entry, spaces.Discrete):
+            array = np.arange(entry.n) == array[:, None]
+        parts.append(array.reshape(len(array), -1).astype(np.float32))
+    return np.concatenate(parts, 1)
+
+
 def _read_all(sequences: Contexts, max_tokens: int | None) -> tuple[Sequence, list[np.ndarray], list[int]]:
     """The first context, and of all the positions of their slots and their tokens.
 

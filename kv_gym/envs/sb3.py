@@ -36,7 +36,7 @@ class NativeVecEnv(VecEnv):
         names = dict.fromkeys(name for options in self._options for name in options)
         return {name: [options.get(name) for options in self._options] for name in names}
 
-    def reset(self) -> dict[str, np.ndarray]:  # type: ignore[override]
+    def reset(self) -> Any:  # type: ignore[override]
         """Begin new episodes, with the seed and the options that were set before."""
         observation, infos = self.env.reset(seed=self._seeds[0], options=self._batch_options())
         self.reset_infos = _rows(infos, self.num_envs)
@@ -48,7 +48,7 @@ class NativeVecEnv(VecEnv):
         """Store the actions `[num_envs, ...]` until :meth:`step_wait`."""
         self._actions = actions
 
-    def step_wait(self) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray, list[dict]]:  # type: ignore[override]
+    def step_wait(self) -> tuple[Any, np.ndarray, np.ndarray, list[dict]]:  # type: ignore[override]
         """Observations, rewards `[num_envs]` float32, dones, and one dict of infos per environment."""
         observation, rewards, terminated, truncated, info = self.env.step(self._actions)
         ended = terminated | truncated
@@ -56,8 +56,9 @@ class NativeVecEnv(VecEnv):
         final = _rows(info.get("final_info", {}), self.num_envs)
         for row in np.flatnonzero(ended):
             self.reset_infos[row] = rows[row]
+            last = info["final_obs"][row]
             rows[row] = final[row] | {
-                "terminal_observation": dict(info["final_obs"][row]),
+                "terminal_observation": dict(last) if isinstance(last, dict) else last,
                 "TimeLimit.truncated": bool(truncated[row] and not terminated[row]),
             }
         return observation, rewards.astype(np.float32), ended, rows

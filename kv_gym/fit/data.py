@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,7 +106,7 @@ def read_data(
                 "the reference task has its own questions and words: leave continuation_tokens and chat out"
             )
         return _reference(tokens or REFERENCE_TOKENS, count, seed)
-    data = data if isinstance(data, str | Path) else list(data)
+    data = data if isinstance(data, str | Path | Mapping) else list(data)  # a mapping of splits is refused below
     kind = kind_of(data)
     name = Path(data).name if isinstance(data, str | Path) else name_of(data)
     source: dict[str, Any] = {"file": name, "kind": kind} | ({"chat": True} if chat else {})

@@ -12,9 +12,11 @@ from typing import Any
 from kv_gym.errors import UserError
 from kv_gym.evaluation.rows import write_json
 from kv_gym.files import read_json
+from kv_gym.hub import download, is_hub_id
 from kv_gym.live import EvictingCache
 
 FILE = "fit.json"
+FIT_FILES = (FILE, "README.md", "policy/policy.json", "policy/policy.safetensors", "policy/README.md")
 FORMAT = 1
 
 
@@ -71,18 +73,37 @@ def load_fit(model: Any, folder: str | Path, **settings: Any) -> EvictingCache:
 
     Args:
         model: the model that was fitted.
-        folder: what ``kv-gym fit --out`` wrote.
+        folder: what ``kv-gym fit --out`` wrote, or the id ``owner/name`` or ``owner/name@revision`` of a fit on the
+            Hugging Face Hub.
         **settings: more of :class:`~kv_gym.live.EvictingCache`'s, such as ``trigger``; ``budget`` and ``allocation``
             replace the fitted ones.
 
     Raises:
         UserError: no finished fit there, or another model.
     """
+    if is_hub_id(str(folder)):
+        try:
+            folder = download(str(folder), FIT_FILES)
+        except ValueError as reason:
+            raise UserError(
+                f"there is no folder {folder}, and no fit of that name could be had from the Hub ({reason}): expected "
+                "a folder that `kv-gym fit` wrote"
+            ) from None
+    state = read_fit(folder)
+    chosen = {"budget": state["budget"], "allocation": state["allocation"]} | settings
+    return EvictingCache(model, policy=Path(folder) / "policy", **chosen)
+
+
+def read_fit(folder: str | Path) -> dict[str, Any]:
+    """What ``fit.json`` of a finished fit holds.
+
+    Raises:
+        UserError: no fit there, a damaged one, or one that is not finished.
+    """
     state = _read(Path(folder))
     if not state["finished"]:
         raise UserError(f"the fit in {folder} is not finished: run the same `kv-gym fit` again to go on")
-    chosen = {"budget": state["budget"], "allocation": state["allocation"]} | settings
-    return EvictingCache(model, policy=Path(folder) / "policy", **chosen)
+    return state
 
 
 def _read(folder: Path) -> dict[str, Any]:

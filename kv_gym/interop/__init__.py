@@ -1,10 +1,11 @@
-"""Policies in other libraries: inside kvpress, and as plain tensors for serving engines. Importing it loads nothing."""
+"""Policies in other libraries: kvpress, lm-evaluation-harness, tensors for engines. Importing it loads nothing."""
 
 from __future__ import annotations
 
 from importlib import import_module
 
 _HOMES = {
+    "KVGymLM": "kv_gym.interop.lm_eval",
     "PolicyPress": "kv_gym.interop.kvpress",
     "export_tensors": "kv_gym.interop.tensors",
     "score_numpy": "kv_gym.interop.tensors",

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from kv_gym.errors import UserError, short_reason
-from kv_gym.files import MODEL, SURROGATE, exists
+from kv_gym.files import MODEL, SURROGATE, exists, read_json
 from kv_gym.models.attention import refuse_unsupported
 
 _DTYPES = ("auto", "float32", "float16", "bfloat16")
@@ -41,7 +41,8 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
 
     Args:
         path_or_id: a folder with ``config.json``, a ``.gguf`` file or a folder with one, from which nothing but local
-            files is read; or a model's name on the Hub. Weights of a GGUF file are dequantised.
+            files is read; or a model's name on the Hub. Weights of a GGUF file are dequantised. A folder with nothing
+            but a PEFT adapter gives the model that its ``adapter_config.json`` names, with the adapter merged.
         device: such as ``cpu`` or ``cuda``; ``auto`` spreads the model over all GPUs (needs accelerate); None takes
             CUDA where there is one.
         dtype: ``float32``, ``float16``, ``bfloat16``, or ``auto``: float32 on a CPU, the checkpoint's own on CUDA.
@@ -51,12 +52,15 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
 
     Raises:
         UserError: no such model, device or dtype, missing weights, files that cannot be read, a GGUF file without the
-            extra ``gguf``, or a model that kv_gym does not support.
+            extra ``gguf``, an adapter without peft or of a kind that cannot be merged, or a model that kv_gym does not
+            support.
     """
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig, AutoModelForCausalLM, logging
 
     if dtype not in _DTYPES:
         raise UserError(f"dtype {dtype!r} is not known; expected one of {', '.join(_DTYPES)}")
+    if _holds_adapter_alone(Path(path_or_id)):
+        return _load_adapted(Path(path_or_id), device, dtype)
     spread = device == "auto"
     if spread and find_spec("accelerate") is None:
         raise UserError("device 'auto' spreads a model over all GPUs, which needs accelerate: pip install accelerate")
@@ -91,6 +95,36 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
         )
     refuse_unsupported(model)
     return (model if spread else model.to(target)).eval(), _load_tokenizer(source)
+
+
+def _holds_adapter_alone(folder: Path) -> bool:
+    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+
+
+def _load_adapted(folder: Path, device: str | None, dtype: str) -> tuple[Any, Any]:
+    """The model that an adapter was made for, with the adapter merged, and the folder's tokenizer or the model's."""
+    if find_spec("peft") is None:
+        raise UserError(f"folder {folder} holds a PEFT adapter, which needs peft: pip install peft")
+    config = read_json(folder / "adapter_config.json", "expected the configuration of a PEFT adapter")
+    base = config.get("base_model_name_or_path") if isinstance(config, dict) else None
+    if not isinstance(base, str) or not base or _holds_adapter_alone(Path(base)):
+        raise UserError(
+            f"{folder / 'adapter_config.json'} names no model under base_model_name_or_path: write the folder or the "
+            "name of the model that the adapter was trained on"
+        )
+    if not (folder / "adapter_model.safetensors").is_file():
+        raise UserError(f"folder {folder} holds no adapter_model.safetensors: save the adapter with save_pretrained")
+    model, tokenizer = load_model(base, device, dtype)
+    from peft import PeftModel
+
+    try:
+        adapted: Any = PeftModel.from_pretrained(model, str(folder)).merge_and_unload().eval()
+    except Exception as error:  # peft lets through whatever its parts raise
+        raise UserError(f"cannot merge the adapter in {folder} into {base}: {_reason(error)}") from None
+    if any(any(folder.glob(part)) for part in ("tokenizer*", "vocab*", "*.model")):
+        arguments = {"pretrained_model_name_or_path": folder, "local_files_only": True}
+        tokenizer = _load_tokenizer(_Source(str(folder), arguments))
+    return adapted, tokenizer
 
 
 @dataclass(frozen=True)

@@ -26,8 +26,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kv_gym.errors import UserError, short_reason
 from kv_gym.files import exists
+from kv_gym.hub import is_hub_id
 from kv_gym.policies.base import Policy, load_settings
-from kv_gym.policies.hub import is_hub_id
 
 GROUP = "kv_gym.policies"
 _ACCEPT = "accept_fingerprint"  # the only setting of an exported policy

@@ -25,9 +25,10 @@ from kv_gym.cache_view import CacheView
 from kv_gym.checksums import described_data_hash
 from kv_gym.errors import UserError, short_reason
 from kv_gym.files import atomic_write, read_bytes, read_json, validated
+from kv_gym.hub import is_hub_id
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Paper, Policy
-from kv_gym.policies.hub import download, is_hub_id, push, refuse_large
+from kv_gym.policies.hub import download_policy, push_policy, refuse_large
 from kv_gym.policies.scoring.inputs import DEFAULT, INPUTS, check_inputs, input_width, read_inputs
 
 FORMAT = 3  # from 3 on policy.json holds a checksum
@@ -242,7 +243,7 @@ class Scorer(Policy):
         Raises:
             UserError: an id of another form, no permission, or no network.
         """
-        return push(self, repo_id, private)
+        return push_policy(self, repo_id, private)
 
     def _description(self) -> dict:
         network = self.network
@@ -268,14 +269,14 @@ class Scorer(Policy):
         """Read an exported policy; nothing in the folder is ever run.
 
         Args:
-            folder: a folder, or the id ``owner/name`` of a policy on the Hugging Face Hub.
+            folder: a folder, or the id ``owner/name`` or ``owner/name@revision`` of a policy on the Hugging Face Hub.
             revision: with an id: a branch, tag or commit.
             accept_fingerprint: serve every model of the same sizes.
 
         Raises:
             UserError: missing, damaged, oversized or newer files, or weights of other sizes than described.
         """
-        folder = download(str(folder), revision) if is_hub_id(str(folder)) else Path(folder)
+        folder = download_policy(str(folder), revision) if is_hub_id(str(folder)) else Path(folder)
         refuse_large(folder)
         file = folder / "policy.json"
         if not file.is_file():

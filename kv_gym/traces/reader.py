@@ -14,6 +14,7 @@ import numpy as np
 
 from kv_gym.errors import UserError
 from kv_gym.files import bundled, parse_json, read_json, validated
+from kv_gym.hub import download, is_hub_id
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.models.loading import recorded_tokenizer
 from kv_gym.traces import safe_hdf5
@@ -22,6 +23,7 @@ from kv_gym.traces.schema import Entry, arrays_of, check_manifest, digest_of, id
 from kv_gym.traces.sequence import Continuation, Sequence, StoredHiddenStates
 
 MANIFEST = "manifest.json"
+TRACE_FILES = (MANIFEST, "*.h5", "README.md")
 _STATE_TYPES = ("float32", "float64", "int64")
 _EXPECTED = "expected a manifest that `kv-gym record` wrote"
 
@@ -30,7 +32,8 @@ def open_traces(path: str | Path | TraceSet | None = None) -> TraceSet:
     """Open recorded traces.
 
     Args:
-        path: a folder that `kv-gym record` wrote, one of its shards, an open set, or None for the bundled sample.
+        path: a folder that `kv-gym record` wrote, one of its shards, an open set, the id ``owner/name`` or
+            ``owner/name@revision`` of a dataset on the Hugging Face Hub, or None for the bundled sample.
 
     Raises:
         UserError: nothing there, no trace set, a newer format, or a damaged file.
@@ -38,6 +41,8 @@ def open_traces(path: str | Path | TraceSet | None = None) -> TraceSet:
     if isinstance(path, TraceSet):
         return path
     location = bundled("traces") if path is None else Path(path)
+    if is_hub_id(str(location)):
+        location = _from_hub(str(location))
     if location.is_file():
         manifest, entries = _read_shard(location)
     elif not location.is_dir():
@@ -48,6 +53,19 @@ def open_traces(path: str | Path | TraceSet | None = None) -> TraceSet:
         if not entries:
             raise UserError(f"the trace set {location} holds no whole shard yet: let `kv-gym record` finish one")
     return TraceSet(sorted(entries, key=lambda entry: (entry.ordinal, entry.id)), manifest)
+
+
+def _from_hub(name: str) -> Path:
+    try:
+        folder = download(name, TRACE_FILES, repo_type="dataset")
+    except ValueError as reason:
+        raise UserError(
+            f"there are no traces at {name}, and no dataset of that name could be had from the Hub ({reason}): "
+            "expected a folder or file that `kv-gym record` wrote"
+        ) from None
+    if not (folder / MANIFEST).is_file():
+        raise UserError(f"dataset {name} on the Hub holds no {MANIFEST}; expected traces that `kv-gym push` wrote")
+    return folder
 
 
 class TraceSet:

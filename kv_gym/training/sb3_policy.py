@@ -10,13 +10,16 @@ Use: ``PPO(RankingPolicy, KVEvictVecEnv(16, traces), gamma=0.0)``; with ``KVEvic
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from gymnasium import spaces
+from stable_baselines3.common.base_class import BaseAlgorithm
 from stable_baselines3.common.buffers import RolloutBuffer
 from stable_baselines3.common.distributions import Distribution
 from stable_baselines3.common.policies import MultiInputActorCriticPolicy
@@ -28,8 +31,9 @@ from torch.distributions import register_kl
 
 from kv_gym.budgets import Budget, slots_per_head
 from kv_gym.errors import UserError
-from kv_gym.policies.scorer import GroupedScorer
+from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.policies.scoring.inputs import slot_inputs
+from kv_gym.traces import TraceSet, open_traces
 from kv_gym.training.plackett_luce import PADDING_SCORE, RankingStages, sample_rankings
 
 CRITIC_WIDTH = 16
@@ -140,6 +144,11 @@ class RankingPolicy(MultiInputActorCriticPolicy):
                 :class:`DecisionBuffer` with as many `stages`.
             **keywords: of every SB3 policy.
         """
+        if arguments and not isinstance(arguments[0], spaces.Dict):
+            raise UserError(
+                "RankingPolicy reads the entries key, value, position, mask and head of an observation and was given "
+                f"{type(arguments[0]).__name__}: make the environment without flat=True or a wrapper that flattens"
+            )
         self.hidden, self.prefix, self.protect, self.per_stage = hidden, prefix, (sinks, recent), per_stage
         super().__init__(*arguments, **keywords)
 
@@ -335,6 +344,45 @@ def stages_of(space: Any, prefix: Budget) -> int:
     heads = 1 if space["head"].shape == () else heads_of(space)
     tokens = torch.tensor([space["mask"].shape[0] // heads])
     return min(int(slots_per_head(prefix, tokens)) * heads, space["mask"].shape[0])
+
+
+def save_policy(agent: BaseAlgorithm, folder: str | Path, traces: str | Path | TraceSet | None = None) -> Path:
+    """Export an agent of Stable-Baselines3 (PPO, A2C, TRPO, ...) whose policy is a :class:`RankingPolicy`.
+
+    The folder is a policy as ``kv-gym train`` writes it: for `EvictingCache`, ``--policy`` and the Hub.
+
+    Args:
+        agent: trained, or what ``PPO.load`` gave.
+        folder: to write.
+        traces: what it was trained on, for the model's fingerprint and the lengths of contexts; None: the bundled
+            sample.
+
+    Raises:
+        UserError: another policy, traces of a model with other heads, or a folder of other files.
+    """
+    policy = agent.policy
+    if not isinstance(policy, RankingPolicy):
+        raise UserError(
+            f"the agent's policy is {type(policy).__name__}, and only a RankingPolicy scores single slots as a live "
+            f"cache needs it: make the agent with {type(agent).__name__}(RankingPolicy, env)"
+        )
+    recorded = open_traces(traces)
+    fingerprint, heads = recorded.fingerprint, heads_of(policy.observation_space)
+    dim = policy.observation_space["key"].shape[-1]  # type: ignore[index]
+    expected = len(fingerprint.layers) * fingerprint.kv_heads, fingerprint.head_dim
+    if (heads, dim) != expected:
+        raise UserError(
+            f"the agent ranks {heads} heads of {dim} dimensions and the traces have {expected[0]} of {expected[1]}: "
+            "give the traces that it was trained on"
+        )
+    tokens = [entry.tokens for entry in recorded.entries]
+    training = {"agent": type(agent).__name__, "library": "stable-baselines3", "samples": agent.num_timesteps}
+    scorer = copy.deepcopy(policy.scorer).cpu().eval()
+    exported = Scorer(
+        scorer, fingerprint, (min(tokens), max(tokens)), policy.protect, policy.joint,
+        training | {"traces": recorded.hash},
+    )  # fmt: skip
+    return exported.save_pretrained(folder)
 
 
 def _as_action(order: Tensor) -> Tensor:

@@ -49,6 +49,12 @@ def test_custom_agent(traces, capsys):
     assert re.search(r"held out, learned: 0\.\d{3}", output) and "held out, smallest keys" in output
 
 
-@pytest.mark.parametrize("example", ["train_ppo.py", "custom_agent.py"])
+def test_single_file_ppo(traces, capsys):
+    run("single_file_ppo.py", "--traces", traces / "train", "--updates", 15)
+    first, last = map(float, re.search(r"reward (0\.\d{3}) to (0\.\d{3})", capsys.readouterr().out).groups())
+    assert first < last  # it learns
+
+
+@pytest.mark.parametrize("example", ["train_ppo.py", "custom_agent.py", "single_file_ppo.py"])
 def test_examples_are_short(example):
     assert len((EXAMPLES / example).read_text().splitlines()) <= 60

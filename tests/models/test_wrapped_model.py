@@ -9,6 +9,7 @@ from live_models import tiny, tokens
 from kv_gym import EvictingCache
 from kv_gym.errors import UserError
 from kv_gym.models.fingerprint import Fingerprint
+from kv_gym.models.loading import load_model
 from kv_gym.models.wrapped_model import transformers_model
 from kv_gym.traces import Prompt, record_sequence
 
@@ -91,3 +92,22 @@ def test_one_fingerprint_in_memory_and_on_a_disk(tmp_path):
     assert Fingerprint.of(model) == expected
     with pytest.raises(UserError, match="has no values"):
         Fingerprint.of(tiny().to("meta"))
+
+
+def test_a_folder_with_an_adapter_alone_is_the_adapted_model(tmp_path):
+    model = tiny().float()
+    model.save_pretrained(tmp_path / "base")
+    adapted = lora(model, scale=1.0)
+    adapted.peft_config["default"].base_model_name_or_path = str(tmp_path / "base")
+    adapted.save_pretrained(tmp_path / "adapter")
+    loaded, tokenizer = load_model(tmp_path / "adapter", "cpu")
+    assert type(loaded) is type(model) and tokenizer is None
+    ids = tokens(1, 9)
+    assert torch.allclose(loaded(ids).logits, adapted(ids).logits, atol=1e-5)
+    assert not torch.allclose(loaded(ids).logits, model(ids).logits, atol=1e-2)
+    (tmp_path / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match=r"holds no adapter_model\.safetensors: save the adapter"):
+        load_model(tmp_path / "adapter")
+    (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
+    with pytest.raises(UserError, match="names no model under base_model_name_or_path"):
+        load_model(tmp_path / "adapter")

@@ -1,7 +1,5 @@
 """Policies by hub id, offline: a folder stands in for the Hub behind huggingface_hub's own functions."""
 
-import fnmatch
-import inspect
 import json
 import shutil
 from pathlib import Path
@@ -9,62 +7,20 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
+from folder_hub import FolderHub
 
 from kv_gym import CacheView, make_policy
 from kv_gym.errors import UserError
+from kv_gym.hub import is_hub_id
 from kv_gym.models.fingerprint import Fingerprint
-from kv_gym.policies.hub import FILES, is_hub_id
+from kv_gym.policies.hub import FILES
 from kv_gym.policies.scorer import GroupedScorer, Scorer
-
-REAL = {name: getattr(huggingface_hub, name) for name in ("create_repo", "snapshot_download", "upload_folder")}
-
-
-class FolderHub:
-    """Does with folders what the Hub does; refuses what the real functions would not take."""
-
-    def __init__(self, root):
-        self.root = root
-
-    def create_repo(self, *arguments, **more):
-        asked = _bound("create_repo", arguments, more)
-        (self.root / asked["repo_id"]).mkdir(parents=True, exist_ok=asked["exist_ok"])
-        return f"https://hub.example/{asked['repo_id']}"
-
-    def upload_folder(self, *arguments, **more):
-        asked = _bound("upload_folder", arguments, more)
-        _copy(Path(asked["folder_path"]), self.root / asked["repo_id"], asked["allow_patterns"])
-
-    def snapshot_download(self, *arguments, **more):
-        asked = _bound("snapshot_download", arguments, more)
-        there = self.root / asked["repo_id"]
-        if not there.is_dir():
-            raise huggingface_hub.errors.LocalEntryNotFoundError("404 Repository Not Found\nand more lines")
-        snapshot = self.root / "cache" / (asked["revision"] or "main") / asked["repo_id"]
-        snapshot.mkdir(parents=True, exist_ok=True)
-        _copy(there, snapshot, asked["allow_patterns"])
-        return str(snapshot)
-
-
-def _bound(name, arguments, more):
-    bound = inspect.signature(REAL[name]).bind(*arguments, **more)
-    bound.apply_defaults()
-    return bound.arguments
-
-
-def _copy(source, target, patterns):
-    assert source.is_dir() and target.is_dir()
-    for file in source.iterdir():
-        if any(fnmatch.fnmatch(file.name, pattern) for pattern in patterns):
-            shutil.copy(file, target)
 
 
 @pytest.fixture
 def hub(monkeypatch, tmp_path):
-    fake = FolderHub(tmp_path / "hub")
-    for name in REAL:
-        monkeypatch.setattr(huggingface_hub, name, getattr(fake, name))
     monkeypatch.chdir(tmp_path)
-    return fake.root
+    return FolderHub(tmp_path / "hub").install(monkeypatch)
 
 
 @pytest.fixture
@@ -105,7 +61,10 @@ def test_only_the_known_files_are_fetched(hub, policy):
 def test_a_revision_is_passed_on(hub, policy):
     policy.push_to_hub("somebody/policy")
     Scorer.from_pretrained("somebody/policy", revision="v2")
-    assert (hub / "cache/v2/somebody/policy").is_dir()
+    make_policy("somebody/policy@refs/pr/3")
+    assert (hub / "cache/v2/somebody/policy").is_dir() and (hub / "cache/refs/pr/3/somebody/policy").is_dir()
+    with pytest.raises(UserError, match="'somebody/policy@v2' is no id of the Hub"):
+        policy.push_to_hub("somebody/policy@v2")
 
 
 def test_a_folder_of_the_same_name_comes_first(hub, policy):
