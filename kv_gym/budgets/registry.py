@@ -10,6 +10,7 @@ from kv_gym.budgets.cake import Cake
 from kv_gym.budgets.calibrated import Calibrated
 from kv_gym.budgets.d2o import D2OShares
 from kv_gym.budgets.epicache import EpiCache
+from kv_gym.budgets.fixed_threshold import FixedThreshold
 from kv_gym.budgets.global_threshold import GlobalThreshold
 from kv_gym.budgets.layer_shares import LayerShares
 from kv_gym.budgets.pyramid import Pyramid
@@ -26,6 +27,7 @@ ALLOCATIONS: dict[str, type[Allocation]] = {
     "shares": Shares,
     "epicache": EpiCache,
     "calibrated": Calibrated,
+    "threshold": FixedThreshold,
 }
 EXPECTED = (
     f"{', '.join(name + kind.syntax for name, kind in ALLOCATIONS.items())}, "

@@ -466,7 +466,7 @@ def _refuse_unfit(policy: Policy, model) -> None:
             f"policy {policy.name!r} is an oracle: it sees the future, which live decoding does not have; "
             "evaluate it on traces"
         )
-    if policy.needs_hidden and not policy.static:
+    if policy.needs_hidden and not (policy.static or policy.scores_on_arrival):
         raise UserError(
             f"policy {policy.name!r} needs hidden states and is not static: a live cache shows it those of a token "
             "once, when it arrives, and keeps none, so expected a policy whose score of a token never changes"

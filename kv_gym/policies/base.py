@@ -51,11 +51,14 @@ class Policy(ABC):
         recent: how many last tokens are always kept, unless the caller gives a number.
         needs_future: an oracle; it can be replayed, never run live.
         needs_hidden: it reads what the layer's attention receives of each token. A live cache has that only while the
-            token arrives and keeps none of it, so such a policy must be `static` too.
+            token arrives and keeps none of it, so such a policy must be `static` or `scores_on_arrival` too.
         needs_output: it reads the slices of the layer's output projection.
         comparable: scores of different heads and layers may be compared as they are.
         static: a slot's score depends on its layer, its head and its own key, value, position and hidden state
             alone, not on other slots nor on what was seen since: a token may be scored once, when it arrives.
+        scores_on_arrival: a token is scored once, when it arrives, among the tokens of the same forward (of the same
+            block, where a trigger evicts within a forward), and never again: a prompt that is read in one forward is
+            seen as a whole.
         prompt_only: its source scores a prompt once, at its end; triggers that fire while decoding go beyond it.
         positions: rotary positions of kept keys in a live cache, unless the caller chooses: ``original``, or
             ``cache``, their place among the kept tokens.
@@ -71,6 +74,7 @@ class Policy(ABC):
     needs_output: ClassVar[bool] = False
     comparable: ClassVar[bool] = False
     static: ClassVar[bool] = False
+    scores_on_arrival: ClassVar[bool] = False
     prompt_only: ClassVar[bool] = False
     positions: ClassVar[str] = "original"
 

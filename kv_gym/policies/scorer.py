@@ -29,6 +29,7 @@ from kv_gym.hub import is_hub_id
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Paper, Policy
 from kv_gym.policies.hub import download_policy, push_policy, refuse_large
+from kv_gym.policies.scoring.attention_gate import AttentionGate, ScoringNetwork, refuse_width
 from kv_gym.policies.scoring.inputs import DEFAULT, INPUTS, check_inputs, input_width, read_inputs
 
 FORMAT = 3  # from 3 on policy.json holds a checksum
@@ -47,6 +48,7 @@ class _PolicyFile(BaseModel):
     hidden: Annotated[int, Field(strict=True, ge=1, le=8192)]
     depth: Annotated[int, Field(strict=True, ge=0, le=8)] = 2
     hidden_size: Annotated[int, Field(strict=True, ge=0, lt=65536)] = 0
+    gate_heads: Annotated[int, Field(strict=True, ge=0, le=256)] = 0
     fingerprint: dict[str, Any]
     lengths: tuple[NonNegativeInt, NonNegativeInt]
     protect: tuple[NonNegativeInt, NonNegativeInt]
@@ -56,7 +58,7 @@ class _PolicyFile(BaseModel):
     sha256: str = ""
 
 
-class GroupedScorer(nn.Module):
+class GroupedScorer(ScoringNetwork):
     """One MLP per head with a leading head axis: A heads, f numbers in, two hidden layers, one score.
 
     Args:
@@ -67,9 +69,6 @@ class GroupedScorer(nn.Module):
         hidden_size: width of the model's hidden states, where they are an input.
         depth: hidden layers; 0 is a linear map.
     """
-
-    mean: Tensor
-    scale: Tensor
 
     def __init__(
         self,
@@ -92,29 +91,33 @@ class GroupedScorer(nn.Module):
         with torch.no_grad():  # scores start almost equal, so that no slot begins with all of the softmax
             self.weights[-1] *= 0.1
 
-    def standardise(self, inputs: Tensor) -> None:
-        """Take mean and scale of every input from a sample `[heads, m, f]`."""
-        self.mean.copy_(inputs.mean(1, keepdim=True))
-        self.scale.copy_(1 / inputs.std(1, keepdim=True).clamp(min=1e-3))
-
-    def forward(self, inputs: Tensor, heads: slice | Tensor = slice(None)) -> Tensor:
-        """Scores `[heads, m]` of inputs `[heads, m, f]`; `heads` picks a run of the networks, or one per row."""
-        return self.scores((inputs - self.mean[heads]) * self.scale[heads], heads)
-
     def scores(self, x: Tensor, heads: slice | Tensor = slice(None)) -> Tensor:
-        """The same of inputs that were standardised before: training does that once, not at every step."""
+        """Scores `[heads, m]` of standardised inputs `[heads, m, f]`."""
         *inner, last = zip(self.weights, self.biases, strict=True)
         for weight, bias in inner:
             x = torch.baddbmm(bias[heads], x, weight[heads]).relu_()  # in place: the product itself is not needed again
         return torch.baddbmm(last[1][heads], x, last[0][heads])[..., 0]
 
+    def score_view(self, view: CacheView, heads: slice) -> Tensor:
+        """Scores `[batch, kv_heads, tokens]` of a view whose heads have the networks of that run.
+
+        Raises:
+            UserError: hidden states of another width.
+        """
+        batch, count, n, _ = view.keys.shape
+        if view.hidden is not None and self.hidden_size:
+            refuse_width(view.hidden, self.hidden_size)
+        flat = read_inputs(view, self.inputs).transpose(0, 1).reshape(count, batch * n, -1)
+        return self(flat, heads).view(count, batch, n).transpose(0, 1)
+
 
 @dataclass(frozen=True, eq=False)
 class Scorer(Policy):
-    """A trained :class:`GroupedScorer` and the model it belongs to.
+    """A trained network and the model it belongs to.
 
     Attributes:
-        network: one MLP for each of the fingerprint's layers x KV heads.
+        network: a :class:`GroupedScorer`, one MLP for each of the fingerprint's layers x KV heads; or an
+            :class:`~.scoring.attention_gate.AttentionGate`.
         fingerprint: of the model whose cache it was trained on; any other is refused.
         lengths: shortest and longest context it was trained on.
         protect: first and last tokens it wants protected.
@@ -126,7 +129,7 @@ class Scorer(Policy):
     """
 
     paper = Paper("Learning to Evict from Key-Value Cache", "2602.10238", "section 4", venue="ICML 2026")
-    network: GroupedScorer
+    network: ScoringNetwork
     fingerprint: Fingerprint
     lengths: tuple[int, int]
     protect: tuple[int, int] = (1, 1)
@@ -146,13 +149,18 @@ class Scorer(Policy):
 
     @property
     def needs_hidden(self) -> bool:  # type: ignore[override]
-        """Whether it reads hidden states; then it is static too, see :func:`~.scoring.inputs.check_inputs`."""
+        """Whether it reads hidden states; then a token is scored once, see :func:`~.scoring.inputs.check_inputs`."""
         return any(INPUTS[name].hidden for name in self.inputs)
 
     @property
     def static(self) -> bool:  # type: ignore[override]
-        """Whether a token may be scored once, when it arrives."""
-        return all(INPUTS[name].static for name in self.inputs)
+        """Whether a token may be scored once, when it arrives, by itself."""
+        return not self.scores_on_arrival and all(INPUTS[name].static for name in self.inputs)
+
+    @property
+    def scores_on_arrival(self) -> bool:  # type: ignore[override]
+        """Whether it is a gate that sees the tokens of a forward together, when they arrive."""
+        return self.network.gate_heads > 0
 
     @property
     def protection(self) -> tuple[int, int]:
@@ -187,11 +195,9 @@ class Scorer(Policy):
 
     def _score_heads(self, view: CacheView, networks: slice) -> Tensor:
         """Scores `[batch, heads, tokens]` of a view whose heads have the networks of that run."""
-        batch, heads, n, _ = view.keys.shape
-        flat = read_inputs(view, self.inputs).transpose(0, 1).reshape(heads, batch * n, -1)
-        return self._network_on(view.keys.device)(flat, networks).view(heads, batch, n).transpose(0, 1)
+        return self._network_on(view.keys.device).score_view(view, networks)
 
-    def _network_on(self, device: torch.device) -> GroupedScorer:
+    def _network_on(self, device: torch.device) -> ScoringNetwork:
         """The network, or a copy of it on another device: the layers of one model may lie on several."""
         if self.network.mean.device == device:
             return self.network
@@ -200,7 +206,7 @@ class Scorer(Policy):
         return self._copies[device]
 
     @cached_property
-    def _copies(self) -> dict[torch.device, GroupedScorer]:
+    def _copies(self) -> dict[torch.device, ScoringNetwork]:
         return {}
 
     def _ordinal(self, layer: int) -> int:
@@ -254,6 +260,7 @@ class Scorer(Policy):
             "hidden": network.hidden,
             "depth": network.depth,
             "hidden_size": network.hidden_size,
+            **({"gate_heads": network.gate_heads} if network.gate_heads else {}),
             "fingerprint": self.fingerprint.to_json(),
             "lengths": list(self.lengths),
             "protect": list(self.protect),
@@ -323,31 +330,23 @@ def refuse_foreign(folder: Path) -> None:
         raise UserError(f"{folder} is a file; name a folder to write the policy into")
 
 
-def _shapes(heads: int, widths: Sequence[int]) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors of a :class:`GroupedScorer` whose layers have these widths, by their names in its state."""
-    layers = enumerate(pairwise(widths))
-    shapes: dict[str, tuple[int, ...]] = {
-        name: shape
-        for i, (a, b) in layers
-        for name, shape in ((f"weights.{i}", (heads, a, b)), (f"biases.{i}", (heads, 1, b)))
-    }
-    return shapes | dict.fromkeys(("mean", "scale"), (heads, 1, widths[0]))
+def _network(fingerprint: Fingerprint, described: _PolicyFile) -> ScoringNetwork:
+    heads = len(fingerprint.layers) * fingerprint.kv_heads
+    if not described.gate_heads:
+        sizes = described.hidden, described.inputs, described.hidden_size, described.depth
+        return GroupedScorer(heads, fingerprint.head_dim, *sizes)
+    return AttentionGate(heads, fingerprint.kv_heads, described.hidden_size, described.hidden, described.gate_heads)
 
 
-def _read_weights(file: Path, data: bytes, fingerprint: Fingerprint, described: _PolicyFile) -> GroupedScorer:
+def _read_weights(file: Path, data: bytes, fingerprint: Fingerprint, described: _PolicyFile) -> ScoringNetwork:
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     heads = len(fingerprint.layers) * fingerprint.kv_heads
     if not (0 < heads <= 65536 and 0 < fingerprint.head_dim <= 4096):
         raise UserError(f"{file.parent} describes impossible sizes; export the policy again")
-    sizes = heads, fingerprint.head_dim, described.hidden, described.inputs, described.hidden_size, described.depth
-    widths = (
-        input_width(described.inputs, fingerprint.head_dim, described.hidden_size),
-        *[described.hidden] * described.depth,
-        1,
-    )
-    expected = _shapes(heads, widths)  # nothing is allocated before the file proves that it holds these
+    with torch.device("meta"):  # nothing is allocated before the file proves that it holds these
+        expected = {name: tuple(tensor.shape) for name, tensor in _network(fingerprint, described).state_dict().items()}
     try:
         tensors = load(data)
     except (SafetensorError, ValueError, KeyError) as error:
@@ -356,6 +355,6 @@ def _read_weights(file: Path, data: bytes, fingerprint: Fingerprint, described: 
         raise UserError(f"the weights in {file} have other sizes than its policy.json says; export it again")
     if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
         raise UserError(f"the weights in {file} are not finite; train and export the policy again")
-    network = GroupedScorer(*sizes)
+    network = _network(fingerprint, described)
     network.load_state_dict(tensors)
     return network.eval()

@@ -22,8 +22,10 @@ from torch import Tensor
 from kv_gym.cache_view import CacheView
 from kv_gym.devices import HostCopy, to_device
 from kv_gym.errors import UserError
+from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Paper
 from kv_gym.policies.scorer import GroupedScorer, Scorer
+from kv_gym.policies.scoring.attention_gate import ScoringNetwork
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN, INPUTS, check_inputs, read_inputs, slot_inputs
 from kv_gym.traces.bounded_cache import UNLIMITED, BoundedCache
 from kv_gym.traces.sequence import Contexts, Sequence
@@ -112,7 +114,7 @@ class TrainingContext:
         states = None if self.hidden_states is None else self.hidden_states[:, sinks:end]
         return TrainingContext(self.inputs[:, sinks:end], self.utility[:, sinks:end], states)
 
-    def standardise(self, network: GroupedScorer) -> None:
+    def standardise(self, network: ScoringNetwork) -> None:
         """Standardise the inputs in place, once, as `network` would at every step."""
         width, mean, scale = self.inputs.shape[-1], network.mean.cpu(), network.scale.cpu()
         self.inputs.sub_(mean[..., :width]).mul_(scale[..., :width])
@@ -138,7 +140,7 @@ class TrainingContexts:
         self.protect = (0, 0)
         self._sequences, self._read_sequence = sequences, read
         self._cache: BoundedCache[TrainingContext] = BoundedCache(limit, lambda context: context.nbytes)
-        self._network: GroupedScorer | None = None
+        self._network: ScoringNetwork | None = None
 
     def __len__(self) -> int:
         return len(self._sequences)
@@ -167,7 +169,7 @@ class TrainingContexts:
         """Read every context again when it is drawn."""
         self._cache.clear()
 
-    def standardise(self, network: GroupedScorer) -> None:
+    def standardise(self, network: ScoringNetwork) -> None:
         """Standardise all contexts, once each, as `network` would at every step."""
         self._network = network
         for context in self._cache.values():
@@ -239,13 +241,14 @@ class Learner(ABC):
     Args:
         settings: of :attr:`settings_class`.
         seed: of all random draws.
-        network: one MLP per head, trained in place.
+        network: of :attr:`network_class`, trained in place.
         from_scratch: the network has not taken mean and scale of its inputs yet.
         model: the transformers decoder of the traces, for agents and utilities that need it.
 
     Attributes:
         paper: the paper that the agent follows, or None.
         settings_class: class of the agent's settings.
+        network_class: class of the networks that it trains.
         calibrated: scores are trained against one another across heads, so that one threshold may cut all heads.
         absolute: a score means the same in every context, so that a threshold may be fixed ahead.
         any_inputs: it learns from whatever inputs its settings name, not from key, value and position alone.
@@ -255,6 +258,7 @@ class Learner(ABC):
 
     paper: ClassVar[Paper | None] = None
     settings_class: ClassVar[type[Settings]] = Settings
+    network_class: ClassVar[type[ScoringNetwork]] = GroupedScorer
     calibrated: bool = False
     absolute: bool = False
     any_inputs: ClassVar[bool] = True
@@ -269,7 +273,7 @@ class Learner(ABC):
             cls.utility = vars(cls)["worth"]  # type: ignore[method-assign]
 
     def __init__(
-        self, settings: Settings, seed: int, network: GroupedScorer, from_scratch: bool = True, model: Any = None
+        self, settings: Settings, seed: int, network: ScoringNetwork, from_scratch: bool = True, model: Any = None
     ):
         self.settings, self.seed, self.network = settings, seed, network
         self.from_scratch, self.model = from_scratch, model
@@ -302,6 +306,19 @@ class Learner(ABC):
     def statistics(cls, settings: Settings) -> tuple[str, ...]:
         """Policies whose statistics it learns from, so that traces must hold them."""
         return ()
+
+    @classmethod
+    def make_network(cls, settings: Settings, fingerprint: Fingerprint, hidden_size: int) -> ScoringNetwork:
+        """The networks for all heads of a model, untrained: one MLP per head, unless a subclass says otherwise.
+
+        Args:
+            settings: of the agent.
+            fingerprint: of the model.
+            hidden_size: width of its hidden states where they are an input, else 0.
+        """
+        heads = len(fingerprint.layers) * fingerprint.kv_heads
+        sizes = settings.hidden, settings.inputs, hidden_size, settings.depth
+        return GroupedScorer(heads, fingerprint.head_dim, *sizes)
 
     @classmethod
     def scores_comparable(cls, settings: Settings) -> bool:
@@ -419,7 +436,7 @@ class ContextLearner(Learner):
         utility = torch.stack([context.utility.index_select(1, chosen) for context, chosen in pairs])
         return to_device(inputs, self.device), to_device(utility, self.device)
 
-    def score(self, inputs: Tensor, network: GroupedScorer | None = None) -> Tensor:
+    def score(self, inputs: Tensor, network: ScoringNetwork | None = None) -> Tensor:
         """Scores `[contexts, heads, n]` of a batch's inputs, by the network in training or another."""
         with self.precision():
             scores = (network or self.network).scores(inputs).float()

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kv_gym.policies.scorer import GroupedScorer
+from kv_gym.policies.scoring.attention_gate import ScoringNetwork
 from kv_gym.policies.scoring.inputs import DEFAULT
 from kv_gym.progress import ProgressBar
 from kv_gym.traces.sequence import Sequence
@@ -103,7 +103,7 @@ class RetentionPicture:
         self._calibrated = calibrated
 
     @torch.no_grad()
-    def kept_shares(self, network: GroupedScorer) -> NDArray[np.float64]:
+    def kept_shares(self, network: ScoringNetwork) -> NDArray[np.float64]:
         """`[heads, 64]`: the share of slots kept at a budget of 1/8 in each of 64 stretches of a context."""
         kept, count = np.zeros((network.heads, COLUMNS)), np.zeros(COLUMNS)
         for inputs in self._inputs:
@@ -117,7 +117,7 @@ class RetentionPicture:
             np.add.at(count, column, 1)
         return kept / np.maximum(count, 1)
 
-    def image(self, network: GroupedScorer) -> NDArray[np.uint8]:
+    def image(self, network: ScoringNetwork) -> NDArray[np.uint8]:
         """`[1, height, width]` grey: a row of blocks per head, white where everything is kept."""
         blocks = (self.kept_shares(network) * 255).round().astype(np.uint8)
         return blocks.repeat(PIXELS, 0).repeat(PIXELS, 1)[None]

@@ -25,14 +25,14 @@ from kv_gym.files import parse_json
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.models.loading import usable_device
 from kv_gym.policies import StatefulPolicy, make_policy
-from kv_gym.policies.scorer import CHECKPOINT, GroupedScorer, Scorer, refuse_foreign
+from kv_gym.policies.scorer import CHECKPOINT, Scorer, refuse_foreign
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN
 from kv_gym.progress import duration
 from kv_gym.traces import TraceSet, open_traces
 from kv_gym.traces.bounded_cache import memory_limit
 from kv_gym.traces.schema import Entry
 from kv_gym.traces.sequence import Contexts, Sequence
-from kv_gym.training.learner import Metrics, Settings
+from kv_gym.training.learner import Learner, Metrics, Settings
 from kv_gym.training.monitor import Monitor, RetentionPicture
 from kv_gym.training.pace import Pace, steps_within
 from kv_gym.training.registry import agent_settings, learner_class
@@ -116,7 +116,7 @@ def train(
         )
     refuse_foreign(Path(out))
     if start is not None:
-        _refuse_unfit_start(start, resolved, trace_set.fingerprint)
+        _refuse_unfit_start(start, kind, resolved, trace_set.fingerprint)
     if requirement := kind.model_requirement(resolved):
         if model is None:
             raise UserError(f"agent {agent!r} {requirement}: name the one that the traces were recorded of (--model)")
@@ -344,11 +344,8 @@ class Trainer:
         self.lengths = (min(entry.tokens for entry in entries), max(entry.tokens for entry in entries))
         torch.manual_seed(self.seed)
         if self.start is None:
-            heads = len(fingerprint.layers) * fingerprint.kv_heads
             hidden_size = training[0].hidden_of(0).shape[-1] if HIDDEN in settings.inputs else 0
-            network = GroupedScorer(
-                heads, fingerprint.head_dim, settings.hidden, settings.inputs, hidden_size, settings.depth
-            )
+            network = learner_class(self.agent).make_network(settings, fingerprint, hidden_size)
         else:
             network = copy.deepcopy(self.start.network).train()
         network.to(self.device)
@@ -485,7 +482,12 @@ def _utility_by_budget(rows: Iterable[dict]) -> dict[str, dict[str, float]]:
     return dict(kept)
 
 
-def _refuse_unfit_start(start: Scorer, settings: Settings, fingerprint: Fingerprint) -> None:
+def _refuse_unfit_start(start: Scorer, kind: type[Learner], settings: Settings, fingerprint: Fingerprint) -> None:
+    if not isinstance(start.network, kind.network_class):
+        raise UserError(
+            f"the policy to start from is a network of class {type(start.network).__name__} and the agent trains one "
+            f"of class {kind.network_class.__name__}: name a policy of the same agent, or train from scratch"
+        )
     start.fingerprint.refuse_other(fingerprint, "the policy to start from", "the model of the traces")
     if start.inputs != settings.inputs or bool(start.network.depth) != bool(settings.depth):
         raise UserError(

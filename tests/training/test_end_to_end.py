@@ -11,7 +11,7 @@ from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.reference import MODEL
 from kv_gym.reference.prompts import reference_prompts
 from kv_gym.traces import Prompt, load_model, open_traces, record
-from kv_gym.training import end_to_end, train, trainer
+from kv_gym.training import through_model, train, trainer
 from kv_gym.training.end_to_end import EndToEnd, EndToEndSettings
 from kv_gym.training.learner import sequence_inputs
 from kv_gym.training.masked_context import (
@@ -139,13 +139,13 @@ def test_a_checkpoint_is_worth_its_divergence_and_the_full_cache_speaks_once_for
         calls.append(bool((gates == 1).all()))
         return continuation_logits(model, contexts, gates, *given)
 
-    monkeypatch.setattr(end_to_end, "continuation_logits", counted)
+    monkeypatch.setattr(through_model, "continuation_logits", counted)
     assert learner.reward(None, sequences) == pytest.approx(-sum(divergences) / len(divergences), rel=1e-4)
     assert calls.count(True) == 3 and calls.count(False) == 12
     calls.clear()
     learner.reward(None, sequences)  # what the full cache says is kept
     assert not any(calls)
-    monkeypatch.setattr(end_to_end, "CACHED_BYTES", 0)
+    monkeypatch.setattr(through_model, "CACHED_BYTES", 0)
     learner.prepare(sequences)
     assert learner.reward(None, sequences) == pytest.approx(-sum(divergences) / len(divergences), rel=1e-4)
     assert calls.count(True) == 12  # and asked for again where it would not fit
@@ -171,7 +171,7 @@ def test_the_highest_log_probabilities_lose_no_more_than_the_divergence_within_t
     part, _ = learner_of(recorded, top=top)
     seen = []
     for learner in (whole, part):
-        original = end_to_end.continuation_logits
+        original = through_model.continuation_logits
 
         def watched(*given, original=original):
             logits = original(*given)
@@ -181,7 +181,7 @@ def test_the_highest_log_probabilities_lose_no_more_than_the_divergence_within_t
             return logits
 
         with frozen_model(learner.model), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(end_to_end, "continuation_logits", watched)
+            patch.setattr(through_model, "continuation_logits", watched)
             divergence = learner.divergence(sequences, *cuts)
             divergence.sum().backward()
             seen.append(divergence.detach())

@@ -19,6 +19,7 @@ SMALL = {"contexts": 2, "slots": 16, "hidden": 8}
 AGENTS = [
     ("joint", {"loss": "listwise"}), ("joint", {"loss": "softmax"}), ("joint", {"loss": "poisson"}), ("rloo", {}),
     ("expected", {}), ("distill", {}), ("grpo", {}), ("grpo", {"ranking": "joint"}), ("kvzap", {}), ("end_to_end", {}),
+    ("attention_gate", {}), ("attention_gate", {"aim": "full"}),
 ]  # fmt: skip
 
 
@@ -34,8 +35,8 @@ def learner_on_meta(recorded, agent, **changes):
     model, traces = recorded
     kind, settings = learner_class(agent), agent_settings(agent, **SMALL, **changes)
     width = model.config.hidden_size if "hidden" in settings.inputs else 0
-    network = GroupedScorer(4, 16, settings.hidden, settings.inputs, width, settings.depth)
-    learner = kind(settings, 0, network, True, model if agent == "end_to_end" else None)
+    network = kind.make_network(settings, traces.fingerprint, width)
+    learner = kind(settings, 0, network, True, model if kind.needs_model else None)
     learner.prepare(traces.load())
     network.to(META)
     learner.optimizer = torch.optim.AdamW(network.parameters())

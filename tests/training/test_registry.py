@@ -24,7 +24,7 @@ def test_the_registry_finds_every_agent_and_its_settings():
         settings = agent_settings(agent)
         assert type(settings) is learner_class(agent).settings_class
         assert inspect.getmodule(learner_class(agent)).__doc__
-    with pytest.raises(UserError, match="unknown agent 'ppo2'; known: distill, "):
+    with pytest.raises(UserError, match="unknown agent 'ppo2'; known: attention_gate, distill, "):
         learner_class("ppo2")
 
 
@@ -74,8 +74,8 @@ def test_a_module_and_a_settings_file_make_an_agent(traces, tmp_path, monkeypatc
     )
     monkeypatch.setattr(registry, "bundled", {"agents": settings}.__getitem__)
     monkeypatch.setattr(training, "__path__", [*training.__path__, str(package)])
-    assert set(list_agents()) == {"square_root", "distill", "end_to_end", "expected", "foresight", "grpo", "joint",
-                                  "kvzap", "ppo", "rloo"}  # fmt: skip
+    assert set(list_agents()) == {"square_root", "attention_gate", "distill", "end_to_end", "expected", "foresight",
+                                  "grpo", "joint", "kvzap", "ppo", "rloo"}  # fmt: skip
     policy = train("square_root", traces, tmp_path / "out", progress=False)
     assert policy.training["samples"] == 3 * 8 * 4 and policy.training["settings"]["margin"] == 0.5
 
