@@ -89,6 +89,7 @@ class Allocation(ABC):
     Attributes:
         equal: every head of a row gets the same number, the budget.
         whole_model: a decision needs every layer, so all layers stay full until the last one is there.
+        cascades: although a decision needs every layer, a live cache cuts earlier ones while later ones are read.
         own_totals: a layer may get more or less than an equal share, so one that holds less than that may be cut.
         syntax: what may stand behind the name on the command line, for messages.
         paper: the paper that the rule follows, or None.
@@ -96,6 +97,7 @@ class Allocation(ABC):
 
     equal: ClassVar[bool] = False
     whole_model: ClassVar[bool] = False
+    cascades: ClassVar[bool] = False
     own_totals: ClassVar[bool] = False
     syntax: ClassVar[str] = ""
     paper: ClassVar[Paper | None] = None

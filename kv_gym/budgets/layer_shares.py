@@ -10,7 +10,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from kv_gym.budgets.allocation import Allocation, ScoredLayer, Uniform
+from kv_gym.budgets.allocation import Allocation, RowCounts, ScoredLayer, Uniform
 from kv_gym.budgets.order import inverse_permutation
 from kv_gym.cache_view import CacheView
 from kv_gym.devices import number_tensor, to_device
@@ -71,23 +71,45 @@ class LayerShares(Allocation):
 
     def slots(self, layers: Sequence[ScoredLayer]) -> list[Tensor]:
         first, device = layers[0], layers[0].priorities.device
-        mean = [min(row.budget, row.seen) for row in first.row_counts]
-        protected = [min(row.protected, slots) for row, slots in zip(first.row_counts, mean, strict=True)]
-        free = [slots - count for slots, count in zip(mean, protected, strict=True)]
+        protected, free = _protected_and_free(first.row_counts)
         capacity = [row.seen - count for row, count in zip(first.row_counts, protected, strict=True)]
-        weights, totals = self.weights(layers, free, capacity), [slots * first.layer_count for slots in free]
-        front = number_tensor(protected, device)[:, None]
+        weights = self.weights(layers, free, capacity)
         if isinstance(weights, Tensor):  # how many slots each layer holds matters, and only the device knows it
-            caps = (torch.stack([_slots_per_head(layer.view, device) for layer in layers], 1) - front).clamp(min=0)
-            shares = front + apportion_rows(number_tensor(totals, device), weights, caps)
-            columns = [shares[:, place] for place in range(len(layers))]
+            held = torch.stack([_slots_per_head(layer.view, device) for layer in layers], 1)
+            columns = list(self.shares(first.row_counts, first.layer_count, weights, held).unbind(1))
         else:
+            front = number_tensor(protected, device)
             parts = [
-                apportion(total, row, [cap] * first.layer_count)
-                for total, row, cap in zip(totals, weights, capacity, strict=True)
+                apportion(slots * first.layer_count, row, [cap] * first.layer_count)
+                for slots, row, cap in zip(free, weights, capacity, strict=True)
             ]  # fmt: skip
-            columns = [front[:, 0] + number_tensor([row[layer.ordinal] for row in parts], device) for layer in layers]
-        return [self.within.slots([_with_share(*pair)])[0] for pair in zip(layers, columns, strict=True)]
+            columns = [front + number_tensor([row[layer.ordinal] for row in parts], device) for layer in layers]
+        return [self.slots_within(*pair) for pair in zip(layers, columns, strict=True)]
+
+    def shares(self, row_counts: Sequence[RowCounts], layer_count: int, weights: Tensor, held: Tensor) -> Tensor:
+        """The model's total divided among some layers, by weights: slots per head, `[batch, layers]` int64.
+
+        Args:
+            row_counts: of the rows.
+            layer_count: evicting layers of the model.
+            weights: `[batch, layers]` float64 of the layers among which it is divided.
+            held: `[batch, layers]` int64, slots per head that each of them holds, and gets at most.
+        """
+        protected, free = _protected_and_free(row_counts)
+        front = number_tensor(protected, weights.device)[:, None]
+        totals = number_tensor([slots * layer_count for slots in free], weights.device)
+        return front + apportion_rows(totals, weights, (held - front).clamp(min=0))
+
+    def slots_within(self, layer: ScoredLayer, share: Tensor) -> Tensor:
+        """Slots of each head, `[batch, kv_heads]`, of a layer that gets `share [batch]` slots per head."""
+        return self.within.slots([_with_share(layer, share)])[0]
+
+
+def _protected_and_free(row_counts: Sequence[RowCounts]) -> tuple[list[int], list[int]]:
+    """Slots per head that are protected, and those beyond them of an equal share of the total, per row."""
+    mean = [min(row.budget, row.seen) for row in row_counts]
+    protected = [min(row.protected, slots) for row, slots in zip(row_counts, mean, strict=True)]
+    return protected, [slots - count for slots, count in zip(mean, protected, strict=True)]
 
 
 def _slots_per_head(view: CacheView, device: torch.device) -> Tensor:

@@ -49,13 +49,18 @@ def export_tensors(policy, out: str | Path) -> Path:
     """
     from safetensors.numpy import save
 
-    from kv_gym.policies.scorer import Scorer
+    from kv_gym.policies.scorer import GroupedScorer, Scorer
 
     out = Path(out)
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file to write the tensors into, such as {out / 'x.safetensors'}")
     scorer = policy if isinstance(policy, Scorer) else Scorer.from_pretrained(policy)
     network, model = scorer.network, scorer.fingerprint
+    if not isinstance(network, GroupedScorer):
+        raise UserError(
+            f"the policy is a network of class {type(network).__name__}, which the tensor format does not hold: export "
+            "one that scores tokens by themselves"
+        )
     width = network.weights[0].shape[1]
     if scorer.inputs != DEFAULT or width != 2 * model.head_dim + 2:
         raise UserError(

@@ -21,8 +21,10 @@ from torch.utils.hooks import RemovableHandle
 from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
 
 from kv_gym.budgets import Allocation
+from kv_gym.budgets.cake import Cake
 from kv_gym.devices import HostCopy, to_device
 from kv_gym.errors import UserError
+from kv_gym.live.cascade import Cascade
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.decoding import decide_together
 from kv_gym.live.forward_inputs import (
@@ -219,7 +221,7 @@ class EvictingCache(Cache):
             UserError: nothing was seen yet.
         """
         self._refuse_empty()
-        if self.config.evicts_after_forward:
+        if self.config.evicts_after_forward or self.config.allocation.cascades:
             self._evict_together(None, trim=True)
         else:
             for state in self._states:
@@ -420,8 +422,10 @@ class EvictingCache(Cache):
         self._decoding = count == 1
         once = self.config.trigger.every is None and any(at is None for at in first.evicted_at or [None])
         unfinished = once and prefill_is_unfinished()
+        allocation = self.config.allocation
+        cascade = Cascade(allocation) if isinstance(allocation, Cake) and allocation.cascades else None
         for layer in self._evicting:
-            layer.token_mask, layer.state.prefill_unfinished = token_mask, unfinished
+            layer.token_mask, layer.state.prefill_unfinished, layer.cascade = token_mask, unfinished, cascade
         if self.config.select.paired:
             selections = [state.selection for state in self._states]
             for before, selection in zip(selections[2::2], selections[3::2], strict=False):
@@ -453,6 +457,8 @@ class EvictingCache(Cache):
     def after_forward(self) -> None:
         """A forward ended: check the guard's signal, and evict now if that needs all layers to have read it."""
         self._in_forward = False
+        for layer in self._evicting:
+            layer.cascade = None
         if self.monitor is not None and (signals := self.layer_signals()):
             self._check_guard(torch.stack([signal.to(signals[0].device) for signal in signals]).mean(0))
         undecided = [state for state in self._states if state.newest is not None]

@@ -342,15 +342,18 @@ class CacheConfig:
     @cached_property
     def evicts_after_forward(self) -> bool:
         """Whether evictions come at the end of a forward, when all layers have read it."""
-        return self.allocation.whole_model or self.policy.repetition is not None
+        whole = self.allocation.whole_model and not self.allocation.cascades
+        return whole or self.policy.repetition is not None
 
     @property
     def block_size(self) -> int | None:
         """Tokens that a layer takes in at a time, before it evicts; None: all of a forward.
 
-        An eviction that needs all layers comes at the end of a forward, when they have read it.
+        An eviction that needs all layers comes at the end of a forward, when they have read it; in a cascade, when the
+        layer has.
         """
-        return self.trigger.every if self.trigger.within_forward and not self.evicts_after_forward else None
+        later = self.evicts_after_forward or self.allocation.cascades
+        return self.trigger.every if self.trigger.within_forward and not later else None
 
     @cached_property
     def scores_on_arrival(self) -> bool:

@@ -13,6 +13,7 @@ from torch._compile import _disable_dynamo
 from transformers.cache_utils import CacheLayerMixin
 
 from kv_gym.errors import UserError
+from kv_gym.live.cascade import Cascade
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.layer_state import LayerState
 from kv_gym.live.ragged_attention import attend_absorbed, attend_kernel, attend_ragged, causal_mask, reads_in_place
@@ -34,6 +35,7 @@ class EvictingLayer(CacheLayerMixin):
         state: what is held, and how it is evicted.
         seen: tokens that came so far in every row, evicted ones and padding included.
         token_mask: `[batch, m]` bool on the CPU, which tokens of the coming forward are no padding; None means all.
+        cascade: what the layers before it in the forward under way were cut to, where the allocation cascades.
     """
 
     is_compileable = False
@@ -52,6 +54,7 @@ class EvictingLayer(CacheLayerMixin):
     def _begin(self, state: LayerState) -> None:
         self.state, self.seen = state, 0
         self.token_mask: Tensor | None = None
+        self.cascade: Cascade | None = None
         self._new: tuple[Tensor, Tensor, Tensor | None] | None = None  # what attend is to take in
         self.is_initialized = False
 
@@ -175,7 +178,11 @@ class EvictingLayer(CacheLayerMixin):
             return
         self.state.observe(query, token_mask)
         rows_to_evict = self.state.rows_to_evict()
-        if any(rows_to_evict) and not self.state.config.evicts_after_forward:
+        if not any(rows_to_evict) or self.state.config.evicts_after_forward:
+            return
+        if self.cascade is not None and not self.state.fits_budget(rows_to_evict):
+            self.cascade.cut(self.state, rows_to_evict)
+        else:
             self.state.evict(rows_to_evict)
 
     def _chunks(self, keys: Tensor) -> list[PrefillChunk]:

@@ -20,7 +20,8 @@ from torch import Tensor
 from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Paper
-from kv_gym.policies.scorer import GroupedScorer, Scorer
+from kv_gym.policies.scorer import Scorer
+from kv_gym.policies.scoring.attention_gate import ScoringNetwork
 from kv_gym.traces.sequence import Contexts
 from kv_gym.training.grpo import GroupLearner, GRPOSettings, RankingGroup
 from kv_gym.training.learner import Metrics, sequence_inputs
@@ -96,7 +97,7 @@ class Foresight(GroupLearner):
         utility = to_device(utility.masked_fill(~drawn.mask, lowest), self.device)
         sign = to_device(sign, self.device)
 
-        def score(network: GroupedScorer) -> Tensor:
+        def score(network: ScoringNetwork) -> Tensor:
             with self.precision():
                 scores = network(states.inputs, states.heads).float()
             return (scores * sign).masked_fill(~states.mask, PADDING_SCORE)

@@ -410,6 +410,7 @@ class ContextLearner(Learner):
     """A learner on decisions at the end of contexts; all heads train in one batched product."""
 
     contexts: TrainingContexts
+    network: GroupedScorer
 
     def prepare(self, sequences: Contexts) -> None:
         """Read inputs and utility of the contexts, as many as memory may hold."""

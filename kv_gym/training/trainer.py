@@ -32,7 +32,7 @@ from kv_gym.traces import TraceSet, open_traces
 from kv_gym.traces.bounded_cache import memory_limit
 from kv_gym.traces.schema import Entry
 from kv_gym.traces.sequence import Contexts, Sequence
-from kv_gym.training.learner import Learner, Metrics, Settings
+from kv_gym.training.learner import Metrics, Settings
 from kv_gym.training.monitor import Monitor, RetentionPicture
 from kv_gym.training.pace import Pace, steps_within
 from kv_gym.training.registry import agent_settings, learner_class
@@ -102,7 +102,14 @@ def train(
     kind = learner_class(agent)
     start = Scorer.from_pretrained(init) if isinstance(init, str | Path) else init
     if start is not None:
-        for name, value in (("hidden", start.network.hidden), ("inputs", start.inputs)):
+        if not isinstance(start.network, kind.network_class):
+            raise UserError(
+                f"the policy to start from is a network of class {type(start.network).__name__} and agent {agent!r} "
+                f"trains one of class {kind.network_class.__name__}: name a policy of the same agent, or train from "
+                "scratch"
+            )
+        gate = {"gate_heads": start.network.gate_heads} if start.network.gate_heads else {}
+        for name, value in {"hidden": start.network.hidden, "inputs": start.inputs, **gate}.items():
             if settings.get(name) is None:
                 settings[name] = value
     given = agent_settings(agent, **settings)
@@ -116,7 +123,7 @@ def train(
         )
     refuse_foreign(Path(out))
     if start is not None:
-        _refuse_unfit_start(start, kind, resolved, trace_set.fingerprint)
+        _refuse_unfit_start(start, resolved, trace_set.fingerprint)
     if requirement := kind.model_requirement(resolved):
         if model is None:
             raise UserError(f"agent {agent!r} {requirement}: name the one that the traces were recorded of (--model)")
@@ -482,12 +489,7 @@ def _utility_by_budget(rows: Iterable[dict]) -> dict[str, dict[str, float]]:
     return dict(kept)
 
 
-def _refuse_unfit_start(start: Scorer, kind: type[Learner], settings: Settings, fingerprint: Fingerprint) -> None:
-    if not isinstance(start.network, kind.network_class):
-        raise UserError(
-            f"the policy to start from is a network of class {type(start.network).__name__} and the agent trains one "
-            f"of class {kind.network_class.__name__}: name a policy of the same agent, or train from scratch"
-        )
+def _refuse_unfit_start(start: Scorer, settings: Settings, fingerprint: Fingerprint) -> None:
     start.fingerprint.refuse_other(fingerprint, "the policy to start from", "the model of the traces")
     if start.inputs != settings.inputs or bool(start.network.depth) != bool(settings.depth):
         raise UserError(
@@ -498,6 +500,12 @@ def _refuse_unfit_start(start: Scorer, kind: type[Learner], settings: Settings, 
         raise UserError(
             f"the policy to start from has width {start.network.hidden} and hidden is {settings.hidden}: leave "
             "hidden out, or train from scratch"
+        )
+    gate_heads = getattr(settings, "gate_heads", 0)
+    if start.network.gate_heads != gate_heads:
+        raise UserError(
+            f"the policy to start from has {start.network.gate_heads} attention heads and gate_heads is {gate_heads}: "
+            "leave gate_heads out, or train from scratch"
         )
 
 
