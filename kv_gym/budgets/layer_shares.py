@@ -76,7 +76,7 @@ class LayerShares(Allocation):
         weights = self.weights(layers, free, capacity)
         if isinstance(weights, Tensor):  # how many slots each layer holds matters, and only the device knows it
             held = torch.stack([_slots_per_head(layer.view, device) for layer in layers], 1)
-            columns = list(self.shares(first.row_counts, first.layer_count, weights, held).unbind(1))
+            columns = list(self.divide(first.row_counts, first.layer_count, weights, held).unbind(1))
         else:
             front = number_tensor(protected, device)
             parts = [
@@ -86,7 +86,7 @@ class LayerShares(Allocation):
             columns = [front + number_tensor([row[layer.ordinal] for row in parts], device) for layer in layers]
         return [self.slots_within(*pair) for pair in zip(layers, columns, strict=True)]
 
-    def shares(self, row_counts: Sequence[RowCounts], layer_count: int, weights: Tensor, held: Tensor) -> Tensor:
+    def divide(self, row_counts: Sequence[RowCounts], layer_count: int, weights: Tensor, held: Tensor) -> Tensor:
         """The model's total divided among some layers, by weights: slots per head, `[batch, layers]` int64.
 
         Args:

@@ -45,7 +45,7 @@ class Cascade:
         nothing = layer.view.keys[..., :0]  # keys, values and queries have been weighed: they are held no longer
         self._layers.append(replace(layer, view=replace(layer.view, keys=nothing, values=nothing, queries=None)))
         held = torch.stack(self._held, 1)
-        shares = self.allocation.shares(layer.row_counts, layer.layer_count, torch.stack(self._weights, 1), held)
+        shares = self.allocation.divide(layer.row_counts, layer.layer_count, torch.stack(self._weights, 1), held)
         if len(self._layers) < layer.layer_count:
             shares = torch.minimum(shares + 1, held)
         for i, (cut_state, scored) in enumerate(zip(self._states, self._layers, strict=True)):
