@@ -173,7 +173,7 @@ def test_refusals(recorded, trained, tmp_path):
         train("attention_gate", traces, tmp_path / "a", **FAST)
     with pytest.raises(UserError, match="a width of 9 for 2 attention heads"):
         train("attention_gate", traces, tmp_path / "b", model=model, **FAST | {"hidden": 9})
-    with pytest.raises(UserError, match="class AttentionGate and the agent trains one of class GroupedScorer"):
+    with pytest.raises(UserError, match="class AttentionGate and agent 'kvzap' trains one of class GroupedScorer"):
         train("kvzap", traces, tmp_path / "c", init=trained, steps=1, progress=False)
     other = tiny_model("qwen3", num_hidden_layers=3)
     with pytest.raises(UserError, match="layers"):
