@@ -70,12 +70,12 @@ BOUNDS = {"flush": (1, lambda k: k - 1, discard_bits), "mark0": (1, lambda k: 2 
 RULES = """Percent of accesses found, in the last 0.3 of the requests. Agents saw the first half, and chose their best
 round on the next fifth; they choose among 16 pages, four least recently used and twelve drawn at random, with LRU in
 their shadow. `lrb` learns while it runs, and chooses among 64 pages, 63 of them drawn. `best classic` is the best of
-the last table, chosen afterwards on the same requests; `of the way` says how much of the distance from it to the
-oracle with 12 drawn the mean over seeds covers. Oracles are best over a whole trace, not in its last part. Where the
-tail oracle is less than a point above LRU, K candidates from the tail cannot help; where it is `below it`, it is below
-the best classic policy, so that a policy must look beyond the tail to be better. Mooncake's blocks are prefixes for
-ranking policies, and stand alone for queues. Capacities are pages, those of adapt_size bytes. What is missing has not
-been measured yet."""
+the last table, chosen afterwards on the same requests; `way` says how much of the distance from LRU, and from the
+best classic policy, to the oracle with 12 drawn the mean over seeds covers. Oracles are best over a whole trace, not
+in its last part. Where the tail oracle is less than a point above LRU, K candidates from the tail cannot help; where
+it is `below it`, it is below the best classic policy, so that a policy must look beyond the tail to be better.
+Mooncake's blocks are prefixes for ranking policies, and stand alone for queues. Capacities are pages, those of
+adapt_size bytes. What is missing has not been measured yet."""
 
 Cell = dict[str, Any]
 
@@ -369,7 +369,7 @@ def evidence_text(cells: list[Cell]) -> str:
     if not rates:
         return "Not measured yet."
     oracles = ["LRU", "best classic", "", "tail oracle, K = 16", "with 12 drawn", "Belady"]
-    learned = ["policy", "seeds", "mean", "lowest to highest", "to LRU", "of the way", "left to LRU"]
+    learned = ["policy", "seeds", "mean", "lowest to highest", "to LRU", "way from LRU", "way from best", "left to LRU"]
     classic = [
         [trace, f"{capacity:,}", *(percent(mean_rate(found.get(name))) for name in CLASSIC)]
         for (trace, capacity), found in rates.items()
@@ -412,7 +412,7 @@ def learned_rows(trace: str, capacity: int, found: dict[str, list[Cell]]) -> Ite
             yield [
                 trace, f"{capacity:,}", policy, str(len(group)), percent(mean),
                 f"{percent(min(rates))} to {percent(max(rates))}", f"{100 * (mean - lru):+.2f}",
-                way(best, mean, oracle),
+                way(lru, mean, oracle), way(best, mean, oracle),
                 percent(statistics.fmean(left)) if policy != "lrb" else "-",
             ]  # fmt: skip
 
