@@ -90,7 +90,7 @@ def train_less(
     as if it had not been interrupted; a finished run is not repeated, and its kernels are returned.
 
     Args:
-        texts: documents as token ids, from which windows are drawn.
+        texts: documents that windows are drawn from. In Python, each is a list of token ids.
         out: folder of the trained state, the TensorBoard log and the checkpoint.
         model: transformers decoder that the kernels are for.
         policy: which policy evicts in training; the kernels serve others too, less well.
