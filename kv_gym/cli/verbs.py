@@ -221,7 +221,10 @@ def _leaderboard(
     page: Annotated[Path | None, typer.Option(help="Markdown file to write the tables into.")] = None,
 ) -> None:
     from kv_gym.evaluation import leaderboard
+    from kv_gym.evaluation.rows import refuse_unwritable
 
+    for file in [page] * (page is not None) + [publish] * (publish is not None and not publish.is_dir()):
+        refuse_unwritable(file)
     rows = call()
     refused = sum(bool(row.get("refused")) for row in rows)
     rows_file = Path(call["out"]) / "rows.jsonl"

@@ -304,7 +304,8 @@ class LayerSelection:
             self.low, self.high = (F.pad(each, (0, 0, 0, 1)) for each in (self.low, self.high))
         # up to 16 new tokens complete at most one group of every head
         last = (counts // GROUP - 1).clamp(min=0)[..., None]
-        complete = take(keys, last * GROUP + torch.arange(GROUP, device=keys.device))
+        index = last * GROUP + torch.arange(GROUP, device=keys.device)
+        complete = take(keys, index.clamp(max=keys.shape[2] - 1))  # where no group is complete, none is searched
         for bounds, found in ((self.low, complete.amin(2, True)), (self.high, complete.amax(2, True))):
             bounds.scatter_(2, last[..., None].expand_as(found), found)
 

@@ -51,7 +51,7 @@ def slow_choice(query_group, keys, share, alpha=0.6):
     return {slot for g in {*best, newest} for slot in range(16 * g, min(n, 16 * g + 16))}
 
 
-@pytest.mark.parametrize(("prompt", "forwards"), [(100, (1, 1, 40, 1, 7)), (31, (1, 1, 1)), (5, (3,))])
+@pytest.mark.parametrize(("prompt", "forwards"), [(100, (1, 1, 40, 1, 7)), (31, (1, 1, 1)), (5, (1, 1, 3))])
 def test_equals_plain_loops(prompt, forwards):
     torch.manual_seed(0)
     batch, heads, group, d = 2, 2, 3, 4
