@@ -102,7 +102,13 @@ def open_file(path: str | Path, expected: str) -> Iterator[BinaryIO]:
             end or never begin.
     """
     try:
-        if stat.S_ISFIFO(os.stat(path).st_mode) and not str(path).startswith("/dev/"):  # there a shell puts its own
+        mode = os.stat(path).st_mode
+    except ValueError:  # a null character, or half of a surrogate pair
+        raise UserError(f"{path} is no name of a file; {expected}") from None
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}); {expected}") from None
+    try:
+        if stat.S_ISFIFO(mode) and not str(path).startswith("/dev/"):  # there a shell puts its own
             raise UserError(f"{path} is a named pipe and no file; {expected}")
         with open(path, "rb") as file:
             if stat.S_ISCHR(os.fstat(file.fileno()).st_mode):

@@ -6,6 +6,7 @@ import operator
 import re
 from fractions import Fraction
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -32,7 +33,7 @@ def parse_budget(budget: str | int | float) -> Budget:
     Raises:
         UserError: no number, zero, negative, a share above 1, or more slots than a position can count.
     """
-    if isinstance(budget, bool):
+    if isinstance(budget, bool | np.bool_):
         raise UserError(f"budget {budget!r} is no number; {_EXPECTED}")
     value: Budget
     try:

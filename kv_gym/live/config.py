@@ -34,7 +34,7 @@ from kv_gym.models.wrapped_model import transformers_model
 from kv_gym.policies import Policy, StatefulPolicy, make_policy
 
 POSITIONS = ("original", "cache")
-_TRIGGER = re.compile(r"(every|block|lagged):([1-9]\d*)")
+_TRIGGER = re.compile(r"(every|block|lagged):([1-9][0-9]{0,8})")
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ class Trigger:
         Raises:
             UserError: anything else.
         """
-        if text == "prefill":
+        if isinstance(text, str) and text == "prefill":
             return cls()
         match = _TRIGGER.fullmatch(text) if isinstance(text, str) else None
         if match is None:

@@ -201,7 +201,7 @@ def parse_selection(select: str | Selection) -> Selection:
     """
     if isinstance(select, Selection):
         return select
-    if select == "all":
+    if isinstance(select, str) and select == "all":
         return SelectAll()
     match = _NAME.fullmatch(select) if isinstance(select, str) else None
     if match is None or match[1] not in _KINDS:

@@ -88,8 +88,11 @@ def _seeded(policy: PagePolicy, seeds: int) -> Iterator[tuple[int | None, PagePo
 
 def _whole_number(capacity: int | str) -> int:
     try:
-        return int(capacity)
-    except ValueError:
+        number = int(capacity)
+        if isinstance(capacity, bool) or (not isinstance(capacity, str) and number != capacity):
+            raise ValueError
+        return number
+    except (ValueError, TypeError, OverflowError):
         raise UserError(
             f"capacity {capacity!r} is no whole number; expected pages, or bytes where there are sizes"
         ) from None

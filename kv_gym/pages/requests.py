@@ -11,6 +11,8 @@ import numpy as np
 
 from kv_gym.errors import UserError
 
+LARGEST_SIZE = 2**48
+"""Bytes of a page at most."""
 NEVER = np.iinfo(np.int64).max
 """The next use of a page that is not requested again."""
 
@@ -72,7 +74,7 @@ class RequestTrace:
             name,
             pages,
             begins,
-            None if sizes is None else np.asarray(sizes, np.int64),
+            None if sizes is None else _whole(sizes),
             None if times is None else np.asarray(times, float),
             None if ttl is None else np.asarray(ttl, float),
             None if lines is None else np.asarray(lines, np.int64),
@@ -81,9 +83,11 @@ class RequestTrace:
         return made
 
     def _check(self) -> None:
-        if self.sizes is not None and (self.sizes < 0).any():
-            at = int((self.sizes < 0).argmax())
-            raise UserError(f"{self._place(at)}: size {self.sizes[at]}; expected a size of 0 bytes or more")
+        if self.sizes is not None and ((self.sizes < 0) | (self.sizes > LARGEST_SIZE)).any():
+            at = int(((self.sizes < 0) | (self.sizes > LARGEST_SIZE)).argmax())
+            raise UserError(f"{self._place(at)}: size {self.sizes[at]}; expected a size from 0 to {LARGEST_SIZE} bytes")
+        if self.ttl is not None and np.isnan(self.ttl).any():
+            raise UserError(f"{self._place(int(np.isnan(self.ttl).argmax()))}: the time that it is valid is no number")
         if self.times is not None:
             back = np.diff(self.times) < 0
             if back.any():
@@ -208,3 +212,12 @@ class RequestTrace:
             "best_hit_rate": float(again.mean()),
             **{f"reuse_{q}": None if v is None else float(v) for q, v in zip((25, 50, 75), quartiles, strict=True)},
         }
+
+
+def _whole(numbers: Sequence[int] | np.ndarray) -> np.ndarray:
+    """`[n]` int64; numbers beyond are the largest of their sign."""
+    try:
+        return np.asarray(numbers, np.int64)
+    except OverflowError:
+        limits = np.iinfo(np.int64)
+        return np.asarray([min(max(number, limits.min), limits.max) for number in numbers], np.int64)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import reprlib
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import Any, ClassVar, get_type_hints
 
+import numpy as np
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView, Future
@@ -213,11 +216,28 @@ def recorded_future(policy: Policy, view: CacheView) -> Future:
 
 
 def load_settings(kind: type[Policy], settings: Mapping[str, Any]) -> Policy:
-    """A new policy of class `kind`; an unknown setting is an error that lists the known ones."""
+    """A new policy of class `kind`.
+
+    Raises:
+        UserError: an unknown setting, and the known ones; or a value of another type than the setting's.
+    """
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
     known = [f.name for f in fields(kind) if f.init]
     for key in settings:
         if key not in known:
             raise UserError(
                 f"policy {kind.__name__} has no setting {key!r}; its settings: {', '.join(known) or 'none'}"
             )
-    return kind(**settings)
+    hints = get_type_hints(kind) if settings else {}
+    values = {key: value.item() if isinstance(value, np.generic) else value for key, value in settings.items()}
+    for key, value in values.items():
+        if isinstance(value, Path):  # a policy's folder, in place of its name
+            continue
+        config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, strict=True)
+        try:
+            TypeAdapter(hints[key], config=config).validate_python(value)
+        except ValidationError:
+            expected = getattr(hints[key], "__name__", str(hints[key]))
+            raise UserError(f"policy {kind.__name__} got {key}={reprlib.repr(value)}; expected {expected}") from None
+    return kind(**values)

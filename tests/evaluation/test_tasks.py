@@ -67,6 +67,7 @@ REFUSED = {
     "multi_key:512:seed=1000": "from 0 to 999",
     "missing.jsonl": "missing.jsonl cannot be read",
     "text:missing.txt": "has no tokenizer",
+    "ruler:": "'ruler:' names no file; expected a name such as ruler:FILE",
 }
 
 

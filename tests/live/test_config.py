@@ -110,6 +110,8 @@ def test_a_detached_cache_can_be_entered_again():
         ({"allocation": "global", "policy": "knorm"}, "scores of policy 'knorm' are not comparable across heads"),
         ({"trigger": "blocks:256"}, "trigger 'blocks:256' is unknown; expected 'prefill', 'every:<tokens>', "),
         ({"trigger": "every:0"}, "trigger 'every:0' is unknown"),
+        ({"trigger": "every:" + "9" * 5000}, r"trigger 'every:9+ \.\.\. 9+' is unknown"),
+        ({"allocation": "shares:a\x00b"}, "a□b is no name of a file; expected"),
         ({"trigger": 64}, "trigger 64 is unknown"),
         ({"policy": "oracle"}, "policy 'oracle' is an oracle"),
         ({"policy": "golden"}, "policy 'golden' is an oracle"),

@@ -1,5 +1,6 @@
 """Policies by name, class path and folder; what cannot be found or set is refused."""
 
+import numpy as np
 import pytest
 from user_policy import Nearest
 
@@ -85,6 +86,13 @@ def test_unknown_settings_are_refused_with_the_known_ones():
 def test_settings_without_meaning_are_refused(name, settings):
     with pytest.raises(UserError, match=f"^{name} got .*{next(iter(settings))}=.*; expected "):
         make_policy(name, **settings)
+
+
+@pytest.mark.parametrize("value", [None, 1.5, "8", [8], True, np.array([1, 2])])
+def test_settings_of_another_type_are_refused(value):
+    with pytest.raises(UserError, match=r"^policy SnapKV got window=.*; expected int$"):
+        make_policy("snapkv", window=value)
+    assert make_policy("snapkv", window=np.int64(8)).window == 8
 
 
 def test_a_class_path_is_taken():

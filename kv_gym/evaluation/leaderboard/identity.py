@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from kv_gym.errors import UserError
-from kv_gym.files import MODEL, read_bytes, read_json
+from kv_gym.files import MODEL, exists, read_bytes, read_json
 from kv_gym.models.fingerprint import state_dict_hash
 from kv_gym.pages import PagePolicy, RequestTrace
 from kv_gym.pages.policies.learned import Learned
@@ -58,18 +58,17 @@ def exported_hash(folder: str | Path) -> str:
     """SHA-256 of an exported policy: its weights and description; how it was trained says nothing of what it does.
 
     Raises:
-        UserError: the folder holds no exported policy.
+        UserError: the folder holds no exported policy, or one that cannot be read.
     """
     from kv_gym.policies import scorer
     from kv_gym.policies.scoring import inputs
 
-    folder = Path(folder)
-    try:
-        about = read_json(folder / "policy.json")
-        weights = hashlib.sha256(read_bytes(folder / "policy.safetensors", "expected weights")).hexdigest()
-        about = {name: value for name, value in about.items() if name not in ("training", "sha256")}
-    except (OSError, ValueError, AttributeError):
-        raise UserError(f"folder {folder} holds no exported policy; expected what `kv-gym train` writes") from None
+    folder, expected = Path(folder), "expected what `kv-gym train` writes"
+    about = read_json(folder / "policy.json", expected) if exists(folder / "policy.json") else None
+    if not isinstance(about, dict):
+        raise UserError(f"folder {folder} holds no exported policy; {expected}")
+    weights = hashlib.sha256(read_bytes(folder / "policy.safetensors", expected)).hexdigest()
+    about = {name: value for name, value in about.items() if name not in ("training", "sha256")}
     return digest(
         [about, weights, *(_code(Path(inspect.getfile(part)).read_text(encoding="utf-8")) for part in (scorer, inputs))]
     )

@@ -71,6 +71,8 @@ class TaskType:
                 raise UserError(f"task {item!r} has no option {name}; it takes {', '.join(self.options)}")
             parameter = self.options[name]
             values[parameter.name] = _value(item, name, text, parameter)
+        if not argument and self.argument.default is inspect.Parameter.empty:
+            raise UserError(f"task {item!r} names no {self.argument.name}; expected a name such as {self.usage}")
         given = [_value(item, self.argument.name, argument, self.argument)] if argument else []
         built = self.build(*given, tokenizer=tokenizer, **values)
         return built if isinstance(built, list) else [built]

@@ -11,6 +11,7 @@ from pkgutil import iter_modules
 from typing import Any
 
 from kv_gym.errors import UserError, short_reason
+from kv_gym.files import exists
 from kv_gym.pages.policies.base import PagePolicy
 
 _NOT_POLICIES = ("base", "exported", "learned", "registry")
@@ -38,7 +39,7 @@ def make_page_policy(policy: str | PagePolicy, **settings: Any) -> PagePolicy:
     name, *given = str(policy).split(":")
     if name in list_page_policies():
         kind = _class_in(f"kv_gym.pages.policies.{name}")
-    elif Path(name).is_dir() or name.endswith(".onnx"):
+    elif (exists(name) and Path(name).is_dir()) or name.endswith(".onnx"):
         from kv_gym.pages.policies.exported import Exported
         from kv_gym.pages.policies.learned import Learned
 

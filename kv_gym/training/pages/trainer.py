@@ -11,6 +11,7 @@ import torch
 
 from kv_gym import __version__
 from kv_gym.errors import UserError
+from kv_gym.evaluation.rows import refuse_unwritable
 from kv_gym.files import bundled, read_yaml, validated
 from kv_gym.pages.cache import check_drawn
 from kv_gym.pages.features import check_features, features_of
@@ -121,6 +122,7 @@ def train_pages(
         seed=seed,
         kv_gym=__version__,
     )
+    refuse_unwritable(Path(out) / "policy.json")
     torch.manual_seed(seed)
     task = PageTask(trace.part(0, max(1, training)), capacity, semantics, candidates, drawn, tuple(features), seed)
     learner = kind(task, settings)
