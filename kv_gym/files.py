@@ -15,7 +15,7 @@ import os
 import re
 import reprlib
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar, get_args
@@ -53,6 +53,7 @@ _CHUNK = 2**24  # bytes
 SURROGATE = re.compile(r"[\ud800-\udfff]")
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f]")
 
+_Class = TypeVar("_Class", bound=type)
 _Model = TypeVar("_Model", bound="BaseModel")
 
 
@@ -333,6 +334,30 @@ def validated(model: type[_Model], data: Any, where: str) -> _Model:
         return model.model_validate(data)
     except ValidationError as error:
         raise UserError(_sentence(model, error.errors()[0], where)) from None
+
+
+def is_of_type(value: Any, hint: Any) -> bool:
+    """Whether a setting is of the type that it is annotated with; no number is NaN or infinite."""
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+    config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, strict=True)
+    try:
+        TypeAdapter(hint, config=config).validate_python(value)
+    except ValidationError:
+        return False
+    return True
+
+
+def only_class(found: Sequence[_Class], module: str) -> _Class:
+    """The class that a file of a registry defines.
+
+    Raises:
+        UserError: none, or several.
+    """
+    if len(found) != 1:
+        names = ", ".join(kind.__name__ for kind in found) or "none"
+        raise UserError(f"module {module} defines {names}; expected one such class in a file")
+    return found[0]
 
 
 def _sentence(model: type[BaseModel], error: Mapping[str, Any], where: str) -> str:

@@ -16,6 +16,7 @@ from kv_gym.evaluation.rows import result
 from kv_gym.files import (
     atomic_write,
     bundled,
+    only_class,
     parse_json,
     parse_yaml,
     read_json,
@@ -114,6 +115,12 @@ def test_json_lines_are_numbered_as_editors_number_them(tmp_path):
     file.write_bytes(b'{"a": 1}\n{"a\n')  # its line is ended, so it is damage
     with pytest.raises(UserError, match="line 2: no JSON"):
         list(read_json_lines(file, partial_last_line=True))
+
+
+def test_a_file_of_a_registry_defines_one_class():
+    assert only_class([int], "a") is int
+    with pytest.raises(UserError, match=r"^module a defines int, str; expected one such class in a file$"):
+        only_class([int, str], "a")
 
 
 def test_validation_names_place_field_and_what_is_expected():

@@ -28,7 +28,7 @@ def protection_for(policy: Policy, sinks: int | None, recent: int | None) -> tup
         recent: last tokens to protect, or None.
 
     Raises:
-        UserError: a number below 0, or no whole number.
+        UserError: a number below 0, more than a position can count, or no whole number.
     """
     own_sinks, own_recent = policy.protection
     given = own_sinks if sinks is None else sinks, own_recent if recent is None else recent
@@ -36,8 +36,8 @@ def protection_for(policy: Policy, sinks: int | None, recent: int | None) -> tup
         first, last = (operator.index(number) for number in given)
     except TypeError:
         raise UserError(f"sinks and recent are {given[0]!r} and {given[1]!r}; expected whole numbers from 0") from None
-    if min(first, last) < 0:
-        raise UserError(f"sinks and recent are {first} and {last}; expected numbers from 0")
+    if min(first, last) < 0 or max(first, last) >= 2**31:
+        raise UserError(f"sinks and recent are {first} and {last}; expected numbers from 0 and below {2**31:,}")
     return first, last
 
 

@@ -223,8 +223,9 @@ def _leaderboard(
     from kv_gym.evaluation import leaderboard
     from kv_gym.evaluation.rows import refuse_unwritable
 
-    for file in [page] * (page is not None) + [publish] * (publish is not None and not publish.is_dir()):
-        refuse_unwritable(file)
+    for file in (page, None if publish is None else publish / "task.jsonl"):
+        if file is not None:
+            refuse_unwritable(file)
     rows = call()
     refused = sum(bool(row.get("refused")) for row in rows)
     rows_file = Path(call["out"]) / "rows.jsonl"

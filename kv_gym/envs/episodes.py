@@ -169,7 +169,8 @@ class Replay:
             raise UserError(
                 f"the action has shape {scores.shape[1:]}; expected one score per slot, {(self.table.size,)}"
             )
-        return self.mode.step(state, scores)
+        after, rewards, ended, info = self.mode.step(state, scores)
+        return after, rewards, ended, self.reset_info(state) | info
 
     def frame(self, state: EpisodeState, row: int, scores: np.ndarray | None, reward: float | None = None) -> Frame:
         """What to render of environment `row`; `scores` is its action `[N]`, None before the first."""

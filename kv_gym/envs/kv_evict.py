@@ -103,7 +103,8 @@ class KVEvictEnv(gym.Env[Any, np.ndarray]):
 
     A context and a head (and in eviction mode a continuation) with all of the context's tokens cached: drawn
     uniformly, or one after the other with `order="sequential"` (a seed begins again with the first). To choose,
-    `reset(options={"sequence": i, "head": j, "continuation": c})`; each may be left out. `info` says which it is.
+    `reset(options={"sequence": i, "head": j, "continuation": c})`; each may be left out. `info` says which it is,
+    after steps too.
 
     ## Episode End
 

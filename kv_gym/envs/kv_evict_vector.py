@@ -119,7 +119,7 @@ class KVEvictVectorEnv(VectorEnv[Any, np.ndarray, np.ndarray]):
             infos |= {"final_obs": final_obs, "_final_obs": ended.copy()}
             infos |= {"final_info": _with_masks(info, ended), "_final_info": ended.copy()}
             state = self._restart(state, ended)
-            infos |= _with_masks(self.replay.reset_info(state), ended)
+            infos |= _with_masks(self.replay.reset_info(state), np.ones(self.num_envs, bool))
         self._state = state
         return self.replay.observe(state), rewards, ended, np.zeros(self.num_envs, bool), infos
 

@@ -167,6 +167,8 @@ def chat(
                     turns.append(talk.say(line, write))
                     write("\n")
                     note(f"[turn {len(turns)}: {turns[-1].cache_held}]")
+        except UnicodeDecodeError:
+            raise UserError("a line of the input is no UTF-8 text; expected messages in UTF-8") from None
         except KeyboardInterrupt:
             write("\n")
     return turns

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView, Future
 from kv_gym.errors import UserError
+from kv_gym.files import is_of_type
 from kv_gym.models.context_repetition import ContextRepetition
 
 
@@ -221,8 +222,6 @@ def load_settings(kind: type[Policy], settings: Mapping[str, Any]) -> Policy:
     Raises:
         UserError: an unknown setting, and the known ones; or a value of another type than the setting's.
     """
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-
     known = [f.name for f in fields(kind) if f.init]
     for key in settings:
         if key not in known:
@@ -234,10 +233,7 @@ def load_settings(kind: type[Policy], settings: Mapping[str, Any]) -> Policy:
     for key, value in values.items():
         if isinstance(value, Path):  # a policy's folder, in place of its name
             continue
-        config = ConfigDict(arbitrary_types_allowed=True, allow_inf_nan=False, strict=True)
-        try:
-            TypeAdapter(hints[key], config=config).validate_python(value)
-        except ValidationError:
+        if not is_of_type(value, hints[key]):
             expected = getattr(hints[key], "__name__", str(hints[key]))
-            raise UserError(f"policy {kind.__name__} got {key}={reprlib.repr(value)}; expected {expected}") from None
+            raise UserError(f"policy {kind.__name__} got {key}={reprlib.repr(value)}; expected {expected}")
     return kind(**values)

@@ -25,7 +25,7 @@ from typing import Any, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from kv_gym.errors import UserError, short_reason
-from kv_gym.files import exists
+from kv_gym.files import exists, only_class
 from kv_gym.hub import is_hub_id
 from kv_gym.policies.base import Policy, load_settings
 
@@ -165,9 +165,7 @@ def _typed(kind: type[Policy], texts: Mapping[str, str]) -> dict[str, Any]:
 def _only_policy(module: str) -> type[Policy]:
     kinds = [kind for kind in vars(import_module(module)).values() if isinstance(kind, type)]
     found = [kind for kind in kinds if issubclass(kind, Policy) and kind.__module__ == module]
-    if len(found) != 1:
-        raise UserError(f"module {module} defines {len(found)} policies; expected one in a file")
-    return found[0]
+    return only_class(found, module)
 
 
 def _from_class_path(path: str) -> type[Policy]:

@@ -34,6 +34,7 @@ STANDARDISATION_CONTEXTS = 32  # the first contexts, which give mean and scale o
 Metrics = dict[str, Tensor | float]
 """What a training step reports, by the name that TensorBoard shows."""
 
+Count = Annotated[PositiveInt, Field(le=10**9)]
 Protection = Annotated[tuple[NonNegativeInt, NonNegativeInt], Field(strict=False)]
 InputNames = Annotated[
     tuple[str, ...],
@@ -62,15 +63,15 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
-    steps: PositiveInt = 600
-    contexts: PositiveInt = 8
-    slots: PositiveInt = 256
-    hidden: PositiveInt = 64
+    steps: Count = 600
+    contexts: Count = 8
+    slots: Count = 256
+    hidden: Annotated[PositiveInt, Field(le=8192)] = 64
     rate: NonNegativeFloat = 1e-2
     weight_decay: NonNegativeFloat = 0.01
     protect: Protection = (1, 1)
     validation: NonNegativeFloat = 0.1
-    every: PositiveInt = 50
+    every: Count = 50
     inputs: InputNames = DEFAULT
     bf16: bool = False
 

@@ -7,7 +7,7 @@ from inspect import isabstract
 from typing import Any
 
 from kv_gym.errors import UserError
-from kv_gym.files import bundled, read_yaml, validated
+from kv_gym.files import bundled, only_class, read_yaml, validated
 from kv_gym.training.learner import Learner, Settings
 
 
@@ -25,13 +25,13 @@ def learner_class(agent: str) -> type[Learner]:
     if agent not in list_agents():
         raise UserError(f"unknown agent {agent!r}; known: {', '.join(list_agents())}")
     module = import_module(f"kv_gym.training.{agent}")
-    (found,) = [
+    found = [
         kind
         for kind in vars(module).values()
         if isinstance(kind, type) and issubclass(kind, Learner) and kind.__module__ == module.__name__
         if not isabstract(kind)
     ]
-    return found
+    return only_class(found, module.__name__)
 
 
 def agent_settings(agent: str, **overrides: Any) -> Settings:

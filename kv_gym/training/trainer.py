@@ -219,6 +219,8 @@ class Trainer:
         minutes: float | None = None,
         memory: int | None = None,
     ):
+        if not 0 <= seed < 2**63:
+            raise UserError(f"seed is {seed}; expected a number from 0 and below 2^63")
         if minutes is not None and not minutes > 0:
             raise UserError(f"{minutes:g} minutes are given to train for; expected a number above 0")
         self.device = model.device if device is None and model is not None else usable_device(device or "cpu")

@@ -313,8 +313,9 @@ UNPRINTABLE = "a\nb\x00\x1b[31m\x07 \ud83d c"
 
 
 def test_names_that_do_not_print_break_neither_tables_nor_pictures(tmp_path):
-    lines = [row(UNPRINTABLE, share, [1, 2], task=UNPRINTABLE, parts={UNPRINTABLE: {"questions": 4, "correct": 2}})
-             for share in (0.5, 0.25)]  # fmt: skip
+    more = dict.fromkeys(("allocation", "evicted", "select", "trigger", "command"), UNPRINTABLE)
+    more |= {"task": UNPRINTABLE, "parts": {UNPRINTABLE: {"questions": 4, "correct": 2}}}
+    lines = [row(UNPRINTABLE, share, [1, 2], **more) for share in (0.5, 0.25)]
     results = {"rows": [*lines, {"variant": UNPRINTABLE, "budget": 0.5, "accuracy": 0.5}]}
     text = report([results], tmp_path / "out").read_text()
     shown = "a b□□[31m□ □ c"

@@ -45,6 +45,8 @@ def test_simulate_writes_rows(tmp_path):
     ("settings", "complaint"),
     [
         ({"capacities": ["many"]}, "no whole number"),
+        ({"capacities": [1.5]}, "no whole number"),
+        ({"capacities": [None]}, "no whole number"),
         ({"capacities": []}, "at least one policy"),
         ({"policies": ["lru", "lruu"]}, "did you mean 'lru'"),
         ({"seeds": 0}, "0 seeds"),

@@ -85,6 +85,8 @@ def test_a_module_and_a_settings_file_make_an_agent(traces, tmp_path, monkeypatc
     [
         ("steps: [1", "joint.yml"),
         ("steps: 0", "joint.yml: steps is 0; expected greater than 0"),
+        ("steps: " + "9" * 30, "joint.yml: steps is 9.*; expected less than or equal to 1000000000"),
+        ("hidden: 8193", "joint.yml: hidden is 8193; expected less than or equal to 8192"),
         ("rate: .nan", "joint.yml, line 1: a number is not finite; expected settings as NAME: VALUE"),
         ("stesp: 3", "joint.yml has unknown key 'stesp'; known: steps, contexts, "),
         ("protect: [1, 2, 3]", "protect is .1, 2, 3.; expected .* at most 2 items"),

@@ -15,7 +15,7 @@ from kv_gym.evaluation.report.results import Results
 from kv_gym.evaluation.report.summaries import MEASURES, summaries
 from kv_gym.evaluation.rows import FULL
 from kv_gym.files import atomic_write
-from kv_gym.markdown import pipe_table
+from kv_gym.markdown import one_line, pipe_table
 
 COLUMNS = ("policy", "budget", "utility kept", "accuracy", "NLL", "cache bytes")
 _OTHERS = {".csv", ".htm", ".json", ".jsonl", ".md", ".pdf", ".png", ".svg", ".txt"}  # no names of folders
@@ -109,7 +109,7 @@ def _hit_rates(points: Sequence[dict]) -> list[str]:
         return []
     order = sorted(points, key=lambda point: (point["task"], point["budget"], -point["hit_rate"]))
     body = [
-        [*(html.escape(point[name], quote=False) for name in ("task", "configuration")), f"{point['budget']:,}",
+        [*(_literal(point[name]) for name in ("task", "configuration")), f"{point['budget']:,}",
          f"{point['hit_rate']:.2%}"]
         for point in order
     ]  # fmt: skip
@@ -128,7 +128,7 @@ def _row(point: dict) -> dict:
 def _origin(results: Results) -> str:
     rules = ", ".join(_literal(name) for name in sorted({_settings(row) for row in results.rows}))
     counts = ", ".join(map(str, sorted({row["n"] for row in results.rows if row.get("n") is not None})))
-    commands = "\n".join(f"    {' '.join(command.split())}" for command in results.commands)  # code, whatever it says
+    commands = "\n".join(f"    {one_line(command)}" for command in results.commands)  # code, whatever it says
     versions = ", ".join(_literal(f"{name} {version}") for name, version in results.versions.items())
     return (
         f"Allocation of the slots: {rules}. Utility kept: share of the recorded future attention on kept slots."
@@ -142,7 +142,7 @@ def _origin(results: Results) -> str:
 
 def _literal(text: str) -> str:
     """Text of result files as Markdown shows it, on one line."""
-    plain = html.escape(" ".join(text.split()), quote=False)
+    plain = html.escape(one_line(text), quote=False)
     return "".join(f"\\{letter}" if letter in "\\`*[]" else letter for letter in plain)
 
 
@@ -198,4 +198,4 @@ def _label(row: dict, shared: bool) -> str:
 
 def markdown(rows: Iterable[dict]) -> str:
     """The table in Markdown; what names say there is no markup."""
-    return pipe_table(COLUMNS, [[html.escape(cell, quote=False) for cell in line] for line in table(rows)]) + "\n"
+    return pipe_table(COLUMNS, [list(map(_literal, line)) for line in table(rows)]) + "\n"

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
+import reprlib
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
-from typing import Any
+from typing import Any, get_type_hints
 
 from kv_gym.errors import UserError, short_reason
-from kv_gym.files import exists
+from kv_gym.files import exists, is_of_type, only_class
 from kv_gym.pages.policies.base import PagePolicy
 
 _NOT_POLICIES = ("base", "exported", "learned", "registry")
@@ -58,8 +59,7 @@ def make_page_policy(policy: str | PagePolicy, **settings: Any) -> PagePolicy:
 
 def _class_in(module: str) -> type[PagePolicy]:
     kinds = [kind for kind in vars(import_module(module)).values() if isinstance(kind, type)]
-    (kind,) = [kind for kind in kinds if issubclass(kind, PagePolicy) and kind.__module__ == module]
-    return kind
+    return only_class([kind for kind in kinds if issubclass(kind, PagePolicy) and kind.__module__ == module], module)
 
 
 def _from_class_path(module: str, attribute: str) -> type[PagePolicy]:
@@ -76,7 +76,7 @@ def _typed(kind: type[PagePolicy], name: str, settings: Mapping[str, Any]) -> di
     """Settings as their fields want them; texts are read as numbers or truth values where the field is one."""
     settable: tuple[Any, ...] = fields(kind) if is_dataclass(kind) else ()
     known: dict[str, Any] = {each.name: each.type for each in settable if each.init and not each.metadata}
-    typed = {}
+    typed, hints = {}, get_type_hints(kind) if settings else {}
     for key, value in settings.items():
         if key not in known:
             raise UserError(f"page policy {name!r} has no setting {key!r}; its settings: {', '.join(known) or 'none'}")
@@ -87,5 +87,7 @@ def _typed(kind: type[PagePolicy], name: str, settings: Mapping[str, Any]) -> di
                 value = {"true": True, "false": False}[value.lower()]
         except (ValueError, KeyError):
             raise UserError(f"page policy {name!r}: {key}={value!r} is no {known[key]}") from None
+        if not is_of_type(value, hints[key]):
+            raise UserError(f"page policy {name!r}: {key}={reprlib.repr(value)} is no {known[key]}")
         typed[key] = value
     return typed

@@ -12,7 +12,7 @@ import torch
 from kv_gym import __version__
 from kv_gym.errors import UserError
 from kv_gym.evaluation.rows import refuse_unwritable
-from kv_gym.files import bundled, read_yaml, validated
+from kv_gym.files import bundled, only_class, read_yaml, validated
 from kv_gym.pages.cache import check_drawn
 from kv_gym.pages.features import check_features, features_of
 from kv_gym.pages.policies.base import PageRankingPolicy
@@ -38,8 +38,7 @@ def _agent_class(agent: str) -> type[PageAgent]:
         raise UserError(f"unknown page agent {agent!r}; known: {', '.join(list_page_agents())}")
     module = import_module(f"kv_gym.training.pages.{agent}")
     kinds = [kind for kind in vars(module).values() if isinstance(kind, type) and kind.__module__ == module.__name__]
-    (kind,) = [kind for kind in kinds if issubclass(kind, PageAgent) and not isabstract(kind)]
-    return kind
+    return only_class([kind for kind in kinds if issubclass(kind, PageAgent) and not isabstract(kind)], module.__name__)
 
 
 def train_pages(
@@ -97,6 +96,8 @@ def train_pages(
     settings = validated(kind.settings_class, written.model_dump() | given, f"page agent {agent!r}")
     if Path(out).is_file():
         raise UserError(f"{out} is a file; name a folder to write the policy into")
+    if not 0 <= seed < 2**63:
+        raise UserError(f"seed is {seed}; expected a number from 0 and below 2^63")
     if candidates < 2:
         raise UserError(f"with candidates={candidates} there is nothing to decide; expected 2 or more")
     check_drawn(drawn, candidates)
