@@ -24,7 +24,7 @@ from kv_gym.traces.prompts import Prompt
 from kv_gym.training import train
 from kv_gym.training.registry import agent_settings
 
-AGENTS = ("end_to_end", "joint", "expected", "rloo", "grpo", "ppo", "distill", "foresight", "kvzap")
+AGENTS = ("end_to_end", "joint", "expected", "rloo", "grpo", "ppo", "distill", "foresight", "kvzap", "attention_gate")
 OTHERS: dict[str, tuple[str, dict]] = {
     "joint_utility": ("joint", {"target": "utility", "loss": "softmax"}),
     "joint_hidden": ("joint", {"inputs": ["hidden"]}),

@@ -29,8 +29,9 @@ from kv_gym.hub import is_hub_id
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Paper, Policy
 from kv_gym.policies.hub import download_policy, push_policy, refuse_large
-from kv_gym.policies.scoring.attention_gate import AttentionGate, ScoringNetwork, refuse_width
+from kv_gym.policies.scoring.attention_gate import AttentionGate
 from kv_gym.policies.scoring.inputs import DEFAULT, INPUTS, check_inputs, input_width, read_inputs
+from kv_gym.policies.scoring.network import ScoringNetwork, refuse_width
 
 FORMAT = 3  # from 3 on policy.json holds a checksum
 _LARGEST = 2**31  # bytes of weights

@@ -21,7 +21,7 @@ from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Paper
 from kv_gym.policies.scorer import Scorer
-from kv_gym.policies.scoring.attention_gate import ScoringNetwork
+from kv_gym.policies.scoring.network import ScoringNetwork
 from kv_gym.traces.sequence import Contexts
 from kv_gym.training.grpo import GroupLearner, GRPOSettings, RankingGroup
 from kv_gym.training.learner import Metrics, sequence_inputs

@@ -25,8 +25,8 @@ from kv_gym.errors import UserError
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Paper
 from kv_gym.policies.scorer import GroupedScorer, Scorer
-from kv_gym.policies.scoring.attention_gate import ScoringNetwork
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN, INPUTS, check_inputs, read_inputs, slot_inputs
+from kv_gym.policies.scoring.network import ScoringNetwork
 from kv_gym.traces.bounded_cache import UNLIMITED, BoundedCache
 from kv_gym.traces.sequence import Contexts, Sequence
 

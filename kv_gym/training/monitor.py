@@ -11,8 +11,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kv_gym.policies.scoring.attention_gate import ScoringNetwork
 from kv_gym.policies.scoring.inputs import DEFAULT
+from kv_gym.policies.scoring.network import ScoringNetwork
 from kv_gym.progress import ProgressBar
 from kv_gym.traces.sequence import Sequence
 from kv_gym.training.learner import Metrics, sequence_inputs

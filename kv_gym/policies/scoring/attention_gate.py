@@ -14,45 +14,7 @@ from torch.nn import functional as F
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.policies.scoring.inputs import HIDDEN, read_inputs
-
-
-class ScoringNetwork(nn.Module):
-    """What the networks of learned policies share: standardised inputs, and scores for a run of heads.
-
-    Attributes:
-        heads: layers x KV heads, layer by layer.
-        hidden: width of its hidden layers.
-        inputs: what it reads of a slot, names of :data:`~.inputs.INPUTS`.
-        hidden_size: width of the model's hidden states, where they are an input; else 0.
-        gate_heads: attention heads of a gate, which sees the whole context; 0: tokens are scored one by one.
-        mean, scale: `[heads, 1, f]` of the inputs.
-    """
-
-    heads: int
-    hidden: int
-    depth: int
-    inputs: tuple[str, ...]
-    hidden_size: int
-    gate_heads: int = 0
-    mean: Tensor
-    scale: Tensor
-
-    def standardise(self, inputs: Tensor) -> None:
-        """Take mean and scale of every input from a sample `[heads, m, f]`."""
-        self.mean.copy_(inputs.mean(1, keepdim=True))
-        self.scale.copy_(1 / inputs.std(1, keepdim=True).clamp(min=1e-3))
-
-    def forward(self, inputs: Tensor, heads: slice | Tensor = slice(None)) -> Tensor:
-        """Scores `[heads, m]` of inputs `[heads, m, f]`; `heads` picks a run of the networks, or one per row."""
-        return self.scores((inputs - self.mean[heads]) * self.scale[heads], heads)
-
-    def scores(self, x: Tensor, heads: slice | Tensor = slice(None)) -> Tensor:
-        """The same of inputs that were standardised before: training does that once, not at every step."""
-        raise NotImplementedError
-
-    def score_view(self, view: CacheView, heads: slice) -> Tensor:
-        """Scores `[batch, kv_heads, tokens]` of a view whose heads have the networks of that run."""
-        raise NotImplementedError
+from kv_gym.policies.scoring.network import ScoringNetwork, refuse_width
 
 
 class AttentionGate(ScoringNetwork):
@@ -132,12 +94,3 @@ class AttentionGate(ScoringNetwork):
         x = (hidden - self.mean[heads.start]) * self.scale[heads.start]
         layer = heads.start // self.kv_heads
         return self.logits(x[None], slice(layer, layer + 1), view.valid.any(1))[0].transpose(1, 2)
-
-
-def refuse_width(hidden: Tensor, expected: int) -> None:
-    """Raise a UserError where hidden states are of another width than a network's."""
-    if hidden.shape[-1] != expected:
-        raise UserError(
-            f"the policy reads hidden states of {expected} numbers and the model's have {hidden.shape[-1]}: use it "
-            "with the model that it was trained on"
-        )
