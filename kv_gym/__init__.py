@@ -11,6 +11,7 @@ __version__ = "0.1.0"
 
 _HOMES = {
     "CacheView": "kv_gym.cache_view",
+    "EpisodicCache": "kv_gym.live",
     "EvictingCache": "kv_gym.live",
     "Policy": "kv_gym.policies",
     "list_policies": "kv_gym.policies",

@@ -51,6 +51,8 @@ class CacheView:
         layer: index of the layer in the model.
         scaling: factor on query-key products before the softmax (None: d ** -0.5).
         queries: `[B, Hq, m, d]` the last m queries after rotary embedding, or None if not declared as needed.
+        probe_length: how many queries came after the newest slot's own: those of a probe prompt, whose keys are no
+            slots and which sees all of them; 0: the last query is the newest token's.
         state: a stateful policy's own tensors, each `[B, H, n, ...]`.
         hidden: `[B, n, D]` hidden state of each slot's token, as the layer's attention received it, or None if not
             declared as needed. A live cache has those of new tokens and keeps none, so that only static policies,
@@ -70,6 +72,7 @@ class CacheView:
     layer: int = 0
     scaling: float | None = None
     queries: Tensor | None = None
+    probe_length: int = 0
     state: Mapping[str, Tensor] = field(default_factory=dict)
     hidden: Tensor | None = None
     future: Future | None = None
@@ -100,6 +103,10 @@ class CacheView:
         first, last = (count[..., None] for count in protected_tokens(self.budget, sinks, recent))
         return self.valid & ((self.positions < first) | (self.age < last))
 
+    def query_positions(self, m: int) -> Tensor:
+        """Positions of the last `m` queries, `[B, m]` int64; below zero where a row has fewer."""
+        return self.seen[:, None] + self.probe_length - m + torch.arange(m, device=self.seen.device)
+
     def attention(self, window: int | None = None) -> Tensor:
         """Attention of the last `window` queries over every visible slot, `[B, Hq, window, n]` float32.
 
@@ -112,7 +119,7 @@ class CacheView:
             raise ValueError("this view holds no queries: set `needs_queries` on the policy to be given them")
         m = self.queries.shape[2]
         window = min(m, m if window is None else window)
-        query_positions = self.seen[:, None] - window + torch.arange(window, device=self.keys.device)
+        query_positions = self.query_positions(window)
         return attention_weights(
             self.queries[:, :, m - window :], self.keys, query_positions, self.positions, self.valid, self.scaling
         )

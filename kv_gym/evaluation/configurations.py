@@ -8,8 +8,10 @@ from itertools import product
 from typing import Any
 
 from kv_gym.budgets import Allocation, Budget, Uniform, fitting
+from kv_gym.errors import UserError
 from kv_gym.evaluation.rows import FULL
 from kv_gym.live import EvictingCache, PolicyGroup
+from kv_gym.live.episodic_cache import EpisodeSettings
 from kv_gym.live.selection import SelectAll, Selection
 from kv_gym.live.tiers import Drop, Tier
 from kv_gym.policies import Policy, make_policy
@@ -30,6 +32,7 @@ class Configuration:
         sinks, recent: first and last tokens that always stay; None means the policy's own.
         seed: of a learned policy, which training run; None for others.
         select: which of the held slots the questions' queries read.
+        episodes: how the context is divided into episodes, each with a cache of that budget; None: it is not.
     """
 
     name: str
@@ -41,6 +44,7 @@ class Configuration:
     recent: int | None = None
     seed: int | None = None
     select: Selection = READ_ALL
+    episodes: EpisodeSettings | None = None
 
     def fields(self) -> dict[str, Any]:
         """What it says of itself in a row (:class:`kv_gym.evaluation.rows.Row`)."""
@@ -49,6 +53,7 @@ class Configuration:
             "evicted": self.evicted.name, "sinks": self.sinks, "recent": self.recent,
             "policy_bytes": getattr(self.policy, "nbytes", int)(), "select": self.select.name,
             "accept_fingerprint": bool(getattr(self.policy, "accept_fingerprint", False)),
+            "episodes": "none" if self.episodes is None else self.episodes.name,
         }  # fmt: skip
 
 
@@ -65,17 +70,21 @@ def configurations_of(
     sinks: int | None = None,
     recent: int | None = None,
     select: Iterable[Selection] = (READ_ALL,),
+    episodes: Iterable[EpisodeSettings | None] = (None,),
 ) -> list[Configuration]:
-    """Every policy (by the name that rows carry) at every budget, allocation that fits, tier and selection.
+    """Every policy (by the name that rows carry) at every budget, allocation that fits, tier, selection and episodes.
 
     Raises:
         UserError: no allocation can use a policy's scores.
     """
-    budgets, allocations, evicted, select = list(budgets), list(allocations), list(evicted), list(select)
+    budgets, allocations, evicted = list(budgets), list(allocations), list(evicted)
+    select, episodes = list(select), list(episodes)
     return [
-        Configuration(name, policy, budget, rule, tier, sinks, recent, select=read)
+        Configuration(name, policy, budget, rule, tier, sinks, recent, select=read, episodes=parts)
         for name, policy in policies.items()
-        for budget, rule, tier, read in product(budgets, fitting(policy, allocations)[0], evicted, select)
+        for budget, rule, tier, read, parts in product(
+            budgets, fitting(policy, allocations)[0], evicted, select, episodes
+        )
     ]
 
 
@@ -87,9 +96,14 @@ def cache_for(model, configurations: Sequence[Configuration]) -> EvictingCache:
         configurations: whoever will fork it with :func:`fork_for`.
 
     Raises:
-        UserError: an oracle, a policy of another model, or an allocation that cannot use a policy's scores.
+        UserError: an oracle, a policy of another model, an allocation that cannot use a policy's scores, or episodes.
     """
     for configuration in configurations:
+        if configuration.episodes is not None:
+            raise UserError(
+                f"episodes={configuration.episodes.name!r} divide a context that is read whole and asked about then, "
+                "and this task compresses or asks within it: choose another, such as dialogue:512:topics=4"
+            )
         configuration.allocation.refuse_unfit(configuration.policy)
     policies = {id(configuration.policy): configuration.policy for configuration in configurations}
     group = PolicyGroup(tuple(policies.values()))

@@ -22,6 +22,7 @@ from kv_gym.evaluation.tasks import (
     unseen_questions,
 )
 from kv_gym.evaluation.tasks.replay import replay_tasks
+from kv_gym.live.episodic_cache import parse_episodes
 from kv_gym.live.selection import parse_selection
 from kv_gym.live.tiers import parse_tier
 from kv_gym.models.fingerprint import Fingerprint
@@ -49,6 +50,7 @@ def evaluate(
     allocations: Iterable[str | Allocation] = ("uniform",),
     evicted: Iterable[str] = ("drop",),
     select: Iterable[str] = ("all",),
+    episodes: Iterable[str] = ("none",),
     json: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -77,6 +79,9 @@ def evaluate(
             model makes of it.
         select: which of the held slots a query reads: ``all``, ``mpcache:0.2`` ...; every policy is measured with each.
             Only with a model.
+        episodes: ``none``, or how many episodes a context is divided into, each with a cache of that budget, from which
+            a question chooses one: ``4``, ``4:medoids=8:block=64:match=cosine`` ...; every policy is measured with
+            each. Only with a model, and tasks whose context is compressed once.
         json: file to write the result to.
         progress: show a bar.
 
@@ -95,18 +100,18 @@ def evaluate(
     chosen, tiers = named_policies(policies), [parse_tier(name) for name in evicted]
     if model is not None and tokenizer is not None:
         chosen = {name: policy.with_tokenizer(tokenizer) for name, policy in chosen.items()}
-    selections = [parse_selection(name) for name in select]
+    selections, divisions = [parse_selection(name) for name in select], [parse_episodes(name) for name in episodes]
     configurations = configurations_of(
-        chosen, [parse_budget(each) for each in budgets], rules, tiers, sinks, recent, selections
+        chosen, [parse_budget(each) for each in budgets], rules, tiers, sinks, recent, selections, divisions
     )
     if (traces is None) == (model is None):
         raise UserError("evaluate needs either traces, or a model with tasks: give exactly one of the two")
     found: Sequence[Task]
     if traces is not None:
-        if [tier.name for tier in tiers] != ["drop"] or [each.name for each in selections] != ["all"]:
+        if [tier.name for tier in tiers] != ["drop"] or [each.name for each in selections] != ["all"] or any(divisions):
             raise UserError(
                 "replay knows what is kept and not what a model makes of it: to compare what becomes of evicted pairs, "
-                "or what queries read of the others, give a model with tasks instead of traces"
+                "what queries read of the others, or episodes, give a model with tasks instead of traces"
             )
         part = traces_in_split(traces, split)
         refuse_other_model(chosen, part.fingerprint, "the model of the traces")

@@ -37,6 +37,8 @@ class Outcome:
             its first token is, else 0; and -log p of the whole answer, nats.
         slots_read: slots of a KV head that the queries of forked questions read at most, mean over questions, layers
             and heads; None where there are no such questions.
+        tokens_read: tokens that the model read before the questions for this configuration alone, probes included; None
+            where configurations share that reading.
     """
 
     context: str
@@ -49,6 +51,7 @@ class Outcome:
     seconds: float
     answers: tuple[tuple[int, float], ...] = ()
     slots_read: float | None = None
+    tokens_read: int | None = None
 
 
 @dataclass
@@ -104,6 +107,7 @@ def per_context(outcomes: Sequence[Outcome]) -> list[Outcome]:
             sum(part.seconds for part in same),
             tuple(answer for part in same for answer in part.answers),
             same[-1].slots_read,
+            same[-1].tokens_read,
         )
         for context, same in parts.items()
     ]
@@ -136,6 +140,7 @@ def _answer_fields(outcomes: Sequence[Outcome]) -> dict[str, Any]:
     questions = sum(context.questions for context in contexts)
     losses = [None if math.isnan(context.nll) else round(context.nll, 6) for context in contexts]
     known = [loss for loss in losses if loss is not None]
+    prompts = [context.tokens_read for context in contexts if context.tokens_read is not None]
     read = [context.slots_read for context in contexts if context.slots_read is not None]
     return {
         "questions": questions,
@@ -148,6 +153,7 @@ def _answer_fields(outcomes: Sequence[Outcome]) -> dict[str, Any]:
         },
         "cache_bytes": fmean(context.cache_bytes for context in contexts),
         "slots_read": fmean(read) if read else None,
+        "tokens_read": fmean(prompts) if prompts else None,
         "answers": {context.context: [list(answer) for answer in context.answers] for context in contexts}
         if any(context.answers for context in contexts)
         else None,

@@ -100,6 +100,7 @@ class Row(BaseModel):
         allocation: who gets the slots.
         evicted: what becomes of evicted pairs.
         select: which of the held slots a query reads.
+        episodes: how the context is divided into episodes, each with a cache of its own; ``none``: it is not.
         sinks, recent: first and last tokens that always stay; None is the policy's own protection.
         window: the policy's setting of that name where it is not the default.
         trigger: when slots are evicted, such as ``prefill`` or ``every:16``.
@@ -126,6 +127,8 @@ class Row(BaseModel):
         parts: ``{part: {"questions", "correct"}}`` for tasks with parts, such as the turns of a dialogue.
         slots_read: of every KV head, slots that the last token of an answer read at most, mean over answers, layers and
             heads; None where that is not measured.
+        tokens_read: tokens that the model read before the questions for this configuration alone, probes included, mean
+            over contexts; None where configurations share that reading.
         cache_bytes: all that the compressed cache of one context holds, mean over contexts.
         policy_bytes: weights of the policy, held once.
         accept_fingerprint: whether a trained policy was to serve any model of its sizes, not its own alone.
@@ -149,6 +152,7 @@ class Row(BaseModel):
     allocation: StrictStr = "uniform"
     evicted: StrictStr = "drop"
     select: StrictStr = "all"
+    episodes: StrictStr = "none"
     sinks: Number = None
     recent: Number = None
     window: Number = None
@@ -172,6 +176,7 @@ class Row(BaseModel):
     answers: dict[str, list[tuple[int, float]]] | None = None
     parts: Annotated[dict[str, dict], PlainValidator(_parts)] = {}
     slots_read: Number = None
+    tokens_read: Number = None
     cache_bytes: Number = None
     policy_bytes: Number = None
     accept_fingerprint: StrictBool = False

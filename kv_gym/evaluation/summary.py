@@ -21,7 +21,9 @@ from kv_gym.evaluation.statistics import (
 )
 
 NULLS = ("random", "recency")
-CONFIGURATION = ("policy", "budget", "allocation", "evicted", "select", "sinks", "recent", "window", "trigger")
+CONFIGURATION = (
+    "policy", "budget", "allocation", "evicted", "select", "episodes", "sinks", "recent", "window", "trigger",
+)  # fmt: skip
 _MEANS = ("nll", "slots_read", "cache_bytes", "policy_bytes", "milliseconds", "n", "questions")
 
 
@@ -182,8 +184,8 @@ def smallest_budgets(lines: Iterable[Mapping], tolerance: float = 0.01) -> dict[
         tolerance: how far below the full cache's accuracy the lower end of the interval may lie.
 
     Returns:
-        By ``(task, policy, allocation, evicted, select, sinks, recent, window, trigger)`` the smallest budget at and
-        above which all measured ones hold, or None. Tasks without a full cache are left out.
+        By task and the names of :data:`CONFIGURATION` but the budget, the smallest budget at and above which all
+        measured ones hold, or None. Tasks without a full cache are left out.
     """
     lines = list(lines)
     full = {line["task"]: line["accuracy"] for line in lines if line["policy"] == FULL}

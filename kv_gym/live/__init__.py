@@ -6,6 +6,8 @@ from kv_gym.live.cache import EvictingCache
 from kv_gym.live.captured_steps import CapturedSteps
 from kv_gym.live.config import CacheConfig, PolicyGroup
 from kv_gym.live.conversation import Conversation, chat
+from kv_gym.live.episodes import Episodes, conversation_windows, model_embedding, sentence_embedding
+from kv_gym.live.episodic_cache import EpisodicCache
 from kv_gym.live.generate import Generated, generate
 from kv_gym.live.guard import Guard
 from kv_gym.live.ragged_attention import ragged_backend
@@ -14,13 +16,18 @@ __all__ = [
     "CacheConfig",
     "CapturedSteps",
     "Conversation",
+    "Episodes",
+    "EpisodicCache",
     "EvictingCache",
     "Generated",
     "Guard",
     "PolicyGroup",
     "chat",
+    "conversation_windows",
     "generate",
+    "model_embedding",
     "ragged_backend",
+    "sentence_embedding",
 ]
 
 

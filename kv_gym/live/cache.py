@@ -41,8 +41,10 @@ from kv_gym.live.layer_state import MAX_PENDING, LayerState
 from kv_gym.live.saving import SavedCache, write_cache
 from kv_gym.live.selection import Selection
 from kv_gym.live.tiers import Tier, TierRecorder
-from kv_gym.models.attention import attach, detach, full_layers
+from kv_gym.models.attention import attach, attention_modules, detach, full_layers
 from kv_gym.models.hidden_states import attach_hidden_state_hooks, remove_hidden_state_hooks
+from kv_gym.models.loading import token_rows
+from kv_gym.models.probe import read_probe
 from kv_gym.models.second_reading import run_second_reading
 from kv_gym.policies import Policy, StatefulPolicy
 
@@ -98,6 +100,11 @@ class EvictingCache(Cache):
             others of :mod:`kv_gym.live.selection`. It saves the bytes that a step reads, and none that the cache holds.
         delay: a token is judged when so many others have come after it, by policies that have seen what these attended
             to; the newest ones always stay. They count in the budget, of which half at most is protected.
+        probe: token ids that the model reads behind the context before every cut and forgets. Policies see the
+            attention of their queries over all slots instead of the newest tokens' (those with memory: beside it), so
+            that tokens are judged by a text of your choice, such as an expected question. Evictions then come at the
+            end of a forward; to read a long prompt in blocks, give the blocks one by one: see
+            :class:`~kv_gym.live.EpisodicCache`, which does.
 
     Attributes:
         model: the transformers decoder, without its wrapper.
@@ -126,11 +133,12 @@ class EvictingCache(Cache):
         positions: str | None = None,
         select: str | Selection = "all",
         delay: int = 0,
+        probe: Sequence[int] = (),
     ):
         self.config = CacheConfig.parse(
             model, policy=policy, budget=budget, allocation=allocation, trigger=trigger, sinks=sinks, recent=recent,
             evicted=evicted, guard=guard, offload=offload, positions=positions, select=select,
-            delay=delay,
+            delay=delay, probe=tuple(probe),
         )  # fmt: skip
         self._initial_budget = self.config.budget
         self.monitor = None if guard is None else GuardMonitor(guard)
@@ -244,6 +252,25 @@ class EvictingCache(Cache):
             run_second_reading(self.model, policy, unread, by_index, self.layers, self.seen, padded)
             states[0].unread, states[0].unread_is_padded = None, False
 
+    def run_probe(self) -> None:
+        """Have the model read the probe now, where there is one: policies see its queries until the next cut.
+
+        Evictions do it themselves.
+
+        Raises:
+            UserError: nothing was seen yet, or rows of a batch that hold padding.
+        """
+        self._refuse_empty()
+        if self.config.probe:
+            if set(self._states[0].tokens_seen) != {self.seen}:
+                raise UserError(
+                    "a probe is read behind texts of one length, and rows of this batch hold padding: give the rows "
+                    "one at a time"
+                )
+            states = {state.index: state for state in self._states}
+            rows = token_rows(self.model, [self.config.probe] * len(self._states[0].tokens_seen))
+            read_probe(self.model, rows, states, self.layers, self.seen)
+
     def restore(self) -> None:
         """Put back every evicted pair in full precision, in all rows, and evict nothing until :meth:`reset`.
 
@@ -313,6 +340,24 @@ class EvictingCache(Cache):
         ]
         twin._attach()
         return twin
+
+    def move(self, device: str | torch.device | None = None) -> None:
+        """Move all that the cache holds, for a time in which the model does not need it.
+
+        Args:
+            device: such as ``"cpu"``; None moves it back to where the model's layers are.
+
+        Raises:
+            UserError: a tier that stores evicted pairs, a guard, or copies on the host.
+        """
+        modules = attention_modules(self.model)
+        layer: Any  # a sliding one is transformers' own
+        for index, layer in enumerate(self.layers):
+            target = next(modules[index].parameters()).device if device is None else torch.device(device)
+            if isinstance(layer, EvictingLayer):
+                layer.state.move(target)
+            elif layer.keys is not None:
+                layer.keys, layer.values = layer.keys.to(target), layer.values.to(target)
 
     def __deepcopy__(self, memo: dict) -> EvictingCache:
         """The same as :meth:`fork`: the model is not copied."""
@@ -556,9 +601,11 @@ class EvictingCache(Cache):
                 state.mark_evicted(rows_to_evict)
             return
         self.run_second_reading()
+        self.run_probe()
         if not allocation.whole_model:
             for state in states:
                 state.evict(rows_to_evict, trim)
+                state.forget_probe()
             return
         masks = allocation.kept([state.score_slots(rows_to_evict) for state in states])
         lengths: Iterable[Tensor | None] = [None] * len(states)
@@ -566,6 +613,7 @@ class EvictingCache(Cache):
             lengths = HostCopy.read(torch.stack([to_device(kept.sum(2), masks[0].device) for kept in masks]))
         for state, kept, counts in zip(states, masks, lengths, strict=True):
             state.keep_slots(kept, trim, counts)
+            state.forget_probe()
 
     def _use_budget(self, budget: str | int | float) -> None:
         self.config = self.config.fork(budget=budget)

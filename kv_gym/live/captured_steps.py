@@ -96,6 +96,8 @@ class CapturedSteps:
             return "some layers have a cache of transformers' own"
         if config.stateful_policies or config.needs_second_reading:
             return f"policy {config.policy.name!r} remembers every step"
+        if config.probe:
+            return "a probe is read before every cut"
         if config.needs_hidden:
             return f"policy {config.policy.name!r} reads hidden states"
         if config.guard is not None or config.offload or config.layer_tier.sees_queries:

@@ -137,6 +137,8 @@ class CacheConfig:
         positions: rotary positions of kept keys, one of `POSITIONS`.
         select: which of the slots a query reads.
         delay: the newest tokens that are not judged yet.
+        probe: token ids that the model reads before every cut, and whose queries policies see instead of the newest
+            tokens'; empty: there are none.
         checked: policies that are known to fit the model, and need not be checked again.
 
     Raises:
@@ -156,6 +158,7 @@ class CacheConfig:
     positions: str = "original"
     select: Selection = field(default_factory=SelectAll)
     delay: int = 0
+    probe: tuple[int, ...] = ()
     checked: tuple[Policy, ...] = field(default=(), repr=False, compare=False)
 
     @classmethod
@@ -195,6 +198,7 @@ class CacheConfig:
         self.evicted.refuse_other_model(self.model)
         self._refuse_unfit_recording()
         self._refuse_unfit_selection()
+        self._refuse_unfit_probe()
         if self.positions not in POSITIONS:
             raise UserError(f"positions={self.positions!r} is unknown; expected 'original' or 'cache'")
         if self.rope_shift is not None and not isinstance(self.layer_tier, Drop):
@@ -260,15 +264,35 @@ class CacheConfig:
                 "the two"
             )
 
+    def _refuse_unfit_probe(self) -> None:
+        vocabulary = self.model.config.get_text_config().vocab_size
+        wrong = [token for token in self.probe if type(token) is not int or not 0 <= token < vocabulary]
+        if wrong:
+            raise UserError(
+                f"a probe holds {wrong[0]!r}; expected token ids from 0 and below {vocabulary}, made with the model's "
+                "tokenizer"
+            )
+        if self.probe and self.needs_second_reading:
+            raise UserError(
+                f"policy {self.policy.name!r} has the context repeated before a cut, and a probe is another text to "
+                "read there: choose a policy without a second reading, or leave the probe out"
+            )
+        if self.probe and self.allocation.cascades:
+            raise UserError(
+                f"allocation {self.allocation.name!r} cuts layers while later ones are read, and a probe is read when "
+                "all have been: choose another allocation, or leave the probe out"
+            )
+
     def _refuse_what_was_not_kept(self, changed: CacheConfig) -> None:
         policy, kept = changed.policy, self.tracked_policies
         group = "or with a PolicyGroup that has the policy as a member"
         stateful = isinstance(policy, StatefulPolicy) or policy.needs_hidden
-        if (stateful and policy not in kept) or policy.needs_queries > self.num_queries:
+        lacks_queries = policy.needs_queries > self.num_queries and not self.probe
+        if (stateful and policy not in kept) or lacks_queries:
             raise UserError(
                 f"the cache did not keep what policy {policy.name!r} needs: make it with that policy, {group}"
             )
-        if changed.num_queries > self.num_queries:
+        if changed.num_queries > self.num_queries and not self.probe:
             raise UserError(
                 f"the cache kept the last {self.num_queries} queries, and policy {policy.name!r} with allocation "
                 f"{changed.allocation.name!r} needs {changed.num_queries}, which it did not keep: make it with that "
@@ -327,7 +351,7 @@ class CacheConfig:
     def depends_on_queries(self) -> bool:
         """Whether anything but the slots changes when queries come."""
         observing = any(policy.repetition is None for _, policy in self.stateful_policies)
-        return bool(self.num_queries or observing or self.layer_tier.sees_queries)
+        return bool((self.num_queries and not self.probe) or observing or self.layer_tier.sees_queries)
 
     @property
     def reads_all(self) -> bool:
@@ -343,7 +367,7 @@ class CacheConfig:
     def evicts_after_forward(self) -> bool:
         """Whether evictions come at the end of a forward, when all layers have read it."""
         whole = self.allocation.whole_model and not self.allocation.cascades
-        return whole or self.policy.repetition is not None
+        return whole or self.policy.repetition is not None or bool(self.probe)
 
     @property
     def block_size(self) -> int | None:

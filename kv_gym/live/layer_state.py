@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from kv_gym.budgets import ScoredLayer, slot_to_evict, top_mask
-from kv_gym.cache_view import CacheView
+from kv_gym.cache_view import CacheView, attention_weights
 from kv_gym.devices import HostCopy, number_tensor, to_device
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
@@ -20,6 +20,7 @@ from kv_gym.live.slots import EqualSlots, RaggedSlots, Slots, concatenate
 from kv_gym.live.tiers import EvictedPairs, TierRecorder
 from kv_gym.live.tiers.base import select_rows
 from kv_gym.models.attention import output_projection
+from kv_gym.models.context_repetition import QUERY_BLOCK
 from kv_gym.policies import StatefulPolicy
 from kv_gym.policies.scoring.block_schedule import observe_blocks
 
@@ -249,7 +250,7 @@ class LayerState:
 
     def _observe_now(self, query: Tensor, token_mask: Tensor | None) -> None:
         self.tier.observe(query, token_mask)
-        if self.config.num_queries:
+        if self.config.num_queries and not self.config.probe:
             self.queries = last_queries(self.queries, query, self.config.num_queries, token_mask)
         if not self.config.stateful_policies:
             return
@@ -260,6 +261,31 @@ class LayerState:
             state = {name: filled[buffer] for name, buffer in self._state_names(i)}
             for name, tensor in _observed(policy, view, query, state, token_mask, newest_last).items():
                 self.slots.write(f"{i}/{name}", tensor)
+
+    def observe_probe(self, query: Tensor) -> None:
+        """Show policies the queries `[batch, query_heads, m, d]` of a probe, which see every slot and become none."""
+        if self.config.num_queries:
+            self.queries = query.clone()
+        if not self.config.stateful_policies:
+            return
+        view, filled = self._view(None)
+        view = replace(view, queries=None, state={})
+        asked_at = view.seen[:, None] + torch.arange(query.shape[2], device=query.device)
+        for i, policy in self.config.stateful_policies:
+            state = {name: filled[buffer] for name, buffer in self._state_names(i)}
+            for start in range(0, query.shape[2], QUERY_BLOCK):
+                block = slice(start, start + QUERY_BLOCK)
+                attention = attention_weights(
+                    query[:, :, block], view.keys, asked_at[:, block], view.positions, view.valid, self.scaling
+                )
+                state = policy.observe(view, attention, state)
+            for name, tensor in state.items():
+                self.slots.write(f"{i}/{name}", tensor)
+
+    def forget_probe(self) -> None:
+        """Drop the queries of a probe, when every layer has been cut by them."""
+        if self.config.probe:
+            self.queries = None
 
     def write_state(self, state: Mapping[str, Tensor]) -> None:
         """Replace the policy's state, tensors `[batch, kv_heads, longest, ...]`."""
@@ -281,6 +307,9 @@ class LayerState:
         if self.config.rope_shift is not None:  # policies see what attention sees
             filled["keys"] = self.config.rope_shift.shifted_keys(self.slots, self.tokens_seen)
         wanted = max(self.config.policy.needs_queries, self.config.allocation.needs_queries)
+        queries = self.queries if wanted else None
+        if queries is not None and not self.config.probe:  # of a probe all count
+            queries = queries[:, :, -wanted:]
         view = CacheView(
             filled["keys"],
             filled["values"],
@@ -290,7 +319,8 @@ class LayerState:
             budget=self._view_budget(rows_to_evict, valid),
             layer=self.index,
             scaling=self.scaling,
-            queries=self.queries[:, :, -wanted:] if wanted and self.queries is not None else None,
+            queries=queries,
+            probe_length=len(self.config.probe),
             # the policy's own: it is the only one tracked, unless it is a group, which does not score
             state={name: filled[buffer] for name, buffer in self._state_names(0)},
             output=self.output,
@@ -507,6 +537,25 @@ class LayerState:
         self.tokens_seen = [self.tokens_seen[row] for row in chosen]
         self.evicted_at = [self.evicted_at[row] for row in chosen]
         self.unread, self.queries = select_rows(self.unread, rows), select_rows(self.queries, rows)
+
+    def move(self, device: torch.device) -> None:
+        """Move all that is held to a device.
+
+        Raises:
+            UserError: a tier that stores evicted pairs.
+        """
+        if self.tier.stored is not None or isinstance(self.tier, TierRecorder):
+            raise UserError(
+                f"a cache with evicted={self.config.layer_tier.name!r}, a guard or offload=True stays on its device: "
+                "move one that drops or merges what it evicts"
+            )
+        self.observe_pending()
+        if self.tokens_seen:
+            self.slots = self.slots.moved(device)
+        self.selection.forget()
+        self.queries, self.unread = (
+            None if tensor is None else tensor.to(device) for tensor in (self.queries, self.unread)
+        )
 
     def fork(self, config: CacheConfig) -> LayerState:
         """An independent copy with other settings; it takes along only what their policies need."""

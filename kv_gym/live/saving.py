@@ -97,6 +97,7 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
         "select": config.select.name,
         "delay": config.delay,
         "tier": config.evicted.digest if isinstance(config.evicted, LowRankState) else None,
+        "probe": list(config.probe),
         "sinks": config.sinks,
         "recent": config.recent,
         "seen": seen,
@@ -203,6 +204,7 @@ class SavedCache:
             "select": str(header.get("select", "all")),
             "delay": _count(header.get("delay", 0), MAX_TOKENS),
             "evicted": _choose_tier(header.get("tier"), evicted, file),
+            "probe": tuple(header.get("probe", ())),
         }
 
     def restore_layers(self, model, layers: Sequence[Any]) -> None:
@@ -308,7 +310,7 @@ class SavedCache:
             expected[f"slots.{name}"] = [*front, *inner], kind
         if "lengths" in tensors:
             expected |= {name: ([rows, heads], torch.int64) for name in ("lengths", "capacities")}
-        if config.num_queries:
+        if config.num_queries and not config.probe:
             expected["queries"] = [rows, model.query_heads, range(1, config.num_queries + 1), d], dtype
         if any(name.startswith("tier.") for name in tensors):  # none before the first eviction
             for name, (shape, kind) in state.tier.saved_shapes(rows, dtype).items():

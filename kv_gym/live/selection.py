@@ -11,6 +11,9 @@ in. That saves the bytes that a decoding step reads, not those that the cache ho
 ``quest:0.2``      Quest: a fifth of the groups of 16, by the largest product that a key within the bounds could have
 ``random:0.2``     a fifth of the groups of 16, at random: what choosing is compared with
 =================  ==========================================================================================
+
+Settings may follow the share: ``mpcache:0.2:group=8:wide=1:alpha=0.8`` has groups of 8, looks into all wide groups, and
+weighs the maximum by 0.8. Small groups have tight bounds, and more of them to read: as many bytes as one slot for each.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ import math
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, fields
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -31,8 +34,6 @@ from kv_gym.errors import UserError
 from kv_gym.live.slots import EqualSlots, Slots, take
 from kv_gym.policies.base import Paper
 
-GROUP = 16  # slots; two of them are a wide group
-
 
 @dataclass(frozen=True)
 class Selection(ABC):
@@ -40,24 +41,31 @@ class Selection(ABC):
 
     Class attributes:
         paper: its source.
-        wide_share: of the wide groups of 32 slots, the share that is searched for groups of 16.
 
     Attributes:
-        share: of the groups of 16 slots, the share that is read beside the first and the newest one.
+        share: of the groups, the share that is read beside the first and the newest one.
         paired: whether the layers 3, 5, ... read the tokens that the layer before chose (counted from 0).
+        group: slots of a group; two groups are a wide group.
+        wide: of the wide groups, the share that is searched for groups.
 
     Raises:
-        UserError: a share outside (0, 1].
+        UserError: a share outside (0, 1], or a group of no slot.
     """
 
     paper: ClassVar[Paper | None] = None
-    wide_share: ClassVar[float] = 1.0
     share: float = 0.2
     paired: bool = False
+    group: int = 16
+    wide: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.share <= 1:
-            raise UserError(f"a selection reads a share of {self.share:g} of the groups; expected one in (0, 1]")
+        if not (0 < self.share <= 1 and 0 < self.wide <= 1):
+            raise UserError(
+                f"a selection reads a share of {self.share:g} of the groups in {self.wide:g} of the wide groups; "
+                "expected shares in (0, 1]"
+            )
+        if self.group < 1:
+            raise UserError(f"a selection has groups of {self.group} slots; expected 1 or more")
 
     @property
     @abstractmethod
@@ -67,7 +75,12 @@ class Selection(ABC):
     @property
     def name(self) -> str:
         """What :func:`parse_selection` reads."""
-        return f"{self.kind}:{self.share:g}" + (":paired" if self.paired else "")
+        changed = [
+            f"{each.name}={getattr(self, each.name):g}"
+            for each in fields(self)
+            if each.name not in ("share", "paired") and getattr(self, each.name) != each.default
+        ]
+        return ":".join([self.kind, f"{self.share:g}", *changed, *["paired"] * self.paired])
 
     @abstractmethod
     def bound(self, query: Tensor, low: Tensor, high: Tensor, ordinal: int) -> Tensor:
@@ -80,9 +93,9 @@ class Selection(ABC):
         """
 
     def groups_read(self, visible: int) -> int:
-        """How many groups of 16 a query reads that sees `visible` slots."""
-        groups, wide = -(-visible // GROUP), -(-visible // (2 * GROUP))
-        searched = min(_best(max(self.wide_share, self.share), wide), wide - 1)
+        """How many groups a query reads that sees `visible` slots."""
+        groups, wide = -(-visible // self.group), -(-visible // (2 * self.group))
+        searched = min(_best(max(self.wide, self.share), wide), wide - 1)
         others = groups - 1 - 2 * (wide - 1)  # complete groups of the newest wide one, which is always searched
         return min(_best(self.share, groups), 2 * searched + others) + 1
 
@@ -97,14 +110,14 @@ class Selection(ABC):
         """
         _, heads, groups, _ = low.shape
         grouped = query.unflatten(1, (heads, -1)).to(low.dtype)
-        newest = (visible - 1)[..., None] // GROUP
+        newest = (visible - 1)[..., None] // self.group
         index = torch.arange(groups, device=low.device)
         searched = index < newest
-        if self.wide_share < 1:
+        if self.wide < 1:
             low_of_wide, high_of_wide = (_pairs(low).amin(3), _pairs(high).amax(3))
             wide = torch.arange(low_of_wide.shape[2], device=low.device)
             bound = self.bound(grouped, low_of_wide, high_of_wide, ordinal).amax(2)
-            opened = _first_and_best(bound, wide < newest // 2, max(self.wide_share, self.share), newest // 2 + 1)
+            opened = _first_and_best(bound, wide < newest // 2, max(self.wide, self.share), newest // 2 + 1)
             opened |= wide == newest // 2
             searched = searched & opened.repeat_interleave(2, 3)[..., :groups]
         bound = self.bound(grouped, low, high, ordinal).amax(2)
@@ -145,8 +158,13 @@ class MPCacheSelection(Selection):
         venue="NeurIPS 2025",
     )  # fmt: skip
     kind = "mpcache"
-    wide_share = 0.5
+    wide: float = 0.5
     alpha: float = 0.6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.alpha <= 1:
+            raise UserError(f"mpcache has alpha={self.alpha:g}; expected a weight in [0, 1]")
 
     def bound(self, query: Tensor, low: Tensor, high: Tensor, ordinal: int) -> Tensor:
         """The product with a mean of the bounds."""
@@ -190,14 +208,16 @@ _KINDS: dict[str, type[Selection]] = {
     for kind in (MPCacheSelection, QuestSelection, RandomSelection)  # type: ignore[misc]
 }
 SELECTIONS = ("all", *_KINDS)
-_NAME = re.compile(r"(\w+):(\d*\.?\d+)(:paired)?")
+_NAME = re.compile(r"(\w+):(\d*\.?\d+)((?::\w+=\d*\.?\d+)*)(:paired)?")
 
 
 def parse_selection(select: str | Selection) -> Selection:
-    """A selection by name: ``all``, ``mpcache:SHARE``, ``quest:SHARE`` or ``random:SHARE``, also with ``:paired``.
+    """A selection by name: ``all``, ``mpcache:SHARE``, ``quest:SHARE`` or ``random:SHARE``.
+
+    Settings of the selection may follow, then ``paired``: ``mpcache:0.2:group=8:wide=1:alpha=0.8:paired``.
 
     Raises:
-        UserError: an unknown name, or a share outside (0, 1].
+        UserError: an unknown name or setting, or a number out of range.
     """
     if isinstance(select, Selection):
         return select
@@ -207,7 +227,18 @@ def parse_selection(select: str | Selection) -> Selection:
     if match is None or match[1] not in _KINDS:
         shares = ", ".join(f"'{kind}:SHARE'" for kind in _KINDS)
         raise UserError(f"select={select!r} is unknown; expected 'all', {shares}, such as 'mpcache:0.2'")
-    return _KINDS[match[1]](float(match[2]), bool(match[3]))
+    kind, settings = _KINDS[match[1]], dict(setting.split("=") for setting in match[3].split(":")[1:])
+    known: dict[str, Any] = {
+        each.name: type(each.default) for each in fields(kind) if each.name not in ("share", "paired")
+    }
+    for name, value in settings.items():
+        if name not in known or (known[name] is int and not value.isdecimal()):
+            raise UserError(
+                f"select={select!r} has {name}={value}; expected settings of {match[1]}: "
+                + ", ".join(f"{each}={'8' if number is int else '0.5'}" for each, number in known.items())
+            )
+    numbers: dict[str, Any] = {name: known[name](value) for name, value in settings.items()}
+    return kind(float(match[2]), bool(match[4]), **numbers)
 
 
 class LayerSelection:
@@ -283,7 +314,7 @@ class LayerSelection:
             partner._selected = None
         else:
             chosen = self.settings.chosen_groups(query, self.low, self.high, visible, self.ordinal)
-            mask = chosen.repeat_interleave(GROUP, 3)[..., : real.shape[2]]
+            mask = chosen.repeat_interleave(self.settings.group, 3)[..., : real.shape[2]]
         mask = mask & (places < visible[..., None])
         self.read = mask.sum(3).amax(2)
         if self.settings.paired:
@@ -294,17 +325,18 @@ class LayerSelection:
 
     def _update(self, keys: Tensor, counts: Tensor, m: int) -> None:
         """Bring the bounds up to date with the keys `[batch, kv_heads, longest, d]`, of which `m` are new."""
-        groups = -(-keys.shape[2] // GROUP)
-        if self.low is None or self.high is None or m > GROUP or groups < self.low.shape[2]:
-            padded = F.pad(keys, (0, 0, 0, groups * GROUP - keys.shape[2]))
-            grouped = padded.unflatten(2, (groups, GROUP))  # an incomplete group is never searched
+        size = self.settings.group
+        groups = -(-keys.shape[2] // size)
+        if self.low is None or self.high is None or m > size or groups < self.low.shape[2]:
+            padded = F.pad(keys, (0, 0, 0, groups * size - keys.shape[2]))
+            grouped = padded.unflatten(2, (groups, size))  # an incomplete group is never searched
             self.low, self.high = grouped.amin(3), grouped.amax(3)
             return
         if groups > self.low.shape[2]:
             self.low, self.high = (F.pad(each, (0, 0, 0, 1)) for each in (self.low, self.high))
-        # up to 16 new tokens complete at most one group of every head
-        last = (counts // GROUP - 1).clamp(min=0)[..., None]
-        index = last * GROUP + torch.arange(GROUP, device=keys.device)
+        # as many new tokens as a group has complete at most one group of every head
+        last = (counts // size - 1).clamp(min=0)[..., None]
+        index = last * size + torch.arange(size, device=keys.device)
         complete = take(keys, index.clamp(max=keys.shape[2] - 1))  # where no group is complete, none is searched
         for bounds, found in ((self.low, complete.amin(2, True)), (self.high, complete.amax(2, True))):
             bounds.scatter_(2, last[..., None].expand_as(found), found)
@@ -313,10 +345,10 @@ class LayerSelection:
         self, query: Tensor, filled: dict[str, Tensor], chosen: Tensor, length: int, scaling: float, dropout: float
     ) -> Tensor:
         """A decoding step that reads only the groups `chosen [batch, kv_heads, groups]`, as many of every head."""
-        groups = self.settings.groups_read(length)
+        groups, size = self.settings.groups_read(length), self.settings.group
         index = chosen.byte().argsort(dim=2, descending=True, stable=True)[:, :, :groups]  # the newest is the last
-        slots = (index[..., None] * GROUP + torch.arange(GROUP, device=index.device)).flatten(2)
-        slots = slots[:, :, : groups * GROUP - (-length % GROUP)]
+        slots = (index[..., None] * size + torch.arange(size, device=index.device)).flatten(2)
+        slots = slots[:, :, : groups * size - (-length % size)]
         self.read = torch.full_like(slots[:, :, 0], slots.shape[2])
         keys, values = (take(filled[name], slots) for name in ("keys", "values"))
         return _attend(query, keys, values, None, scaling, dropout)

@@ -145,6 +145,10 @@ class Slots(ABC):
         """
 
     @abstractmethod
+    def moved(self, device: torch.device) -> Slots:
+        """The same slots on another device."""
+
+    @abstractmethod
     def to_ragged(self, like: Mapping[str, Tensor] | None = None) -> RaggedSlots:
         """The same slots with heads that may differ in length.
 
@@ -350,6 +354,12 @@ class EqualSlots(Slots):
     def clone(self, names: Mapping[str, str] | None = None) -> Slots:
         names = {name: name for name in self.buffers} if names is None else names
         return EqualSlots({new: self[old].clone() for old, new in names.items()}, self.length)
+
+    def moved(self, device: torch.device) -> Slots:
+        self.close_gap()
+        return EqualSlots(
+            {name: buffer.to(device) for name, buffer in self.buffers.items()}, self.length, self.borrowed
+        )
 
     def to_ragged(self, like: Mapping[str, Tensor] | None = None) -> RaggedSlots:
         if self.length:
@@ -562,6 +572,10 @@ class RaggedSlots(Slots):
         copy = RaggedSlots(buffers, self.lengths, self.capacities, self.bounds)
         copy._lay_out(self.bounds)
         return copy
+
+    def moved(self, device: torch.device) -> Slots:
+        buffers = {name: buffer.to(device) for name, buffer in self.buffers.items()}
+        return RaggedSlots(buffers, self.lengths, self.capacities, self.bounds.cpu())
 
     def to_ragged(self, like: Mapping[str, Tensor] | None = None) -> RaggedSlots:
         return self

@@ -91,13 +91,49 @@ def _beginning(model) -> tuple[int, ...]:
     return (token,) if isinstance(token, int) else ()
 
 
-class _RereadingLayer(CacheLayerMixin):
-    """A full-attention layer while one chunk is repeated; it stores nothing of the chunk."""
+class ReadOnlyLayer(CacheLayerMixin):
+    """A full-attention layer whose slots a forward attends to, and which stores nothing of that forward."""
 
     is_compileable = False
     is_croppable = False
     is_sliding = False
     supports_early_init = False
+
+    def __init__(self, cached: CachedLayer, columns: int):
+        super().__init__()
+        self._cached, self._columns = cached, columns
+        self._slots = cached.view().positions.shape[2]
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
+        """Nothing is stored."""
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
+        """Pass the new keys and values on to :meth:`attend`, which puts them behind the cached ones."""
+        observe_next_attention(self)
+        return key_states, value_states
+
+    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
+        """Attention over cached and new slots."""
+        raise NotImplementedError
+
+    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
+        """Length and offset of a mask that :meth:`attend` replaces."""
+        length = query_length if isinstance(query_length, int) else query_length.shape[0]
+        return self._slots + length, self._columns - self._slots
+
+    def get_seq_length(self) -> int:
+        """Tokens seen before the forward."""
+        return self._columns
+
+    def get_max_length(self) -> int:
+        """No maximum."""
+        return -1
+
+    get_max_cache_shape = get_max_length
+
+
+class _RereadingLayer(ReadOnlyLayer):
+    """A full-attention layer while one chunk is repeated."""
 
     def __init__(
         self,
@@ -109,18 +145,9 @@ class _RereadingLayer(CacheLayerMixin):
         repeated: tuple[Tensor, Tensor],
         columns: int,
     ):
-        super().__init__()
-        self._index, self._cached, self._policy, self._repetition = index, cached, policy, repetition
-        self._real, self._repeated, self._columns = real, repeated, columns
-        self._slots = cached.view().positions.shape[2]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Nothing is stored."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Pass the new keys and values on to :meth:`attend`, which puts them behind the cached ones."""
-        observe_next_attention(self)
-        return key_states, value_states
+        super().__init__(cached, columns)
+        self._index, self._policy, self._repetition = index, policy, repetition
+        self._real, self._repeated = real, repeated
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """Attention over cached and new slots; the policy is shown what the chunk's cached tokens receive."""
@@ -144,7 +171,7 @@ class _RereadingLayer(CacheLayerMixin):
             block = slice(start, min(start + QUERY_BLOCK, m))
             part = replace(
                 call, query=call.query[:, :, block], key=keys, value=values,
-                mask=_mask(call.query, valid, positions, query_positions[:, block]),
+                mask=visibility_mask(call.query, valid, positions, query_positions[:, block]),
             )  # fmt: skip
             outputs.append(part.run()[0])
             attention = attention_weights(
@@ -156,23 +183,8 @@ class _RereadingLayer(CacheLayerMixin):
         self._cached.write_state(state)
         return torch.cat(outputs, 1), None
 
-    def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
-        """Length and offset of a mask that :meth:`attend` replaces."""
-        length = query_length if isinstance(query_length, int) else query_length.shape[0]
-        return self._slots + length, self._columns - self._slots
 
-    def get_seq_length(self) -> int:
-        """Tokens seen before the repetition."""
-        return self._columns
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length
-
-
-def _mask(like: Tensor, valid: Tensor, positions: Tensor, query_positions: Tensor) -> Tensor:
+def visibility_mask(like: Tensor, valid: Tensor, positions: Tensor, query_positions: Tensor) -> Tensor:
     """Additive `[batch, query_heads, m, n]`: which slots the queries at `query_positions [batch, m]` see."""
     visible = valid[:, :, None] & (positions[:, :, None] <= query_positions[:, None, :, None])
     mask = torch.zeros(visible.shape, dtype=like.dtype, device=like.device)

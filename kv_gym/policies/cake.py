@@ -15,7 +15,6 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
 from kv_gym.policies.base import Paper, WindowPolicy
-from kv_gym.policies.scoring.attention_hits import query_positions
 from kv_gym.policies.scoring.neighbours import smooth
 
 
@@ -39,7 +38,7 @@ class CAKE(WindowPolicy):
         window = attention.shape[2]
         # a row that has seen fewer tokens has fewer queries
         queries = view.seen.clamp(max=window)[:, None, None]
-        real = (query_positions(view, window) >= 0)[:, None, :, None]
+        real = (view.query_positions(window) >= 0)[:, None, :, None]
         mean = attention.sum(2) / queries
         variance = ((attention - mean[:, :, None]) * real).square().sum(2) / (queries - 1).clamp(min=1)
         return smooth(group_mean(mean + self.gamma * variance, view.keys.shape[1]), view, window, self.kernel)

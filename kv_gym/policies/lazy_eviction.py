@@ -17,7 +17,7 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.policies.base import Paper, StatefulPolicy
-from kv_gym.policies.scoring.attention_hits import above, query_positions
+from kv_gym.policies.scoring.attention_hits import above
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class LazyEviction(StatefulPolicy):
         hits = above(attention, view, self.threshold)
         last, gap = state["last"], state["gap"]
         for row, when in enumerate(
-            query_positions(view, hits.shape[2]).unbind(1)
+            view.query_positions(hits.shape[2]).unbind(1)
         ):  # every hit depends on the one before
             hit, when = hits[:, :, row], when[:, None, None]
             gap = torch.where(hit, torch.maximum(gap, when - last), gap)

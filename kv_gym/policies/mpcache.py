@@ -16,7 +16,6 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView, group_mean
 from kv_gym.policies.base import Paper, Policy
-from kv_gym.policies.scoring.attention_hits import query_positions
 from kv_gym.policies.scoring.neighbours import mean_over_heads
 
 
@@ -45,5 +44,5 @@ class MPCache(Policy):
         attention = view.attention(self.window)
         received = mean_over_heads(group_mean(attention, view.keys.shape[1]), view)
         first = view.seen - (view.seen * self.share).ceil().long().clamp(min=1)
-        counted = query_positions(view, attention.shape[2]) >= first[:, None]
+        counted = view.query_positions(attention.shape[2]) >= first[:, None]
         return (received * counted[:, None, :, None]).amax(2)

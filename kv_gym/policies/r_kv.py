@@ -19,7 +19,6 @@ from torch.nn import functional as F
 
 from kv_gym.cache_view import CacheView
 from kv_gym.policies.base import Paper, WindowPolicy
-from kv_gym.policies.scoring.attention_hits import query_positions
 from kv_gym.policies.scoring.neighbours import smooth
 
 _CHUNK = 32  # keys compared with all others at a time
@@ -57,7 +56,7 @@ class RKV(WindowPolicy):
         window, d = queries.shape[2:]
         products = queries.unflatten(1, (view.keys.shape[1], -1)) @ view.keys.float().transpose(-1, -2)[:, :, None]
         logits = products.amax(2) * (d**-0.5 if view.scaling is None else view.scaling)  # [B, H, window, n]
-        queried_at = query_positions(view, window)[:, None, :, None]
+        queried_at = view.query_positions(window)[:, None, :, None]
         visible = view.valid[:, :, None] & (view.positions[:, :, None] <= queried_at)
         recent = (view.age < window)[:, :, None]
         newer, older = (

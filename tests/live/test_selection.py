@@ -26,7 +26,7 @@ def bounds(groups):
     return keys.amin(3), keys.amax(3)
 
 
-def slow_choice(query_group, keys, share, alpha=0.6):
+def slow_choice(query_group, keys, share, size=16, wide_share=0.5, alpha=0.6):
     """Slots that one query reads, a set: MPCache's rule in plain loops.
 
     Args:
@@ -43,22 +43,25 @@ def slow_choice(query_group, keys, share, alpha=0.6):
 
         return sorted(groups, key=lambda g: -bound(g))
 
-    newest, newest_wide = (n - 1) // 16, (n - 1) // 32
-    wide = [0, *ranked(32, range(1, newest_wide))][: max(1, math.floor(0.5 * (newest_wide + 1))) + 1]
+    newest, newest_wide = (n - 1) // size, (n - 1) // (2 * size)
+    wide = [0, *ranked(2 * size, range(1, newest_wide))][: max(1, math.floor(wide_share * (newest_wide + 1))) + 1]
     opened = {newest_wide, *(g for g in wide if g < newest_wide)}
     fine = [g for g in range(newest) if g // 2 in opened]
-    best = [*fine[:1], *ranked(16, fine[1:])][: max(1, math.floor(share * (newest + 1) + 1e-9)) + 1]
-    return {slot for g in {*best, newest} for slot in range(16 * g, min(n, 16 * g + 16))}
+    best = [*fine[:1], *ranked(size, fine[1:])][: max(1, math.floor(share * (newest + 1) + 1e-9)) + 1]
+    return {slot for g in {*best, newest} for slot in range(size * g, min(n, size * g + size))}
 
 
-@pytest.mark.parametrize(("prompt", "forwards"), [(100, (1, 1, 40, 1, 7)), (31, (1, 1, 1)), (5, (1, 1, 3))])
-def test_equals_plain_loops(prompt, forwards):
+@pytest.mark.parametrize(
+    ("prompt", "forwards", "size", "wide"),
+    [(100, (1, 1, 40, 1, 7), 16, 0.5), (31, (1, 1, 1), 16, 0.5), (5, (1, 1, 3), 16, 0.5), (60, (1, 1, 7, 1), 3, 1.0)],
+)
+def test_equals_plain_loops(prompt, forwards, size, wide):
     torch.manual_seed(0)
     batch, heads, group, d = 2, 2, 3, 4
     n = prompt + sum(forwards)
     keys, values = torch.randn(2, batch, heads, n, d, dtype=torch.float64)
     positions = torch.arange(n).expand(batch, heads, n)
-    layer, slots, start = LayerSelection(MPCacheSelection(0.25), 0), EqualSlots(), 0
+    layer, slots, start = LayerSelection(MPCacheSelection(0.25, group=size, wide=wide), 0), EqualSlots(), 0
     for m in (prompt, *forwards):
         part = slice(start, start + m)
         start += m
@@ -72,7 +75,7 @@ def test_equals_plain_loops(prompt, forwards):
         most = 0
         for row, head, i in torch.cartesian_prod(torch.arange(batch), torch.arange(heads), torch.arange(m)).tolist():
             seen = start - m + i + 1
-            read = sorted(slow_choice(grouped[row, head, :, i], keys[row, head, :seen], 0.25))
+            read = sorted(slow_choice(grouped[row, head, :, i], keys[row, head, :seen], 0.25, size, wide))
             weights = (grouped[row, head, :, i] @ keys[row, head, read].T * 0.7).softmax(-1)
             expected = weights @ values[row, head, read]
             torch.testing.assert_close(out[row, i, head * group : (head + 1) * group], expected, **EXACT)
@@ -91,6 +94,25 @@ def test_as_many_groups_as_it_says(kind, share):
         assert set(chosen.sum(-1).flatten().tolist()) == {settings.groups_read(n)}
         assert bool(chosen[..., 0].all()) and bool(chosen[..., -1].all())
         assert share < 1 or bool(chosen.all())
+
+
+def test_settings_are_part_of_the_name():
+    for name in (
+        "mpcache:0.2",
+        "mpcache:0.2:group=8:wide=1:alpha=0.8:paired",
+        "quest:0.1:group=4",
+        "random:0.2:paired",
+    ):
+        assert parse_selection(name).name == name
+    for name, said in (
+        ("quest:0.2:alpha=1", "settings of quest: group=8, wide=0.5"),
+        ("mpcache:0.2:group=0.5", "group=0.5"),
+        ("mpcache:0.2:group=0", "groups of 0 slots"),
+        ("mpcache:0.2:wide=2", "shares in"),
+        ("mpcache:0.2:alpha=2", "alpha=2"),
+    ):
+        with pytest.raises(UserError, match=said):
+            parse_selection(name)
 
 
 def test_the_linear_bound_is_blind_to_opposite_signs_and_quests_is_not():
@@ -207,7 +229,7 @@ def test_saved_and_loaded(tmp_path):
         bounds_bytes = 3 * 2 * 2 * -(-61 // 16) * 8 * 8  # layers, bounds, heads, groups, d, float64
         assert small == cache.nbytes() + bounds_bytes
     with (
-        prefilled(model, "knorm", 60, n=80, select=MPCacheSelection(0.1, alpha=0.5)) as cache,
+        prefilled(model, "knorm", 60, n=80, select=MPCacheSelection(0.1, alpha=1 / 3)) as cache,
         pytest.raises(UserError, match="a file knows the name"),
     ):
         cache.save(tmp_path / "b.safetensors")

@@ -19,6 +19,7 @@ BY_HAND = {
     "critical_kv": "test_critical_kv_by_hand",
     "d2o": "test_h2o_divides_by_the_queries_that_could_see_the_token",
     "dropkv": "test_dropkv",
+    "epicache": "test_epicache_takes_the_most_that_any_query_of_a_probe_pays",
     "expected_attention": "test_expected_attention_by_hand",
     "fast_caote": "test_caote_by_hand",
     "golden": "test_golden_counts_the_blocks_that_remain",
@@ -161,3 +162,11 @@ def test_random():
     scores = make_policy("random").score(one_head([[0, 0]] * 2))[0, 0].tolist()
     assert scores == [0.0, x / 2**32]
     assert order(make_policy("random"), one_head([[0, 0]] * 2)) == [1, 0]
+
+
+def test_epicache_takes_the_most_that_any_query_of_a_probe_pays():
+    keys = torch.tensor([1.0, 0, 2, -1]).reshape(1, 1, 4, 1)
+    queries = torch.tensor([1.0, -1]).reshape(1, 1, 2, 1)
+    view = CacheView.of(keys, keys, scaling=1.0, queries=queries, probe_length=2)
+    scores = make_policy("epicache").score(view).flatten()
+    assert scores.tolist() == pytest.approx([0.2369, 0.2369, 0.6439, 0.6439], abs=1e-4)

@@ -187,8 +187,9 @@ def table(rows: Iterable[dict]) -> list[tuple[str, ...]]:
 
 def _settings(row: dict) -> str:
     """Who got the slots of a row and what became of evicted pairs, as tables say it."""
-    more = [row.get("evicted") or "drop", row.get("select") or "all"]
-    return ", ".join([row.get("allocation") or "uniform", *(name for name in more if name not in ("drop", "all"))])
+    more = [row.get("evicted") or "drop", row.get("select") or "all", f"episodes {row.get('episodes') or 'none'}"]
+    usual = ("drop", "all", "episodes none")
+    return ", ".join([row.get("allocation") or "uniform", *(name for name in more if name not in usual)])
 
 
 def _label(row: dict, shared: bool) -> str:

@@ -13,9 +13,9 @@ from kv_gym.markdown import one_line
 from kv_gym.pages.policies.registry import list_page_policies, make_page_policy
 
 MEASURES = ("accuracy", "nll", "utility_kept", "hit_rate")
-_NAMES = ("policy", "task", "allocation", "evicted", "select", "trigger")
+_NAMES = ("policy", "task", "allocation", "evicted", "select", "episodes", "trigger")
 COSTS = ("total_bytes", "milliseconds")
-SETTINGS = ("allocation", "evicted", "select", "protection", "window", "trigger")
+SETTINGS = ("allocation", "evicted", "select", "episodes", "protection", "window", "trigger")
 Grid = list[list[float | None]]  # numbers of `[layers][heads]`; None is what is not known
 
 
@@ -86,6 +86,8 @@ def _setting(line: Mapping, name: str) -> str:
         return "" if ends == (None, None) else f"protects {ends[0]} + {ends[1]}"
     if name == "window":
         return "" if line["window"] is None else f"window {line['window']}"
+    if name == "episodes":
+        return "" if line[name] in (None, "none") else f"episodes {line[name]}"
     return line[name] or ""
 
 

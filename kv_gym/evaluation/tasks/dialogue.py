@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
+from itertools import accumulate, chain, pairwise
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks.generated import WordEncoder, generated_contexts, name_with_seed, sample
 from kv_gym.evaluation.tasks.questions import reference_questions
 from kv_gym.evaluation.tasks.registry import register
-from kv_gym.evaluation.tasks.scripted import AnswerSpan, ScriptedTask, Segment, TaskScript
+from kv_gym.evaluation.tasks.scripted import AnswerSpan, ForkedQuestion, ScriptedTask, Segment, TaskScript
 from kv_gym.reference.generator import Context
+from kv_gym.reference.tokenizer import NAMES, THINGS
 
 WORDS_PER_TURN = 128  # of two topics
-QUESTIONS_PER_TURN = 2
+QUESTIONS_PER_TURN = 2  # and of a topic
+PEOPLE_PER_TOPIC = 2
+UTTERANCE_ENDS = frozenset((".", "user", "assistant"))
+_NAMES, _THINGS = frozenset(NAMES), frozenset(THINGS)
 
 
 def dialogue(
@@ -51,14 +57,87 @@ def dialogue_or_questions(
     turns: bool = False,
     seen: bool = False,
     unseen: bool = False,
+    topics: int | None = None,
     count: int | None = None,
     seed: int | None = None,
     tokenizer=None,
 ) -> ScriptedTask:
-    """:func:`dialogue`, or with `seen` or `unseen` (and without `turns`) questions at the end of the same text."""
+    """:func:`dialogue`, or with `seen` or `unseen` (and without `turns`) questions at the end of the same text.
+
+    With `topics`, :func:`topical_dialogue`.
+    """
+    if topics is not None:
+        return topical_dialogue(tokens, topics, count, tokenizer, seed)
     if turns or not (seen or unseen):
         return dialogue(tokens, count, tokenizer, seed)
     return reference_questions("dialogue", tokens, seen, unseen, count, seed, tokenizer)
+
+
+def topical_dialogue(
+    tokens: int = 512, topics: int = 4, count: int | None = None, tokenizer=None, seed: int | None = None, rows: int = 8
+) -> ScriptedTask:
+    """The pinned held-out dialogues with people and a thing of their own for each topic, and questions at the end.
+
+    A dialogue is divided into `topics` parts of equal length. Names of a part become those of two people (more where
+    the same is said of both) who are spoken of there alone, and things its own thing, so that a question names its
+    topic by the person that it asks about. Two questions are about each topic; the compression does not see them.
+    Parts are ``topic 1``, ``topic 2`` ... What ends an utterance is known, so that a cache may divide the dialogue into
+    episodes.
+
+    Args:
+        tokens: words of a dialogue.
+        topics: of a dialogue.
+        count: number of dialogues, all 64 by default.
+        tokenizer: of the model, unless it is the reference model.
+        seed: gives other contexts, see :func:`kv_gym.evaluation.tasks.generated.generated_contexts`.
+        rows: dialogues that are run together.
+
+    Raises:
+        UserError: topics of less than 64 words.
+    """
+    if topics < 1 or tokens < 64 * topics:
+        raise UserError(f"{topics} topics are asked for in {tokens} words; expected from 1 to {tokens // 64} for these")
+    encoder, contexts = WordEncoder.for_tokenizer(tokenizer), generated_contexts("dialogue", tokens, count, seed)
+    scripts = [_topical_script(number, context, topics, encoder) for number, context in enumerate(contexts)]
+    return ScriptedTask(name_with_seed(f"dialogue {tokens} {topics} topics", seed), "prefill", scripts, rows)
+
+
+def _topical_script(number: int, context: Context, topics: int, encoder: WordEncoder) -> TaskScript:
+    words = list(context.words)
+    stream = random.Random(f"topics {len(words)} {topics} {number}")
+    names, things = sample(NAMES, len(NAMES), stream), sample(THINGS, topics, stream)
+    people = [[names.pop() for _ in range(PEOPLE_PER_TOPIC)] for _ in range(topics)]
+    ends = [place + 1 for place, word in enumerate(words) if word in UTTERANCE_ENDS]
+    topic_of, topic = [], 0
+    for place in range(len(words)):
+        if place in {0, *ends}:  # a sentence belongs to one topic
+            topic = place * topics // len(words)
+        topic_of.append(topic)
+    keys = {start - 1 for start in (*context.fact_values[::2], *context.distractor_values[::2])}
+    known: set[tuple[str, str]] = set()
+    for place, word in enumerate(words):
+        own = people[topic_of[place]]
+        if place in keys:  # a relation is of every person once, or a question would have two answers
+            free = [person for person in own if (words[place - 1], person) not in known]
+            if not free:
+                own.append(names.pop())
+            words[place] = sample(free or own[-1:], 1, stream)[0]
+            known.add((words[place - 1], words[place]))
+        elif word in _NAMES:
+            words[place] = sample(own, 1, stream)[0]
+        elif word in _THINGS:
+            words[place] = things[topic_of[place]]
+    questions = []
+    for topic in range(topics):
+        facts = [start for start in context.fact_values[::2] if topic_of[start] == topic]
+        for start in sample(facts, QUESTIONS_PER_TURN, stream):
+            question = encoder.encode(("question", *words[start - 2 : start]))
+            questions.append(ForkedQuestion(question, encoder.encode(words[start : start + 2]), f"topic {topic + 1}"))
+    bounds = [0, *ends, *([len(words)] if ends[-1] < len(words) else [])]
+    spoken = [encoder.encode(words[start:stop]) for start, stop in pairwise(bounds)]
+    ids = (*encoder.beginning, *chain.from_iterable(spoken))
+    utterances = [len(encoder.beginning) + length for length in accumulate(map(len, spoken))]
+    return TaskScript.of_one_context(number, ids, questions, utterances)
 
 
 def context_facts(context: Context) -> list[tuple[int, Sequence[str], Sequence[str]]]:

@@ -12,7 +12,7 @@ import time
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
-from dataclasses import astuple, dataclass, field
+from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
 from itertools import groupby
 from statistics import fmean
@@ -25,7 +25,7 @@ from kv_gym.budgets import slots_after
 from kv_gym.evaluation.configurations import Configuration, cache_for, fork_all, fork_for
 from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.evaluation.tasks.base import Task
-from kv_gym.live import EvictingCache
+from kv_gym.live import EpisodicCache, EvictingCache
 from kv_gym.models.loading import token_rows
 
 LARGEST_GROUP = 64  # questions asked together: each holds a copy of its context's cache
@@ -86,17 +86,22 @@ class TaskScript:
         questions: asked at the end, each on a copy of the cache.
         length: tokens of which a budget that is a share takes its share at every compression, so that the cache is
             bounded in slots; None means the tokens seen so far.
+        utterances: of a conversation that is one segment, how many tokens lie before the end of each utterance, for
+            whoever divides it into episodes; empty: not known.
     """
 
     id: str
     segments: tuple[Segment, ...]
     questions: tuple[ForkedQuestion, ...] = ()
     length: int | None = None
+    utterances: tuple[int, ...] = ()
 
     @classmethod
-    def of_one_context(cls, number: int, ids: Sequence[int], questions: Iterable[ForkedQuestion]) -> TaskScript:
+    def of_one_context(
+        cls, number: int, ids: Sequence[int], questions: Iterable[ForkedQuestion], utterances: Sequence[int] = ()
+    ) -> TaskScript:
         """A context that is read and compressed at once, before its questions are known."""
-        return cls(str(number), (Segment(tuple(ids), compress=True),), tuple(questions))
+        return cls(str(number), (Segment(tuple(ids), compress=True),), tuple(questions), utterances=tuple(utterances))
 
     @property
     def shape(self) -> tuple:
@@ -137,7 +142,7 @@ class ScriptedTask(Task):
         """SHA-256 of everything that is fed, compressed and asked."""
         digest = hashlib.sha256()
         for script in self.scripts:
-            digest.update(json.dumps(astuple(script)).encode())
+            digest.update(json.dumps(astuple(script)[:-1]).encode())  # all but the utterances, which are not asked
         if self.by_token:
             digest.update(b"by token")
         return digest.hexdigest()
@@ -158,15 +163,21 @@ class ScriptedTask(Task):
         self, model, batch: Sequence[TaskScript], configurations: Sequence[Configuration]
     ) -> Iterator[tuple[Configuration, list[Outcome]]]:
         """See :meth:`kv_gym.evaluation.tasks.base.Task.measure`."""
-        with cache_for(model, configurations) as shared, ExitStack() as stack:
+        divides = self.trigger == "prefill" and all(len(script.segments) == 1 for script in batch)
+        sharing = [each for each in configurations if each.episodes is None or not divides]
+        with cache_for(model, sharing) as shared, ExitStack() as stack:
             prefill = _BatchReader(batch)
-            prefill.feed(model, shared, 0)
+            if sharing:
+                prefill.feed(model, shared, 0)
             bases: dict[int, tuple[EvictingCache, float]] = {}  # of each policy with a second reading
-            for policy in (each.policy for each in configurations):
+            for policy in (each.policy for each in sharing):
                 if batch[0].segments[0].compress and policy.repetition is not None and id(policy) not in bases:
-                    same = [each for each in configurations if each.policy is policy]
+                    same = [each for each in sharing if each.policy is policy]
                     bases[id(policy)] = _second_reading(shared, same, stack)
             for configuration in configurations:
+                if divides and configuration.episodes is not None:
+                    yield configuration, self._measure_episodes(model, batch, configuration)
+                    continue
                 cache, seconds = bases.get(id(configuration.policy), (shared, 0.0))
                 yield configuration, self._measure_one(model, cache, seconds, prefill, configuration)
 
@@ -196,6 +207,35 @@ class ScriptedTask(Task):
             reader.answers += self._ask(model, cache, questions, read)
         seconds = (time.thread_time() - started) / len(batch)
         return _outcomes(reader, nbytes // len(batch), slots, seconds, read)
+
+    @torch.no_grad()
+    def _measure_episodes(self, model, batch: Sequence[TaskScript], configuration: Configuration) -> list[Outcome]:
+        """Outcomes of one configuration that divides contexts into episodes, context by context.
+
+        The seconds are those of everything: nothing of the reading is shared.
+        """
+        assert configuration.episodes is not None
+        outcomes = []
+        for script in batch:
+            started, reader, read = time.thread_time(), _BatchReader([script]), dict[int, list[float]]()
+            read[0] = []
+            ids, division = script.segments[0].ids, configuration.episodes
+            cache = EpisodicCache(
+                model, division.find(model, ids, script.utterances), configuration.policy, configuration.budget,
+                configuration.allocation, division.block, configuration.sinks, configuration.recent,
+                configuration.evicted, configuration.select,
+            )  # fmt: skip
+            cache.read(ids)
+            asked: dict[int, list[tuple[int, ForkedQuestion]]] = defaultdict(list)
+            for question in script.questions:
+                asked[cache.choose(question.question_ids)].append((0, question))
+            for episode, questions in asked.items():
+                with cache.of_episode(episode) as chosen:
+                    reader.answers += self._ask(model, chosen, questions, read)
+            seconds, slots = time.thread_time() - started, cache.kept().double().mean(0)
+            found = _outcomes(reader, cache.nbytes(), slots, seconds, read)
+            outcomes += [replace(outcome, tokens_read=cache.tokens_read) for outcome in found]
+        return outcomes
 
     def _ask(
         self,

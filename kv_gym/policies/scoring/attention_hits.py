@@ -12,11 +12,6 @@ from torch import Tensor
 from kv_gym.cache_view import CacheView
 
 
-def query_positions(view: CacheView, m: int) -> Tensor:
-    """Positions of the last `m` queries, `[batch, m]` int64; below zero where a row has fewer."""
-    return view.seen[:, None] - m + torch.arange(m, device=view.seen.device)
-
-
 def above(attention: Tensor, view: CacheView, threshold: float) -> Tensor:
     """Where attention reaches `threshold`, `[batch, kv_heads, m, tokens]` bool."""
     return _group_max(attention, view) >= threshold
@@ -33,7 +28,7 @@ def above_even_share(attention: Tensor, view: CacheView, share: float = 1.0) -> 
     Returns:
         `[batch, kv_heads, m, tokens]` bool.
     """
-    queried_at = query_positions(view, attention.shape[2])[:, None].expand(-1, view.positions.shape[1], -1)
+    queried_at = view.query_positions(attention.shape[2])[:, None].expand(-1, view.positions.shape[1], -1)
     in_text_order = view.positions.masked_fill(~view.valid, -1).sort(-1).values
     visible = torch.searchsorted(in_text_order, queried_at.contiguous(), right=True) - (~view.valid).sum(
         -1, keepdim=True
