@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from kv_gym import make_policy
+from kv_gym import EvictingCache, make_policy
 from kv_gym.budgets import Budget, format_budget, parse_allocation
 from kv_gym.cache_view import CacheView
 from kv_gym.evaluation.configurations import Configuration, full_cache
@@ -34,6 +34,8 @@ from kv_gym.live.tiers import parse_tier
 from kv_gym.markdown import pipe_table
 from kv_gym.models import load_model
 from kv_gym.reference import MODEL
+from kv_gym.reference.heldout import held_out
+from kv_gym.reference.tokenizer import encode, word_ids
 
 ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = Path("benchmarks/results"), Path("docs/seeds.md")
@@ -188,10 +190,40 @@ def run(file: Path, contexts: int) -> None:
                 wanted.pop(row["policy"], None)
         if wanted:
             rows += measure(model, parse_tasks(text, tokenizer, contexts), list(wanted.values()))
-            write_json(file, result(rows, keydiff=keydiff_on_small_sets(), facts=facts))
+            write_json(file, result(rows, facts=facts, cascade=before.get("cascade")))
     if facts is None:
         facts = facts_kept(model, tokenizer, contexts)
-        write_json(file, result(rows, keydiff=keydiff_on_small_sets(), facts=facts))
+    cascade = before.get("cascade") or cake_cascade(model, contexts)
+    write_json(file, result(rows, keydiff=keydiff_on_small_sets(), facts=facts, cascade=cascade))
+
+
+@torch.no_grad()
+def cake_cascade(model, contexts: int, budget: float = 0.25) -> dict[str, Any]:
+    """CAKE's cascade against one cut of all layers: what layers hold while a context is read, and what stays.
+
+    Returns:
+        The `budget`, and by allocation the `peak`, both as shares of all slots, the largest of the contexts; and the
+        `contexts`, of which so many have the `same` slots left.
+    """
+    peak, same = dict.fromkeys(("cake", "cake:cascade"), 0.0), 0
+    for context in held_out("multi_key", 512, contexts).make(contexts):
+        ids = torch.tensor([[word_ids()["<bos>"], *encode(context.words)]])
+        left = []
+        for allocation in peak:
+            with EvictingCache(model, "cake", budget, allocation) as cache:
+                every = ids.shape[1] * model.config.num_key_value_heads * len(cache.evicting_layers)
+
+                def look(*_, cache=cache, allocation=allocation, every=every):
+                    held = sum(int(state.slots.counts().sum()) for state in cache._states if state.tokens_seen)
+                    peak[allocation] = max(peak[allocation], held / every)
+
+                hooks = [layer.self_attn.register_forward_hook(look) for layer in model.model.layers]
+                model(ids, past_key_values=cache)
+                left.append([cache.kept_positions(layer).tolist() for layer in cache.evicting_layers])
+            for hook in hooks:
+                hook.remove()
+        same += left[0] == left[1]
+    return {"budget": budget, "peak": peak, "contexts": contexts, "same": same}
 
 
 def facts_kept(model, tokenizer, contexts: int) -> dict[str, int]:
@@ -268,7 +300,7 @@ def page(results: Path) -> str:
         "## Claims without a comparison of caches",
         pipe_table(
             ("claim", "what was run", "result", "holds"),
-            [_facts(data["facts"]), *_keydiff(data["keydiff"]), *_foresight(results)],
+            [_facts(data["facts"]), *_cascade(data["cascade"]), *_keydiff(data["keydiff"]), *_foresight(results)],
             None,
         ),
         "## Slots read and held",
@@ -307,6 +339,22 @@ def _facts(found: Mapping[str, int]) -> Sequence[str]:
         f"{kept}; the other way round {found['lost_by_tier_alone']}",
         "yes" if found["kept"] > found["lost_by_tier_alone"] else "no",
     )
+
+
+def _cascade(found: Mapping[str, Any]) -> list[Sequence[str]]:
+    link = "([2503.12491](https://arxiv.org/abs/2503.12491))"
+    what = (
+        f"`cake:cascade` and `cake`, budget {format_budget(found['budget'])}, {found['contexts']} contexts of multi_key"
+    )
+    peaks = ", ".join(f"`{name}` {100 * peak:.1f} %" for name, peak in found["peak"].items())
+    within = found["peak"]["cake:cascade"] <= found["budget"] + 0.01
+    return [
+        (f"CAKE: the cascade holds the memory limit while layers are read {link}", what,
+         f"most slots held after a layer was cut: {peaks} of all", "yes" if within else "no"),
+        (f"CAKE: and leaves what one cut of all layers leaves {link}", what,
+         f"the same slots in {found['same']} of {found['contexts']}",
+         "yes" if found["same"] == found["contexts"] else "no"),
+    ]  # fmt: skip
 
 
 def _keydiff(found: Mapping[str, float]) -> list[Sequence[str]]:
