@@ -9,6 +9,7 @@ and the line and never repeats the data.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -469,6 +470,8 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
         part.touch()  # not all who write here raise OSError where a folder is read-only: safetensors does not
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from None
+    except ValueError:  # a null character, or half of a surrogate pair
+        raise OSError(errno.EINVAL, "no name of a file", str(path)) from None
     try:
         yield part
         flush_to_disk(part)

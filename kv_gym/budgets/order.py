@@ -33,6 +33,8 @@ def protection_for(policy: Policy, sinks: int | None, recent: int | None) -> tup
     own_sinks, own_recent = policy.protection
     given = own_sinks if sinks is None else sinks, own_recent if recent is None else recent
     try:
+        if any(isinstance(number, bool) for number in given):
+            raise TypeError
         first, last = (operator.index(number) for number in given)
     except TypeError:
         raise UserError(f"sinks and recent are {given[0]!r} and {given[1]!r}; expected whole numbers from 0") from None

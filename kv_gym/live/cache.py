@@ -458,7 +458,7 @@ class EvictingCache(Cache):
         if isinstance(mask, Tensor) and self._is_decoding_step(mask):
             self._check_later(mask)
             mask = None
-        token_mask = new_token_mask(mask, self.seen, first.tokens_seen)
+        token_mask = new_token_mask(mask, self.seen, first.tokens_seen, count)
         positions = text_positions(arguments.get("position_ids"))
         # a step of decoding must not make an accelerator wait: only the first one after a longer forward is checked
         checked = positions is not None and (count > 1 or positions.device.type == "cpu" or not self._decoding)
@@ -522,11 +522,24 @@ class EvictingCache(Cache):
 
     def reorder_cache(self, beam_idx: Tensor) -> None:
         """Reorder the batch, `beam_idx [batch]`; an accelerator is waited for once, and not by every layer."""
-        super().reorder_cache(beam_idx.cpu())  # type: ignore[arg-type]
+        super().reorder_cache(self._rows(beam_idx))  # type: ignore[arg-type]
 
     def batch_select_indices(self, indices: Tensor) -> None:
         """Keep the rows `indices [rows]` of the batch."""
-        super().batch_select_indices(indices.cpu())
+        super().batch_select_indices(self._rows(indices))
+
+    def _rows(self, indices: Tensor) -> Tensor:
+        """Numbers of rows on the CPU, checked before any layer takes them.
+
+        Raises:
+            UserError: a number that is that of no row.
+        """
+        indices, rows = indices.cpu(), len(self._states[0].tokens_seen)
+        if not rows:
+            return indices
+        if indices.is_floating_point() or bool(((indices < 0) | (indices >= rows)).any()):
+            raise UserError(f"rows {indices.tolist()} are asked for and the cache has {rows}, counted from 0")
+        return indices
 
     def activate_past_recording(self) -> None:
         """Assisted decoding begins; transformers up to 5.12 does not announce it and calls :meth:`crop` at once.

@@ -169,6 +169,9 @@ class CacheConfig:
         """
         model = transformers_model(model)
         refuse_unsupported(model)
+        for name in ("policy", "budget"):
+            if settings.get(name) is None:
+                raise UserError(f"{name} is None; expected one, such as policy='h2o' and budget=0.25")
         return cls(model, **_parsed(settings))
 
     def fork(self, **changes: Any) -> CacheConfig:
@@ -187,6 +190,8 @@ class CacheConfig:
         return changed
 
     def __post_init__(self) -> None:
+        if self.guard is not None and not isinstance(self.guard, Guard):
+            raise UserError(f"guard is {self.guard!r}; expected a kv_gym.live.Guard")
         for policy in self.tracked_policies:
             if not any(policy is known for known in self.checked):
                 _refuse_unfit(policy, self.model)
@@ -234,7 +239,7 @@ class CacheConfig:
                 )
 
     def _refuse_unfit_delay(self) -> None:
-        if type(self.delay) is not int or self.delay < 0:
+        if type(self.delay) is not int or not 0 <= self.delay < 2**31:
             raise UserError(f"delay is {self.delay!r}; expected a number of tokens from 0")
         if isinstance(self.budget, int) and protected_tokens(self.budget, self.sinks, self.delay)[1] < self.delay:
             raise UserError(

@@ -38,17 +38,18 @@ def refuse_attention_weights(arguments: Mapping[str, Any], config: Any) -> None:
         )
 
 
-def new_token_mask(mask: Tensor | None, seen: int, tokens_seen: Sequence[int]) -> Tensor | None:
+def new_token_mask(mask: Tensor | None, seen: int, tokens_seen: Sequence[int], count: int) -> Tensor | None:
     """Which tokens of a coming forward are no padding: bool `[batch, m]` on the CPU, or None where none is padding.
 
     Args:
         mask: `[batch, seen + m]`, one for every token so far and to come, or None.
         seen: tokens that came before, padding included.
         tokens_seen: how many of them were real, per row.
+        count: m, how many tokens the forward brings.
 
     Raises:
-        UserError: a mask of other than two dimensions, or of other tokens than came; or one that hides other tokens
-            than it hid when they came.
+        UserError: a mask of other than two dimensions, or of more or other tokens than came; or one that hides other
+            tokens than it hid when they came.
     """
     if mask is None:
         return None
@@ -59,10 +60,10 @@ def new_token_mask(mask: Tensor | None, seen: int, tokens_seen: Sequence[int]) -
         )
     real = mask.bool().cpu()
     before, new = real[:, :seen].sum(1).tolist(), real[:, seen:]
-    if not new.shape[1]:
+    if new.shape[1] != count:
         raise UserError(
-            f"the attention mask covers {mask.shape[1]} tokens and {seen} were seen before this forward: give one "
-            "that covers the tokens seen and the new ones"
+            f"the attention mask covers {mask.shape[1]} tokens and {seen} were seen before this forward of {count}: "
+            "give one that covers the tokens seen and the new ones"
         )
     if tokens_seen and before != list(tokens_seen):
         raise UserError(

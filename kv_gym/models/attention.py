@@ -257,8 +257,10 @@ def output_projection(module: nn.Module, query_heads: int, d: int) -> Tensor:
 def refuse_unsupported(model) -> None:
     """Raise a UserError for a model whose layers do not cache plain keys and values (see `full_layers`)."""
     model = transformers_model(model)
-    config = model.config.get_text_config()
     name = type(model).__name__
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise UserError(f"the model is a {name}; expected a transformers decoder, such as load_model gives")
+    config = model.config.get_text_config()
     if getattr(config, "kv_lora_rank", None):
         raise UserError(f"{name} uses latent attention: it caches no keys and values per head, so it is not supported")
     if not getattr(model, "_supports_attention_backend", False) or getattr(config, "is_encoder_decoder", False):

@@ -15,13 +15,13 @@ import math
 
 import numpy as np
 import torch
-from pydantic import PositiveFloat, PositiveInt
+from pydantic import PositiveFloat
 from torch import Tensor
 from torch.nn.functional import pad
 
 from kv_gym.policies.scorer import Scorer
 from kv_gym.traces.sequence import Contexts, Sequence
-from kv_gym.training.learner import Metrics, Protection
+from kv_gym.training.learner import Count, Metrics, Protection
 from kv_gym.training.losses import hard_top
 from kv_gym.training.masked_context import frozen_model
 from kv_gym.training.through_model import ModelLearner, ModelLearnerSettings
@@ -38,7 +38,7 @@ class EndToEndSettings(ModelLearnerSettings):
             waited for.
     """
 
-    steps: PositiveInt = 1200
+    steps: Count = 1200
     protect: Protection = (0, 0)
     smallest: PositiveFloat = 1 / 128
     largest: PositiveFloat = 1 / 16

@@ -119,6 +119,10 @@ def test_a_detached_cache_can_be_entered_again():
         ({"budget": 0}, "budget 0 is not above zero"),
         ({"budget": 1.5}, "budget 1.5 is a share above 1"),
         ({"sinks": -1}, "sinks and recent are -1 and 32"),
+        ({"sinks": True}, "sinks and recent are True and 32; expected whole numbers"),
+        ({"budget": None}, "budget is None; expected one, such as"),
+        ({"guard": "logits"}, "guard is 'logits'; expected a"),
+        ({"delay": 10**30}, "delay is 10+; expected a number of tokens"),
         ({"sinks": 10**30}, "sinks and recent are 10+ and 32; expected numbers from 0 and below 2,147,483,648"),
     ],
 )

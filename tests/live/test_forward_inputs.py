@@ -46,6 +46,18 @@ def test_a_single_token_at_a_wrong_position():
         assert cache.seen == 22
 
 
+def test_a_mask_of_more_tokens_and_rows_that_there_are_not():
+    model = tiny()
+    cache = prefilled(model, n=20)
+    before = cache.kept_positions(0)
+    for rows in ([2, 0], [-1, 0], [0.0, 1.0]):
+        with pytest.raises(UserError, match="are asked for and the cache has 1, counted from 0"):
+            cache.reorder_cache(torch.tensor(rows))
+    assert torch.equal(cache.kept_positions(0), before)  # of no layer were rows taken
+    with pytest.raises(UserError, match="covers 23 tokens and 20 were seen before this forward of 1"):
+        model(tokens(1, 1), attention_mask=torch.ones(1, 23), past_key_values=cache)
+
+
 def test_a_shorter_prompt_in_a_used_cache_names_the_cure():
     model = tiny()
     cache = prefilled(model, n=20)
