@@ -90,6 +90,8 @@ def decision_value(
         refuse_unwritable(json)
     rules = [parse_allocation(allocation) for allocation in allocations]
     chosen_budgets = [parse_budget(budget) for budget in budgets]
+    if not rules or not chosen_budgets:
+        raise UserError("there is nothing to compare; expected at least one budget and allocation")
     chosen, (other,) = named_policies(policies), named_policies([baseline]).items()
     part = traces_in_split(traces, split)
     refuse_other_model(chosen | dict([other]), part.fingerprint, "the model of the traces")

@@ -104,6 +104,8 @@ def evaluate(
     configurations = configurations_of(
         chosen, [parse_budget(each) for each in budgets], rules, tiers, sinks, recent, selections, divisions
     )
+    if not configurations:
+        raise UserError("there is nothing to compare; expected at least one budget, allocation and so on")
     if (traces is None) == (model is None):
         raise UserError("evaluate needs either traces, or a model with tasks: give exactly one of the two")
     found: Sequence[Task]

@@ -13,6 +13,8 @@ from kv_gym.pages.readers import read_requests
 from kv_gym.pages.requests import RequestTrace
 from kv_gym.pages.simulator import simulate
 
+MOST_SEEDS = 10_000
+
 
 def summarise_requests(path: str | Path, format: str = "auto") -> dict[str, float | int | str | None]:
     """Say what a trace of cache requests holds: requests, footprint, reuse distances, and the best possible hit rate.
@@ -65,8 +67,8 @@ def compare_page_policies(
     numbers = [_whole_number(capacity) for capacity in capacities]
     if not numbers or not policies:
         raise UserError("nothing to compare; expected at least one policy and one capacity")
-    if seeds < 1:
-        raise UserError(f"{seeds} seeds run nothing; expected 1 or more")
+    if not 1 <= seeds <= MOST_SEEDS:
+        raise UserError(f"seeds is {seeds}; expected a number from 1 to {MOST_SEEDS}")
     chosen = [(str(policy), make_page_policy(policy)) for policy in policies]  # refused before anything runs
     rows = []
     for capacity in numbers:

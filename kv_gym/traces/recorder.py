@@ -91,10 +91,13 @@ def record(
     prompts = list(prompts)
     if not prompts:
         raise UserError("there are no prompts to record; expected at least one")
-    if window < 0 or blocks < 1 or shard_size < 1:
-        raise UserError(
-            f"window, blocks and shard_size are {window}, {blocks} and {shard_size}; expected at least 0, 1 and 1"
-        )
+    if not all(isinstance(prompt, Prompt) for prompt in prompts):
+        kinds = ", ".join(sorted({type(prompt).__name__ for prompt in prompts}))
+        raise UserError(f"the prompts hold {kinds}; expected Prompt objects, which read_prompts makes of records")
+    numbers = {"window": (window, 0), "blocks": (blocks, 1), "shard_size": (shard_size, 1)}
+    for name, (number, least) in (numbers | ({} if slots is None else {"slots": (slots, 0)})).items():
+        if not isinstance(number, int) or number < least:
+            raise UserError(f"{name} is {number!r}; expected a whole number from {least}")
     if device is not None:
         model.to(usable_device(device))
     policies = _stateful_policies(stats, slots)

@@ -221,6 +221,9 @@ def test_tasks_that_cannot_be_read_are_refused_and_not_left_out(model, tasks, se
 
 def test_python_has_messages_of_its_own(model, contexts):
     traces = bundled("traces")
+    for empty in ({"budgets": []}, {"budgets": [0.5], "allocations": []}):
+        with pytest.raises(UserError, match="there is nothing to compare; expected at least one budget"):
+            evaluate(["recency"], traces=traces, **empty)
     kept = [
         [
             row["utility_kept"]

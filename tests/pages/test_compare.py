@@ -49,7 +49,7 @@ def test_simulate_writes_rows(tmp_path):
         ({"capacities": [None]}, "no whole number"),
         ({"capacities": []}, "at least one policy"),
         ({"policies": ["lru", "lruu"]}, "did you mean 'lru'"),
-        ({"seeds": 0}, "0 seeds"),
+        ({"seeds": 0}, "seeds is 0; expected a number from 1 to 10000"),
         ({"format": "tar"}, "request format 'tar'"),
     ],
 )

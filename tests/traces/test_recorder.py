@@ -145,6 +145,22 @@ def test_unsupported_models_are_refused_and_leave_nothing(make, reason, tmp_path
     assert model.config._attn_implementation == "eager"
 
 
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"prompts": [{"context_ids": [1, 2], "continuation_ids": [[3]]}]}, "the prompts hold dict; expected Prompt"),
+        ({"prompts": "prompts.jsonl"}, "the prompts hold str; expected Prompt objects"),
+        ({"window": 1.5}, "window is 1.5; expected a whole number from 0"),
+        ({"slots": 16.5}, "slots is 16.5; expected a whole number"),
+        ({"blocks": 0}, "blocks is 0; expected a whole number from 1"),
+    ],
+)
+def test_settings_that_are_none_leave_nothing(settings, reason, tmp_path):
+    with pytest.raises(UserError, match=reason):
+        record(tiny_model(), **({"prompts": [some_prompt()], "out": tmp_path / "out", "progress": False} | settings))
+    assert not (tmp_path / "out").exists()
+
+
 class LargestTensor(TorchDispatchMode):
     """Notes the largest tensor that any operation makes."""
 

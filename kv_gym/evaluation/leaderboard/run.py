@@ -41,6 +41,7 @@ from kv_gym.models import load_model
 from kv_gym.policies import Policy
 from kv_gym.traces import TraceSet, open_traces
 
+MOST_WORKERS = 1024
 REPLAYED_AT_ONCE = 8  # contexts of a batch of replay
 
 
@@ -70,8 +71,8 @@ def leaderboard(
         UserError: a specification that cannot be used, or configurations that failed: all others are kept.
     """
     chosen = read_spec(spec)
-    if workers < 1:
-        raise UserError(f"workers is {workers}; expected a number from 1")
+    if not 1 <= workers <= MOST_WORKERS:
+        raise UserError(f"workers is {workers}; expected a number from 1 to {MOST_WORKERS}")
     with Progress(transient=True, disable=not progress) as bar:
         return _Leaderboard(chosen, Path(out), workers, bar).rows()
 

@@ -111,18 +111,12 @@ def train_pages(
         raise UserError(
             f"nothing leaves a cache of {capacity} in the first part of {trace.name}: give a smaller capacity"
         )
-    card = LearnedCard(
-        agent=agent,  # type: ignore[arg-type]  # one of those that are known
-        features=tuple(features),
-        candidates=candidates,
-        drawn=drawn,
-        hidden=settings.hidden,
-        trace=trace.name,
-        semantics=semantics,  # type: ignore[arg-type]  # simulate has refused others
-        capacity=capacity,
-        seed=seed,
-        kv_gym=__version__,
-    )
+    described = {
+        "agent": agent, "features": tuple(features), "candidates": candidates, "drawn": drawn,
+        "hidden": settings.hidden, "trace": trace.name, "semantics": semantics, "capacity": capacity, "seed": seed,
+        "kv_gym": __version__,
+    }  # fmt: skip
+    card = validated(LearnedCard, described, f"page agent {agent!r}")
     refuse_unwritable(Path(out) / "policy.json")
     torch.manual_seed(seed)
     task = PageTask(trace.part(0, max(1, training)), capacity, semantics, candidates, drawn, tuple(features), seed)
