@@ -313,7 +313,7 @@ def time_decisions(form: str) -> Cell:
     features = np.ones((16, len(policy.card.features)), np.float32)
     loops = {"whole_us": lambda: rank(Candidates(last.cache, last.pages)), "network_us": lambda: policy.score(features)}
     fastest = {
-        name: 1e4 * min(timeit.repeat(call, timer=time.thread_time, number=100, repeat=50))
+        name: 2e5 * min(timeit.repeat(call, timer=time.thread_time, number=5, repeat=1000))
         for name, call in loops.items()
     }
     shares = {f"p{share}_us": 1e6 * np.percentile(seconds[1000:], share).item() for share in (5, 50, 95, 99)}
@@ -357,8 +357,8 @@ def page(cells: list[Cell], command: str) -> str:
         head = ["form", "decisions", *(f"{name[1:-3]} %" for name in shares[:-2]), "in a loop", "network alone"]
         text += [
             "Microseconds of processor time for a decision among 16 blocks, the gathering of features with it: "
-            "percentiles over a run; then the fastest of 50 loops over one decision, and over its network alone. The "
-            f"load average of the machine was {max(cell['load_average'] for cell in decided):.0f} on "
+            "percentiles over a run; then the fastest of 1,000 short loops over one decision, and over its network "
+            f"alone. The load average was {max(cell['load_average'] for cell in decided):.0f} on "
             f"{decided[0]['cores']} cores: other work slows the percentiles, and the loops least.",
             pipe_table(head, rows),
         ]
