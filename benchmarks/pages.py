@@ -71,11 +71,11 @@ RULES = """Percent of accesses found, in the last 0.3 of the requests. Agents sa
 round on the next fifth; they choose among 16 pages, four least recently used and twelve drawn at random, with LRU in
 their shadow. `lrb` learns while it runs, and chooses among 64 pages, 63 of them drawn. `best classic` is the best of
 the last table, chosen afterwards on the same requests; `way` says how much of the distance from LRU, and from the
-best classic policy, to the oracle with 12 drawn the mean over seeds covers. Oracles are best over a whole trace, not
-in its last part. Where the tail oracle is less than a point above LRU, K candidates from the tail cannot help; where
-it is `below it`, it is below the best classic policy, so that a policy must look beyond the tail to be better.
-Mooncake's blocks are prefixes for ranking policies, and stand alone for queues. Capacities are pages, those of
-adapt_size bytes. What is missing has not been measured yet."""
+best classic policy, to the oracle with 12 drawn the mean over seeds covers; `lrb`, with more to choose among, may go
+beyond. Oracles are best over a whole trace, not in its last part. Where the tail oracle is less than a point above
+LRU, K candidates from the tail cannot help; where it is `below it`, it is below the best classic policy, so that a
+policy must look beyond the tail to be better. Mooncake's blocks are prefixes for ranking policies, and stand alone
+for queues. Capacities are pages, those of adapt_size bytes. What is missing has not been measured yet."""
 
 Cell = dict[str, Any]
 
