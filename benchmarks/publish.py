@@ -5,8 +5,8 @@
     python benchmarks/publish.py --check              # says which pages are stale, and exits with 1
 
 The pages: what stands between the markers of README.md and of real-model.md, results.md and live-cache.md in docs;
-agents/README.md and the cards of its policies, BENCHMARK.md and benchmarks/RESULTS.md. They are made of
-``benchmarks/results/`` and agents/trained/ alone.
+docs/clients.md, agents/README.md and the cards of its policies, BENCHMARK.md and benchmarks/RESULTS.md. They are made
+of ``benchmarks/results/`` and agents/trained/ alone.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from pathlib import Path
 
+import clients
 import gpu_page
 import real_model_page
 from findings import findings
@@ -71,6 +72,7 @@ def pages(root: Path) -> dict[Path, Callable[[], str]]:
             between(docs / "real-model.md", lambda: real_model_page.page(real(), results)),
             between(docs / "live-cache.md", lambda: gpu_page.page(results)),
             (root / "agents" / "README.md", lambda: zoo(rows("leaderboard"), trained)),
+            (docs / "clients.md", lambda: clients.page(results / "clients.json")),
             (root / "BENCHMARK.md", lambda: page(rows("leaderboard"))),
             (root / "benchmarks" / "RESULTS.md", lambda: findings(results)),
         ]

@@ -95,6 +95,8 @@ class KVGymLM(HFLM):
             raise UserError(f"batch_size is {batch_size!r}; expected a number from 1, such as 8")
         if context_field is not None and context_end is not None:
             raise UserError("context_field and context_end both say where a prompt is cut: give one of the two")
+        if str(device).startswith("cuda") and not torch.cuda.is_available():
+            device = None  # the harness names cuda:0 where nobody named a device
         name, model = str(pretrained), pretrained
         if isinstance(pretrained, str | Path):
             model, own = load_model(pretrained, device, dtype)
