@@ -98,7 +98,7 @@ def load_model(path_or_id: str | Path, device: str | None = None, dtype: str = "
 
 
 def _holds_adapter_alone(folder: Path) -> bool:
-    return (folder / "adapter_config.json").is_file() and not (folder / "config.json").is_file()
+    return exists(folder / "adapter_config.json") and not exists(folder / "config.json")
 
 
 def _load_adapted(folder: Path, device: str | None, dtype: str) -> tuple[Any, Any]:

@@ -67,6 +67,8 @@ def test_a_configuration_of_a_far_larger_model_is_refused_before_memory_is_taken
     (folder / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 2**31, "layer_types": None}))
     with pytest.raises(UserError, match=r"config\.json describes 2147483648 layers"):
         load_model(folder, device="cpu")
+    with pytest.raises(UserError, match="there is no model folder x/x/"):
+        load_model("x/" * 3000)  # longer than any path
 
 
 def test_missing_weights_are_refused_by_name(folder, capfd):
