@@ -18,6 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import less
 import torch
 
 from kv_gym import EvictingCache, make_policy
@@ -303,6 +304,8 @@ def page(results: Path) -> str:
             [_facts(data["facts"]), *_cascade(data["cascade"]), *_keydiff(data["keydiff"]), *_foresight(results)],
             None,
         ),
+        "## LESS: a state beside as many bytes of slots",
+        *_less(results),
         "## Slots read and held",
         "What the queries of a question read of the slots that are held, question and answer included: mean over "
         "layers, heads and questions. The bytes are counted before the first question, when no bounds are made yet: "
@@ -386,6 +389,30 @@ def _foresight(results: Path) -> list[Sequence[str]]:
              "`benchmarks/rl_gain.py`, budget 1/4, 5 seeds", f"reward {said}", _verdict(gap - spread, gap + spread))
         )  # fmt: skip
     return lines
+
+
+def _less(results: Path) -> list[str]:
+    """What another benchmark measured of LESS."""
+    data = read_result(results / "less.json")
+    parts = [
+        "[2402.09398](https://arxiv.org/abs/2402.09398) claims, in nats per token: dropping > dropping with as many "
+        "slots more as the state has bytes > LESS > the full cache. Made by `python benchmarks/less.py` with "
+        "stories260K, paired by stretch; one training run for each policy and kind of text, which no test saw. *Gain* "
+        "is over the line above, and the claim holds where its whole interval is above 0. The model was trained on "
+        "short stories, and on novels its full cache predicts worse than a cut one: there a state that comes nearer to "
+        "the full cache loses by that, and *lost to the full cache* says how near it comes."
+    ]
+    for corpus, trained in data["training"].items():
+        rows = less.of_corpus(data["rows"], corpus)
+        stretches = sum(row["n"] for row in rows if row["policy"] == "full_cache")
+        errors = ", ".join(f"{policy} {100 * (1 - about['error']):.0f} %" for policy, about in trained.items())
+        size = next(iter(trained.values()))["weight_bytes"]
+        parts += [
+            f"{corpus.capitalize()}, {stretches} stretches. Of the squared error that dropping makes in the layers' "
+            f"outputs on held-out text, training removed: {errors}; the weights take {size:,} bytes.",
+            less.markdown(rows, trained),
+        ]
+    return parts
 
 
 def _reading(rows: Mapping[tuple[str, str], Mapping[str, Any]]) -> list[Sequence[str]]:

@@ -49,11 +49,12 @@ def perplexity(
         )
     count = min(count, len(ids) // needed)
     starts = [len(ids) * number // count for number in range(count)]
-    scripts = [_script((*beginning, *ids[start : start + needed]), start, block) for start in starts]
+    scripts = [window_script((*beginning, *ids[start : start + needed]), start, block) for start in starts]
     return ScriptedTask(f"text {file.name} {tokens}", f"block:{block}", scripts, rows)
 
 
-def _script(ids: tuple[int, ...], first: int, block: int) -> TaskScript:
+def window_script(ids: tuple[int, ...], first: int, block: int) -> TaskScript:
+    """A window of which every token but the first is an answer; `first` names it, `block` tokens are read at a time."""
     quarter = len(ids) // QUARTERS
     segments = [
         Segment(
