@@ -27,7 +27,8 @@ from kv_gym.training.targets import TARGETS
 
 DOCS = ROOT / "docs"
 GUIDES = sorted(DOCS.glob("*.md"))
-TYPED = [page for page in GUIDES if page.name not in ("clients.md", "methods.md", "seeds.md")]  # which are generated
+GENERATED = ("clients.md", "methods.md", "seeds.md", "episodes.md", "seed-settings.md")
+TYPED = [page for page in GUIDES if page.name not in GENERATED]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "benchmarks" / "README.md", *GUIDES]
 LONGEST_LINE = 120
 
