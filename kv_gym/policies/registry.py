@@ -190,7 +190,7 @@ def _reason(error: Exception) -> str:
 def _unknown(name: str) -> str:
     if name == "scorer":
         return "policy 'scorer' is learned: name the folder that `kv-gym train` exported, with its policy.json"
-    if exists(name):
+    if exists(name) and Path(name).is_dir():
         return f"folder {name} holds no policy.json; expected a policy exported by `kv-gym train` or `kv-gym export`"
     nearest = difflib.get_close_matches(name, list_policies(), n=1, cutoff=0.5)
     hint = f"did you mean {nearest[0]!r}?" if nearest else f"known: {', '.join(list_policies())}"
