@@ -53,7 +53,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("runs/attention_gate"))
     parser.add_argument("--json", type=Path, help="write the rows to this file, and the picture beside it")
-    parser.add_argument("--contexts", type=int, default=12, help="of each task")
+    parser.add_argument("--contexts", type=int, default=8, help="of each task")
     arguments = parser.parse_args()
     model, tokenizer = load_model(MODEL)
     traces = training_contexts(model, tokenizer, arguments.out / "contexts", list(TASKS), 0, hidden=True)

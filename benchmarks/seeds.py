@@ -18,6 +18,7 @@ from itertools import combinations
 from pathlib import Path
 from typing import Any
 
+import attention_gate
 import less
 import torch
 
@@ -311,6 +312,7 @@ def page(results: Path) -> str:
         "layers, heads and questions. The bytes are counted before the first question, when no bounds are made yet: "
         "these take two keys for every 16 slots.",
         pipe_table(("cache", "accuracy", "slots held", "slots read", "bytes"), _reading(rows), None),
+        attention_gate.section(results / "attention_gate.json"),
     ]
     return "\n\n".join(parts) + "\n"
 

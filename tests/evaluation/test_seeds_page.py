@@ -14,6 +14,7 @@ import seeds  # noqa: E402
 from kv_gym.evaluation.rows import read_result  # noqa: E402
 from kv_gym.files import MODEL  # noqa: E402
 from kv_gym.models import load_model  # noqa: E402
+from kv_gym.reference.generator import TASKS  # noqa: E402
 
 
 def test_the_page_is_current():
@@ -22,7 +23,7 @@ def test_the_page_is_current():
     trained = read_result(ROOT / seeds.RESULTS / "less.json")["training"]
     of_less = 2 * len(less.BUDGETS) * sum(map(len, trained.values()))
     verdicts = page.count("| yes |") + page.count("| no |") + page.count("| open |")
-    assert verdicts == len(seeds.claims()) + 7 + of_less
+    assert verdicts == len(seeds.claims()) + 7 + of_less + len(TASKS)
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ class ScoringNetwork(nn.Module):
 
     Attributes:
         heads: layers x KV heads, layer by layer.
-        hidden: width of its hidden layers.
+        hidden, depth: width and number of its hidden layers.
         inputs: what it reads of a slot, names of :data:`~.inputs.INPUTS`.
         hidden_size: width of the model's hidden states, where they are an input; else 0.
         gate_heads: attention heads of a gate, which sees the whole context; 0: tokens are scored one by one.
