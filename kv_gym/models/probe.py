@@ -15,29 +15,20 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache
 
-from kv_gym.cache_view import CacheView
 from kv_gym.models.attention import AttentionCall
 from kv_gym.models.context_repetition import QUERY_BLOCK
-from kv_gym.models.second_reading import ReadOnlyLayer, visibility_mask
+from kv_gym.models.second_reading import CachedLayer, ReadOnlyLayer, visibility_mask
 
 
-class ProbedLayer(Protocol):
-    """A full-attention layer that has cached the context."""
-
-    def view(self) -> CacheView:
-        """Its slots."""
-
-    def write_state(self, state: Mapping[str, Tensor]) -> None:
-        """Replace the policy's state."""
+class ProbedLayer(CachedLayer, Protocol):
+    """A full-attention layer that has cached the context, and shows its policies a probe."""
 
     def observe_probe(self, query: Tensor) -> None:
         """Show policies the queries `[batch, query_heads, m, d]` of the probe."""
 
 
 @torch.no_grad()
-def read_probe(
-    model, ids: Tensor, cached: Mapping[int, ProbedLayer], layers: Sequence[Any], seen: int
-) -> None:  # fmt: skip
+def read_probe(model, ids: Tensor, cached: Mapping[int, ProbedLayer], layers: Sequence[Any], seen: int) -> None:
     """Have a model read a probe behind the tokens that it has cached, and show its queries to policies.
 
     Time: a forward over the probe. Memory: the probe's queries, and one layer's keys and values once more.
