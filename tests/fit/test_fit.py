@@ -283,7 +283,7 @@ def test_an_unreachable_tolerance_is_said_and_nothing_is_evicted(model, continua
 def invented(most):
     """A stand-in for measuring: the interval's upper end by part, policy and budget; the loss is half of it."""
 
-    def measured(model, contexts, part, measure, configurations, progress=True):
+    def measured(model, contexts, part, measure, configurations, progress=True, go_on=None):
         rows = []
         for configuration in (full_cache(), *configurations):
             policy, budget, allocation = configuration.name, configuration.budget, configuration.allocation.name
@@ -291,6 +291,7 @@ def invented(most):
             figures = {"accuracy": 1 - high / 2, "nll": high, "loss": high / 2, "loss_upper": high}
             counts = {"n": len(contexts), "questions": sum(len(context.questions) for context in contexts)}
             names = {"policy": policy, "budget": budget, "allocation": allocation, "task": part}
+            counts |= {"contexts": {str(number): [0, 1, 0.0] for number in range(len(contexts))}}
             rows.append(names | figures | counts | {"cache_bytes": 8.0, "policy_bytes": 0})
         return rows
 
