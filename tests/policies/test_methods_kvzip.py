@@ -194,7 +194,7 @@ def test_bad_settings_are_refused(settings):
 class Letters:
     """A tokenizer whose tokens are characters, with a chat template."""
 
-    chat_template = "{{ messages }}"
+    chat_template, bos_token_id = "{{ messages }}", None
 
     def __call__(self, text, **_):
         return {"input_ids": [ord(letter) for letter in text]}
