@@ -117,7 +117,11 @@ class RandomOperations(RuleBasedStateMachine):
     @rule(which=st.integers(0, 9), budget=st.sampled_from([None, 2, 5, 0.5]))
     def fork(self, which, budget):
         cache, rows, mask = self.caches[which % len(self.caches)]
-        self.caches.append((cache.fork(budget=budget), [row.fork() for row in rows], mask))
+        twin, copies = cache.fork(budget=budget), [row.fork() for row in rows]
+        if budget is not None:  # which holds from the next cut on
+            for row, at in zip(copies, self._last_cuts(twin), strict=bool(twin.seen)):
+                row.uncut_since = (at,)
+        self.caches.append((twin, copies, mask))
 
     @precondition(lambda self: len(self.caches) > 1)
     @rule(which=st.integers(0, 9))
@@ -210,6 +214,10 @@ class RandomOperations(RuleBasedStateMachine):
         for row, kept in zip(rows, self._kept(cache) or (), strict=bool(cache.seen)):
             row.cut(kept)
 
+    def _last_cuts(self, cache):
+        """For each row, how many tokens it had when it was last cut."""
+        return list(cache.layers[0].state.evicted_at) if cache.seen else []
+
     def _waiting(self, cache):
         state = cache.layers[0].state
         return max([seen - (at or 0) for seen, at in zip(state.tokens_seen, state.evicted_at, strict=True)], default=0)
@@ -223,6 +231,8 @@ class RandomOperations(RuleBasedStateMachine):
                 for head, now in enumerate(kept[layer]):
                     earlier = before[row][layer][head] if before else set()
                     assert now <= earlier | set(range(past[row], length))
+            if rows[row].uncut_since == (self._last_cuts(cache)[row],):
+                continue
             if config.trigger.every and not config.keeps_everything:
                 most = max(config.slots_after(length), 1) + config.trigger.every + config.trigger.lag
                 sizes = [len(head) for layer in kept for head in layer]
@@ -245,6 +255,17 @@ TestRandomOperations = pytest.mark.timeout(0 if RUNS else 300)(RandomOperations.
 
 
 # sequences that failed once
+
+
+def test_a_fork_holds_what_it_held_until_its_next_cut():
+    sizes = []
+    with torch.no_grad(), EvictingCache(MODEL, "cake", 6, trigger="every:4") as cache:
+        MODEL(torch.arange(9)[None], past_key_values=cache)
+        with cache.fork(budget=2) as fork:
+            for _ in range(4):
+                MODEL(torch.tensor([[5]]), past_key_values=fork)
+                sizes.append(int(fork.kept().max()))
+    assert sizes == [7, 8, 9, 2]
 
 
 def test_a_fork_is_saved():

@@ -28,6 +28,7 @@ class RowReference:
     def __init__(self, model, bits=None):
         self.model, self.bits = model, bits
         self.tokens, self.cuts = [], []
+        self.uncut_since = None  # of a fork with another budget: when it was last cut, to the budget before
 
     def fork(self):
         """An independent copy."""
