@@ -12,12 +12,13 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import Cache, CacheLayerMixin, DynamicCache
+from transformers.cache_utils import Cache, DynamicCache
 
 from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.layer_state import LayerState
-from kv_gym.models.attention import AttentionCall, attach, detach, full_layers, observe_next_attention
+from kv_gym.models.attention import AttentionCall, attach, detach, full_layers
+from kv_gym.models.storeless_layer import StorelessLayer
 
 
 @dataclass(frozen=True)
@@ -79,26 +80,13 @@ def simulate_evictions(model, ids: Tensor, config: CacheConfig, show: Callable[[
         detach(model)
 
 
-class _SimulatingLayer(CacheLayerMixin):
+class _SimulatingLayer(StorelessLayer):
     """Passes keys and values on, and decides beside the model's own attention."""
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(self, state: LayerState, show: Callable[[SimulatedLayer], None]):
         self.state, self.show = state, show
         self.keys = self.values = None
         self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Nothing is allocated."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """The keys and values as they are: one forward reads the whole text."""
-        observe_next_attention(self)
-        return key_states, value_states
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
         """The attention of the full cache; what a bounded one would hold is shown with it."""
@@ -135,9 +123,3 @@ class _SimulatingLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Tokens before the forward."""
         return 0
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length

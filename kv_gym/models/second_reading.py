@@ -13,14 +13,15 @@ from typing import Any, Protocol
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from kv_gym.cache_view import CacheView, attention_weights
 from kv_gym.devices import to_device
 from kv_gym.errors import UserError
-from kv_gym.models.attention import AttentionCall, observe_next_attention, output_projection
+from kv_gym.models.attention import AttentionCall, output_projection
 from kv_gym.models.context_repetition import QUERY_BLOCK, ContextRepetition, RereadingPolicy
 from kv_gym.models.hidden_states import attach_hidden_state_hooks, current_hidden_states, remove_hidden_state_hooks
+from kv_gym.models.storeless_layer import StorelessLayer
 
 
 class CachedLayer(Protocol):
@@ -91,30 +92,13 @@ def _beginning(model) -> tuple[int, ...]:
     return (token,) if isinstance(token, int) else ()
 
 
-class ReadOnlyLayer(CacheLayerMixin):
+class ReadOnlyLayer(StorelessLayer):
     """A full-attention layer whose slots a forward attends to, and which stores nothing of that forward."""
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(self, cached: CachedLayer, columns: int):
         super().__init__()
         self._cached, self._columns = cached, columns
         self._slots = cached.view().positions.shape[2]
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Nothing is stored."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """Pass the new keys and values on to :meth:`attend`, which puts them behind the cached ones."""
-        observe_next_attention(self)
-        return key_states, value_states
-
-    def attend(self, call: AttentionCall) -> tuple[Tensor, Tensor | None]:
-        """Attention over cached and new slots."""
-        raise NotImplementedError
 
     def get_mask_sizes(self, query_length: int | Tensor) -> tuple[int, int]:
         """Length and offset of a mask that :meth:`attend` replaces."""
@@ -124,12 +108,6 @@ class ReadOnlyLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Tokens seen before the forward."""
         return self._columns
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length
 
 
 class _RereadingLayer(ReadOnlyLayer):

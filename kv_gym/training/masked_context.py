@@ -13,11 +13,12 @@ import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
-from transformers.cache_utils import Cache, CacheLayerMixin
+from transformers.cache_utils import Cache
 
 from kv_gym.devices import number_tensor, to_device
 from kv_gym.errors import UserError
-from kv_gym.models.attention import AttentionCall, attach, detach, full_layers, observe_next_attention
+from kv_gym.models.attention import AttentionCall, attach, detach, full_layers
+from kv_gym.models.storeless_layer import StorelessLayer
 from kv_gym.traces.sequence import Sequence
 
 WORTHWHILE = 0.8  # of the slots: a layer that reads more of them reads all, which spares the selection
@@ -77,27 +78,14 @@ def padded_continuations(
     return to_device(tokens.view(shape), torch.device(device)), to_device(mask.view(shape), torch.device(device))
 
 
-class MaskedContextLayer(CacheLayerMixin):
+class MaskedContextLayer(StorelessLayer):
     """One layer: the contexts' slots, each times its gate, and the continuations' own tokens."""
-
-    is_compileable = False
-    is_croppable = False
-    is_sliding = False
-    supports_early_init = False
 
     def __init__(self, keys: Tensor, values: Tensor, gates: Tensor, length: int):
         """`keys`, `values` `[C, H, n, d]`, `gates` `[C, H, n]`, and the tokens that count as seen."""
         self.context, self.gates, self.length = (keys, values), gates, length
         self.keys = self.values = None
         self.is_initialized = True
-
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor | None = None) -> None:
-        """Nothing is allocated."""
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args, **kwargs) -> tuple[Tensor, Tensor]:
-        """The continuations' own keys and values, as they are."""
-        observe_next_attention(self)
-        return key_states, value_states
 
     def attend(self, call: AttentionCall) -> tuple[Tensor, None]:
         """Attention over gated slots and all earlier tokens of the continuation.
@@ -136,12 +124,6 @@ class MaskedContextLayer(CacheLayerMixin):
     def get_seq_length(self) -> int:
         """Tokens that count as seen."""
         return self.length
-
-    def get_max_length(self) -> int:
-        """No maximum."""
-        return -1
-
-    get_max_cache_shape = get_max_length
 
 
 def _by_row(tensor: Tensor, contexts: int, rows: int, group: int, m: int) -> Tensor:
