@@ -11,6 +11,7 @@ from typing import Any
 
 from kv_gym.errors import UserError, short_reason
 from kv_gym.models.loading import plain_ids
+from kv_gym.models.template_renderer import TemplateRefusal, renderer
 
 Messages = Sequence[Mapping[str, str]]
 """Turns of a dialogue, each with ``role`` and ``content``: at most one ``system`` message, then ``user`` and
@@ -44,12 +45,16 @@ class ChatTemplate:
             reply: end with what stands before a reply of the assistant.
 
         Raises:
-            UserError: the template refuses the messages.
+            UserError: the template refuses the messages, or takes more time or memory than a template may (see
+                :mod:`kv_gym.models.template_renderer`).
         """
+        template = self.tokenizer.chat_template
+        if not isinstance(template, str):  # several, by name
+            template = self.tokenizer.get_chat_template()
         try:
-            return self.tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=reply)
-        except Exception as error:  # a template raises whatever Jinja does, or errors of its own
-            raise UserError(f"the model's chat template refuses the messages: {short_reason(error)}") from None
+            return renderer(template).render(messages, reply, self.tokenizer.special_tokens_map)
+        except TemplateRefusal as refusal:
+            raise UserError(f"the model's chat template refuses the messages: {short_reason(refusal)}") from None
 
     def split(
         self, messages: Messages, more: str = "", following: Messages = (), reply: bool = True

@@ -101,6 +101,38 @@ def test_messages_that_do_not_alternate_are_refused(tokenizer, messages, reason)
         texts(tokenizer, {"messages": messages, "answer": "x"})
 
 
+def test_the_process_renders_as_transformers_does(tokenizer):
+    templates = [
+        CHATML,
+        "{% for m in messages %}\n  {% generation %}{{ m['content'].strip() }}{% endgeneration %}\n{% endfor %}",
+        "{% set ns = namespace(n=0) %}{% for m in messages %}{% set ns.n = ns.n + 1 %}{{ ns.n }}{{ m | tojson }}"
+        "{% if loop.last %}{% break %}{% endif %}{% endfor %}{{ eos_token }}{{ strftime_now('%Y') }}{{ tools }}",
+    ]
+    for template in templates:
+        tokenizer.chat_template = template
+        expected = tokenizer.apply_chat_template(DIALOGUE, tokenize=False, add_generation_prompt=True)
+        assert ChatTemplate(tokenizer).render(DIALOGUE) == expected
+    tokenizer.chat_template = CHATML
+
+
+def test_a_template_without_end_is_stopped(tokenizer, monkeypatch):
+    """Loops, numbers and texts that Jinja's sandbox allows."""
+    monkeypatch.setattr("kv_gym.models.template_renderer.SECONDS", 1.0)
+    loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+    for bomb, reason in {
+        loop: "it took more than 1 seconds",
+        "{{ 10 ** (10 ** (5 * messages | length)) }}": "it took more than 1 seconds",
+        "{{ 'a' * 10 ** (5 * messages | length) }}": "it needs more than 1 GiB of memory",
+        "{{ messages[0].role | center(9999999999) }}": "it needs more than 1 GiB of memory",
+    }.items():
+        tokenizer.chat_template = "{% if messages | length > 1 %}" + bomb + "{% endif %}ready"
+        template = ChatTemplate(tokenizer)
+        with pytest.raises(UserError, match=f"^the model's chat template refuses the messages: {reason}"):
+            template.render(DIALOGUE)
+        assert template.render(DIALOGUE[:1]) == "ready"
+    tokenizer.chat_template = CHATML
+
+
 def test_templates_that_cannot_be_used_are_refused(tokenizer):
     with pytest.raises(UserError, match="a tokenizer without a chat template, so it cannot chat: take a chat model"):
         ChatTemplate(_tokenizer())

@@ -194,17 +194,17 @@ def test_bad_settings_are_refused(settings):
 class Letters:
     """A tokenizer whose tokens are characters, with a chat template."""
 
-    chat_template, bos_token_id = "{{ messages }}", None
+    chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}</>{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    bos_token_id, special_tokens_map = None, {}
 
     def __call__(self, text, **_):
         return {"input_ids": [ord(letter) for letter in text]}
 
     def decode(self, ids):
         return "".join(map(chr, ids))
-
-    def apply_chat_template(self, messages, add_generation_prompt=False, **_):
-        turns = "".join(f"<{turn['role']}>{turn['content']}</>" for turn in messages)
-        return turns + "<assistant>" * add_generation_prompt
 
 
 class OldWords(Letters):
