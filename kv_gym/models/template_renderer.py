@@ -69,7 +69,12 @@ class TemplateRenderer:
         if process is None:
             process, line = self._start(), _line(self._template) + line
         late = threading.Event()
-        timer = threading.Timer(SECONDS, lambda: (late.set(), process.kill()))
+
+        def end() -> None:
+            late.set()
+            process.kill()
+
+        timer = threading.Timer(SECONDS, end)
         timer.daemon = True
         timer.start()
         try:
