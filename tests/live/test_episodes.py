@@ -76,6 +76,7 @@ def test_a_probe_is_saved_and_refused(tmp_path):
     assert torch.equal(loaded.kept_positions(1), cache.kept_positions(1))
     for probe, policy, allocation, said in (
         ((10**6,), "epicache", "uniform", "a probe holds"),
+        (5, "epicache", "uniform", "the probe is 5; expected a list of token ids"),
         (PROBE, "kvzip", "uniform", "second reading"),
         (PROBE, "cake", "cake:cascade", "cuts layers while later ones are read"),
     ):
