@@ -69,7 +69,7 @@ class Guard:
         if self.layers is not None and not (
             isinstance(self.layers, tuple | list) and all(type(layer) is int for layer in self.layers)
         ):
-            raise UserError(f"the guard's layers are {self.layers!r}; expected numbers of evicting layers, such as (0, 1)")
+            raise UserError(f"the guard's layers are {self.layers!r}; expected numbers of layers, as in (0, 1)")
         if math.isnan(self.threshold):
             raise UserError("the guard's threshold is NaN; expected a number, such as threshold_at gives")
         if not self.growth > 1:

@@ -385,7 +385,7 @@ def test_refusals():
         ({"threshold": math.nan}, "threshold is NaN"),
         ({"threshold": "0.5"}, "threshold is '0.5'; expected a number"),
         ({"growth": 1.0}, "expected one above 1"),
-        ({"layers": 1}, "layers are 1; expected numbers of evicting layers"),
+        ({"layers": 1}, "layers are 1; expected numbers of layers"),
         ({"bits": 3}, "expected 2, 4 or 8"),
     ):
         with pytest.raises(UserError, match=message):
