@@ -246,12 +246,9 @@ class PageEpisode:
                 )
             return int(np.argmin(scores[:count]))
         place = int(action)
-        if not 0 <= place < count:
-            raise UserError(
-                f"the action names candidate {place} and there are {count}: choose where the mask is 1 "
-                "(env.get_wrapper_attr('action_masks')())"
-            )
-        return place
+        if not 0 <= place < self.rules.candidates:
+            raise UserError(f"the action names candidate {place}; expected a number below {self.rules.candidates}")
+        return place if place < count else 0  # an agent without a mask goes on, with the choice of LRU
 
     def _regret(self, place: int) -> float:
         """0 for the candidate whose next use is farthest, up to 1 for one that is needed at once."""
@@ -275,7 +272,7 @@ class KVPageEnv(gym.Env[Observation, Any]):
 
     `action="ranking"`: `Box(-1, 1, (K,))`, a score for each candidate, higher = keep; the lowest leaves, among equals
     the least recently used. `action="index"`: `Discrete(K)`, the candidate that leaves, for DQN and masked PPO;
-    `action_masks()` says which numbers are valid.
+    `action_masks()` says which numbers have a candidate, and the others evict the least recently used one.
 
     ## Observation Space
 

@@ -198,12 +198,23 @@ def test_mistakes_are_one_sentence(settings, complaint):
         KVPageEnv(**settings)
 
 
+def test_a_number_without_a_candidate_evicts_the_least_recently_used():
+    ends = []
+    for number in (0, 15):
+        env = gym.make("KVPage-v0", **INDEX | {"capacity": 200, "drawn": 8}).unwrapped
+        env.reset(seed=0)
+        while int(env.action_masks().sum()) == 16:
+            env.step(0)
+        ends.append(env.step(number)[1:])
+    assert ends[0] == ends[1]
+
+
 def test_actions_that_name_nobody_are_refused():
     env = gym.make("KVPage-v0", **INDEX, disable_env_checker=True).unwrapped
     with pytest.raises(UserError, match="before reset"):
         env.step(0)
     env.reset(seed=0)
-    with pytest.raises(UserError, match="names candidate 16 and there are 16"):
+    with pytest.raises(UserError, match="names candidate 16; expected a number below 16"):
         env.step(16)
     with pytest.raises(UserError, match="unknown reset option head"):
         env.reset(options={"head": 1})
