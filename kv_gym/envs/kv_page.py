@@ -215,7 +215,7 @@ class PageEpisode:
         """The info of a step; hits after the slice do not count."""
         return self._at_end or {
             "hit_rate": self.hits / max(self.accesses, 1),
-            "hits": self.hits,
+            "total_hits": self.hits,
             "accesses": self.accesses,
             "evictions": self.cache.evictions - self._before[2],
             "start": self.start,
@@ -231,7 +231,7 @@ class PageEpisode:
         self.evicted = self.shown[place]
         self.cache.evict(self.evicted)
         self._go_on()
-        hits = self.describe()["hits"]
+        hits = self.describe()["total_hits"]
         gained, self._counted = hits - self._counted, hits
         return -regret if self.rules.reward == "belady" else float(gained)
 
@@ -308,9 +308,9 @@ class KVPageEnv(gym.Env[Observation, Any]):
 
     ## Info
 
-    `hit_rate`, `hits`, `accesses` and `evictions` of the episode so far, its first request `start`, and `late_share`:
-    the share of its decisions that came later than `limit` after the candidates were shown. In their place the least
-    recently used page left, as in a server that cannot wait.
+    `hit_rate`, `total_hits`, `accesses` and `evictions` of the episode so far, its first request `start`, and
+    `late_share`: the share of its decisions that came later than `limit` after the candidates were shown. In their
+    place the least recently used page left, as in a server that cannot wait.
 
     ## Starting State
 
