@@ -142,9 +142,9 @@ def page(file: Path) -> str:
     out += [pipe_table(("library", "what was run", "result"), _cells(MODELS, found), None), ""]
     out += [
         f"## {ENVIRONMENTS}", "",
-        "`KVEvict-v0` (and `KVPage-v0`, where it stands) on the bundled traces. Steps per second of CPU time, of all environments together, on one",
-        "thread and with random actions; where an agent learns, with its updates. They compare libraries, not",
-        "machines.", "",
+        "`KVEvict-v0` on the bundled traces, or `KVPage-v0` where it is named. Steps per second of CPU time, of all",
+        "environments together, on one thread and with random actions; where an agent learns, with its updates.",
+        "They compare libraries, not machines.", "",
         pipe_table(("library", "line that works", "result"), _cells(ENVIRONMENTS, found), None), "",
     ]  # fmt: skip
     return "\n".join(out)
