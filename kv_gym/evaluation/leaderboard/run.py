@@ -290,6 +290,7 @@ class Runner:
             cell.setting.allocation,
             cell.setting.evicted,
             cell.setting.select,
+            cell.setting.episodes,
             isinstance(task, ReplayTask),
         )
         if key not in self._refusals:
@@ -315,6 +316,7 @@ class Runner:
         if isinstance(task, ReplayTask):
             task.refuse_unfit(config)
         else:
+            parts = config.episodes
             CacheConfig.parse(
                 self.model,
                 policy=config.policy,
@@ -324,6 +326,7 @@ class Runner:
                 recent=config.recent,
                 evicted=config.evicted,
                 select=config.select,
+                **({} if parts is None else {"trigger": f"block:{parts.block}", "probe": (0,)}),  # any token will do
             )
 
     def _measure(

@@ -151,6 +151,11 @@ class LowRankState(Tier):
         """Such as ``less:runs/less``."""
         return f"less:{self.folder}" if self.folder else "less"
 
+    @property
+    def label(self) -> str:
+        """Such as ``less (h2o, 5b8c61d2a0f4)``: the policy that evicted in training, and the digest's beginning."""
+        return f"less ({self.training.get('policy', 'untrained')}, {self.digest[:12]})"
+
     def refuse_other_model(self, model) -> None:
         """Raise a UserError for a model that the kernels were not trained on; each model is looked at once."""
         if model not in self._serves:
