@@ -98,7 +98,7 @@ class CacheSetting:
 
 @cache
 def tier_of(name: str) -> Tier:
-    """A tier by name; one that is read from a folder is read once."""
+    """A tier by name; one that lies in a folder is read once for all cells."""
     return parse_tier(name)
 
 
