@@ -196,7 +196,8 @@ class LowRankState(Tier):
         """
         described, kernels = FOLDER.read(Path(folder), _StateFile, _kernels)
         fingerprint = Fingerprint.from_json(described.fingerprint)
-        return cls(list(kernels), fingerprint, described.training, str(folder))
+        layers: list[Any] = list(kernels)
+        return cls(layers, fingerprint, described.training, str(folder))
 
 
 def _kernels(described: _StateFile) -> nn.ModuleList:
