@@ -15,11 +15,11 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part of kv_gym may import parts of its own layer and of those before it.
 LAYERS = (
-    {"checksums", "errors", "files", "hub", "markdown", "progress", "records", "weights_folder"},
+    {"checksums", "errors", "files", "hub", "markdown", "progress", "records"},
     {"cache_view", "devices"},
     {"budgets", "models", "pages", "policies", "traces"},
     {"envs", "live", "reference"},
-    {"evaluation", "interop", "training"},
+    {"evaluation", "interop", "serving", "training"},
     {"method_table", "testing"},
     {"fit"},
     {"cli", "publishing"},

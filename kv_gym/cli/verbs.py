@@ -7,6 +7,7 @@ a command line needs: files and names instead of objects.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -297,6 +298,17 @@ def _chat(call: Call) -> None:
 
     parse_budget(call["budget"])  # before the model loads
     call()
+
+
+@verb(app, "kv_gym.serving.make_server", kinds={"api_key": None}, command_name="serve")
+def _serve(call: Call) -> None:
+    from kv_gym.budgets import parse_budget
+    from kv_gym.serving import make_server  # noqa: F401 (packages that are missing are named before the model loads)
+    from kv_gym.serving.server import KEY_VARIABLE
+
+    parse_budget(call["budget"])
+    name = call["name"] or Path(call.model_name or "").name
+    call(name=name, api_key=os.environ.get(KEY_VARIABLE) or None).run()
 
 
 @verb(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from transformers import TextStreamer
@@ -14,6 +15,9 @@ from kv_gym.live.cache import EvictingCache
 from kv_gym.models.chat_template import ChatTemplate, Messages, check_messages
 from kv_gym.models.loading import beginning_ids, plain_ids, refuse_too_long, token_rows
 from kv_gym.policies import Policy, make_policy
+
+Write = Callable[[str], object]
+"""Takes the parts of a text as they come."""
 
 
 @dataclass(frozen=True)
@@ -54,9 +58,10 @@ def generate_ids(
     ids: list[int],
     cache: EvictingCache,
     max_new_tokens: int,
-    write: Callable[[str], object] = lambda _: None,
+    write: Write | None = None,
+    **options: Any,
 ) -> list[int]:
-    """The tokens that follow some others, greedily, until a stop token of the model's generation configuration.
+    """The tokens that follow some others, until a stop token of the model's generation configuration.
 
     Args:
         model: transformers decoder.
@@ -65,6 +70,7 @@ def generate_ids(
         cache: that reads the rest.
         max_new_tokens: how many to generate, at most.
         write: is called with the text as it comes.
+        options: of the model's ``generate``; none: the most probable tokens.
 
     Raises:
         UserError: more tokens than the model has positions, unless the cache keeps them within.
@@ -77,15 +83,15 @@ def generate_ids(
         attention_mask=torch.ones_like(tokens),
         past_key_values=cache,
         max_new_tokens=max_new_tokens,
-        do_sample=False,
-        streamer=_Streamer(tokenizer, write),
+        streamer=None if write is None else _Streamer(tokenizer, write),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,
+        **(options or {"do_sample": False}),
     )
     return output[0, len(ids) :].tolist()
 
 
 class _Streamer(TextStreamer):
-    def __init__(self, tokenizer, write: Callable[[str], object]):
+    def __init__(self, tokenizer, write: Write):
         super().__init__(tokenizer, skip_prompt=True, skip_special_tokens=True)
         self._write = write
 
@@ -102,7 +108,7 @@ def generate(
     trigger: str = "prefill",
     allocation: str = "uniform",
     max_new_tokens: int = 64,
-    write: Callable[[str], object] = lambda _: None,
+    write: Write = lambda _: None,
     evicted: str = "drop",
     select: str = "all",
     chat: bool = False,

@@ -62,20 +62,29 @@ class Guard:
             raise UserError(f"guard signal {self.signal!r} is unknown; expected one of {', '.join(SIGNALS)}")
         if self.then not in REACTIONS:
             raise UserError(f"a guard cannot {self.then!r}; expected one of {', '.join(REACTIONS)}")
-        for name in ("threshold", "growth"):
-            number = getattr(self, name)
-            if isinstance(number, bool) or not isinstance(number, int | float):
-                raise UserError(f"the guard's {name} is {number!r}; expected a number")
-        if self.layers is not None and not (
-            isinstance(self.layers, tuple | list) and all(type(layer) is int for layer in self.layers)
-        ):
-            raise UserError(f"the guard's layers are {self.layers!r}; expected numbers of layers, as in (0, 1)")
         if math.isnan(self.threshold):
             raise UserError("the guard's threshold is NaN; expected a number, such as threshold_at gives")
         if not self.growth > 1:
             raise UserError(f"the budget cannot grow by a factor of {self.growth}; expected one above 1")
         if self.bits not in (2, 4, 8):
             raise UserError(f"evicted keys cannot be sketched in {self.bits} bits; expected 2, 4 or 8")
+
+    @classmethod
+    def parse(cls, text: str) -> Guard:
+        """A guard from ``SIGNAL:THRESHOLD`` or ``SIGNAL:THRESHOLD:REACTION``, such as ``missing:0.05:restore``.
+
+        Raises:
+            UserError: another form, or what the constructor refuses.
+        """
+        signal, _, rest = text.partition(":")
+        threshold, _, reaction = rest.partition(":")
+        try:
+            return cls(signal, float(threshold), reaction or "warn")
+        except UserError:
+            raise
+        except ValueError:
+            expected = "expected SIGNAL:THRESHOLD[:REACTION], such as entropy:3.5"
+            raise UserError(f"guard {text!r} has another form; {expected}") from None
 
     def covers(self, ordinal: int) -> bool:
         """Whether the evicting layer `ordinal` is measured."""

@@ -47,15 +47,8 @@ _MAX_NESTED_POLICIES = 4
 _DAMAGE = (KeyError, TypeError, ValueError, IndexError, OverflowError, RuntimeError, AttributeError)
 
 
-def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: int) -> Path:
-    """Write a cache that has seen something; see :meth:`EvictingCache.save`.
-
-    Args:
-        file: its name.
-        config: the cache's settings.
-        layers: the cache's layers, as transformers knows them.
-        seen: tokens seen.
-    """
+def refuse_unsavable(config: CacheConfig) -> None:
+    """Raise a UserError where a cache with these settings holds what no file has a place for."""
     if not isinstance(config.layer_tier, Drop | LowRankState):
         raise UserError(
             f"a cache with evicted={config.layer_tier.name!r}, a guard or offload=True holds more than its slots, "
@@ -66,6 +59,21 @@ def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: in
             f"the settings of {config.select.name!r} are not those that its name has, and a file knows the name: save "
             "a cache with another selection"
         )
+
+
+def write_cache(file: Path, config: CacheConfig, layers: Sequence[Any], seen: int) -> Path:
+    """Write a cache that has seen something; see :meth:`EvictingCache.save`.
+
+    Args:
+        file: its name.
+        config: the cache's settings.
+        layers: the cache's layers, as transformers knows them.
+        seen: tokens seen.
+
+    Raises:
+        UserError: settings that :func:`refuse_unsavable` refuses, or a file that cannot be written.
+    """
+    refuse_unsavable(config)
     tensors: dict[str, Tensor] = {}
     about_layers: dict[str, dict[str, Any]] = {}
     parts: dict[str, Tensor | None]

@@ -35,37 +35,16 @@ from kv_gym.live.slots import EqualSlots, Slots, take
 from kv_gym.policies.base import Paper
 
 
+@dataclass(frozen=True)
 class Selection(ABC):
     """Which slots a query reads.
 
     Class attributes:
         paper: its source.
-        paired: whether the layers 3, 5, ... read the tokens that the layer before chose (counted from 0).
-    """
-
-    paper: ClassVar[Paper | None] = None
-    paired: bool = False
-
-    @property
-    @abstractmethod
-    def name(self) -> str:
-        """What :func:`parse_selection` reads."""
-
-
-@dataclass(frozen=True)
-class SelectAll(Selection):
-    """Every query reads every slot."""
-
-    name = "all"
-
-
-@dataclass(frozen=True)
-class GroupSelection(Selection):
-    """A query reads the groups of slots in which it may find most.
 
     Attributes:
         share: of the groups, the share that is read beside the first and the newest one.
-        paired: see the base class.
+        paired: whether the layers 3, 5, ... read the tokens that the layer before chose (counted from 0).
         group: slots of a group; two groups are a wide group.
         wide: of the wide groups, the share that is searched for groups.
 
@@ -73,6 +52,7 @@ class GroupSelection(Selection):
         UserError: a share outside (0, 1], or a group of no slot.
     """
 
+    paper: ClassVar[Paper | None] = None
     share: float = 0.2
     paired: bool = False
     group: int = 16
@@ -145,7 +125,20 @@ class GroupSelection(Selection):
 
 
 @dataclass(frozen=True)
-class MPCacheSelection(GroupSelection):
+class SelectAll(Selection):
+    """Every query reads every slot."""
+
+    kind = "all"
+    name = "all"
+    share: float = 1.0
+
+    def bound(self, query: Tensor, low: Tensor, high: Tensor, ordinal: int) -> Tensor:
+        """Never asked."""
+        raise NotImplementedError("nothing is selected")
+
+
+@dataclass(frozen=True)
+class MPCacheSelection(Selection):
     """MPCache's search: half of the wide groups, then a share of the groups, by a mean of a group's bounds.
 
     A group's bound is the product of the query with ``alpha * high + (1 - alpha) * low``. It is linear in the query,
@@ -179,7 +172,7 @@ class MPCacheSelection(GroupSelection):
 
 
 @dataclass(frozen=True)
-class QuestSelection(GroupSelection):
+class QuestSelection(Selection):
     """Quest's bound, the largest product that a key within the group's bounds could have: no key exceeds it.
 
     Differs from the paper in: a share of the groups is read (the paper: a fixed number of tokens), in every layer (the
@@ -198,7 +191,7 @@ class QuestSelection(GroupSelection):
 
 
 @dataclass(frozen=True)
-class RandomSelection(GroupSelection):
+class RandomSelection(Selection):
     """Groups at random, the same in every run: by the layer, and the number of groups and queries."""
 
     kind = "random"
@@ -210,7 +203,7 @@ class RandomSelection(GroupSelection):
         return to_device(torch.rand(shape, generator=generator), query.device)
 
 
-_KINDS: dict[str, type[GroupSelection]] = {
+_KINDS: dict[str, type[Selection]] = {
     kind.kind: kind
     for kind in (MPCacheSelection, QuestSelection, RandomSelection)  # type: ignore[misc]
 }
@@ -302,17 +295,15 @@ class LayerSelection:
         Returns:
             `[batch, m, query_heads, d]`; zero where a query is padding.
         """
-        settings = self.settings
-        assert isinstance(settings, GroupSelection)  # where all is read, attention is the model's own
         filled, real = slots.padded(("keys", "values", "positions"))
         counts, m = slots.counts(), query.shape[2]
-        self._update(filled["keys"], counts, m, settings.group)
+        self._update(filled["keys"], counts, m)
         assert self.low is not None and self.high is not None
         partner, self.partner = self.partner, None
-        if m == 1 and token_mask is None and isinstance(slots, EqualSlots) and not settings.paired:
+        if m == 1 and token_mask is None and isinstance(slots, EqualSlots) and not self.settings.paired:
             visible = counts[..., None]
-            chosen = settings.chosen_groups(query, self.low, self.high, visible, self.ordinal)[:, :, 0]
-            return self._attend_to_few(settings, query, filled, chosen, slots.length, scaling, dropout)
+            chosen = self.settings.chosen_groups(query, self.low, self.high, visible, self.ordinal)[:, :, 0]
+            return self._attend_to_few(query, filled, chosen, slots.length, scaling, dropout)
         tokens = torch.ones(len(query), m, dtype=torch.bool) if token_mask is None else token_mask
         later = to_device(tokens.sum(1, keepdim=True) - tokens.cumsum(1), query.device)
         visible = (counts[..., None] - later[:, None]).clamp(min=1)
@@ -322,18 +313,19 @@ class LayerSelection:
             mask = partner._selected.gather(3, positions) | (places == visible[..., None] - 1)
             partner._selected = None
         else:
-            chosen = settings.chosen_groups(query, self.low, self.high, visible, self.ordinal)
-            mask = chosen.repeat_interleave(settings.group, 3)[..., : real.shape[2]]
+            chosen = self.settings.chosen_groups(query, self.low, self.high, visible, self.ordinal)
+            mask = chosen.repeat_interleave(self.settings.group, 3)[..., : real.shape[2]]
         mask = mask & (places < visible[..., None])
         self.read = mask.sum(3).amax(2)
-        if settings.paired:
+        if self.settings.paired:
             self._selected = mask.new_zeros(*mask.shape[:3], seen + 1).scatter_(3, positions, mask)
             self._selected[..., seen] = False  # where padding went
         out = _attend(query, filled["keys"], filled["values"], mask, scaling, dropout)
         return out if token_mask is None else out * to_device(token_mask, out.device)[..., None, None]
 
-    def _update(self, keys: Tensor, counts: Tensor, m: int, size: int) -> None:
-        """Bring the bounds of groups of `size` up to date; `m` of the keys `[batch, kv_heads, longest, d]` are new."""
+    def _update(self, keys: Tensor, counts: Tensor, m: int) -> None:
+        """Bring the bounds up to date with the keys `[batch, kv_heads, longest, d]`, of which `m` are new."""
+        size = self.settings.group
         groups = -(-keys.shape[2] // size)
         if self.low is None or self.high is None or m > size or groups < self.low.shape[2]:
             padded = F.pad(keys, (0, 0, 0, groups * size - keys.shape[2]))
@@ -350,17 +342,10 @@ class LayerSelection:
             bounds.scatter_(2, last[..., None].expand_as(found), found)
 
     def _attend_to_few(
-        self,
-        settings: GroupSelection,
-        query: Tensor,
-        filled: dict[str, Tensor],
-        chosen: Tensor,
-        length: int,
-        scaling: float,
-        dropout: float,
+        self, query: Tensor, filled: dict[str, Tensor], chosen: Tensor, length: int, scaling: float, dropout: float
     ) -> Tensor:
         """A decoding step that reads only the groups `chosen [batch, kv_heads, groups]`, as many of every head."""
-        groups, size = settings.groups_read(length), settings.group
+        groups, size = self.settings.groups_read(length), self.settings.group
         index = chosen.byte().argsort(dim=2, descending=True, stable=True)[:, :, :groups]  # the newest is the last
         slots = (index[..., None] * size + torch.arange(size, device=index.device)).flatten(2)
         slots = slots[:, :, : groups * size - (-length % size)]
