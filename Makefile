@@ -3,6 +3,7 @@
 #   make test                       the test suite
 #   make test-all                   the test suite and the slow tests
 #   make lint                       ruff and mypy
+#   make docs                       the documentation site, in site/
 #   make versions                   the live tests under transformers 5.2, 5.4 and the newest; in .versions/
 #   make kvpress                    the tests with kvpress, in .venv-kvpress (1.4 GB): kvpress needs transformers 5.2
 #   make real-model  a small real language model (SmolLM2-135M-Instruct, a 4-bit copy) in runs/models/
@@ -13,9 +14,10 @@ ARGS ?=
 
 BIN := .venv/bin
 READY := .venv/ready
+DOCS := .venv/docs
 BESIDE := .venv-kvpress/ready
 
-.PHONY: demo test test-all lint versions kvpress real-model clean
+.PHONY: demo test test-all lint docs versions kvpress real-model clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -33,6 +35,9 @@ lint: $(READY)
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
+docs: $(DOCS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build
+
 versions: $(READY)
 	@$(BIN)/python tests/versions.py
 
@@ -44,7 +49,7 @@ real-model: $(READY)
 	$(BIN)/python benchmarks/get_real_model.py
 
 clean:
-	rm -rf .venv .venv-kvpress .versions build dist kv_gym.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-kvpress .versions site build dist kv_gym.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find kv_gym tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up starts over and a changed dependency installs again.
@@ -55,6 +60,10 @@ $(READY): setup.cfg setup.py pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	@# compat: a plain path, so that a folder of the clone's name beside the user's script does not hide the package
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[dev]'
+	@touch $@
+
+$(DOCS): $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[docs]'
 	@touch $@
 
 $(BESIDE): tests/kvpress/constraints.txt setup.cfg $(READY)

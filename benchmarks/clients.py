@@ -142,9 +142,9 @@ def page(file: Path) -> str:
     out += [pipe_table(("library", "what was run", "result"), _cells(MODELS, found), None), ""]
     out += [
         f"## {ENVIRONMENTS}", "",
-        "`KVEvict-v0` on the bundled traces. Steps per second of CPU time, of all environments together, on one",
-        "thread and with random actions; where an agent learns, with its updates. They compare libraries, not",
-        "machines.", "",
+        "`KVEvict-v0` on the bundled traces, or `KVPage-v0` where it is named. Steps per second of CPU time, of all",
+        "environments together, on one thread and with random actions; where an agent learns, with its updates.",
+        "They compare libraries, not machines.", "",
         pipe_table(("library", "line that works", "result"), _cells(ENVIRONMENTS, found), None), "",
     ]  # fmt: skip
     return "\n".join(out)
@@ -677,6 +677,29 @@ def _torchrl_native() -> str:
         return env.rollout(8, break_when_any_done=False).numel()
 
     return f"{speed(step)}; TorchRL resets again what was reset within a step, so it shows every second decision"
+
+
+@row(ENVIRONMENTS, "torchrl", '`GymEnv("kv_gym:KVPage-v0", num_envs=2)`')
+def _torchrl_pages() -> str:
+    from torchrl.envs import GymEnv
+
+    env = GymEnv("kv_gym:KVPage-v0", num_envs=2)
+    found = env.rollout(8, break_when_any_done=False)
+    assert found.batch_size == (2, 8) and found["next", "total_hits"].shape == (2, 8)
+    env.close()
+    return "observations, rewards and infos of both; the steps are taken in two processes"
+
+
+@row(ENVIRONMENTS, "torchrl", '`GymWrapper(gym.make_vec("KVPage-v0", num_envs=16))`')
+def _torchrl_pages_native() -> str:
+    from torchrl.envs import GymWrapper
+
+    env = GymWrapper(gym.make_vec("KVPage-v0", num_envs=16))
+
+    def step() -> int:
+        return env.rollout(8, break_when_any_done=False).numel()
+
+    return speed(step)
 
 
 @row(ENVIRONMENTS, "tianshou", '`DummyVectorEnv([lambda: gym.make("KVEvict-v0")] * 8)`')

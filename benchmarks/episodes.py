@@ -16,6 +16,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from measured_page import measure_or_write
+
 from kv_gym import make_policy
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation.configurations import Configuration, full_cache
@@ -24,13 +26,11 @@ from kv_gym.evaluation.rows import FULL, read_result, result, write_json
 from kv_gym.evaluation.statistics import paired_difference
 from kv_gym.evaluation.tasks import parse_tasks
 from kv_gym.evaluation.tasks.scripted import TaskScript
-from kv_gym.files import atomic_write
 from kv_gym.live.episodic_cache import EpisodeSettings, parse_episodes
 from kv_gym.markdown import pipe_table
 from kv_gym.models import load_model
 from kv_gym.reference import MODEL
 
-ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = Path("benchmarks/results/episodes.json"), Path("docs/episodes.md")
 TASK, BUDGETS = "dialogue:512:topics=4", (1 / 8,)
 PAPER = "[2509.17396](https://arxiv.org/abs/2509.17396)"
@@ -56,14 +56,7 @@ CLAIMS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, default=24, help="dialogues")
-    parser.add_argument("--json", type=Path, help="measure, and write the rows to this file")
-    parser.add_argument("--page", action="store_true", help="write docs/episodes.md from the committed results alone")
-    arguments = parser.parse_args()
-    if arguments.json is not None:
-        run(arguments.json, arguments.contexts)
-    if arguments.page or arguments.json == RESULTS:
-        with atomic_write(ROOT / PAGE) as part:
-            part.write_text(page(read_result(ROOT / RESULTS)), encoding="utf-8")
+    measure_or_write(parser, RESULTS, PAGE, run, page)
 
 
 def run(file: Path, contexts: int) -> None:

@@ -38,10 +38,11 @@ from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.pages import RequestTrace, train_pages
 from kv_gym.pages.policies.learned import Learned
 from kv_gym.pages.readers import read_requests
-from kv_gym.policies.scorer import CHECKPOINT, Scorer
+from kv_gym.policies.scorer import Scorer
 from kv_gym.traces import open_traces, prompts_from_jsonl, prompts_from_text, validate
 from kv_gym.training.registry import agent_settings
 from kv_gym.training.trainer import Trainer
+from kv_gym.weights_folder import CHECKPOINT
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz .,?\n"
 WORDS = "the old lamp boat river key house under sold lost found by alice bob carol and then again".split()

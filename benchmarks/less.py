@@ -98,8 +98,6 @@ def main() -> None:
     if arguments.train_only:
         return
     rows = [row for corpus, compared in configurations.items() for row in measure(model, tasks[corpus], compared)]
-    for row in rows:
-        row["evicted"] = row["evicted"].partition(":")[0]  # without the folder
     if arguments.json is not None:
         before = read_result(arguments.json) if arguments.json.is_file() else {"rows": [], "training": {}}
         for corpus in before["training"].keys() - training.keys():

@@ -13,9 +13,11 @@ already is not measured again.
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from measured_page import measure_or_write
 
 from kv_gym import make_policy
 from kv_gym.evaluation.configurations import Configuration, full_cache
@@ -23,13 +25,11 @@ from kv_gym.evaluation.measure import measure
 from kv_gym.evaluation.rows import FULL, read_result, result, write_json
 from kv_gym.evaluation.statistics import paired_difference
 from kv_gym.evaluation.tasks import parse_tasks
-from kv_gym.files import atomic_write
 from kv_gym.live.selection import parse_selection
 from kv_gym.markdown import pipe_table
 from kv_gym.models import load_model
 from kv_gym.reference import MODEL
 
-ROOT = Path(__file__).parents[1]
 RESULTS, PAGE = Path("benchmarks/results/seed_settings.json"), Path("docs/seed-settings.md")
 READING = {
     "multi_key:512": (
@@ -65,14 +65,7 @@ def configurations() -> dict[str, list[Configuration]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--contexts", type=int, default=12, help="of each task")
-    parser.add_argument("--json", type=Path, help="measure, and write the rows to this file")
-    parser.add_argument("--page", action="store_true", help="write docs/seed-settings.md from the committed results")
-    arguments = parser.parse_args()
-    if arguments.json is not None:
-        run(arguments.json, arguments.contexts)
-    if arguments.page or arguments.json == RESULTS:
-        with atomic_write(ROOT / PAGE) as part:
-            part.write_text(page(read_result(ROOT / RESULTS)["rows"]), encoding="utf-8")
+    measure_or_write(parser, RESULTS, PAGE, run, page)
 
 
 def run(file: Path, contexts: int) -> None:
@@ -88,10 +81,10 @@ def run(file: Path, contexts: int) -> None:
             write_json(file, result(rows, model="reference"))
 
 
-def page(rows: Iterable[Mapping[str, Any]]) -> str:
+def page(data: Mapping[str, Any]) -> str:
     """The page, of committed results alone."""
     by_task: dict[str, list[Mapping[str, Any]]] = {}
-    for row in rows:
+    for row in data["rows"]:
         by_task.setdefault(row["task"], []).append(row)
     reading = [line for same in by_task.values() for line in _reading(same)]
     waiting = [line for same in by_task.values() for line in _waiting(same)]

@@ -44,6 +44,8 @@ def method_tables() -> str:
         "## Selections: which of the held slots a query reads",
         pipe_table(("select", "paper", "what"), [_selection(name) for name in SELECTIONS], None),
         "## Agents: how a policy is learned",
+        "`less` trains no policy but the kernels of the tier `less:FOLDER`, with a command of its own, `kv-gym "
+        "train-less`: [write-an-agent.md](write-an-agent.md#kernels-of-a-tier).",
         pipe_table(("agent", "paper", "what"), [_agent(name) for name in list_agents()], None),
     ]  # fmt: skip
     return "\n\n".join(parts) + "\n"

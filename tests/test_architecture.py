@@ -15,7 +15,7 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part of kv_gym may import parts of its own layer and of those before it.
 LAYERS = (
-    {"checksums", "errors", "files", "hub", "markdown", "progress", "records"},
+    {"checksums", "errors", "files", "hub", "markdown", "progress", "records", "weights_folder"},
     {"cache_view", "devices"},
     {"budgets", "models", "pages", "policies", "traces"},
     {"envs", "live", "reference"},

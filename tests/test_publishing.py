@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-from folder_hub import FolderHub
 from live_models import tiny
 
 from kv_gym import open_traces, push_to_hub
@@ -14,12 +13,6 @@ from kv_gym.files import bundled
 from kv_gym.fit import load_fit
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.scorer import GroupedScorer, Scorer
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    return FolderHub(tmp_path / "hub").install(monkeypatch)
 
 
 @pytest.fixture

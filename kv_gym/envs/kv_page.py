@@ -215,7 +215,7 @@ class PageEpisode:
         """The info of a step; hits after the slice do not count."""
         return self._at_end or {
             "hit_rate": self.hits / max(self.accesses, 1),
-            "hits": self.hits,
+            "total_hits": self.hits,
             "accesses": self.accesses,
             "evictions": self.cache.evictions - self._before[2],
             "start": self.start,
@@ -231,7 +231,7 @@ class PageEpisode:
         self.evicted = self.shown[place]
         self.cache.evict(self.evicted)
         self._go_on()
-        hits = self.describe()["hits"]
+        hits = self.describe()["total_hits"]
         gained, self._counted = hits - self._counted, hits
         return -regret if self.rules.reward == "belady" else float(gained)
 
@@ -246,12 +246,9 @@ class PageEpisode:
                 )
             return int(np.argmin(scores[:count]))
         place = int(action)
-        if not 0 <= place < count:
-            raise UserError(
-                f"the action names candidate {place} and there are {count}: choose where the mask is 1 "
-                "(env.get_wrapper_attr('action_masks')())"
-            )
-        return place
+        if not 0 <= place < self.rules.candidates:
+            raise UserError(f"the action names candidate {place}; expected a number below {self.rules.candidates}")
+        return place if place < count else 0  # an agent without a mask goes on, with the choice of LRU
 
     def _regret(self, place: int) -> float:
         """0 for the candidate whose next use is farthest, up to 1 for one that is needed at once."""
@@ -275,7 +272,7 @@ class KVPageEnv(gym.Env[Observation, Any]):
 
     `action="ranking"`: `Box(-1, 1, (K,))`, a score for each candidate, higher = keep; the lowest leaves, among equals
     the least recently used. `action="index"`: `Discrete(K)`, the candidate that leaves, for DQN and masked PPO;
-    `action_masks()` says which numbers are valid.
+    `action_masks()` says which numbers have a candidate, and the others evict the least recently used one.
 
     ## Observation Space
 
@@ -311,9 +308,9 @@ class KVPageEnv(gym.Env[Observation, Any]):
 
     ## Info
 
-    `hit_rate`, `hits`, `accesses` and `evictions` of the episode so far, its first request `start`, and `late_share`:
-    the share of its decisions that came later than `limit` after the candidates were shown. In their place the least
-    recently used page left, as in a server that cannot wait.
+    `hit_rate`, `total_hits`, `accesses` and `evictions` of the episode so far, its first request `start`, and
+    `late_share`: the share of its decisions that came later than `limit` after the candidates were shown. In their
+    place the least recently used page left, as in a server that cannot wait.
 
     ## Starting State
 

@@ -27,6 +27,7 @@ class KVPageVectorEnv(VectorEnv[Observation, np.ndarray, np.ndarray]):
     """
 
     metadata = {"render_modes": [], "autoreset_mode": AutoresetMode.SAME_STEP}
+    autoreset_mode = AutoresetMode.SAME_STEP
 
     def __init__(self, num_envs: int = 1, requests: Any = None, **settings: Any) -> None:
         """Read the trace; `settings` are those of the scalar environment.

@@ -50,7 +50,7 @@ class Configuration:
         """What it says of itself in a row (:class:`kv_gym.evaluation.rows.Row`)."""
         return {
             "policy": self.name, "seed": self.seed, "budget": self.budget, "allocation": self.allocation.name,
-            "evicted": self.evicted.name, "sinks": self.sinks, "recent": self.recent,
+            "evicted": self.evicted.label, "sinks": self.sinks, "recent": self.recent,
             "policy_bytes": getattr(self.policy, "nbytes", int)(), "select": self.select.name,
             "accept_fingerprint": bool(getattr(self.policy, "accept_fingerprint", False)),
             "episodes": "none" if self.episodes is None else self.episodes.name,

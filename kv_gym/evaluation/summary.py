@@ -24,7 +24,7 @@ NULLS = ("random", "recency")
 CONFIGURATION = (
     "policy", "budget", "allocation", "evicted", "select", "episodes", "sinks", "recent", "window", "trigger",
 )  # fmt: skip
-_MEANS = ("nll", "slots_read", "cache_bytes", "policy_bytes", "milliseconds", "n", "questions")
+_MEANS = ("nll", "slots_read", "tokens_read", "cache_bytes", "policy_bytes", "milliseconds", "n", "questions")
 
 
 def configuration_key(row: Mapping) -> tuple:

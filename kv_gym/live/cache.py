@@ -138,7 +138,7 @@ class EvictingCache(Cache):
         self.config = CacheConfig.parse(
             model, policy=policy, budget=budget, allocation=allocation, trigger=trigger, sinks=sinks, recent=recent,
             evicted=evicted, guard=guard, offload=offload, positions=positions, select=select,
-            delay=delay, probe=tuple(probe),
+            delay=delay, probe=tuple(probe) if isinstance(probe, list) else probe,
         )  # fmt: skip
         self._initial_budget = self.config.budget
         self.monitor = None if guard is None else GuardMonitor(guard)

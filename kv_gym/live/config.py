@@ -271,6 +271,8 @@ class CacheConfig:
 
     def _refuse_unfit_probe(self) -> None:
         vocabulary = self.model.config.get_text_config().vocab_size
+        if not isinstance(self.probe, tuple):
+            raise UserError(f"the probe is {self.probe!r}; expected a list of token ids")
         wrong = [token for token in self.probe if type(token) is not int or not 0 <= token < vocabulary]
         if wrong:
             raise UserError(

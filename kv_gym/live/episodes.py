@@ -71,7 +71,7 @@ def sentence_embedding(tokenizer: Any, name: str = "sentence-transformers/all-Mi
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise UserError(
-            "sentence embeddings need the package sentence-transformers: pip install sentence-transformers, or use "
+            "sentence embeddings need the package sentence-transformers: pip install 'kv-gym[sentences]', or use "
             "model_embedding(model)"
         ) from None
     encoder = SentenceTransformer(name)

@@ -62,6 +62,14 @@ class Guard:
             raise UserError(f"guard signal {self.signal!r} is unknown; expected one of {', '.join(SIGNALS)}")
         if self.then not in REACTIONS:
             raise UserError(f"a guard cannot {self.then!r}; expected one of {', '.join(REACTIONS)}")
+        for name in ("threshold", "growth"):
+            number = getattr(self, name)
+            if isinstance(number, bool) or not isinstance(number, int | float):
+                raise UserError(f"the guard's {name} is {number!r}; expected a number")
+        if self.layers is not None and not (
+            isinstance(self.layers, tuple | list) and all(type(layer) is int for layer in self.layers)
+        ):
+            raise UserError(f"the guard's layers are {self.layers!r}; expected numbers of layers, as in (0, 1)")
         if math.isnan(self.threshold):
             raise UserError("the guard's threshold is NaN; expected a number, such as threshold_at gives")
         if not self.growth > 1:

@@ -54,6 +54,9 @@ class DelayedAttention:
 
     def __init__(self, policy: str | Policy, slots: int, delay: int = 0, scaling: float | None = None):
         self.policy = make_policy(policy)
+        for name, number in (("slots", slots), ("delay", delay)):
+            if isinstance(number, bool) or not isinstance(number, int):
+                raise UserError(f"{name} is {number!r}; expected a whole number")
         if delay < 0 or slots <= delay:
             raise UserError(
                 f"a memory of {slots} slots with a delay of {delay}: the newest {delay} tokens are never evicted, so "
@@ -79,7 +82,11 @@ class DelayedAttention:
 
         Returns:
             `[batch, query_heads, p, d]`, outputs of the p oldest queries that waited; p may be 0.
+
+        Raises:
+            UserError: tensors whose shapes do not fit each other or the chunk before.
         """
+        self._check(queries, keys, values)
         batch, heads, m, _ = keys.shape
         positions = torch.arange(self.seen, self.seen + m, device=keys.device).expand(batch, heads, m)
         self.seen += m
@@ -107,9 +114,34 @@ class DelayedAttention:
         return self._attend(self._waiting.shape[2])
 
     def kept_positions(self) -> Tensor:
-        """Positions of the tokens in the memory, `[batch, kv_heads, slots]` int64, ascending."""
-        assert self._view is not None
+        """Positions of the tokens in the memory, `[batch, kv_heads, slots]` int64, ascending.
+
+        Raises:
+            UserError: nothing came.
+        """
+        if self._view is None:
+            raise UserError("no chunk came: feed queries, keys and values first")
         return self._view.positions.sort(-1).values
+
+    def _check(self, queries: Tensor, keys: Tensor, values: Tensor) -> None:
+        shapes = [tuple(tensor.shape) for tensor in (queries, keys, values)]
+        expected = "expected queries [batch, query_heads, m, d], keys and values [batch, kv_heads, m, d]"
+        found = ", ".join(map(str, shapes))
+        if any(len(shape) != 4 for shape in shapes) or 0 in (*shapes[0], *shapes[1], *shapes[2]):
+            raise UserError(f"queries, keys and values have the shapes {found}; {expected}, none of them empty")
+        (batch, query_heads, m, d), (of_keys, kv_heads, *more), of_values = shapes
+        if (of_keys, *more) != (batch, m, d) or of_values[:3] != shapes[1][:3] or query_heads % kv_heads:
+            raise UserError(f"queries, keys and values have the shapes {found}, which do not fit; {expected}")
+        if self._view is not None:
+            view, waiting = self._view, self._waiting
+            assert waiting is not None
+            before = (waiting.shape[:2], view.keys.shape[:2], view.keys.shape[3], view.values.shape[3])
+            if before != (queries.shape[:2], keys.shape[:2], d, of_values[3]):
+                raise UserError(
+                    f"queries, keys and values have the shapes {found}, and the chunk before had {before[0][0]} rows, "
+                    f"{before[0][1]} query heads, {before[1][1]} KV heads and widths of {before[2]} and {before[3]}: "
+                    "one memory serves one layer and batch"
+                )
 
     def _attend(self, count: int) -> Tensor:
         """Let the `count` oldest queries attend to the whole memory."""

@@ -35,16 +35,37 @@ from kv_gym.live.slots import EqualSlots, Slots, take
 from kv_gym.policies.base import Paper
 
 
-@dataclass(frozen=True)
 class Selection(ABC):
     """Which slots a query reads.
 
     Class attributes:
         paper: its source.
+        paired: whether the layers 3, 5, ... read the tokens that the layer before chose (counted from 0).
+    """
+
+    paper: ClassVar[Paper | None] = None
+    paired: bool = False
+
+    @property
+    @abstractmethod
+    def name(self) -> str:
+        """What :func:`parse_selection` reads."""
+
+
+@dataclass(frozen=True)
+class SelectAll(Selection):
+    """Every query reads every slot."""
+
+    name = "all"
+
+
+@dataclass(frozen=True)
+class GroupSelection(Selection):
+    """A query reads the groups of slots in which it may find most.
 
     Attributes:
         share: of the groups, the share that is read beside the first and the newest one.
-        paired: whether the layers 3, 5, ... read the tokens that the layer before chose (counted from 0).
+        paired: see the base class.
         group: slots of a group; two groups are a wide group.
         wide: of the wide groups, the share that is searched for groups.
 
@@ -52,7 +73,6 @@ class Selection(ABC):
         UserError: a share outside (0, 1], or a group of no slot.
     """
 
-    paper: ClassVar[Paper | None] = None
     share: float = 0.2
     paired: bool = False
     group: int = 16
@@ -125,20 +145,7 @@ class Selection(ABC):
 
 
 @dataclass(frozen=True)
-class SelectAll(Selection):
-    """Every query reads every slot."""
-
-    kind = "all"
-    name = "all"
-    share: float = 1.0
-
-    def bound(self, query: Tensor, low: Tensor, high: Tensor, ordinal: int) -> Tensor:
-        """Never asked."""
-        raise NotImplementedError("nothing is selected")
-
-
-@dataclass(frozen=True)
-class MPCacheSelection(Selection):
+class MPCacheSelection(GroupSelection):
     """MPCache's search: half of the wide groups, then a share of the groups, by a mean of a group's bounds.
 
     A group's bound is the product of the query with ``alpha * high + (1 - alpha) * low``. It is linear in the query,
@@ -172,7 +179,7 @@ class MPCacheSelection(Selection):
 
 
 @dataclass(frozen=True)
-class QuestSelection(Selection):
+class QuestSelection(GroupSelection):
     """Quest's bound, the largest product that a key within the group's bounds could have: no key exceeds it.
 
     Differs from the paper in: a share of the groups is read (the paper: a fixed number of tokens), in every layer (the
@@ -191,7 +198,7 @@ class QuestSelection(Selection):
 
 
 @dataclass(frozen=True)
-class RandomSelection(Selection):
+class RandomSelection(GroupSelection):
     """Groups at random, the same in every run: by the layer, and the number of groups and queries."""
 
     kind = "random"
@@ -203,7 +210,7 @@ class RandomSelection(Selection):
         return to_device(torch.rand(shape, generator=generator), query.device)
 
 
-_KINDS: dict[str, type[Selection]] = {
+_KINDS: dict[str, type[GroupSelection]] = {
     kind.kind: kind
     for kind in (MPCacheSelection, QuestSelection, RandomSelection)  # type: ignore[misc]
 }
@@ -295,15 +302,17 @@ class LayerSelection:
         Returns:
             `[batch, m, query_heads, d]`; zero where a query is padding.
         """
+        settings = self.settings
+        assert isinstance(settings, GroupSelection)  # where all is read, attention is the model's own
         filled, real = slots.padded(("keys", "values", "positions"))
         counts, m = slots.counts(), query.shape[2]
-        self._update(filled["keys"], counts, m)
+        self._update(filled["keys"], counts, m, settings.group)
         assert self.low is not None and self.high is not None
         partner, self.partner = self.partner, None
-        if m == 1 and token_mask is None and isinstance(slots, EqualSlots) and not self.settings.paired:
+        if m == 1 and token_mask is None and isinstance(slots, EqualSlots) and not settings.paired:
             visible = counts[..., None]
-            chosen = self.settings.chosen_groups(query, self.low, self.high, visible, self.ordinal)[:, :, 0]
-            return self._attend_to_few(query, filled, chosen, slots.length, scaling, dropout)
+            chosen = settings.chosen_groups(query, self.low, self.high, visible, self.ordinal)[:, :, 0]
+            return self._attend_to_few(settings, query, filled, chosen, slots.length, scaling, dropout)
         tokens = torch.ones(len(query), m, dtype=torch.bool) if token_mask is None else token_mask
         later = to_device(tokens.sum(1, keepdim=True) - tokens.cumsum(1), query.device)
         visible = (counts[..., None] - later[:, None]).clamp(min=1)
@@ -313,19 +322,18 @@ class LayerSelection:
             mask = partner._selected.gather(3, positions) | (places == visible[..., None] - 1)
             partner._selected = None
         else:
-            chosen = self.settings.chosen_groups(query, self.low, self.high, visible, self.ordinal)
-            mask = chosen.repeat_interleave(self.settings.group, 3)[..., : real.shape[2]]
+            chosen = settings.chosen_groups(query, self.low, self.high, visible, self.ordinal)
+            mask = chosen.repeat_interleave(settings.group, 3)[..., : real.shape[2]]
         mask = mask & (places < visible[..., None])
         self.read = mask.sum(3).amax(2)
-        if self.settings.paired:
+        if settings.paired:
             self._selected = mask.new_zeros(*mask.shape[:3], seen + 1).scatter_(3, positions, mask)
             self._selected[..., seen] = False  # where padding went
         out = _attend(query, filled["keys"], filled["values"], mask, scaling, dropout)
         return out if token_mask is None else out * to_device(token_mask, out.device)[..., None, None]
 
-    def _update(self, keys: Tensor, counts: Tensor, m: int) -> None:
-        """Bring the bounds up to date with the keys `[batch, kv_heads, longest, d]`, of which `m` are new."""
-        size = self.settings.group
+    def _update(self, keys: Tensor, counts: Tensor, m: int, size: int) -> None:
+        """Bring the bounds of groups of `size` up to date; `m` of the keys `[batch, kv_heads, longest, d]` are new."""
         groups = -(-keys.shape[2] // size)
         if self.low is None or self.high is None or m > size or groups < self.low.shape[2]:
             padded = F.pad(keys, (0, 0, 0, groups * size - keys.shape[2]))
@@ -342,10 +350,17 @@ class LayerSelection:
             bounds.scatter_(2, last[..., None].expand_as(found), found)
 
     def _attend_to_few(
-        self, query: Tensor, filled: dict[str, Tensor], chosen: Tensor, length: int, scaling: float, dropout: float
+        self,
+        settings: GroupSelection,
+        query: Tensor,
+        filled: dict[str, Tensor],
+        chosen: Tensor,
+        length: int,
+        scaling: float,
+        dropout: float,
     ) -> Tensor:
         """A decoding step that reads only the groups `chosen [batch, kv_heads, groups]`, as many of every head."""
-        groups, size = self.settings.groups_read(length), self.settings.group
+        groups, size = settings.groups_read(length), settings.group
         index = chosen.byte().argsort(dim=2, descending=True, stable=True)[:, :, :groups]  # the newest is the last
         slots = (index[..., None] * size + torch.arange(size, device=index.device)).flatten(2)
         slots = slots[:, :, : groups * size - (-length % size)]

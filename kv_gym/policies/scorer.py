@@ -9,7 +9,6 @@ trains all heads against one another. :mod:`kv_gym.policies.scoring.inputs` has 
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
@@ -22,9 +21,7 @@ from pydantic import BaseModel, ConfigDict, Field, NonNegativeInt, StrictBool
 from torch import Tensor, nn
 
 from kv_gym.cache_view import CacheView
-from kv_gym.checksums import described_data_hash
-from kv_gym.errors import UserError, short_reason
-from kv_gym.files import atomic_write, read_bytes, read_json, validated
+from kv_gym.errors import UserError
 from kv_gym.hub import is_hub_id
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Paper, Policy
@@ -32,10 +29,13 @@ from kv_gym.policies.hub import download_policy, push_policy, refuse_large
 from kv_gym.policies.scoring.attention_gate import AttentionGate
 from kv_gym.policies.scoring.inputs import DEFAULT, INPUTS, check_inputs, input_width, read_inputs
 from kv_gym.policies.scoring.network import ScoringNetwork, refuse_width
+from kv_gym.weights_folder import WeightsFolder
 
-FORMAT = 3  # from 3 on policy.json holds a checksum
-_LARGEST = 2**31  # bytes of weights
-CHECKPOINT = "checkpoint.pt"  # of a training run, in the folder that its policy will be exported into
+FORMAT = 3
+FOLDER = WeightsFolder(
+    "policy", "policy.json", "policy.safetensors", FORMAT, "`kv-gym train` or `kv-gym export`",
+    "export the policy again", checked_from=3,
+)  # fmt: skip
 
 
 class _PolicyFile(BaseModel):
@@ -225,24 +225,7 @@ class Scorer(Policy):
         Raises:
             UserError: `folder` exists and holds something else than an exported policy.
         """
-        from safetensors.torch import save
-
-        folder = Path(folder)
-        refuse_foreign(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in self.network.state_dict().items()}
-        weights, description = save(tensors), json.loads(json.dumps(self._description()))
-        description["sha256"] = described_data_hash(description, weights)
-        files = {
-            "policy.safetensors": weights,
-            "README.md": self.card().encode(),
-            # last: a folder without it is no policy, so an interrupted save is never half of one
-            "policy.json": (json.dumps(description, indent=1) + "\n").encode(),
-        }
-        for name, data in files.items():
-            with atomic_write(folder / name) as part:
-                part.write_bytes(data)
-        return folder
+        return FOLDER.write(folder, self._description(), self.network, {"README.md": self.card().encode()})
 
     def push_to_hub(self, repo_id: str, private: bool | None = None) -> str:
         """Write the policy into the repository `repo_id` (``owner/name``) of the Hugging Face Hub: its address.
@@ -286,22 +269,10 @@ class Scorer(Policy):
         """
         folder = download_policy(str(folder), revision) if is_hub_id(str(folder)) else Path(folder)
         refuse_large(folder)
-        file = folder / "policy.json"
-        if not file.is_file():
-            raise UserError(f"{folder} holds no policy.json; expected a folder that `kv-gym train` exported")
-        data = read_json(file, "expected what `kv-gym train` or `kv-gym export` wrote: export the policy again")
-        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
-            raise UserError(f"{folder} has policy format {data['format']}, newer than {FORMAT}: upgrade kv-gym")
-        described = validated(_PolicyFile, data, str(file))
-        check_inputs(described.inputs, file)
+        described, network = FOLDER.read(folder, _PolicyFile, lambda about: _network(about, folder))
         fingerprint = Fingerprint.from_json(described.fingerprint)
-        weights = read_bytes(folder / "policy.safetensors", "export the policy again", _LARGEST)
-        content = {name: value for name, value in data.items() if name != "sha256"}
-        if (described.format >= 3 or described.sha256) and described_data_hash(content, weights) != described.sha256:
-            raise UserError(f"policy.json or policy.safetensors in {folder} was changed or damaged; export it again")
-        network = _read_weights(folder / "policy.safetensors", weights, fingerprint, described)
         return cls(
-            network, fingerprint, described.lengths, described.protect, described.calibrated, described.training,
+            network.eval(), fingerprint, described.lengths, described.protect, described.calibrated, described.training,
             described.absolute, accept_fingerprint,
         )  # fmt: skip
 
@@ -322,40 +293,13 @@ class Scorer(Policy):
         )
 
 
-def refuse_foreign(folder: Path) -> None:
-    """Raise a UserError where `folder` holds things and is neither an exported policy nor a training run."""
-    if folder.is_dir() and any(folder.iterdir()):
-        if not any((folder / name).exists() for name in ("policy.json", CHECKPOINT)):
-            raise UserError(f"{folder} holds other files and is no exported policy; name a new folder")
-    elif folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder to write the policy into")
-
-
-def _network(fingerprint: Fingerprint, described: _PolicyFile) -> ScoringNetwork:
+def _network(described: _PolicyFile, folder: Path) -> ScoringNetwork:
+    check_inputs(described.inputs, folder / "policy.json")
+    fingerprint = Fingerprint.from_json(described.fingerprint)
     heads = len(fingerprint.layers) * fingerprint.kv_heads
+    if not (0 < heads <= 65536 and 0 < fingerprint.head_dim <= 4096):
+        raise UserError(f"{folder} describes impossible sizes; export the policy again")
     if not described.gate_heads:
         sizes = described.hidden, described.inputs, described.hidden_size, described.depth
         return GroupedScorer(heads, fingerprint.head_dim, *sizes)
     return AttentionGate(heads, fingerprint.kv_heads, described.hidden_size, described.hidden, described.gate_heads)
-
-
-def _read_weights(file: Path, data: bytes, fingerprint: Fingerprint, described: _PolicyFile) -> ScoringNetwork:
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    heads = len(fingerprint.layers) * fingerprint.kv_heads
-    if not (0 < heads <= 65536 and 0 < fingerprint.head_dim <= 4096):
-        raise UserError(f"{file.parent} describes impossible sizes; export the policy again")
-    with torch.device("meta"):  # nothing is allocated before the file proves that it holds these
-        expected = {name: tuple(tensor.shape) for name, tensor in _network(fingerprint, described).state_dict().items()}
-    try:
-        tensors = load(data)
-    except (SafetensorError, ValueError, KeyError) as error:
-        raise UserError(f"{file} holds no tensors ({short_reason(error)}); export the policy again") from None
-    if {name: tuple(tensor.shape) for name, tensor in tensors.items()} != expected:
-        raise UserError(f"the weights in {file} have other sizes than its policy.json says; export it again")
-    if not all(bool(tensor.isfinite().all()) for tensor in tensors.values()):
-        raise UserError(f"the weights in {file} are not finite; train and export the policy again")
-    network = _network(fingerprint, described)
-    network.load_state_dict(tensors)
-    return network.eval()

@@ -29,12 +29,12 @@ from kv_gym.errors import UserError
 from kv_gym.files import parse_json, validated
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.simulated_eviction import SimulatedLayer, refuse_unfit, simulate_evictions
-from kv_gym.live.tiers.low_rank import DESCRIPTION, LayerKernels, LowRankState, refuse_foreign_folder
+from kv_gym.live.tiers.low_rank import FOLDER, LayerKernels, LowRankState
 from kv_gym.models.attention import output_projection
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import Policy, make_policy
-from kv_gym.policies.scorer import CHECKPOINT
 from kv_gym.training.monitor import Monitor
+from kv_gym.weights_folder import CHECKPOINT
 
 VALIDATION_WINDOWS = 8
 LARGEST_GRADIENT = 1.0  # norm over a layer's kernels, of an error in units of the output's energy
@@ -131,7 +131,7 @@ class _Run:
         seed: int,
         settings: LessSettings,
     ):
-        refuse_foreign_folder(out)
+        FOLDER.refuse_foreign(out)
         self.out, self.model, self.settings, self.seed = out, model, settings, seed
         self.config = CacheConfig.parse(model, policy=policy, budget=1, trigger=f"block:{settings.block}")
         refuse_unfit(self.config)
@@ -166,7 +166,7 @@ class _Run:
 
     def finished(self) -> LowRankState | None:
         """The state of an earlier run like this one, if there is one."""
-        if not (self.out / DESCRIPTION).is_file():
+        if not (self.out / FOLDER.description).is_file():
             return None
         state = LowRankState.from_pretrained(self.out)
         if {name: state.training.get(name) for name in self.identity} != self.identity:

@@ -20,8 +20,13 @@ def learner_class(agent: str) -> type[Learner]:
     """The class that trains an agent; no other agent's module is imported.
 
     Raises:
-        UserError: no such agent.
+        UserError: no such agent, or `less`, which learns no policy.
     """
+    if agent == "less":
+        raise UserError(
+            "less trains no policy from traces but the kernels of a tier, from a text that the model reads: use "
+            "`kv-gym train-less --model MODEL --text FILE --out FOLDER`, or kv_gym.training.less.train_less"
+        )
     if agent not in list_agents():
         raise UserError(f"unknown agent {agent!r}; known: {', '.join(list_agents())}")
     module = import_module(f"kv_gym.training.{agent}")

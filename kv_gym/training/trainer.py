@@ -25,7 +25,7 @@ from kv_gym.files import parse_json
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.models.loading import usable_device
 from kv_gym.policies import StatefulPolicy, make_policy
-from kv_gym.policies.scorer import CHECKPOINT, Scorer, refuse_foreign
+from kv_gym.policies.scorer import FOLDER, Scorer
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN
 from kv_gym.progress import duration
 from kv_gym.traces import TraceSet, open_traces
@@ -36,6 +36,7 @@ from kv_gym.training.learner import Metrics, Settings
 from kv_gym.training.monitor import Monitor, RetentionPicture
 from kv_gym.training.pace import Pace, steps_within
 from kv_gym.training.registry import agent_settings, learner_class
+from kv_gym.weights_folder import CHECKPOINT
 
 SCRATCH = "scratch"
 LOG_EVERY = 10
@@ -121,7 +122,7 @@ def train(
             f"agent {agent!r} learns from {', '.join(DEFAULT)} alone and was given inputs {list(resolved.inputs)}: "
             "leave them out, or train another agent"
         )
-    refuse_foreign(Path(out))
+    FOLDER.refuse_foreign(Path(out))
     if start is not None:
         _refuse_unfit_start(start, resolved, trace_set.fingerprint)
     if requirement := kind.model_requirement(resolved):

@@ -20,6 +20,7 @@ from kv_gym.evaluation.leaderboard.results import ResultFolder, write_batch
 from kv_gym.evaluation.measure import replay
 from kv_gym.evaluation.tasks.scripted import ScriptedTask
 from kv_gym.files import bundled
+from kv_gym.live.tiers import LowRankState
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import make_policy
 from kv_gym.policies.scorer import GroupedScorer, Scorer
@@ -280,6 +281,42 @@ def test_what_queries_read_is_a_setting(place, tmp_path, rows):
     assert some["nll"] == pytest.approx(everything["nll"], rel=1e-4) and some["cell"] != everything["cell"]
     assert "needs the attention of every query" in by_name["h2o", "quest:0.1"]["refused"]
     assert "quest:0.1" in page(found)
+
+
+def test_episodes_are_a_setting_with_a_price(place, tmp_path):
+    pytest.importorskip("sklearn")
+    spec = {"tasks": [{"task": "dialogue:128:topics=2", "contexts": 1}], "budgets": ["1/4"], "policies": ["epicache"],
+            "episodes": ["none", "2:window=2"]}  # fmt: skip
+    found = leaderboard(spec, tmp_path / "dialogue", progress=False)
+    whole, divided = (row for row in found if row["policy"] == "epicache")
+    assert (whole["episodes"], divided["episodes"]) == ("none", "2:window=2") and whole["cell"] != divided["cell"]
+    assert whole["tokens_read"] is None and divided["tokens_read"] > 2 * 128
+    assert {row["episodes"] for row in found if row["policy"] in ("random", "recency", "full_cache")} == {"none"}
+    written = page(found)
+    assert "uniform, episodes 2:window=2" in written and f"{divided['tokens_read']:,.0f}" in written
+    # contexts that have one window: a row with the sentence, and the others as ever
+    found = leaderboard(spec_of(place, budgets=[6], policies=["keydiff"], episodes=[2]), tmp_path / "short",
+                        progress=False)  # fmt: skip
+    (said,) = [row["refused"] for row in found if row["episodes"] == "2"]
+    assert said.startswith("the conversation has 1 window, and episodes are groups of windows")
+    assert all(row["questions"] == 20 for row in found if row["episodes"] == "none")
+    with pytest.raises(UserError, match="episodes '2:size=3' are not known"):
+        read_spec(spec | {"episodes": ["2:size=3"]})
+
+
+def test_a_trained_state_is_known_by_what_it_is(place, tmp_path):
+    model = LlamaForCausalLM.from_pretrained(place / "model")
+    state = LowRankState.untrained(Fingerprint.of(model), rank=2, width=4)
+    folders = [state.save_pretrained(tmp_path / name) for name in ("one", "two")]
+    cells = []
+    for folder in folders:
+        spec = spec_of(place, budgets=[6], policies=["keydiff"], tiers=[f"less:{folder}"])
+        row = leaderboard(spec, tmp_path / "out", progress=False)[-1]
+        assert row["evicted"] == f"less (untrained, {state.digest[:12]})" and row["questions"] == 20
+        cells.append(row["cell"])
+    assert cells[0] == cells[1]
+    with pytest.raises(UserError, match=r"holds no state\.json"):
+        read_spec(spec | {"tiers": [f"less:{tmp_path}"]})
 
 
 MOODY = '''

@@ -13,7 +13,7 @@ from kv_gym.evaluation.rows import read_result  # noqa: E402
 
 
 def test_the_pages_are_current():
-    page = episodes.page(read_result(ROOT / episodes.RESULTS))
-    assert (ROOT / episodes.PAGE).read_text() == page, "run `python benchmarks/episodes.py --page`"
-    page = seed_settings.page(read_result(ROOT / seed_settings.RESULTS)["rows"])
-    assert (ROOT / seed_settings.PAGE).read_text() == page, "run `python benchmarks/seed_settings.py --page`"
+    for benchmark in (episodes, seed_settings):
+        page = benchmark.page(read_result(ROOT / benchmark.RESULTS))
+        file = Path(benchmark.__file__).name
+        assert (ROOT / benchmark.PAGE).read_text() == page, f"run `python benchmarks/{file} --page`"

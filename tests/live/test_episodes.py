@@ -76,6 +76,7 @@ def test_a_probe_is_saved_and_refused(tmp_path):
     assert torch.equal(loaded.kept_positions(1), cache.kept_positions(1))
     for probe, policy, allocation, said in (
         ((10**6,), "epicache", "uniform", "a probe holds"),
+        (5, "epicache", "uniform", "the probe is 5; expected a list of token ids"),
         (PROBE, "kvzip", "uniform", "second reading"),
         (PROBE, "cake", "cake:cascade", "cuts layers while later ones are read"),
     ):
@@ -222,10 +223,38 @@ def test_bad_conversations_are_refused_in_one_sentence(conversation):
 def test_what_is_not_installed_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "sentence_transformers", None)
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(UserError, match="pip install sentence-transformers"):
+    with pytest.raises(UserError, match=r"pip install 'kv-gym\[sentences\]'"):
         sentence_embedding(None)
     with pytest.raises(UserError, match="scikit-learn"):
         Episodes.find([(0,), (1,)], vectors_of([(1.0, 0.0), (0.0, 1.0)]), 2)
+
+
+@pytest.mark.slow  # the import alone takes seconds
+def test_a_model_of_sentences_finds_the_episodes(tmp_path):
+    sentence_transformers = pytest.importorskip("sentence_transformers", reason="sentence-transformers is an extra")
+    from sentence_transformers.models import StaticEmbedding
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+
+    words = ["[UNK]", "lamp", "boat", "old", "sold"]
+    pieces = Tokenizer(WordLevel({word: number for number, word in enumerate(words)}, unk_token="[UNK]"))
+    pieces.pre_tokenizer = Whitespace()
+    vectors = torch.eye(len(words))
+    embedding = StaticEmbedding(pieces, embedding_weights=vectors.numpy())
+    sentence_transformers.SentenceTransformer(modules=[embedding], device="cpu").save(str(tmp_path / "encoder"))
+
+    class Words:
+        def decode(self, ids, skip_special_tokens):
+            assert skip_special_tokens
+            return " ".join(words[token] for token in ids)
+
+    embed = sentence_embedding(Words(), str(tmp_path / "encoder"))
+    torch.testing.assert_close(embed([[1], [2, 4]]).float(), torch.stack([vectors[1], vectors[[2, 4]].mean(0)]))
+    pytest.importorskip("sklearn")
+    episodes = Episodes.find([(1, 3), (2, 4), (1,), (2,)], embed, 2)
+    assert {frozenset(own) for own in episodes.members} == {frozenset({0, 2}), frozenset({1, 3})}
+    assert set(episodes.members[episodes.choose([2])]) == {1, 3}
 
 
 def test_names_of_settings():

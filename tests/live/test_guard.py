@@ -383,7 +383,9 @@ def test_refusals():
         ({"signal": "mood"}, "signal 'mood' is unknown; expected one of missing, tier"),
         ({"then": "panic"}, "cannot 'panic'; expected one of warn"),
         ({"threshold": math.nan}, "threshold is NaN"),
+        ({"threshold": "0.5"}, "threshold is '0.5'; expected a number"),
         ({"growth": 1.0}, "expected one above 1"),
+        ({"layers": 1}, "layers are 1; expected numbers of layers"),
         ({"bits": 3}, "expected 2, 4 or 8"),
     ):
         with pytest.raises(UserError, match=message):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from less_reference import LessReference, phi, psi, state_for
-from live_models import feed, tiny, tokens
+from live_models import feed, padded_and_alone, tiny, tokens
 
 from kv_gym import EvictingCache
 from kv_gym.errors import UserError
@@ -113,24 +113,8 @@ def test_absorbing_in_parts_and_the_formulas():
 def test_a_padded_row_equals_the_row_alone(settings):
     model = tiny()
     settings = {"policy": "h2o", "budget": 0.5, "recent": 1, "evicted": state_for(model)} | settings
-    ids, mask = tokens(2, 24), torch.ones(2, 24, dtype=torch.int64)
-    mask[0, :9] = mask[0, 16:18] = 0
-    with EvictingCache(model, **settings) as cache, torch.no_grad():
-        logits, stop = [], 0
-        for size in (16, 4, 1, 3):
-            stop += size
-            positions = (mask[:, :stop].cumsum(1) - 1).clamp(min=0)[:, -size:]
-            out = model(
-                ids[:, stop - size : stop], attention_mask=mask[:, :stop], position_ids=positions, past_key_values=cache
-            )
-            logits.append(out.logits)
-        together = torch.cat(logits, 1)
-    for row in range(2):
-        real = mask[row].bool()
-        parts = [ids[row : row + 1, a:b][:, real[a:b]] for a, b in ((0, 16), (16, 20), (20, 21), (21, 24))]
-        with EvictingCache(model, **settings) as alone:
-            single = torch.cat([feed(model, part, alone) for part in parts], 1)
-        torch.testing.assert_close(together[row, real], single[0], rtol=0, atol=1e-9)
+    for together, alone in padded_and_alone(model, (16, 4, 1, 3), **settings):
+        torch.testing.assert_close(together, alone, rtol=0, atol=1e-9)
 
 
 def test_forks_rows_crops_and_reset():

@@ -77,8 +77,24 @@ def test_memory_refusals():
     ):
         with pytest.raises(UserError, match=message):
             DelayedAttention(*arguments)
-    with pytest.raises(UserError, match="no chunk came"):
-        DelayedAttention("lra", 4).flush()
+    with pytest.raises(UserError, match=r"slots is 4\.5; expected a whole number"):
+        DelayedAttention("lra", 4.5)
+    layer = DelayedAttention("lra", 4)
+    for use in (layer.flush, layer.kept_positions):
+        with pytest.raises(UserError, match="no chunk came"):
+            use()
+    q, kv = torch.ones(1, 4, 3, 8), torch.ones(1, 2, 3, 8)
+    layer.feed(q, kv, kv)
+    for wrong, message in (
+        ((q[0], kv[0], kv[0]), "have the shapes .*; expected queries"),
+        ((q[:, :, :0], kv[:, :, :0], kv[:, :, :0]), "none of them empty"),
+        ((q[:, :, :2], kv, kv), "which do not fit; expected queries"),
+        ((q[:, :3], kv, kv), "which do not fit"),
+        ((q, kv, kv[..., :4]), "the chunk before had 1 rows, 4 query heads, 2 KV heads and widths of 8 and 8"),
+        ((q.expand(2, -1, -1, -1), kv.expand(2, -1, -1, -1), kv.expand(2, -1, -1, -1)), "the chunk before had 1 rows"),
+    ):
+        with pytest.raises(UserError, match=message):
+            layer.feed(*wrong)
 
 
 @pytest.mark.parametrize("trigger", ["every:1", "block:4"])

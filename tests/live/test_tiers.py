@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from live_models import feed, tokens
+from live_models import feed, padded_and_alone, tokens
 from live_models import tiny as cast
 from masked_reference import MaskedReference
 from tier_reference import TieredReference
@@ -149,26 +149,9 @@ def test_policies_choose_among_full_precision_slots(evicted):
 @pytest.mark.parametrize("settings", PADDED)
 def test_a_padded_row_equals_the_row_alone(settings, evicted):
     model = tiny("llama", "eager" if evicted == "bits:2" else "sdpa")
-    ids, mask = tokens(2, 24), torch.ones(2, 24, dtype=torch.int64)
-    mask[0, :9] = 0
-    mask[0, 16:18] = 0
-    with EvictingCache(model, "h2o", 0.5, recent=1, evicted=evicted, **settings) as cache, torch.no_grad():
-        logits, stop = [], 0
-        for size in (16, 4, 1, 1, 1, 1):
-            stop += size
-            positions = (mask[:, :stop].cumsum(1) - 1).clamp(min=0)[:, -size:]
-            out = model(
-                ids[:, stop - size : stop], attention_mask=mask[:, :stop], position_ids=positions, past_key_values=cache
-            )
-            logits.append(out.logits)
-        together = torch.cat(logits, 1)
-    for row in range(2):
-        real = mask[row].bool()
-        cuts = ((0, 16), (16, 20), (20, 21), (21, 22), (22, 23), (23, 24))
-        parts = [ids[row : row + 1, a:b][:, real[a:b]] for a, b in cuts]
-        with EvictingCache(model, "h2o", 0.5, recent=1, evicted=evicted, **settings) as alone:
-            single = torch.cat([feed(model, part, alone) for part in parts], 1)
-        torch.testing.assert_close(together[row, real], single[0], **EXACT)
+    settings = {"policy": "h2o", "budget": 0.5, "recent": 1, "evicted": evicted} | settings
+    for together, alone in padded_and_alone(model, (16, 4, 1, 1, 1, 1), **settings):
+        torch.testing.assert_close(together, alone, **EXACT)
 
 
 def test_blocks_inside_a_forward():

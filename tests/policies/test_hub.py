@@ -7,7 +7,6 @@ from pathlib import Path
 import huggingface_hub
 import pytest
 import torch
-from folder_hub import FolderHub
 
 from kv_gym import CacheView, make_policy
 from kv_gym.errors import UserError
@@ -15,12 +14,6 @@ from kv_gym.hub import is_hub_id
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.hub import FILES
 from kv_gym.policies.scorer import GroupedScorer, Scorer
-
-
-@pytest.fixture
-def hub(monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    return FolderHub(tmp_path / "hub").install(monkeypatch)
 
 
 @pytest.fixture

@@ -98,7 +98,7 @@ def test_a_layer_it_does_not_know_is_refused(scorer):
 
 def test_a_folder_with_other_things_is_left_untouched(scorer, tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(UserError, match="is no exported policy; name a new folder"):
+    with pytest.raises(UserError, match="holds other files and no trained policy; name a new folder"):
         scorer.save_pretrained(tmp_path)
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 

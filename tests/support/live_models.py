@@ -1,5 +1,7 @@
 """Tiny random decoders of every served family: 3 layers, 4 query heads, 2 KV heads."""
 
+import itertools
+
 import pytest
 import torch
 import transformers
@@ -94,3 +96,27 @@ def prefilled(model, policy="knorm", budget=8, n=32, batch=1, **settings):
     cache = EvictingCache(model, policy, budget, **settings)
     feed(model, tokens(batch, n), cache)
     return cache
+
+
+def padded_and_alone(model, sizes, **settings):
+    """For both rows of a batch with padding, also in its middle: logits of real tokens in the batch, and alone.
+
+    The rows of 24 tokens come in forwards of those sizes.
+    """
+    ids, mask = tokens(2, 24), torch.ones(2, 24, dtype=torch.int64)
+    mask[0, :9] = mask[0, 16:18] = 0
+    cuts = list(itertools.pairwise(itertools.accumulate(sizes, initial=0)))
+    with EvictingCache(model, **settings) as cache, torch.no_grad():
+        logits = []
+        for start, stop in cuts:
+            positions = (mask[:, :stop].cumsum(1) - 1).clamp(min=0)[:, start:]
+            out = model(
+                ids[:, start:stop], attention_mask=mask[:, :stop], position_ids=positions, past_key_values=cache
+            )
+            logits.append(out.logits)
+        together = torch.cat(logits, 1)
+    for row in range(2):
+        real = mask[row].bool()
+        with EvictingCache(model, **settings) as alone:
+            parts = [ids[row : row + 1, start:stop][:, real[start:stop]] for start, stop in cuts]
+            yield together[row, real], torch.cat([feed(model, part, alone) for part in parts], 1)[0]

@@ -24,6 +24,8 @@ def test_the_registry_finds_every_agent_and_its_settings():
         settings = agent_settings(agent)
         assert type(settings) is learner_class(agent).settings_class
         assert inspect.getmodule(learner_class(agent)).__doc__
+    with pytest.raises(UserError, match=r"less trains no policy from traces .*kv-gym train-less --model"):
+        learner_class("less")
     with pytest.raises(UserError, match="unknown agent 'ppo2'; known: attention_gate, distill, "):
         learner_class("ppo2")
 

@@ -105,6 +105,7 @@ def _details(lines: Sequence[Mapping]) -> list[str]:
         return []
     budget = budgets[len(budgets) // 2]
     at_budget = sorted((line for line in lines if line["budget"] == budget), key=lambda line: -line["accuracy"])
+    priced = any(line["tokens_read"] is not None for line in at_budget)  # episodes read a context for themselves
     body = []
     for line in at_budget:
         gain = line["gain"]
@@ -114,13 +115,21 @@ def _details(lines: Sequence[Mapping]) -> list[str]:
                 f"{_points(gain['mean'])} [{_points(gain['low'])}, {_points(gain['high'])}]" if gain else "",
                 "" if line["nll"] is None else f"{line['nll']:.3f}", f"{line['cache_bytes']:,.0f}",
                 f"{line['policy_bytes']:,.0f}" if line["policy_bytes"] else "", f"{line['milliseconds']:.0f}",
+                *([f"{line['tokens_read']:,.0f}" if line["tokens_read"] else "shared"] if priced else []),
             ]
         )  # fmt: skip
     best = next((line["gain"]["against"] for line in at_budget if line["gain"]), None)
     against = f"; `gain` is the difference to {best}, the best heuristic there, paired over contexts" if best else ""
     head = ["policy", "allocation", "accuracy", "gain", "NLL", "cache bytes", "policy bytes", "ms"]
+    price = (
+        "; `tokens read` are those of a context's episodes, probes included, which the others read once for all of them"
+        if priced
+        else ""
+    )
+    head += ["tokens read"] * priced
     return [
-        f"At {format_budget(budget)}{against}; `ms` is CPU time of a context for the cut and all that came after:",
+        f"At {format_budget(budget)}{against}; `ms` is CPU time of a context for the cut and all that came "
+        f"after{price}:",
         "",
         pipe_table(head, body, 2),
     ]
@@ -233,6 +242,8 @@ def _name(line: Mapping) -> tuple[str, str]:
     name = _text(line["policy"])
     settings = line["evicted"], line["select"]
     how = [line["allocation"], *(name for name in settings if name not in ("drop", "all"))]
+    if line["episodes"] not in (None, "none"):
+        how.append(f"episodes {line['episodes']}")
     if line["sinks"] is not None or line["recent"] is not None:
         how.append(f"ends {line['sinks']} + {line['recent']}")
     if line["window"] is not None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields, replace
-from functools import cached_property
+from functools import cache, cached_property
 from itertools import product
 from pathlib import Path
 from statistics import fmean
@@ -14,12 +14,13 @@ from kv_gym.budgets import Budget, parse_allocation, parse_budget, protection_fo
 from kv_gym.errors import UserError
 from kv_gym.evaluation.configurations import Configuration
 from kv_gym.evaluation.leaderboard.identity import RESULTS, digest, exported_hash, policy_hash
-from kv_gym.evaluation.leaderboard.spec import ALL, Protection, Spec, Validation
+from kv_gym.evaluation.leaderboard.spec import ALL, NO_EPISODES, Protection, Spec, Validation
 from kv_gym.evaluation.rows import FULL
 from kv_gym.evaluation.summary import NULLS
 from kv_gym.files import exists
+from kv_gym.live.episodic_cache import parse_episodes
 from kv_gym.live.selection import parse_selection
-from kv_gym.live.tiers import parse_tier
+from kv_gym.live.tiers import Tier, parse_tier
 from kv_gym.policies import Policy, list_policies, make_policy
 
 PROTECTED = (4, 32)  # the ends of the null hypotheses: StreamingLLM's sinks, and the window of H2O and SnapKV
@@ -82,7 +83,7 @@ class CacheSetting:
 
     Attributes:
         budget: slots per KV head, or a share.
-        allocation, evicted, select: by name.
+        allocation, evicted, select, episodes: by name.
         sinks, recent: None means the policy's own.
     """
 
@@ -92,6 +93,13 @@ class CacheSetting:
     sinks: int | None = None
     recent: int | None = None
     select: str = "all"
+    episodes: str = NO_EPISODES
+
+
+@cache
+def tier_of(name: str) -> Tier:
+    """A tier by name; one that lies in a folder is read once for all cells."""
+    return parse_tier(name)
 
 
 def cache_settings(
@@ -101,14 +109,15 @@ def cache_settings(
     tiers: Iterable[str] = ("drop",),
     protection: Protection = None,
     selections: Iterable[str] = ("all",),
+    episodes: Iterable[str] = (NO_EPISODES,),
 ) -> list[CacheSetting]:
-    """Every budget, allocation, tier and selection for one policy; a protection that is its own has one identity."""
+    """Every way to hold the cache of one policy; a protection that is its own has one identity."""
     sinks, recent = protection or (None, None)
     if protection is not None and not policy.learned and protection == protection_for(policy.make(), None, None):
         sinks = recent = None
     return [
-        CacheSetting(parse_budget(budget), rule, tier, sinks, recent, select)
-        for budget, rule, tier, select in product(budgets, allocations, tiers, selections)
+        CacheSetting(parse_budget(budget), rule, tier, sinks, recent, select, division)
+        for budget, rule, tier, select, division in product(budgets, allocations, tiers, selections, episodes)
     ]
 
 
@@ -143,16 +152,17 @@ class Cell:
     @cached_property
     def id(self) -> str:
         """SHA-256 of all that the result depends on, and of the name and seed that the row will bear."""
-        rule = parse_allocation(self.setting.allocation)
-        # a rule that is read from a file is known by what the file says, not by where it lies
+        rule, tier = parse_allocation(self.setting.allocation), tier_of(self.setting.evicted)
+        # a rule or tier that is read from a file is known by what the file says, not by where it lies
         parts: Any = rule  # every allocation is a dataclass, which their base class does not say
         content = {f.name: repr(getattr(rule, f.name)) for f in fields(parts) if f.name not in ("file", "about")}
         return digest(
             [
                 RESULTS, self.policy.hash, self.policy.name, self.policy.seed, self.setting.budget,
-                type(rule).__name__, content, self.setting.evicted, self.setting.sinks, self.setting.recent,
+                type(rule).__name__, content, tier.label, self.setting.sinks, self.setting.recent,
                 self.task.tasks_hash, self.task.trigger, self.task.model_hash,
                 *([self.setting.select] if self.setting.select != "all" else []),
+                *([f"episodes {self.setting.episodes}"] if self.setting.episodes != NO_EPISODES else []),
             ]
         )  # fmt: skip
 
@@ -161,8 +171,8 @@ class Cell:
         setting = self.setting
         return Configuration(
             self.policy.name, policy, setting.budget, parse_allocation(setting.allocation),
-            parse_tier(setting.evicted), setting.sinks, setting.recent, self.policy.seed,
-            parse_selection(setting.select),
+            tier_of(setting.evicted), setting.sinks, setting.recent, self.policy.seed,
+            parse_selection(setting.select), parse_episodes(setting.episodes),
         )  # fmt: skip
 
     def fields(self) -> dict[str, Any]:
@@ -170,6 +180,7 @@ class Cell:
         return {
             "cell": self.id, "policy": self.policy.name, "seed": self.policy.seed, "window": self.policy.window,
             "policy_hash": self.policy.hash, **vars(self.setting), **vars(self.task),
+            "evicted": tier_of(self.setting.evicted).label,
         }  # fmt: skip
 
 
@@ -313,22 +324,25 @@ def cells_of(
 
     Args:
         task: what is measured.
-        spec: budgets, allocations (heuristics that cannot use one go without) and tiers.
+        spec: budgets, allocations (heuristics that cannot use one go without), tiers, selections and episodes.
         policies: they run with their own protection.
         chosen: settings of heuristics that run too.
         nulls: whether the full cache and the null hypotheses are among them.
     """
     marked = {cell.id: (cell, False) for cell in (null_cells(task, spec) if nulls else ())}
-    tiers, selections = (spec.tiers, spec.selections) if nulls else (("drop",), ("all",))
+    tiers, selections, episodes = (
+        (spec.tiers, spec.selections, spec.episodes) if nulls else (("drop",), ("all",), (NO_EPISODES,))
+    )
     for policy in policies:
         rules = spec.allocations_of.get(policy.name, spec.allocations)
         fit = [rule for rule in rules if not policy.refusal(rule)]
-        for setting in cache_settings(policy, spec.budgets, fit, tiers, None, selections):
+        for setting in cache_settings(policy, spec.budgets, fit, tiers, None, selections, episodes):
             cell = Cell(policy, setting, task)
             marked.setdefault(cell.id, (cell, False))
     for choice in chosen:
         rules = (choice.allocation,)
-        for setting in cache_settings(choice.policy, spec.budgets, rules, tiers, choice.protection, selections):
+        ways = cache_settings(choice.policy, spec.budgets, rules, tiers, choice.protection, selections, episodes)
+        for setting in ways:
             cell = Cell(choice.policy, setting, task)
             marked[cell.id] = (cell, True)
     return marked

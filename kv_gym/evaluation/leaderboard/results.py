@@ -25,7 +25,7 @@ from kv_gym.files import read_json_lines
 
 ROWS, STATE, BATCHES = "rows.jsonl", "state", "state/batches"
 ONCE = ("command", "versions", "tasks_hash", "model_hash")  # stand in the first row of each task, and where they change
-_SETTING = ("allocation", "evicted", "select", "sinks", "recent", "window")
+_SETTING = ("allocation", "evicted", "select", "episodes", "sinks", "recent", "window")
 
 
 class ResultFolder:

@@ -29,6 +29,7 @@ from kv_gym.evaluation.leaderboard.plan import (
     cells_of,
     heuristics,
     learned,
+    tier_of,
 )
 from kv_gym.evaluation.leaderboard.results import ResultFolder, write_batch
 from kv_gym.evaluation.leaderboard.spec import Spec, read_spec
@@ -123,6 +124,7 @@ class _Leaderboard:
 
     def __init__(self, spec: Spec, out: Path, workers: int, bar: Progress):
         self.spec, self.bar, self.count = spec, bar, workers
+        tier_of.cache_clear()  # a state may have been trained again since the last call
         measured = bool(spec.tasks) or spec.utility is not None  # else there are only pages
         self.plain, self.trained = (heuristics(spec), learned(spec)) if measured else ([], [])
         self.pages = [cell for each in spec.pages for cell in page_cells(each, spec.seeds)]
@@ -290,6 +292,7 @@ class Runner:
             cell.setting.allocation,
             cell.setting.evicted,
             cell.setting.select,
+            cell.setting.episodes,
             isinstance(task, ReplayTask),
         )
         if key not in self._refusals:
@@ -315,6 +318,7 @@ class Runner:
         if isinstance(task, ReplayTask):
             task.refuse_unfit(config)
         else:
+            parts = config.episodes
             CacheConfig.parse(
                 self.model,
                 policy=config.policy,
@@ -324,6 +328,7 @@ class Runner:
                 recent=config.recent,
                 evicted=config.evicted,
                 select=config.select,
+                **({} if parts is None else {"trigger": f"block:{parts.block}", "probe": (0,)}),  # any token will do
             )
 
     def _measure(

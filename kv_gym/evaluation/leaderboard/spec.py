@@ -8,6 +8,7 @@ allocations: [uniform, global]       # of every policy that can use them
 allocations_of: {rloo: [uniform]}    # instead, of some
 tiers: [drop]
 selections: [all]                    # what queries read of the held slots
+episodes: [none]                     # or how many episodes a context is divided into, such as 4 or "4:match=cosine"
 policies: [all]                      # every registered policy that runs live; names; class paths; folders
 learned:                             # folders by the name that rows carry; of several the first that is there
   joint: ["runs/zoo/joint-{seed}", "runs/held_out/joint-{seed}"]
@@ -31,9 +32,12 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidat
 from kv_gym.budgets import budget_key, parse_allocation, parse_budget
 from kv_gym.errors import UserError
 from kv_gym.files import read_yaml, validated
+from kv_gym.live.episodic_cache import parse_episodes
 from kv_gym.live.selection import parse_selection
+from kv_gym.live.tiers import parse_tier
 
 ALL = "all"
+NO_EPISODES = "none"
 OWN = "own"  # the protection that a policy brings
 Protection = tuple[int, int] | None  # None: the policy's own
 
@@ -60,6 +64,19 @@ def _allocations(value: Any) -> tuple[str, ...]:
     for name in names:
         parse_allocation(name)
     return names
+
+
+def _tiers(value: Any) -> tuple[str, ...]:
+    names = _names(value)
+    for name in names:
+        parse_tier(name)
+    return names
+
+
+def _episodes(value: Any) -> tuple[str, ...]:
+    """Each once, however its settings were written."""
+    found = [parse_episodes(name) for name in _names(value)]
+    return tuple(dict.fromkeys(NO_EPISODES if each is None else each.name for each in found))
 
 
 def _selections(value: Any) -> tuple[str, ...]:
@@ -112,6 +129,8 @@ Names = Annotated[tuple[str, ...], PlainValidator(_names)]
 Budgets = Annotated[tuple[str, ...], PlainValidator(_budgets)]
 Allocations = Annotated[tuple[str, ...], PlainValidator(_allocations)]
 Selections = Annotated[tuple[str, ...], PlainValidator(_selections)]
+Tiers = Annotated[tuple[str, ...], PlainValidator(_tiers)]
+EpisodeNames = Annotated[tuple[str, ...], PlainValidator(_episodes)]
 Numbers = Annotated[tuple[int, ...], PlainValidator(_numbers)]
 Capacities = Annotated[tuple[int, ...], PlainValidator(_capacities)]
 Count = Annotated[int | None, PlainValidator(_count)]
@@ -220,6 +239,8 @@ class Spec(_Section):
         model: ``reference``, a folder or a hub id.
         dtype: that the model computes in.
         allocations, tiers, selections: every policy meets every one that it can use.
+        episodes: likewise; the full cache and the null hypotheses do without. A row with episodes has ``tokens_read``,
+            what they cost.
         allocations_of: instead of `allocations`, for some policies, by the name that rows carry; none: of a heuristic
             only the setting that was chosen on validation contexts.
         policies: ``all``, names, class paths or exported folders.
@@ -236,8 +257,9 @@ class Spec(_Section):
     dtype: StrictStr = "auto"
     allocations: Allocations = ("uniform",)
     allocations_of: Annotated[dict[str, tuple[str, ...]], PlainValidator(_allocations_of)] = {}
-    tiers: Names = ("drop",)
+    tiers: Tiers = ("drop",)
     selections: Selections = ("all",)
+    episodes: EpisodeNames = (NO_EPISODES,)
     policies: Names = (ALL,)
     learned: Annotated[dict[str, tuple[str, ...]], PlainValidator(_folders)] = {}
     seeds: Numbers = (0,)

@@ -218,7 +218,12 @@ class Tier(ABC):
     @property
     @abstractmethod
     def name(self) -> str:
-        """What tables and the command line call it."""
+        """What the command line calls it."""
+
+    @property
+    def label(self) -> str:
+        """What tables call it: the name, unless that says where something lies and not what it is."""
+        return self.name
 
     @abstractmethod
     def begin(self, ordinal: int = 0) -> LayerTier:

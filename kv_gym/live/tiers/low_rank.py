@@ -15,7 +15,6 @@ head may be far from 0; any policy evicts, at any time; a state that absorbed no
 from __future__ import annotations
 
 import copy
-import json
 import weakref
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -26,18 +25,17 @@ from torch import Tensor, nn
 from torch.nn.functional import gelu
 
 from kv_gym.checksums import described_data_hash
-from kv_gym.errors import UserError, short_reason
-from kv_gym.files import atomic_write, read_bytes, read_json, validated
 from kv_gym.live.tiers.base import EvictedPairs, LayerTier, Tier
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Paper
-from kv_gym.policies.scorer import CHECKPOINT
+from kv_gym.weights_folder import WeightsFolder, weights_bytes
 
 FORMAT = 1
 RANK, WIDTH = 8, 128
 START = 1e-4  # of the scales of psi: the training begins next to a tier that drops
-DESCRIPTION, WEIGHTS = "state.json", "state.safetensors"
-_LARGEST = 2**31  # bytes of weights
+FOLDER = WeightsFolder(
+    "state", "state.json", "state.safetensors", FORMAT, "`kv-gym train-less`", "train the state again"
+)
 
 
 class LayerKernels(nn.Module):
@@ -130,7 +128,7 @@ class LowRankState(Tier):
         self.training, self.folder = dict(training or {}), folder
         self.rank, self.width = kernels[0].key_out.shape[2], kernels[0].key_out.shape[1]
         self.weight_bytes = sum(tensor.nbytes for layer in kernels for tensor in layer.parameters())
-        self.digest = described_data_hash(fingerprint.to_json(), self._weights())
+        self.digest = described_data_hash(fingerprint.to_json(), weights_bytes(nn.ModuleList(self.kernels)))
         self._copies: dict[tuple[int, torch.device, torch.dtype], LayerKernels] = {}
         self._serves: weakref.WeakSet[nn.Module] = weakref.WeakSet()
 
@@ -152,6 +150,11 @@ class LowRankState(Tier):
     def name(self) -> str:
         """Such as ``less:runs/less``."""
         return f"less:{self.folder}" if self.folder else "less"
+
+    @property
+    def label(self) -> str:
+        """Such as ``less (h2o, 5b8c61d2a0f4)``: the policy that evicted in training, and the digest's beginning."""
+        return f"less ({self.training.get('policy', 'untrained')}, {self.digest[:12]})"
 
     def refuse_other_model(self, model) -> None:
         """Raise a UserError for a model that the kernels were not trained on; each model is looked at once."""
@@ -178,31 +181,11 @@ class LowRankState(Tier):
         Raises:
             UserError: `folder` is a file, or holds something else.
         """
-        folder = Path(folder)
-        refuse_foreign_folder(folder)
-        folder.mkdir(parents=True, exist_ok=True)
-        weights = self._weights()
         about = {
             "format": FORMAT, "tier": "less", "rank": self.rank, "width": self.width,
             "fingerprint": self.fingerprint.to_json(), "training": self.training,
         }  # fmt: skip
-        about["sha256"] = described_data_hash(json.loads(json.dumps(about)), weights)
-        # the description last: a folder without it is no state, so an interrupted save is never half of one
-        for name, data in ((WEIGHTS, weights), (DESCRIPTION, (json.dumps(about, indent=1) + "\n").encode())):
-            with atomic_write(folder / name) as part:
-                part.write_bytes(data)
-        return folder
-
-    def _weights(self) -> bytes:
-        from safetensors.torch import save
-
-        return save(
-            {
-                f"{number}.{name}": tensor.detach().cpu().contiguous()
-                for number, layer in enumerate(self.kernels)
-                for name, tensor in layer.state_dict().items()
-            }
-        )
+        return FOLDER.write(folder, about, nn.ModuleList(self.kernels))
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> LowRankState:
@@ -211,41 +194,16 @@ class LowRankState(Tier):
         Raises:
             UserError: missing, damaged or newer files.
         """
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
-        folder = Path(folder)
-        file, again = folder / DESCRIPTION, "train the state again"
-        if not file.is_file():
-            raise UserError(f"{folder} holds no {DESCRIPTION}; expected a folder that `kv-gym train-less` wrote")
-        data = read_json(file, "expected what `kv-gym train-less` wrote")
-        if isinstance(data, dict) and isinstance(data.get("format"), int) and data["format"] > FORMAT:
-            raise UserError(f"{folder} has state format {data['format']}, newer than {FORMAT}: upgrade kv-gym")
-        described = validated(_StateFile, data, str(file))
+        described, kernels = FOLDER.read(Path(folder), _StateFile, _kernels)
         fingerprint = Fingerprint.from_json(described.fingerprint)
-        weights = read_bytes(folder / WEIGHTS, again, _LARGEST)
-        if described_data_hash({k: v for k, v in data.items() if k != "sha256"}, weights) != described.sha256:
-            raise UserError(f"{DESCRIPTION} or {WEIGHTS} in {folder} was changed or damaged; {again}")
-        try:
-            tensors = load(weights)
-        except (SafetensorError, ValueError, KeyError) as error:
-            raise UserError(f"{folder / WEIGHTS} holds no tensors ({short_reason(error)}); {again}") from None
-        with torch.device("meta"):  # nothing is allocated for sizes that the file does not have
-            sizes = fingerprint.query_heads, fingerprint.kv_heads, fingerprint.head_dim
-            kernels = [LayerKernels(*sizes, described.rank, described.width) for _ in fingerprint.layers]
-        expected = {
-            f"{number}.{name}": tensor.shape
-            for number, layer in enumerate(kernels)
-            for name, tensor in layer.state_dict().items()
-        }
-        if {name: tensor.shape for name, tensor in tensors.items()} != expected:
-            raise UserError(f"the weights in {folder} have other sizes than its {DESCRIPTION} says; {again}")
-        if not all(tensor.dtype == torch.float32 and bool(tensor.isfinite().all()) for tensor in tensors.values()):
-            raise UserError(f"the weights in {folder} are not finite numbers in float32; {again}")
-        for number, layer in enumerate(kernels):
-            own = {name: tensors[f"{number}.{name}"] for name in layer.state_dict()}
-            layer.load_state_dict(own, assign=True)
-        return cls(kernels, fingerprint, described.training, str(folder))
+        layers: list[Any] = list(kernels)
+        return cls(layers, fingerprint, described.training, str(folder))
+
+
+def _kernels(described: _StateFile) -> nn.ModuleList:
+    fingerprint = Fingerprint.from_json(described.fingerprint)
+    sizes = fingerprint.query_heads, fingerprint.kv_heads, fingerprint.head_dim, described.rank, described.width
+    return nn.ModuleList(LayerKernels(*sizes) for _ in fingerprint.layers)
 
 
 class AbsorbingLayer(LayerTier):
@@ -298,12 +256,3 @@ class AbsorbingLayer(LayerTier):
         sizes, exact = self.settings.fingerprint, torch.promote_types(dtype, torch.float32)
         shape = [rows, sizes.kv_heads, self.settings.rank]
         return {"sums": ([*shape, sizes.head_dim], exact), "mass": (shape, exact)}
-
-
-def refuse_foreign_folder(folder: Path) -> None:
-    """Raise a UserError where `folder` holds things and is neither a trained state nor a training run."""
-    if folder.is_dir() and any(folder.iterdir()):
-        if not any((folder / name).exists() for name in (DESCRIPTION, CHECKPOINT)):
-            raise UserError(f"{folder} holds other files and no trained state; name a new folder")
-    elif folder.exists() and not folder.is_dir():
-        raise UserError(f"{folder} is a file; name a folder to write the state into")
