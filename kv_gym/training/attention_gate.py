@@ -10,15 +10,20 @@ not; the local window, which is the newest tokens of the context; and the evicti
 their mean probability to be kept exceeds the target by. The paper also trains with LoRA; here the model is frozen.
 
 The exported policy ranks slots by the gate's logit, so that any budget may cut them; the allocation ``threshold:0``
-takes the flags as they are.
+takes the flags as they are. A gate that was trained towards one rate ranks badly far from it, since only the logits
+near its threshold mattered. So each step draws its rate r from a range, and keeps what lies above logit(h) - logit(r),
+where h is the highest rate of the range: one gate then has an ordered set of thresholds, and 0 is that of h. This is
+our own, too; a range of one number is the paper's single rate.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import math
+from itertools import cycle
+from typing import Annotated, Any, Literal
 
 import torch
-from pydantic import Field, NonNegativeFloat, PositiveInt
+from pydantic import AfterValidator, BeforeValidator, Field, NonNegativeFloat, PositiveInt
 from torch import Tensor
 from torch.nn.functional import cross_entropy, pad
 
@@ -33,6 +38,21 @@ from kv_gym.training.masked_context import frozen_model
 from kv_gym.training.through_model import ModelLearner, ModelLearnerSettings
 
 
+def _ascending(rates: tuple[float, float]) -> tuple[float, float]:
+    if rates[0] > rates[1]:
+        raise ValueError(f"expected the lower rate first, such as [{rates[1]:g}, {rates[0]:g}]")
+    return rates
+
+
+def _pair(rate: Any) -> Any:
+    """One rate as a range of itself."""
+    return (rate, rate) if isinstance(rate, int | float) else rate
+
+
+_Rate = Annotated[float, Field(gt=0, lt=1)]
+KeepRates = Annotated[tuple[_Rate, _Rate], Field(strict=False), BeforeValidator(_pair), AfterValidator(_ascending)]
+
+
 class AttentionGateSettings(ModelLearnerSettings):
     """Settings of `attention_gate`, with those of every agent that trains through the model.
 
@@ -41,7 +61,8 @@ class AttentionGateSettings(ModelLearnerSettings):
         gate_heads: how many they are.
         protect: first tokens, and the local window of newest ones, that are kept whatever the gate says; also those
             that the exported policy protects.
-        keep_rate: the share of the tokens that a layer's gates may keep at no cost.
+        keep_rate: the share of the tokens that a layer's gates may keep at no cost: one number, or the ends of a range
+            from which each step draws a rate log-uniformly.
         eviction_weight: factor on the eviction loss.
         eviction: the eviction loss: ``hinge`` charges for what is kept beyond the keep rate, ``absolute`` also for what
             is kept less.
@@ -52,7 +73,7 @@ class AttentionGateSettings(ModelLearnerSettings):
     inputs: InputNames = (HIDDEN,)
     protect: Protection = (0, 16)
     gate_heads: PositiveInt = 4
-    keep_rate: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    keep_rate: KeepRates = (0.5, 0.5)
     eviction_weight: NonNegativeFloat = 5.0
     eviction: Literal["hinge", "absolute"] = "hinge"
     aim: Literal["continuation", "full"] = "continuation"
@@ -80,21 +101,26 @@ class AttentionGate(ModelLearner):
         self.start_step(step)
         batch = self._sample_contexts(self.settings.contexts)
         with frozen_model(self.model):
-            task, eviction, kept = self.losses(batch, self._sample_continuations(batch))
+            continuations = self._sample_continuations(batch)
+            low, high = self.settings.keep_rate
+            rate = low if low == high else low * (high / low) ** float(torch.rand(()))
+            task, eviction, kept = self.losses(batch, continuations, rate)
             loss = task + self.settings.eviction_weight * eviction
             norm = self.optimizer_step(loss)
         parts = {"task_loss": task.detach(), "eviction_loss": eviction.detach(), "kept": kept}
         return {"loss": loss.detach(), **parts, "gradient_norm": norm}
 
-    def losses(self, sequences: list[Sequence], indices: list[list[int]]) -> tuple[Tensor, Tensor, Tensor]:
+    def losses(self, sequences: list[Sequence], indices: list[list[int]], rate: float) -> tuple[Tensor, Tensor, Tensor]:
         """The model's loss over gated contexts, the eviction loss, and the share of the slots that the flags keep.
 
         Args:
             sequences: contexts of similar length.
             indices: which of its continuations each context reads, as many for all.
+            rate: the share that may be kept.
         """
         longest = max(len(sequence.tokens) for sequence in sequences)
-        logits = [self.scores(sequence) for sequence in sequences]
+        threshold = _logit(self.settings.keep_rate[1]) - _logit(rate)
+        logits = [self.scores(sequence) - threshold for sequence in sequences]
         probabilities = [each.sigmoid() for each in logits]
         flags = [straight_through(each, *self.settings.protect) for each in probabilities]
         gates = [pad(each, (0, longest - each.shape[1])) for each in flags]
@@ -104,18 +130,25 @@ class AttentionGate(ModelLearner):
         else:
             task = continuation_loss(predictions, tokens, mask)
         layers = torch.stack([each.unflatten(0, (-1, self.network.kv_heads)).mean((1, 2)) for each in probabilities])
-        eviction = eviction_loss(layers.mean(0), self.settings.keep_rate, self.settings.eviction)
+        eviction = eviction_loss(layers.mean(0), rate, self.settings.eviction)
         kept = torch.stack([each.detach().mean() for each in flags]).mean()
         return task, eviction, kept
 
     def reward(self, policy: Scorer, validation: Contexts) -> float:
-        """Minus the training loss on contexts that the optimiser never saw."""
+        """Minus the training loss on contexts that the optimiser never saw, at rates of the range in turn."""
         total = 0.0
+        low, high = self.settings.keep_rate
+        rates = (low, math.sqrt(low * high), high)
         with frozen_model(self.model), torch.no_grad():
-            for sequence in validation:
-                task, eviction, _ = self.losses([sequence], [list(range(len(sequence.continuations)))])
+            for sequence, rate in zip(validation, cycle(rates)):
+                indices = [list(range(len(sequence.continuations)))]
+                task, eviction, _ = self.losses([sequence], indices, rate)
                 total += float(task + self.settings.eviction_weight * eviction)
         return -total / len(validation)
+
+
+def _logit(share: float) -> float:
+    return math.log(share / (1 - share))
 
 
 def straight_through(probabilities: Tensor, sinks: int, window: int) -> Tensor:
