@@ -17,6 +17,7 @@ from kv_gym.testing import check_policy
 from kv_gym.traces import Prompt, record
 from kv_gym.training import train
 from kv_gym.training.attention_gate import continuation_loss, eviction_loss, straight_through
+from kv_gym.training.registry import agent_settings
 
 FAST = {"steps": 30, "every": 30, "hidden": 8, "gate_heads": 2, "rate": 0.05, "protect": (0, 2), "progress": False}
 
@@ -106,14 +107,17 @@ def trained(recorded, tmp_path_factory):
     return train("attention_gate", traces, tmp_path_factory.mktemp("gate") / "out", model=model, **FAST)
 
 
-def kept_rate(policy, traces):
+def kept_rate(policy, traces, threshold=0.0):
     """The share of the slots whose flags are 1."""
-    flags = [policy.score(context.view(layer, hidden=True)) > 0 for context in traces for layer in range(2)]
+    flags = [policy.score(context.view(layer, hidden=True)) > threshold for context in traces for layer in range(2)]
     return float(torch.cat([each.flatten() for each in flags]).float().mean())
 
 
-def test_the_eviction_loss_brings_the_gates_to_their_rate(recorded, trained):
-    assert kept_rate(trained, recorded[1]) < 0.6
+def test_the_eviction_loss_brings_the_gates_to_their_rates(recorded, trained):
+    """By default to those between an eighth and a half, each with a threshold of its own."""
+    assert trained.training["settings"]["keep_rate"] == [0.125, 0.5]
+    half, eighth = (kept_rate(trained, recorded[1], threshold) for threshold in (0, math.log(7)))
+    assert eighth < 0.2 < half < 0.6
     assert trained.training["agent"] == "attention_gate" and trained.protection == (0, 2)
 
 
@@ -165,6 +169,20 @@ def test_the_flags_as_they_are_whatever_the_budget(recorded, trained):
 def test_it_is_replayed_beside_other_policies(recorded, trained):
     rows = replay({"gate": trained, "recency": make_policy("recency")}, recorded[1], [0.5])
     assert {row["policy"] for row in rows} == {"gate", "recency"}
+
+
+def test_a_keep_rate_is_a_number_or_a_range():
+    assert agent_settings("attention_gate", keep_rate=0.25).keep_rate == (0.25, 0.25)
+    assert agent_settings("attention_gate", keep_rate=[0.1, 0.25]).keep_rate == (0.1, 0.25)
+    for wrong, said in (
+        ([0.5, 0.1], r"such as \[0.1, 0.5\]"),
+        (1.5, "keep_rate"),
+        ("half", "keep_rate"),
+        (True, "rate"),
+    ):
+        with pytest.raises(UserError, match=said) as raised:
+            agent_settings("attention_gate", keep_rate=wrong)
+        assert "\n" not in str(raised.value)
 
 
 def test_refusals(recorded, trained, tmp_path):
