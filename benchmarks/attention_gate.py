@@ -2,10 +2,10 @@
 
     python benchmarks/attention_gate.py --out runs/attention_gate --json benchmarks/results/attention_gate.json
 
-Trains `attention_gate` with its range of keep rates and with the paper's single one, `kvzap`, and `end_to_end` (a third
-of its steps), with the settings of their files, several times, each time on other contexts of all seven tasks (training
-seeds). Then all of them, H2O and StreamingLLM answer the same pinned held-out contexts. `section` is the part of
-docs/seeds.md that shows it, with a picture of what the gates keep by layer and head. Goes on where it was interrupted.
+Trains `attention_gate` and `kvzap` three times each, and the gate towards the paper's single keep rate and `end_to_end`
+(a third of its steps) once, with the settings of their files, on the same contexts of all seven tasks (training seeds).
+Then all of them, H2O and StreamingLLM answer the same pinned held-out contexts. `section` is the part of docs/seeds.md
+that shows it, with a picture of what the gates keep by layer and head. Goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ from kv_gym.reference.tokenizer import encode, word_ids
 from kv_gym.training import train
 
 GATE, HALF = "attention_gate", "attention_gate, keeps 1/2"
-LEARNED: dict[str, tuple[str, dict[str, Any]]] = {
-    GATE: ("attention_gate", {"steps": 300, "every": 50}),
-    HALF: ("attention_gate", {"steps": 300, "every": 50, "keep_rate": 0.5}),
-    "kvzap": ("kvzap", {}),
-    "end_to_end": ("end_to_end", {"steps": 400}),
+LEARNED: dict[str, tuple[str, dict[str, Any], int]] = {  # agent, settings, training runs
+    GATE: ("attention_gate", {"steps": 300, "every": 100}, 3),
+    HALF: ("attention_gate", {"steps": 300, "every": 100, "keep_rate": 0.5}, 1),
+    "kvzap": ("kvzap", {}, 3),
+    "end_to_end": ("end_to_end", {"steps": 400, "every": 100}, 1),
 }
 HEURISTICS = ("h2o", "streaming_llm")
 BUDGETS = (1 / 2, 1 / 4, 1 / 8)
@@ -56,14 +56,12 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/attention_gate"))
     parser.add_argument("--json", type=Path, help="write the rows to this file, and the picture beside it")
     parser.add_argument("--contexts", type=int, default=16, help="of each task")
-    parser.add_argument("--seeds", type=int, default=3, help="training runs of each learned policy")
     arguments = parser.parse_args()
     model, tokenizer = load_model(MODEL)
+    traces = training_contexts(model, tokenizer, arguments.out / "contexts", list(TASKS), 0, hidden=True)
     learned: dict[tuple[str, int], Scorer] = {}
-    for seed in range(arguments.seeds):
-        contexts = arguments.out / f"contexts-{seed}"
-        traces = training_contexts(model, tokenizer, contexts, list(TASKS), seed, hidden=True)
-        for name, (agent, settings) in LEARNED.items():
+    for name, (agent, settings, runs) in LEARNED.items():
+        for seed in range(runs):
             folder = arguments.out / f"{name.replace(', ', '-').replace(' ', '-').replace('/', '-')}-{seed}"
             learned[name, seed] = train(agent, traces, folder, seed=seed, model=model, **settings)
     file = arguments.json or arguments.out / "rows.json"
@@ -76,7 +74,7 @@ def main() -> None:
             write_json(file, result(rows))
     rates = {name: keep_rates(model, learned[name, 0], arguments.contexts) for name in (GATE, HALF)}
     weights = {name: policy.nbytes() for (name, _), policy in learned.items()}
-    seconds = {name: [learned[name, s].training["seconds"] for s in range(arguments.seeds)] for name in LEARNED}
+    seconds = {f"{name}, seed {seed}": policy.training["seconds"] for (name, seed), policy in learned.items()}
     write_json(file, result(rows, keep_rates=rates, weights=weights, training_seconds=seconds))
     draw(rates, file.with_name(PICTURE))
     print(section(file))
@@ -89,9 +87,10 @@ def configurations(learned: Mapping[tuple[str, int], Policy]) -> list[Configurat
         found += [Configuration(name, p, budget, everywhere, seed=seed) for (name, seed), p in learned.items()]
         found += [Configuration(name, make_policy(name), budget) for name in HEURISTICS]
     return found + [
-        Configuration(name, learned[name, seed], budget, parse_allocation(rule), seed=seed)
-        for (name, budget), rule in FLAGS.items()
-        for seed in sorted({seed for _, seed in learned})
+        Configuration(name, policy, budget, parse_allocation(rule), seed=seed)
+        for (gate, budget), rule in FLAGS.items()
+        for (name, seed), policy in learned.items()
+        if name == gate
     ]
 
 
@@ -149,10 +148,11 @@ def section(file: Path) -> str:
     for name in (*LEARNED, *HEURISTICS):
         rule, weights = "global" if name in LEARNED else "uniform", f"{data['weights'].get(name, 0):,}"
         cells = [_mean(found[task, name, budget, rule] for task in TASKS) for budget in BUDGETS]
-        table.append((name, rule, weights, *cells))
+        table.append((name, rule, weights, _runs(found[TASKS[0], name, 0.5, rule]), *cells))
     for (name, budget), rule in FLAGS.items():
         own = [_mean(found[task, name, budget, rule] for task in TASKS) if each == budget else "" for each in BUDGETS]
-        table.append((name, rule, f"{data['weights'][name]:,}", *own))
+        runs = _runs(found[TASKS[0], name, budget, rule])
+        table.append((name, rule, f"{data['weights'][name]:,}", runs, *own))
     contexts, seeds = found[TASKS[0], FULL, 1.0, "uniform"][0]["n"], len(found[TASKS[0], GATE, 0.5, "global"])
     parts = [
         "## Attention-Gate on all tasks",
@@ -166,13 +166,12 @@ def section(file: Path) -> str:
             ("task", "full cache", "gate", "H2O", "StreamingLLM", "gate - H2O", "gate - StreamingLLM", "no worse"),
             lines, None,
         ),
-        f"Beside other policies that were trained on the same contexts, {seeds} times each: mean accuracy over the "
-        "tasks, and in parentheses the kilobytes of a context's cache. `end_to_end` had a third of its steps. With "
-        "`threshold:SCORE` the flags of the gates decide, whatever the budget: at 0 those of the highest keep rate, "
-        "and at 1.95 (the logit of 7/8) those of an eighth. *Keeps 1/2* is the paper's gate, which was trained towards "
-        "one rate.",
+        "Beside other policies that were trained on the same contexts: mean accuracy over the tasks, and in "
+        "parentheses the kilobytes of a context's cache. `end_to_end` had a third of its steps. With `threshold:SCORE` "
+        "the flags of the gates decide, whatever the budget: at 0 those of the highest keep rate, and at 1.95 (the "
+        "logit of 7/8) those of an eighth. *Keeps 1/2* is the paper's gate, which was trained towards one rate.",
         pipe_table(
-            ("policy", "allocation", "bytes of weights", "1/2", "1/4", "1/8"), table, None,
+            ("policy", "allocation", "bytes of weights", "training runs", "1/2", "1/4", "1/8"), table, None,
         ),
         "What the flags at 0 keep, by layer and KV head, as a mean over the tasks, in the first training run:",
         f"![share of the tokens kept by layer and head](../benchmarks/results/{PICTURE})",
@@ -184,6 +183,10 @@ def _verdict(differences: Sequence[Any]) -> str:
     if any(each.high < 0 for each in differences):
         return "no"
     return "yes" if all(each.mean >= 0 for each in differences) else "open"
+
+
+def _runs(rows: Sequence[Mapping[str, Any]]) -> str:
+    return "" if rows[0]["seed"] is None else str(len(rows))
 
 
 def _mean(tasks: Iterable[Sequence[Mapping[str, Any]]]) -> str:
