@@ -4,8 +4,8 @@
 
 The model is stories260K (Llama architecture, pretrained, 512 tokens, heads of 8), as in `benchmarks/novels.py`. Two
 kinds of text: novels, of which kernels are trained on some and tested on others, and stories that the model itself
-wrote at temperature 1, of which the full cache is the best predictor there is. Kernels are trained once for each policy
-that evicts in training, and serve both budgets. Stretches of 512 tokens are read in blocks of 64 and the cache is cut
+wrote at temperature 1, of which the full cache is the best predictor there is. Kernels are trained for each policy that
+evicts in training, on stories three times, and serve both budgets. Stretches of 512 tokens are read in blocks of 64 and the cache is cut
 after each: by dropping, by dropping with as many slots more as the state has bytes, and with the state. Needs the data
 folder; goes on where it was interrupted.
 """
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -41,6 +42,7 @@ TOKENS = 512
 STATE_SLOTS = 4  # a state of rank 8 takes 4 * 8 * (8 + 1) bytes per KV head, and 4 slots with positions take as many
 SETTINGS = {"width": 64, "rows": 2, "block": 64, "queries": 32, "every": 50}
 STEPS = {"novels": 500, "stories": 200}
+RUNS = {"novels": 1, "stories": 3}  # of training
 STATES = tuple(f"{corpus}/{policy}" for corpus in STEPS for policy in POLICIES)
 CHARACTERS = 60_000  # of each novel that is trained on
 STORIES = 96  # texts of 512 tokens that the model writes for training; as many as stretches of all novels for testing
@@ -85,15 +87,22 @@ def main() -> None:
     training: dict[str, dict[str, Any]] = {}
     configurations: dict[str, list[Configuration]] = {}
     for corpus, _, policy in (name.partition("/") for name in arguments.states.split(",")):
-        out, settings = arguments.out / corpus / policy, SETTINGS | {"steps": STEPS[corpus]}
-        state = train_less(texts[corpus], out, model=model, policy=policy, **settings)
-        training.setdefault(corpus, {})[policy] = state.training | {"weight_bytes": state.weight_bytes}
+        settings, place = SETTINGS | {"steps": STEPS[corpus]}, arguments.out / corpus
+        states = [
+            train_less(texts[corpus], place / f"{policy}-{seed}", model=model, policy=policy, seed=seed, **settings)
+            for seed in range(RUNS[corpus])
+        ]
+        about = {"errors": [each.training["error"] for each in states], "weight_bytes": states[0].weight_bytes}
+        training.setdefault(corpus, {})[policy] = states[0].training | about
         compared, score = configurations.setdefault(corpus, [full_cache()]), make_policy(policy)
         for budget in BUDGETS:
             compared += [
                 Configuration(f"{policy}, drop", score, budget),
                 Configuration(f"{policy}, drop, {STATE_SLOTS} slots more", score, budget + STATE_SLOTS),
-                Configuration(f"{policy}, less", score, budget, evicted=state),
+                *(
+                    Configuration(f"{policy}, less", score, budget, evicted=state, seed=seed)
+                    for seed, state in enumerate(states)
+                ),
             ]
     if arguments.train_only:
         return
@@ -130,7 +139,7 @@ def of_corpus(rows: Sequence[Mapping[str, Any]], corpus: str) -> list[Mapping[st
 
 
 def markdown(rows: Sequence[Mapping[str, Any]], training: Mapping[str, Mapping[str, Any]]) -> str:
-    """NLL in nats per token over all stretches, and differences paired by stretch."""
+    """NLL in nats per token over all stretches, and differences paired by stretch, of the means over training runs."""
     losses = _losses(rows)
     full = losses["full_cache", 1.0]
     lines: list[Sequence[str]] = [("full cache", "", _bytes(rows, "full_cache", 1.0), _mean(full), "", "", "")]
@@ -150,12 +159,13 @@ def markdown(rows: Sequence[Mapping[str, Any]], training: Mapping[str, Mapping[s
 
 
 def _losses(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, float], dict[str, float]]:
-    """Configuration and slots -> stretch -> nats per token."""
-    found: dict[tuple[str, float], dict[str, float]] = {}
+    """Configuration and slots -> stretch -> nats per token, as a mean over training runs."""
+    found: dict[tuple[str, float], dict[str, list[float]]] = {}
     for row in rows:
         own = found.setdefault((row["policy"], row["budget"]), {})
-        own |= {f"{row['task']} {name}": lost / asked for name, (_, asked, lost) in row["contexts"].items()}
-    return found
+        for name, (_, asked, lost) in row["contexts"].items():
+            own.setdefault(f"{row['task']} {name}", []).append(lost / asked)
+    return {key: {name: fmean(losses) for name, losses in own.items()} for key, own in found.items()}
 
 
 def _mean(losses: Mapping[str, float]) -> str:

@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import attention_gate
@@ -399,18 +400,19 @@ def _less(results: Path) -> list[str]:
     parts = [
         "[2402.09398](https://arxiv.org/abs/2402.09398) claims, in nats per token: dropping > dropping with as many "
         "slots more as the state has bytes > LESS > the full cache. Made by `python benchmarks/less.py` with "
-        "stories260K, paired by stretch; one training run for each policy and kind of text, which no test saw. *Gain* "
-        "is over the line above, and the claim holds where its whole interval is above 0. The model was trained on "
+        "stories260K, paired by stretch, with means over training runs, on texts that no test saw. *Gain* is over the "
+        "line above, and the claim holds where its whole interval is above 0. The model was trained on "
         "short stories, and on novels its full cache predicts worse than a cut one: there a state that comes nearer to "
         "the full cache loses by that, and *lost to the full cache* says how near it comes."
     ]
     for corpus, trained in data["training"].items():
         rows = less.of_corpus(data["rows"], corpus)
         stretches = sum(row["n"] for row in rows if row["policy"] == "full_cache")
-        errors = ", ".join(f"{policy} {100 * (1 - about['error']):.0f} %" for policy, about in trained.items())
-        size = next(iter(trained.values()))["weight_bytes"]
+        left = {policy: about.get("errors", [about["error"]]) for policy, about in trained.items()}
+        errors = ", ".join(f"{policy} {100 * (1 - fmean(shares)):.0f} %" for policy, shares in left.items())
+        runs, size = max(map(len, left.values())), next(iter(trained.values()))["weight_bytes"]
         parts += [
-            f"{corpus.capitalize()}, {stretches} stretches. Of the squared error that dropping makes in the layers' "
+            f"{corpus.capitalize()}, {stretches} stretches; training runs of each policy's kernels: {runs}. Of the squared error that dropping makes in the layers' "
             f"outputs on held-out text, training removed: {errors}; the weights take {size:,} bytes.",
             less.markdown(rows, trained),
         ]
