@@ -5,9 +5,9 @@
 The model is stories260K (Llama architecture, pretrained, 512 tokens, heads of 8), as in `benchmarks/novels.py`. Two
 kinds of text: novels, of which kernels are trained on some and tested on others, and stories that the model itself
 wrote at temperature 1, of which the full cache is the best predictor there is. Kernels are trained for each policy that
-evicts in training, on stories three times, and serve both budgets. Stretches of 512 tokens are read in blocks of 64 and the cache is cut
-after each: by dropping, by dropping with as many slots more as the state has bytes, and with the state. Needs the data
-folder; goes on where it was interrupted.
+evicts in training, on stories three times, and serve both budgets. Stretches of 512 tokens are read in blocks of 64 and
+the cache is cut after each: by dropping, by dropping with as many slots more as the state has bytes, and with the
+state. Needs the data folder; goes on where it was interrupted.
 """
 
 from __future__ import annotations

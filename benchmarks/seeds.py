@@ -412,8 +412,9 @@ def _less(results: Path) -> list[str]:
         errors = ", ".join(f"{policy} {100 * (1 - fmean(shares)):.0f} %" for policy, shares in left.items())
         runs, size = max(map(len, left.values())), next(iter(trained.values()))["weight_bytes"]
         parts += [
-            f"{corpus.capitalize()}, {stretches} stretches; training runs of each policy's kernels: {runs}. Of the squared error that dropping makes in the layers' "
-            f"outputs on held-out text, training removed: {errors}; the weights take {size:,} bytes.",
+            f"{corpus.capitalize()}, {stretches} stretches; training runs of each policy's kernels: {runs}. Of the "
+            "squared error that dropping makes in the layers' outputs on held-out text, training removed: "
+            f"{errors}; the weights take {size:,} bytes.",
             less.markdown(rows, trained),
         ]
     return parts
