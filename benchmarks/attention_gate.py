@@ -173,8 +173,8 @@ def section(file: Path) -> str:
         "Beside other policies that were trained on the same contexts: mean accuracy over the tasks, and in "
         "parentheses the kilobytes of a context's cache. `end_to_end` had a third of its steps. With `threshold:SCORE` "
         "the flags of the gates decide, whatever the budget; 0 is the threshold of a gate's only or highest keep rate, "
-        "and 1.95 (the logit of 7/8) that of an eighth where the highest is a half. A gate that was trained towards one "
-        "rate, as in the paper, does not say what to keep at another.",
+        "and 1.95 (the logit of 7/8) that of an eighth where the highest is a half. A gate that was trained towards "
+        "one rate, as in the paper, does not say what to keep at another.",
         pipe_table(
             ("policy", "allocation", "bytes of weights", "training runs", "1/2", "1/4", "1/8"), table, None,
         ),
