@@ -2,10 +2,10 @@
 
     python benchmarks/attention_gate.py --out runs/attention_gate --json benchmarks/results/attention_gate.json
 
-Trains `attention_gate` and `kvzap` three times each, and the gate towards the paper's single keep rate and `end_to_end`
-(a third of its steps) once, with the settings of their files, on the same contexts of all seven tasks (training seeds).
-Then all of them, H2O and StreamingLLM answer the same pinned held-out contexts. `section` is the part of docs/seeds.md
-that shows it, with a picture of what the gates keep by layer and head. Goes on where it was interrupted.
+Trains `attention_gate`, the same towards a single keep rate, and `kvzap` three times each, and `end_to_end` once (a
+third of its steps), with the settings of their files, on the same contexts of all seven tasks (training seeds). Then
+all of them, H2O and StreamingLLM answer the same pinned held-out contexts. `section` is the part of docs/seeds.md that
+shows it, with a picture of what the gates keep by layer and head. Goes on where it was interrupted.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from kv_gym.training import train
 GATE, HALF = "attention_gate, keeps 1/8 to 1/2", "attention_gate, keeps 1/2"
 LEARNED: dict[str, tuple[str, dict[str, Any], int]] = {  # agent, settings, training runs
     GATE: ("attention_gate", {"steps": 300, "every": 100}, 3),
-    HALF: ("attention_gate", {"steps": 300, "every": 100, "keep_rate": 0.5}, 1),
+    HALF: ("attention_gate", {"steps": 300, "every": 100, "keep_rate": 0.5, "eviction": "hinge"}, 3),
     "kvzap": ("kvzap", {}, 3),
     "end_to_end": ("end_to_end", {"steps": 400, "every": 100}, 1),
 }
@@ -173,8 +173,9 @@ def section(file: Path) -> str:
         "Beside other policies that were trained on the same contexts: mean accuracy over the tasks, and in "
         "parentheses the kilobytes of a context's cache. `end_to_end` had a third of its steps. With `threshold:SCORE` "
         "the flags of the gates decide, whatever the budget; 0 is the threshold of a gate's only or highest keep rate, "
-        "and 1.95 (the logit of 7/8) that of an eighth where the highest is a half. A gate that was trained towards "
-        "one rate, as in the paper, does not say what to keep at another.",
+        "and 1.95 (the logit of 7/8) that of an eighth where the highest is a half; the kilobytes say how much the "
+        "flags really keep. A gate that was trained towards one rate, as in the paper, does not say what to keep at "
+        "another.",
         pipe_table(
             ("policy", "allocation", "bytes of weights", "training runs", "1/2", "1/4", "1/8"), table, None,
         ),

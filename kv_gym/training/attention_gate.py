@@ -65,7 +65,7 @@ class AttentionGateSettings(ModelLearnerSettings):
             from which each step draws a rate log-uniformly.
         eviction_weight: factor on the eviction loss.
         eviction: the eviction loss: ``hinge`` charges for what is kept beyond the keep rate, ``absolute`` also for what
-            is kept less.
+            is kept less, without which a gate of a range keeps as little at its highest rate as at its lowest.
         aim: ``continuation``, the negative log-likelihood of the continuation's tokens; or ``full``, the divergence
             from the predictions over the full cache.
     """
