@@ -6,6 +6,7 @@
 #   make docs                       the documentation site, in site/
 #   make versions                   the live tests under transformers 5.2, 5.4 and the newest; in .versions/
 #   make kvpress                    the tests with kvpress, in .venv-kvpress (1.4 GB): kvpress needs transformers 5.2
+#   make ray                        the tests with a Ray cluster of this machine; ray (70 MB) in .venv
 #   make real-model  a small real language model (SmolLM2-135M-Instruct, a 4-bit copy) in runs/models/
 #   make clean                      removes environments, caches and build folders; runs/ stays
 PYTHON ?= python3
@@ -17,7 +18,7 @@ READY := .venv/ready
 DOCS := .venv/docs
 BESIDE := .venv-kvpress/ready
 
-.PHONY: demo test test-all lint docs versions kvpress real-model clean
+.PHONY: demo test test-all lint docs versions kvpress ray real-model clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -43,6 +44,10 @@ versions: $(READY)
 
 kvpress: $(BESIDE)
 	OMP_NUM_THREADS=1 .venv-kvpress/bin/python -m pytest -c tests/kvpress/pytest.ini tests/kvpress
+
+ray: $(READY)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray'
+	$(BIN)/python -m pytest -m slow tests/test_worker_results.py
 
 real-model: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'accelerate' 'gguf'

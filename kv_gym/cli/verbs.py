@@ -104,8 +104,13 @@ def _record(
 def _train(
     call: Call,
     traces: Annotated[
-        Path | None,
-        typer.Option(readable=False, help="Trace set, of which the split `train` is used.", show_default=False),
+        str | None,
+        typer.Option(
+            help="Trace set, of which the split `train` is used; several with commas, or a folder of them, are read as "
+            "one.",
+            metavar="A,B,...",
+            show_default=False,
+        ),
     ] = None,
     stream: Annotated[
         Path | None,
@@ -127,7 +132,7 @@ def _train(
     resolved = agent_settings(call["agent"], **settings)  # refuses unknown names before the model loads
     if (traces is None) == (stream is None):
         raise UserError("train needs either --traces SET or --stream FILE.jsonl with --model")
-    source: Any = traces
+    source: Any = None if traces is None else [part.strip() for part in traces.split(",") if part.strip()]
     if stream is not None:
         if call.model_name is None:
             raise UserError("--stream records contexts while it trains: name the model to record (--model)")
@@ -141,6 +146,8 @@ def _train(
     elif chat or slots is not None:
         raise UserError("--chat and --slots are for --stream; leave them out")
     policy = call(traces=source, **settings)
+    if int(os.environ.get("RANK", 0)):  # of the processes that torchrun started the first one speaks
+        return
     reward, size = policy.training["held_out_reward"], policy.nbytes()
     _say(f"{call['out']}: held-out reward {reward:.4f}, {size:,} bytes of weights")
 
@@ -215,7 +222,7 @@ def _evaluate(
         _say(f"left out: {sentence}", err=True)
 
 
-@verb(app, "kv_gym.evaluation.leaderboard.leaderboard", arguments=("spec",), defaults={"workers": 2})
+@verb(app, "kv_gym.evaluation.leaderboard.leaderboard", arguments=("spec",))
 def _leaderboard(
     call: Call,
     publish: Annotated[Path | None, typer.Option(help="Folder to write compact rows into, a file per task.")] = None,
@@ -227,10 +234,11 @@ def _leaderboard(
     for file in (page, None if publish is None else publish / "task.jsonl"):
         if file is not None:
             refuse_unwritable(file)
-    rows = call()
+    alone = call["workers"] is None and call["ray"] is None
+    rows = call(**({"workers": 2} if alone else {}))
     refused = sum(bool(row.get("refused")) for row in rows)
-    rows_file = Path(call["out"]) / "rows.jsonl"
-    _say(f"{len(rows)} rows in {rows_file}" + (f", {refused} of them refused" if refused else ""))
+    out = str(call["out"]).rstrip("/")
+    _say(f"{len(rows)} rows in {out}/rows.jsonl" + (f", {refused} of them refused" if refused else ""))
     if publish is not None:
         for file in leaderboard.publish(rows, publish):
             _say(f"{file}: {file.stat().st_size:,} bytes")

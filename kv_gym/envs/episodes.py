@@ -20,9 +20,10 @@ from kv_gym.errors import UserError
 from kv_gym.policies import Policy
 from kv_gym.traces import TraceSet, open_traces
 from kv_gym.traces.bounded_cache import memory_limit
+from kv_gym.traces.reader import names_trace_sets
 from kv_gym.traces.sequence import Contexts, Sequence
 
-Traces = str | Path | Iterable[Sequence] | None
+Traces = str | Path | Iterable[str | Path | TraceSet] | Iterable[Sequence] | None
 ResetOptions = Mapping[str, int | None] | None
 
 _REDUCTIONS = {"attention": "max", "attention_mean": "mean"}
@@ -65,7 +66,7 @@ class Replay:
             raise UserError("flat=True makes one array of an observation and index=True adds an entry to it: give one")
         if min(sinks, recent) < 0:
             raise UserError(f"sinks and recent are {sinks} and {recent}; expected numbers from 0")
-        opened: Any = open_traces(traces) if traces is None or isinstance(traces, str | Path) else traces
+        opened: Any = open_traces(traces) if names_trace_sets(traces) else traces  # type: ignore[arg-type]
         if delay and budget is None:
             raise UserError(
                 f"a delay of {delay} tokens is for eviction mode, and ranking mode decides at the end of a context: "

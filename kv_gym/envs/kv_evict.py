@@ -113,7 +113,8 @@ class KVEvictEnv(gym.Env[Any, np.ndarray]):
 
     ## Arguments
 
-    - `traces`: a path, a trace set, a list of `Sequence`, or None for the bundled sample.
+    - `traces`: a path, a trace set, a list of these (sets of one model), a list of `Sequence`, or None for the
+      bundled sample.
     - `heads`: `"all"` (one head at a time), a list of (layer, head) pairs, or `"joint"`.
     - `budget`: None for ranking mode; an int (slots per head) or a float in (0, 1] (share) for eviction mode.
     - `budget_weights`: `"log"`, `"uniform"`, or a mapping such as `{0.25: 1.0, 0.125: 1.0}` (ranking mode).

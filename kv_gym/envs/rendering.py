@@ -6,7 +6,6 @@ import warnings
 from collections.abc import Sequence as Seq
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -153,11 +152,10 @@ class Renderer:
 
 
 def _stored_tokenizer(traces: Any) -> Any:
-    from kv_gym.traces import TraceSet, open_traces
+    from kv_gym.traces import open_traces
+    from kv_gym.traces.reader import names_trace_sets
 
-    if traces is None or isinstance(traces, str | Path):
-        traces = open_traces(traces)
-    return traces.tokenizer() if isinstance(traces, TraceSet) else None
+    return open_traces(traces).tokenizer() if names_trace_sets(traces) else None
 
 
 def as_text(frame: Frame, words: list[str]) -> str:

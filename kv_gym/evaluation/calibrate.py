@@ -24,7 +24,7 @@ from kv_gym.traces import Sequence, TraceSet, open_traces
 @torch.no_grad()
 def calibrate(
     policy: str | Path | Policy,
-    traces: str | Path | TraceSet,
+    traces: str | Path | TraceSet | Iterable[str | Path | TraceSet],
     shares: Iterable[str | float],
     out: str | Path | None = None,
     *,
@@ -45,7 +45,7 @@ def calibrate(
 
     Args:
         policy: name, class path or folder of a policy whose scores compare across heads, and from context to context.
-        traces: trace set or its folder; continuations are not needed.
+        traces: trace set or its folder, or several; continuations are not needed.
         shares: shares of the tokens, such as ``0.25`` or ``1/8``.
         out: file to write, for the allocation ``calibrated:FILE``.
         split: of the traces, ``train`` or ``test``; ``all`` takes every context. In Python, so does None.

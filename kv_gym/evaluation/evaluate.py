@@ -39,7 +39,7 @@ def evaluate(
     policies: Policies,
     budgets: Iterable[str | int | float],
     *,
-    traces: str | Path | TraceSet | None = None,
+    traces: str | Path | TraceSet | Iterable[str | Path | TraceSet] | None = None,
     model: Any = None,
     tasks: Tasks | None = None,
     tokenizer: Any = None,
@@ -52,6 +52,8 @@ def evaluate(
     select: Iterable[str] = ("all",),
     episodes: Iterable[str] = ("none",),
     json: str | Path | None = None,
+    workers: int | None = None,
+    ray: str | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Compare policies on traces (replay) or with a model (live).
@@ -62,7 +64,7 @@ def evaluate(
         policies: names, class paths such as ``my_policy:Peak``, or folders of trained policies. In Python, also policy
             objects, and a mapping that names them for the rows.
         budgets: slots per head or shares of the tokens, such as ``64``, ``0.25`` or ``1/8``.
-        traces: trace set to replay, or its folder.
+        traces: trace set to replay, or its folder; several of one model, or a folder of them, are read as one.
         model: transformers decoder that answers the tasks.
         tasks: names or files as :func:`kv_gym.evaluation.tasks.parse_tasks` reads them, such as ``questions.jsonl``;
             or a list (or data set) of questions as the lines of such a file are, of contexts with questions, or of
@@ -83,6 +85,10 @@ def evaluate(
             a question chooses one: ``4``, ``4:medoids=8:block=64:match=cosine`` ...; every policy is measured with
             each. Only with a model, and tasks whose context is compressed once.
         json: file to write the result to.
+        workers: processes that share the contexts, each with one thread for tensors; they load the model from where it
+            was loaded, and rows are the same for any number of them. By default this process with all its threads.
+        ray: address of a Ray cluster whose machines measure in place of processes here, such as ``auto`` or
+            ``auto:gpus=0.25``; traces and the model's folder have the same name on all of them.
         progress: show a bar.
 
     Returns:
@@ -130,7 +136,7 @@ def evaluate(
         about = {"tasks": hashed, "contexts": sum(task.contexts for task in found), "model": folder}
     label = "replay" if model is None else "answer"
     with ProgressBar(label, about["contexts"], shown=progress, transient=True) as bar:
-        rows = measure(model, found, configurations, bar.advance)
+        rows = measure(model, found, configurations, bar.advance, workers=workers, ray=ray)
     left_out = [f"{name}: {why}" for name, policy in chosen.items() for why in fitting(policy, rules)[1]]
     data = result(rows, **about, left_out=left_out)
     if json is not None:
@@ -168,7 +174,7 @@ def refuse_other_model(policies: Mapping[str, Policy], fingerprint: Fingerprint,
             trained_on.refuse_other(fingerprint, f"policy {name}", what, accept)
 
 
-def traces_in_split(traces: str | Path | TraceSet, split: str | None) -> TraceSet:
+def traces_in_split(traces: str | Path | TraceSet | Iterable[str | Path | TraceSet], split: str | None) -> TraceSet:
     """A trace set, or the part of it in `split` (None or ``all``: every context).
 
     Raises:

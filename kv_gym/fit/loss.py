@@ -27,6 +27,8 @@ def measure_losses(
     configurations: Iterable[Configuration],
     progress: bool = True,
     go_on: Callable[[int], bool] = lambda batch: True,
+    workers: int | None = None,
+    ray: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure configurations on a part of the data: a context is read once and cut before its questions are seen.
 
@@ -38,6 +40,7 @@ def measure_losses(
         configurations: what is measured, with the full cache.
         progress: show a bar.
         go_on: asked before each batch of contexts, with its size; the rows are of the contexts before the first no.
+        workers, ray: as for :func:`kv_gym.evaluation.measure.measure`.
 
     Returns:
         Rows (:class:`kv_gym.evaluation.rows.Row`), the full cache first, with ``loss`` and ``loss_upper``: its mean
@@ -45,7 +48,7 @@ def measure_losses(
     """
     with ProgressBar(part, len(contexts), shown=progress, transient=True) as bar:
         task = unseen_questions(contexts, part)
-        full, *rows = measure(model, [task], [full_cache(), *configurations], bar.advance, go_on)
+        full, *rows = measure(model, [task], [full_cache(), *configurations], bar.advance, go_on, workers, ray)
     for row in rows:
         row["loss"], row["loss_upper"] = paired_loss(full["contexts"], row["contexts"], metric)
     return [full | {"loss": 0.0, "loss_upper": 0.0}, *rows]

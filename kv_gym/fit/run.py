@@ -68,6 +68,8 @@ def fit(
     continuation_tokens: int | None = None,
     seed: int = 0,
     chat: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
     progress: bool = True,
     **settings: Any,
 ) -> dict[str, Any]:
@@ -103,6 +105,10 @@ def fit(
         continuation_tokens: length of what follows each window, by default 64.
         seed: of the policy, and of the reference task's training contexts.
         chat: render questions, answers and messages by the model's chat template.
+        workers: processes that share the contexts while they are recorded and measured, each with one thread for
+            tensors; training is one process. By default this process with all its threads.
+        ray: address of a Ray cluster whose machines do so in place of processes here, such as ``auto``; `out` and the
+            model's folder have the same name on all of them.
         progress: show phases and bars on stderr.
         **settings: replace those of the agent.
 
@@ -152,7 +158,7 @@ def fit(
         },
     )  # fmt: skip
     if not folder.state["finished"]:
-        pipeline = _Pipeline(model, tokenizer, parts, folder, rule, fingerprint, seed, settings, progress)
+        pipeline = _Pipeline(model, tokenizer, parts, folder, rule, fingerprint, seed, settings, progress, workers, ray)
         pipeline.run(minutes, agents, shares, fixed_budgets)
     return folder.state
 
@@ -171,10 +177,13 @@ class _Pipeline:
         seed: int,
         settings: Mapping[str, Any],
         progress: bool,
+        workers: int | None = None,
+        ray: str | None = None,
     ):
         self.model, self.tokenizer, self.data, self.folder = model, tokenizer, data, folder
         self.allocation, self.fingerprint, self.progress = allocation, fingerprint, progress
         self.seed, self.settings = seed, settings
+        self.workers: dict[str, Any] = {"workers": workers, "ray": ray}
         self.console = Console(stderr=True, quiet=not progress, highlight=False, soft_wrap=True)
 
     def run(self, minutes: float | None, agents: Sequence[str], budgets: list[float], fixed_budgets: bool) -> None:
@@ -195,7 +204,9 @@ class _Pipeline:
         self._take_planned_contexts()
         self._phase("full_cache", "Ask the model with its full cache", self._full_cache)
         with self._shown("record", f"Record {len(self.data.train)} contexts"):
-            self._record(self.data, self.folder.path / "traces", self.plan.stages[-1].agent, self.progress)
+            self._record(
+                self.data, self.folder.path / "traces", self.plan.stages[-1].agent, self.progress, **self.workers
+            )
         policy = self._train()
         self._phase(
             "chosen", f"Choose the budget on {len(self.data.validation)} contexts", lambda: self._choose(policy)
@@ -203,13 +214,14 @@ class _Pipeline:
         self._phase("tested", f"Test it on {len(self.data.test)} other contexts", lambda: self._test(policy))
         self._finish(policy)
 
-    def _record(self, data: FitData, out: Path, agent: str, progress: bool) -> None:
+    def _record(self, data: FitData, out: Path, agent: str, progress: bool, **workers: Any) -> None:
         recipe = {"source": "fit", "data": self.folder.state["settings"]["data"]} | data.source
         settings = agent_settings(agent, **self.settings)
         more = [self._policy(name) for name in learner_class(agent).statistics(settings)]
         record(
             self.model, data.prompts(), out, tokenizer=self.tokenizer, recipe=recipe, progress=progress,
             hidden=HIDDEN in settings.inputs, stats=["h2o", *more] if more else None,
+            **workers,
         )  # fmt: skip
 
     def _policy(self, name: str) -> Policy:
@@ -308,7 +320,9 @@ class _Pipeline:
             done += 0 if late else batch
             return not late
 
-        rows = measure_losses(self.model, contexts, part, self.data.measure, configurations, self.progress, go_on)
+        rows = measure_losses(
+            self.model, contexts, part, self.data.measure, configurations, self.progress, go_on, **self.workers
+        )
         if done < len(contexts):
             self.console.print(f"   the time is short: {done} of {len(contexts)} contexts")
         return rows

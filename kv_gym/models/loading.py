@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Sequence
 from contextlib import nullcontext, redirect_stderr
@@ -283,7 +284,7 @@ def tokenizer_hash(tokenizer) -> str:
 
 
 def usable_device(device: str | None) -> torch.device:
-    """A device that exists; None takes CUDA where there is one.
+    """A device that exists; None takes CUDA where there is one. Each process of torchrun has a GPU of its own.
 
     Raises:
         UserError: an unknown or missing device.
@@ -292,6 +293,8 @@ def usable_device(device: str | None) -> torch.device:
         resolved = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     except RuntimeError:
         raise UserError(f"device {device!r} is not known; expected cpu, cuda or cuda:N") from None
+    if resolved == torch.device("cuda") and "LOCAL_RANK" in os.environ:
+        resolved = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     if resolved.type == "cuda" and (resolved.index or 0) >= torch.cuda.device_count():
         raise UserError(f"device {device!r} is not there ({torch.cuda.device_count()} CUDA devices found); use cpu")
     return resolved

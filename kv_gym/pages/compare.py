@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +12,7 @@ from kv_gym.pages.policies.registry import make_page_policy
 from kv_gym.pages.readers import read_requests
 from kv_gym.pages.requests import RequestTrace
 from kv_gym.pages.simulator import simulate
+from kv_gym.workers import WorkerPool
 
 MOST_SEEDS = 10_000
 
@@ -42,6 +43,8 @@ def compare_page_policies(
     format: str = "auto",
     seeds: int = 3,
     warm_up: float = 0.0,
+    workers: int | None = None,
+    ray: str | None = None,
 ) -> list[dict]:
     """Run page policies over a trace of cache requests and count their hits.
 
@@ -54,6 +57,8 @@ def compare_page_policies(
         format: of the file: auto, mooncake, keys, times, csv, nginx or cache2k.
         seeds: how often a policy that draws at random is run.
         warm_up: share of the requests that only fill the cache; hits are counted after them.
+        workers: processes that share the simulations. By default this process.
+        ray: address of a Ray cluster whose machines simulate in place of processes here, such as ``auto``.
 
     Returns:
         Rows with `policy`, `capacity`, `semantics`, `trace`, `accesses`, `hits`, `hit_rate`, `byte_hit_rate` (None
@@ -70,13 +75,30 @@ def compare_page_policies(
     if not 1 <= seeds <= MOST_SEEDS:
         raise UserError(f"seeds is {seeds}; expected a number from 1 to {MOST_SEEDS}")
     chosen = [(str(policy), make_page_policy(policy)) for policy in policies]  # refused before anything runs
-    rows = []
-    for capacity in numbers:
-        for name, policy in chosen:
-            for seed, seeded in _seeded(policy, seeds):
-                row = simulate(trace, seeded, capacity, semantics, oversize, warm_up=warm_up).row()
-                rows.append(row | {"policy": name if isinstance(name, str) else policy.name, "seed": seed})
-    return rows
+    runs = [
+        (seeded, capacity, {"policy": name, "seed": seed})
+        for capacity in numbers
+        for name, policy in chosen
+        for seed, seeded in _seeded(policy, seeds)
+    ]
+    served = semantics, oversize, warm_up
+    pool: WorkerPool[int, dict] = WorkerPool(_simulator, lambda: (trace, runs, served), workers, ray, tasks=len(runs))
+    with pool:
+        rows = dict(pool.run(range(len(runs))))
+    return [rows[number] for number in range(len(runs))]
+
+
+def _simulator(
+    trace: RequestTrace, runs: Sequence[tuple[PagePolicy, int, dict]], served: tuple[str, str, float]
+) -> Callable[[int], dict]:
+    """Gives the row of a run by its number."""
+    semantics, oversize, warm_up = served
+
+    def simulated(number: int) -> dict:
+        policy, capacity, about = runs[number]
+        return simulate(trace, policy, capacity, semantics, oversize, warm_up=warm_up).row() | about
+
+    return simulated
 
 
 def _seeded(policy: PagePolicy, seeds: int) -> Iterator[tuple[int | None, PagePolicy]]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from kv_gym.files import bundled, parse_json, read_json, validated
 from kv_gym.hub import download, is_hub_id
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.models.loading import recorded_tokenizer
+from kv_gym.remote import local_path, remote_folder
 from kv_gym.traces import safe_hdf5
 from kv_gym.traces.bounded_cache import BoundedCache
 from kv_gym.traces.schema import Entry, arrays_of, check_manifest, digest_of, identity_of, refuse_other_manifest
@@ -28,31 +30,48 @@ _STATE_TYPES = ("float32", "float64", "int64")
 _EXPECTED = "expected a manifest that `kv-gym record` wrote"
 
 
-def open_traces(path: str | Path | TraceSet | None = None) -> TraceSet:
+def open_traces(path: str | Path | TraceSet | Iterable[str | Path | TraceSet] | None = None) -> TraceSet:
     """Open recorded traces.
 
     Args:
-        path: a folder that `kv-gym record` wrote, one of its shards, an open set, the id ``owner/name`` or
-            ``owner/name@revision`` of a dataset on the Hugging Face Hub, or None for the bundled sample.
+        path: a folder that `kv-gym record` wrote, one of its shards, an address such as ``s3://bucket/folder``, an open
+            set, the id ``owner/name`` or ``owner/name@revision`` of a dataset on the Hugging Face Hub, or None for the
+            bundled sample. Several of them, or a folder whose folders are trace sets, are read as one set
+            (:class:`JoinedTraces`).
 
     Raises:
-        UserError: nothing there, no trace set, a newer format, or a damaged file.
+        UserError: nothing there, no trace set, a newer format, a damaged file, or sets that cannot be joined.
     """
     if isinstance(path, TraceSet):
         return path
-    location = bundled("traces") if path is None else Path(path)
+    if path is not None and not isinstance(path, str | Path):
+        return _join([open_traces(each) for each in path])
+    location = bundled("traces") if path is None else local_path(path)
+    if path is not None and (remote := remote_folder(path)) is not None:
+        location = remote.fetch(TRACE_FILES)
+        if not any(location.glob(f"**/{MANIFEST}")):
+            raise UserError(f"there are no traces at {path}; expected a folder that `kv-gym record` wrote")
     if is_hub_id(str(location)):
         location = _from_hub(str(location))
     if location.is_file():
         manifest, entries = _read_shard(location)
     elif not location.is_dir():
         raise UserError(f"there are no traces at {location}; expected a folder or file that `kv-gym record` wrote")
+    elif not (location / MANIFEST).is_file() and (folders := sorted(location.glob(f"*/{MANIFEST}"))):
+        return _join([open_traces(manifest.parent) for manifest in folders])
     else:
         manifest = read_manifest(location)
         entries = read_shards(location, manifest)
         if not entries:
             raise UserError(f"the trace set {location} holds no whole shard yet: let `kv-gym record` finish one")
     return TraceSet(sorted(entries, key=lambda entry: (entry.ordinal, entry.id)), manifest)
+
+
+def names_trace_sets(traces: Any) -> bool:
+    """Whether :func:`open_traces` opens it; else it holds sequences in memory."""
+    if isinstance(traces, list | tuple):
+        return bool(traces) and all(isinstance(each, str | Path | TraceSet) for each in traces)
+    return traces is None or isinstance(traces, str | Path | TraceSet)
 
 
 def _from_hub(name: str) -> Path:
@@ -163,7 +182,9 @@ class TraceSet:
         Raises:
             UserError: the first defect found.
         """
-        entry = self.entries[self._position(key)]
+        return self._verify(self.entries[self._position(key)])
+
+    def _verify(self, entry: Entry) -> int:
         self._read(entry)
         with safe_hdf5.open_file(entry.path) as file:
             return _verify_sequence(safe_hdf5.open_group(file, f"sequences/{entry.id}"), entry, self.manifest)
@@ -174,6 +195,68 @@ class TraceSet:
                 raise UserError(f"there is no sequence {key!r}; the first of {len(self)} is {self.ids[:1]}")
             return self._index[key]
         return key
+
+
+class JoinedTraces(TraceSet):
+    """Several trace sets of one model as one set, one after the other.
+
+    A sequence that stands in two of them is read from the first. Where another one has the same id, the number of its
+    set is added to its id, such as ``p0.2``. The manifest is the first set's, with the recipes of all.
+
+    Args:
+        sets: at least one.
+
+    Raises:
+        UserError: sets of different models or tokenizers, or a document in the split train of one set and test of
+            another.
+    """
+
+    def __init__(self, sets: Iterable[TraceSet]):
+        sets = list(sets)
+        first = sets[0]
+        self._origins: dict[str, tuple[TraceSet, Entry]] = {}
+        entries: dict[str, Entry] = {}
+        splits: dict[str, str] = {}
+        for number, part in enumerate(sets, 1):
+            self._refuse_other(first, part, number)
+            for entry in part.entries:
+                if entry.text_hash and splits.setdefault(entry.text_hash, entry.split) != entry.split:
+                    raise UserError(
+                        f"the text of sequence {entry.id} of trace set {number} is in train of one set and in test of "
+                        "another: keep a document in one split, or leave a set out"
+                    )
+                name = entry.id
+                if name in entries and entries[name].prompt == entry.prompt:
+                    continue
+                while name in entries:
+                    name = f"{name}.{number}"
+                entries[name] = entry.model_copy(update={"id": name})
+                self._origins[name] = part, entry
+        recipes = [part.manifest["recipe"] for part in sets]
+        super().__init__(list(entries.values()), first.manifest | {"recipe": {"sets": recipes}})
+
+    @staticmethod
+    def _refuse_other(first: TraceSet, other: TraceSet, number: int) -> None:
+        first.fingerprint.refuse_other(other.fingerprint, "the first trace set", f"trace set {number}")
+        tokenizers = {part.manifest["tokenizer"] for part in (first, other)} - {""}
+        if len(tokenizers) > 1:
+            raise UserError(
+                f"trace set {number} was recorded with another tokenizer than the first: join sets of one tokenizer"
+            )
+
+    def _read(self, entry: Entry) -> Sequence:
+        part, original = self._origins[entry.id]
+        return replace(part._read(original), id=entry.id)
+
+    def _verify(self, entry: Entry) -> int:
+        part, original = self._origins[entry.id]
+        return part._verify(original)
+
+
+def _join(sets: list[TraceSet]) -> TraceSet:
+    if not sets:
+        raise UserError("there is no trace set in the list; expected at least one that `kv-gym record` wrote")
+    return sets[0] if len(sets) == 1 else JoinedTraces(sets)
 
 
 def read_manifest(folder: Path) -> dict[str, Any]:

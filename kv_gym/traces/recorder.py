@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from collections.abc import Sequence as Seq
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
@@ -20,16 +22,19 @@ from kv_gym.models.attention import attach, detach, refuse_unsupported
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.models.hidden_states import attach_hidden_state_hooks, remove_hidden_state_hooks
 from kv_gym.models.loading import refuse_too_long, token_rows, tokenizer_hash, usable_device
+from kv_gym.models.model_source import ModelSource
 from kv_gym.models.wrapped_model import transformers_model
 from kv_gym.policies.base import Policy, StatefulPolicy
 from kv_gym.policies.registry import make_policy
 from kv_gym.progress import ProgressBar
+from kv_gym.remote import RemoteFolder, local_path, remote_folder
 from kv_gym.traces.prompts import Prompt
-from kv_gym.traces.reader import TraceSet, open_traces
+from kv_gym.traces.reader import MANIFEST, TRACE_FILES, TraceSet, open_traces
 from kv_gym.traces.recording_cache import RecordingCache
 from kv_gym.traces.schema import FORMAT, SAMPLED_VERSION, VERSION, prompt_hash
 from kv_gym.traces.sequence import Continuation, Sequence
-from kv_gym.traces.writer import TraceWriter
+from kv_gym.traces.writer import ShardWriter, TraceWriter, shard_name
+from kv_gym.workers import WorkerPool
 
 SAMPLED_ENDS = 4  # first and last tokens of a context that every sample of its slots holds
 LEAST_SLOTS = 16
@@ -53,6 +58,8 @@ def record(
     progress: bool = True,
     recipe: Mapping[str, Any] | None = None,
     hidden: bool = False,
+    workers: int | None = None,
+    ray: str | None = None,
 ) -> TraceSet:
     """Record what a model's later queries attend to.
 
@@ -61,7 +68,8 @@ def record(
     Args:
         model: transformers decoder to record.
         prompts: contexts with continuations.
-        out: folder of the trace set: new, empty, or begun by the same recording.
+        out: folder of the trace set: new, empty, or begun by the same recording; or its address, such as
+            ``s3://bucket/folder``.
         tokenizer: whose hash the manifest is to carry, or None.
         window: how many of the last queries of each context to keep; none of a context whose slots are sampled.
         stats: policies with memory whose statistics over the context's queries to record. By default h2o, and none
@@ -78,6 +86,10 @@ def record(
         recipe: plain JSON data that says how the prompts were made; a resumed recording must have the same.
         hidden: keep hidden states too, ``[layers, tokens, width]``, for agents that learn from them such as ``kvzap``:
             often more bytes than keys and values together.
+        workers: processes that share the shards, each with one thread for tensors; they load the model from where it
+            was loaded, and the result is the same for any number of them. By default this process with all its threads.
+        ray: address of a Ray cluster whose machines record in place of processes here, such as ``auto``;
+            ``auto:gpus=0.25`` lets four workers share a GPU. All find `out` and the model's folder under the same name.
 
     Returns:
         The whole set, with what the folder already held.
@@ -107,18 +119,99 @@ def record(
     settings |= {"hidden": True} if hidden else {}
     settings |= {} if slots is None else {"slots": slots, "slot_seed": slot_seed}
     manifest = make_manifest(model, tokenizer, storage, settings, recipe)
-    writer = TraceWriter(out, manifest)
+    remote, folder = remote_folder(out), local_path(out)
+    writer = TraceWriter(folder if remote is None else remote.fetch(TRACE_FILES), manifest)
     missing = writer.missing(prompts)
+    groups = [missing[start : start + shard_size] for start in range(0, len(missing), shard_size)]
+    plan = RecordingPlan(window, policies, blocks, hidden, slots, slot_seed)
     bar = ProgressBar("record", len(prompts), len(prompts) - len(missing), progress)
-    with _attached(model, hidden), bar:
-        for start in range(0, len(missing), shard_size):
-            group = missing[start : start + shard_size]
-            with writer.shard(group[0][0], [prompt.id for _, prompt in group]) as shard:
-                for ordinal, prompt in group:
-                    positions = sampled_positions(prompt.context_ids, slots, slot_seed)
-                    shard.add(_record_prompt(model, prompt, window, policies, blocks, hidden, positions), ordinal)
-                    bar.advance()
+    target = remote or folder.resolve()
+    here = _ShardRecorder(model, target, manifest, plan, bar.advance)
+    pool = WorkerPool(
+        shard_recorder, lambda: (ModelSource.of(model), target, manifest, plan), workers, ray, here, len(groups)
+    )
+    with ExitStack() as stack, pool:
+        if not pool.elsewhere:
+            stack.enter_context(_attached(model, hidden))
+        stack.enter_context(bar)
+        for group, name in pool.run(groups):
+            if pool.elsewhere:
+                bar.advance(len(group))
+                if remote is None and not (folder / name).is_file():
+                    raise UserError(
+                        f"a worker wrote {name} into {out} of another machine: name a folder that all of them share, "
+                        "or an address such as s3://bucket/folder"
+                    )
     return open_traces(out)
+
+
+@dataclass(frozen=True)
+class RecordingPlan:
+    """How each prompt is recorded; see :func:`record`."""
+
+    window: int
+    policies: Mapping[str, StatefulPolicy]
+    blocks: int
+    hidden: bool
+    slots: int | None
+    slot_seed: int
+
+
+class _ShardRecorder:
+    """Records a group of prompts into a shard and returns the shard's name; the model is attached.
+
+    Args:
+        model: to record.
+        target: folder of the trace set.
+        manifest: of the set.
+        plan: how.
+        advance: called after every prompt (progress).
+    """
+
+    def __init__(
+        self,
+        model,
+        target: Path | RemoteFolder,
+        manifest: dict[str, Any],
+        plan: RecordingPlan,
+        advance: Callable[[], object] = lambda: None,
+    ):
+        self._model, self._target, self._manifest = model, target, manifest
+        self._plan, self._advance = plan, advance
+
+    def __call__(self, group: Seq[tuple[int, Prompt]]) -> str:
+        name = shard_name(group[0][0], [prompt.id for _, prompt in group])
+        if isinstance(self._target, Path):
+            self._write(group, self._target)
+            return name
+        with TemporaryDirectory() as folder:
+            self._write(group, Path(folder))
+            for file in (name,) if self._target.has(MANIFEST) else (MANIFEST, name):
+                self._target.put(Path(folder) / file, file)
+        return name
+
+    def _write(self, group: Seq[tuple[int, Prompt]], folder: Path) -> None:
+        plan = self._plan
+        writer = ShardWriter(folder, self._manifest)
+        with writer.shard(group[0][0], [prompt.id for _, prompt in group]) as shard:
+            for ordinal, prompt in group:
+                positions = sampled_positions(prompt.context_ids, plan.slots, plan.slot_seed)
+                recorded = _record_prompt(
+                    self._model, prompt, plan.window, plan.policies, plan.blocks, plan.hidden, positions
+                )
+                shard.add(recorded, ordinal)
+                self._advance()
+
+
+def shard_recorder(
+    source: ModelSource, target: Path | RemoteFolder, manifest: dict[str, Any], plan: RecordingPlan
+) -> Callable[[Seq[tuple[int, Prompt]]], str]:
+    """The recorder of a worker process, whose model stays attached."""
+    model = source.load()
+    attach(model)
+    if plan.hidden:
+        attach_hidden_state_hooks(model)
+    return _ShardRecorder(model, target, manifest, plan)
 
 
 def record_sequence(

@@ -27,15 +27,15 @@ from kv_gym.traces.sequence import Sequence
 _LARGEST_MANIFEST = 60_000  # bytes; an HDF5 attribute holds 64 KiB
 
 
-class TraceWriter:
-    """Adds shards to a folder.
+class ShardWriter:
+    """Adds shards to a folder that is known to be fit for it; several processes may do so at once.
 
     Args:
         out: the folder; made when the first shard is begun.
         manifest: how these traces are recorded.
 
     Raises:
-        UserError: the folder holds something else, a set with another manifest, or a damaged shard.
+        UserError: a manifest that is too large.
     """
 
     def __init__(self, out: str | Path, manifest: dict[str, Any]):
@@ -46,41 +46,6 @@ class TraceWriter:
             raise UserError(
                 f"the recipe makes a manifest of {len(self._text)} bytes; expected {_LARGEST_MANIFEST} at most"
             )
-        self.entries: dict[str, Entry] = {}
-        if self.out.exists() and not self.out.is_dir():
-            raise UserError(f"{self.out} is a file; expected a folder to write traces to")
-        if (self.out / MANIFEST).exists():
-            existing = read_manifest(self.out)
-            refuse_other_manifest(existing, manifest, str(self.out))
-            self.entries = {entry.id: entry for entry in read_shards(self.out, existing)}
-        elif self.out.is_dir() and any(
-            not path.name.endswith(".tmp") and not path.name.startswith(".") for path in self.out.iterdir()
-        ):
-            raise UserError(f"folder {self.out} is not empty and holds no trace set; choose another one")
-
-    def missing(self, prompts: list[Prompt]) -> list[tuple[int, Prompt]]:
-        """The prompts that no whole shard holds yet, each with its place among all prompts.
-
-        Raises:
-            UserError: an id twice, an id that was recorded from other tokens, or a document in both splits.
-        """
-        splits: dict[str, str] = {entry.text_hash: entry.split for entry in self.entries.values()}
-        ids: set[str] = set()
-        missing = []
-        for ordinal, prompt in enumerate(prompts):
-            if prompt.id in ids:
-                raise UserError(f"two prompts have the id {prompt.id!r}; expected every id once")
-            ids.add(prompt.id)
-            if prompt.text_hash and splits.setdefault(prompt.text_hash, prompt.split) != prompt.split:
-                raise UserError(
-                    f"the text of prompt {prompt.id} is in both train and test; keep a document in one split"
-                )
-            entry = self.entries.get(prompt.id)
-            if entry is None:
-                missing.append((ordinal, prompt))
-            elif entry.prompt != prompt_hash(prompt.context_ids, prompt.continuation_ids):
-                raise UserError(f"{self.out} holds a sequence {prompt.id} of other tokens: record into another folder")
-        return missing
 
     @contextmanager
     def shard(self, first: int, ids: list[str]) -> Iterator[Shard]:
@@ -88,7 +53,7 @@ class TraceWriter:
 
         Args:
             first: place of its first prompt.
-            ids: of all its sequences; they name the file, so that no two recordings give one name to two contents.
+            ids: of all its sequences.
 
         Raises:
             UserError: the disk is full or cannot be written to.
@@ -96,7 +61,7 @@ class TraceWriter:
         new_folder = not self.out.exists()
         self.out.mkdir(parents=True, exist_ok=True)
         self._remove_abandoned()
-        name = f"shard-{first:06d}-{hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8]}.h5"
+        name = shard_name(first, ids)
         temporary = self.out / f"{name}.{_writer_name()}.tmp"
         try:
             # the 1.10 layout guards its own structures by checksums; readers crash on damage in older ones
@@ -134,6 +99,61 @@ class TraceWriter:
             host, _, process = path.name.removesuffix(".tmp").rpartition(".")[2].rpartition("-")
             if host == _host() and process.isdigit() and not _is_running(int(process)):
                 path.unlink(missing_ok=True)
+
+
+def shard_name(first: int, ids: list[str]) -> str:
+    """Name of a shard's file. Ids are part of it, so that no two recordings give one name to two contents."""
+    return f"shard-{first:06d}-{hashlib.sha256(json.dumps(ids).encode()).hexdigest()[:8]}.h5"
+
+
+class TraceWriter(ShardWriter):
+    """Adds shards to a folder that may hold some of them already.
+
+    Args:
+        out: the folder; made when the first shard is begun.
+        manifest: how these traces are recorded.
+
+    Raises:
+        UserError: the folder holds something else, a set with another manifest, or a damaged shard.
+    """
+
+    def __init__(self, out: str | Path, manifest: dict[str, Any]):
+        super().__init__(out, manifest)
+        self.entries: dict[str, Entry] = {}
+        if self.out.exists() and not self.out.is_dir():
+            raise UserError(f"{self.out} is a file; expected a folder to write traces to")
+        if (self.out / MANIFEST).exists():
+            existing = read_manifest(self.out)
+            refuse_other_manifest(existing, manifest, str(self.out))
+            self.entries = {entry.id: entry for entry in read_shards(self.out, existing)}
+        elif self.out.is_dir() and any(
+            not path.name.endswith(".tmp") and not path.name.startswith(".") for path in self.out.iterdir()
+        ):
+            raise UserError(f"folder {self.out} is not empty and holds no trace set; choose another one")
+
+    def missing(self, prompts: list[Prompt]) -> list[tuple[int, Prompt]]:
+        """The prompts that no whole shard holds yet, each with its place among all prompts.
+
+        Raises:
+            UserError: an id twice, an id that was recorded from other tokens, or a document in both splits.
+        """
+        splits: dict[str, str] = {entry.text_hash: entry.split for entry in self.entries.values()}
+        ids: set[str] = set()
+        missing = []
+        for ordinal, prompt in enumerate(prompts):
+            if prompt.id in ids:
+                raise UserError(f"two prompts have the id {prompt.id!r}; expected every id once")
+            ids.add(prompt.id)
+            if prompt.text_hash and splits.setdefault(prompt.text_hash, prompt.split) != prompt.split:
+                raise UserError(
+                    f"the text of prompt {prompt.id} is in both train and test; keep a document in one split"
+                )
+            entry = self.entries.get(prompt.id)
+            if entry is None:
+                missing.append((ordinal, prompt))
+            elif entry.prompt != prompt_hash(prompt.context_ids, prompt.continuation_ids):
+                raise UserError(f"{self.out} holds a sequence {prompt.id} of other tokens: record into another folder")
+        return missing
 
 
 class _ShardFile(io.FileIO):

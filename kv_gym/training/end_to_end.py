@@ -50,6 +50,7 @@ class EndToEnd(ModelLearner):
     """Trains the scores through the frozen model, by the divergence of the cut cache's predictions from the full's."""
 
     settings_class = EndToEndSettings
+    data_parallel = True
     settings: EndToEndSettings
 
     def step(self, step: int) -> Metrics:
@@ -60,10 +61,11 @@ class EndToEnd(ModelLearner):
         low, high = math.log(settings.smallest), math.log(settings.largest)
         shares = torch.empty(len(batch)).uniform_(low, high).exp().tolist()
         indices = self._sample_continuations(batch)
+        own = self.processes.own(len(batch))
         with frozen_model(self.model):
-            loss = self.divergence(batch, shares, indices).mean()
-            norm = self.optimizer_step(loss)
-        return {"loss": loss.detach(), "divergence": loss.detach(), "gradient_norm": norm}
+            divergence = self.divergence(batch[own], shares[own], indices[own])
+            norm = self.optimizer_step(divergence.mean() * (len(divergence) / len(batch)))
+        return {"loss": self.total_loss, "divergence": self.total_loss, "gradient_norm": norm}
 
     def divergence(self, sequences: list[Sequence], shares: list[float], indices: list[list[int]]) -> Tensor:
         """Divergence of the predictions over cut caches from those over the full ones, nats per token: `[contexts]`.

@@ -67,6 +67,7 @@ class Joint(LossLearner):
 
     settings_class = JointSettings
     calibrated = True
+    data_parallel = True
     settings: JointSettings
 
     @classmethod

@@ -29,6 +29,7 @@ from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN, INPUTS, check_inputs
 from kv_gym.policies.scoring.network import ScoringNetwork
 from kv_gym.traces.bounded_cache import UNLIMITED, BoundedCache
 from kv_gym.traces.sequence import Contexts, Sequence
+from kv_gym.training.data_parallel import Processes
 
 STANDARDISATION_CONTEXTS = 32  # the first contexts, which give mean and scale of the inputs
 Metrics = dict[str, Tensor | float]
@@ -254,6 +255,8 @@ class Learner(ABC):
         absolute: a score means the same in every context, so that a threshold may be fixed ahead.
         any_inputs: it learns from whatever inputs its settings name, not from key, value and position alone.
         needs_model: it trains through the model itself, whatever the settings.
+        data_parallel: its steps take their share of a batch by :attr:`processes`, so that torchrun may start several.
+        processes: that train together.
         memory: bytes of contexts that may be held; those beyond are read again when they are drawn.
     """
 
@@ -264,6 +267,8 @@ class Learner(ABC):
     absolute: bool = False
     any_inputs: ClassVar[bool] = True
     needs_model: ClassVar[bool] = False
+    data_parallel: ClassVar[bool] = False
+    processes: Processes = Processes()
     memory: int = UNLIMITED
 
     def __init_subclass__(cls, **keywords: Any) -> None:
@@ -385,20 +390,24 @@ class Learner(ABC):
     def optimizer_step(self, loss: Tensor) -> Tensor:
         """One optimiser step; returns the norm of the gradient before it was clipped to 1.
 
+        Args:
+            loss: of all contexts of the step, or this process's part of the sum; `total_loss` is the whole of it then.
+
         Raises:
             UserError: the loss is not finite.
         """
         self.optimizer.zero_grad(set_to_none=True)
         loss.backward()
+        self.total_loss = self.processes.add_gradients(self.network.parameters(), loss.detach())
         norm = torch.nn.utils.clip_grad_norm_(self.network.parameters(), 1.0)
         self.optimizer.step()
         if self.device.type == "cpu":
-            self.refuse_non_finite(loss.item())
+            self.refuse_non_finite(self.total_loss.item())
         else:  # an accelerator is not waited for: an earlier loss that has arrived by now will do
             if self._loss is not None and self._loss.has_arrived():
                 self.refuse_non_finite(self._loss.tensor.item())
                 self._loss = None
-            self._loss = self._loss or HostCopy(loss.detach())
+            self._loss = self._loss or HostCopy(self.total_loss)
         return norm
 
     def refuse_non_finite(self, loss: float) -> None:
@@ -438,11 +447,11 @@ class ContextLearner(Learner):
         utility = torch.stack([context.utility.index_select(1, chosen) for context, chosen in pairs])
         return to_device(inputs, self.device), to_device(utility, self.device)
 
-    def score(self, inputs: Tensor, network: ScoringNetwork | None = None) -> Tensor:
+    def score(self, inputs: Tensor, network: ScoringNetwork | None = None, contexts: int | None = None) -> Tensor:
         """Scores `[contexts, heads, n]` of a batch's inputs, by the network in training or another."""
         with self.precision():
             scores = (network or self.network).scores(inputs).float()
-        return scores.view(len(scores), self.settings.contexts, -1).transpose(0, 1)
+        return scores.view(len(scores), contexts or self.settings.contexts, -1).transpose(0, 1)
 
 
 class LossLearner(ContextLearner):
@@ -452,8 +461,14 @@ class LossLearner(ContextLearner):
         """Draw contexts and slots, and descend the loss of their scores."""
         self.start_step(step)
         inputs, utility = self.sample_batch()
-        loss, metrics = self.loss(self.score(inputs), utility)
-        return {"loss": loss.detach(), **metrics, "gradient_norm": self.optimizer_step(loss)}
+        if self.processes.count > 1:
+            own = self.processes.own(len(utility))
+            inputs = inputs.unflatten(1, (len(utility), -1))[:, own].flatten(1, 2)
+            utility = utility[own]
+        part = len(utility) / self.settings.contexts
+        loss, metrics = self.loss(self.score(inputs, contexts=len(utility)), utility)
+        norm = self.optimizer_step(loss * part)
+        return {"loss": self.total_loss, **metrics, "gradient_norm": norm}
 
     @abstractmethod
     def loss(self, scores: Tensor, utility: Tensor) -> tuple[Tensor, Metrics]:

@@ -11,7 +11,7 @@ Use: ``PPO(RankingPolicy, KVEvictVecEnv(16, traces), gamma=0.0)``; with ``KVEvic
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -346,7 +346,11 @@ def stages_of(space: Any, prefix: Budget) -> int:
     return min(int(slots_per_head(prefix, tokens)) * heads, space["mask"].shape[0])
 
 
-def save_policy(agent: BaseAlgorithm, folder: str | Path, traces: str | Path | TraceSet | None = None) -> Path:
+def save_policy(
+    agent: BaseAlgorithm,
+    folder: str | Path,
+    traces: str | Path | TraceSet | Iterable[str | Path | TraceSet] | None = None,
+) -> Path:
     """Export an agent of Stable-Baselines3 (PPO, A2C, TRPO, ...) whose policy is a :class:`RankingPolicy`.
 
     The folder is a policy as ``kv-gym train`` writes it: for `EvictingCache`, ``--policy`` and the Hub.

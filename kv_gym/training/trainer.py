@@ -32,6 +32,7 @@ from kv_gym.traces import TraceSet, open_traces
 from kv_gym.traces.bounded_cache import memory_limit
 from kv_gym.traces.schema import Entry
 from kv_gym.traces.sequence import Contexts, Sequence
+from kv_gym.training.data_parallel import Processes
 from kv_gym.training.learner import Metrics, Settings
 from kv_gym.training.monitor import Monitor, RetentionPicture
 from kv_gym.training.pace import Pace, steps_within
@@ -49,7 +50,7 @@ Recorded = TypeVar("Recorded", Sequence, Entry)
 
 def train(
     agent: str,
-    traces: str | Path | TraceSet,
+    traces: str | Path | TraceSet | Iterable[str | Path | TraceSet],
     out: str | Path,
     *,
     seed: int = 0,
@@ -69,9 +70,13 @@ def train(
     ``out/checkpoint.pt`` when agent, seed, settings, traces and start are the same, and ends as if it had not been
     interrupted; a finished run is not repeated, and its policy is returned.
 
+    Processes that torchrun starts share the contexts of every step (:mod:`kv_gym.training.data_parallel`), with agents
+    whose class says so, such as ``joint`` and ``end_to_end``.
+
     Args:
         agent: name of an agent, such as end_to_end, joint or rloo; ``agents/<agent>.yml`` holds its settings.
-        traces: trace set, of which the split ``train`` is used.
+        traces: trace set, of which the split ``train`` is used; several of one model, or a folder of them, are read as
+            one.
         out: folder of the exported policy, the TensorBoard log and the checkpoint.
         seed: of weights and random draws.
         init: exported policy (or its folder) to start from instead of random weights: its networks, their hidden
@@ -114,7 +119,7 @@ def train(
             if settings.get(name) is None:
                 settings[name] = value
     given = agent_settings(agent, **settings)
-    trace_set = traces if isinstance(traces, TraceSet) else open_traces(traces)
+    trace_set = open_traces(traces)
     whole = all(entry.slots == entry.tokens for entry in trace_set.entries)
     resolved = kind.resolve_settings(given, model is not None and whole)
     if resolved.inputs != DEFAULT and not kind.any_inputs:
@@ -130,6 +135,15 @@ def train(
             raise UserError(f"agent {agent!r} {requirement}: name the one that the traces were recorded of (--model)")
         trace_set.fingerprint.refuse_other(Fingerprint.of(model), "the trace set", type(model).__name__)
     trainer = Trainer(agent, resolved, seed, trace_set, start, model, device, minutes, memory_limit(memory))
+    trainer.processes = Processes.of_torchrun(trainer.device)
+    if trainer.processes.count > 1:
+        if memory is None:
+            trainer.memory //= trainer.processes.of_this_machine
+        if not kind.data_parallel:
+            raise UserError(f"agent {agent!r} trains in one process: start it without torchrun")
+        trainer.processes.own(resolved.contexts)
+        if minutes is not None or deadline is not None:
+            raise UserError("a time is planned for one process: give steps, or start it without torchrun")
     if minutes is not None and not (resume is not False and trainer.adopt_plan(Path(out))):
         trainer = planned_trainer(trainer, progress)
     if deadline is not None:
@@ -205,6 +219,7 @@ class Trainer:
         validation: contexts that choose the checkpoint, after :meth:`setup`.
         step: training steps done.
         limit: seconds after which the run ends with its best checkpoint; None: no limit.
+        processes: that train together; those but the first write nothing.
         best: weights of the checkpoint with the highest held-out reward, ``best_reward``.
     """
 
@@ -228,6 +243,7 @@ class Trainer:
         self.agent, self.settings, self.seed, self.traces = agent, settings, seed, traces
         self.start, self.model, self.minutes = start, model, minutes
         self.limit = None if minutes is None else 60 * minutes
+        self.processes = Processes()
         self.memory = memory_limit(None) if memory is None else memory
         self.identity: dict[str, Any] = {
             "agent": agent, "seed": seed, "settings": settings.model_dump(mode="json"), "traces": traces.hash,
@@ -308,9 +324,15 @@ class Trainer:
         """Train to the end, or from the last checkpoint to the end, and export."""
         began = time.perf_counter()
         self.setup()
-        out.mkdir(parents=True, exist_ok=True)
         checkpoint = out / CHECKPOINT
         self._resume(checkpoint, resume)
+        self.processes.wait()  # all have read the checkpoint
+        if not self.processes.writes:
+            while self.step < self.settings.steps:
+                self.train_step()
+            self.processes.wait()
+            return Scorer.from_pretrained(out)
+        out.mkdir(parents=True, exist_ok=True)
         began -= self.seconds
         self._save(checkpoint)
         baselines = baseline_utility(self.validation)
@@ -343,6 +365,7 @@ class Trainer:
         policy = self._policy()
         policy.save_pretrained(out)
         checkpoint.unlink(missing_ok=True)
+        self.processes.wait()
         return policy
 
     def setup(self) -> None:
@@ -361,6 +384,7 @@ class Trainer:
         network.to(self.device)
         self.learner = learner_class(self.agent)(settings, self.seed, network, self.start is None, self.model)
         self.learner.memory = self.memory // 2
+        self.learner.processes = self.processes
         self.learner.prepare(training)
         pictured = self.validation.of(self.validation.entries[:PICTURED_CONTEXTS])
         self._picture = RetentionPicture(pictured, self.learner.calibrated, settings.inputs)

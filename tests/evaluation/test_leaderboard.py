@@ -2,8 +2,6 @@
 
 import json
 import random
-import signal
-import subprocess
 import sys
 
 import numpy as np
@@ -199,27 +197,6 @@ def test_a_damaged_batch_is_refused(tmp_path):
 def test_two_processes_write_the_rows_of_one(place, tmp_path, rows):
     spec = spec_of(place, learned={"mine": [str(place / "mine-{seed}")]}, seeds=[0, 1])
     assert without_times(leaderboard(spec, tmp_path, workers=2, progress=False)) == without_times(rows)
-
-
-KILLED = """
-import multiprocessing, os, signal, time
-from kv_gym.evaluation.leaderboard.run import end_with_parent
-
-def work():
-    end_with_parent()
-    os.kill(os.getppid(), signal.SIGKILL)
-    time.sleep(90)
-
-multiprocessing.get_context("fork").Process(target=work).start()
-time.sleep(90)
-"""
-
-
-@pytest.mark.slow
-def test_a_worker_ends_when_its_parent_is_killed():
-    # the worker has the same standard output, which ends with the last process that holds it
-    done = subprocess.run([sys.executable, "-c", KILLED], stdout=subprocess.PIPE, timeout=60)
-    assert done.returncode == -signal.SIGKILL
 
 
 def test_settings_are_those_that_answer_most_on_validation_contexts(place, tmp_path):

@@ -189,8 +189,11 @@ def check_other(words):
         config.read(ROOT / "setup.cfg")
         unknown = set(",".join(extras).split(",")) - {"", *config["options.extras_require"]}
         assert words[1] == "install" and not unknown, f"{words}: no extra {unknown}"
+    elif program == "torchrun":
+        assert words[words.index("-m") + 1] == "kv_gym", words
+        check(words[words.index("kv_gym") + 1 :])
     else:
-        assert program in ("source", "tensorboard"), f"what does {words[0]!r} do in a page?"
+        assert program in ("source", "tensorboard", "ray"), f"what does {words[0]!r} do in a page?"
 
 
 def links(page):

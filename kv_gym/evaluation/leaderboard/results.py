@@ -22,8 +22,10 @@ from kv_gym.evaluation.outcomes import from_json, measured_fields
 from kv_gym.evaluation.rows import read_rows, write_rows
 from kv_gym.evaluation.summary import NULLS
 from kv_gym.files import read_json_lines
+from kv_gym.remote import local_path, remote_folder
 
 ROWS, STATE, BATCHES = "rows.jsonl", "state", "state/batches"
+_FILES = (ROWS, f"{STATE}/*.jsonl")
 ONCE = ("command", "versions", "tasks_hash", "model_hash")  # stand in the first row of each task, and where they change
 _SETTING = ("allocation", "evicted", "select", "episodes", "sinks", "recent", "window")
 
@@ -32,9 +34,10 @@ class ResultFolder:
     """What a folder holds.
 
     Args:
-        folder: made where it is not there.
+        folder: made where it is not there; or an address such as ``s3://bucket/folder``, whose files have a copy here.
 
     Attributes:
+        folder: of this machine.
         rows: every finished cell, by its id.
         current: ids of those that the last specification asked for, in its order.
         batches: what batches gave, by cell and number of the batch.
@@ -44,7 +47,8 @@ class ResultFolder:
     """
 
     def __init__(self, folder: str | Path):
-        self.folder = Path(folder)
+        self._remote = remote_folder(folder)
+        self.folder = local_path(folder) if self._remote is None else self._remote.fetch(_FILES)
         self._other, self._batches = self.folder / STATE / "other.jsonl", self.folder / BATCHES
         try:
             self._batches.mkdir(parents=True, exist_ok=True)
@@ -56,6 +60,12 @@ class ResultFolder:
         self.batches: dict[str, dict[int, dict]] = defaultdict(dict)
         for file in sorted(self._batches.glob("*.jsonl")):
             self.add_batch(file)
+
+    def write_batch(self, number: int, lines: Sequence[dict]) -> None:
+        """Keep what a batch gave, see :func:`write_batch`."""
+        file = write_batch(self.folder, number, lines)
+        self._put(file)
+        self.add_batch(file)
 
     def add_batch(self, file: Path) -> None:
         """Read what a batch gave.
@@ -71,12 +81,23 @@ class ResultFolder:
         shown = dict.fromkeys(cell for cell in self.current if cell in self.rows)
         write_rows(self.folder / ROWS, (self.rows[cell] for cell in shown))
         write_rows(self._other, ({"cell": cell, "row": row} for cell, row in self.rows.items() if cell not in shown))
+        self._put(self.folder / ROWS)
+        self._put(self._other)
 
     def remove_finished_batches(self) -> None:
         """Remove the files of batches all of whose cells are rows."""
         for file in self._batches.glob("*.jsonl"):
             if all(line["cell"] in self.rows for line in _batch_lines(file)):
                 file.unlink()
+                if self._remote is not None:
+                    self._remote.remove(self._name(file))
+
+    def _put(self, file: Path) -> None:
+        if self._remote is not None:
+            self._remote.put(file, self._name(file))
+
+    def _name(self, file: Path) -> str:
+        return file.relative_to(self.folder).as_posix()
 
     def measured(self, cell: str, batches: int) -> dict[str, Any] | None:
         """The measured fields of a cell's row; None where batches are missing and none of them refused it."""

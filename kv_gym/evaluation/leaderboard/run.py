@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import multiprocessing
-import os
-import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -18,7 +13,7 @@ from rich.progress import Progress
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation.leaderboard.identity import digest, model_folder, model_hash
-from kv_gym.evaluation.leaderboard.pages import page_cells
+from kv_gym.evaluation.leaderboard.pages import PageCell, page_cells
 from kv_gym.evaluation.leaderboard.plan import (
     Candidate,
     Cell,
@@ -31,7 +26,7 @@ from kv_gym.evaluation.leaderboard.plan import (
     learned,
     tier_of,
 )
-from kv_gym.evaluation.leaderboard.results import ResultFolder, write_batch
+from kv_gym.evaluation.leaderboard.results import ResultFolder
 from kv_gym.evaluation.leaderboard.spec import Spec, read_spec
 from kv_gym.evaluation.outcomes import to_json
 from kv_gym.evaluation.rows import complete, result
@@ -40,14 +35,19 @@ from kv_gym.evaluation.tasks.replay import ReplayTask
 from kv_gym.live import CacheConfig
 from kv_gym.models import load_model
 from kv_gym.policies import Policy
-from kv_gym.traces import TraceSet, open_traces
+from kv_gym.traces import open_traces
+from kv_gym.workers import WorkerPool
 
-MOST_WORKERS = 1024
 REPLAYED_AT_ONCE = 8  # contexts of a batch of replay
 
 
 def leaderboard(
-    spec: str | Path | Mapping | Spec, out: str | Path = "results", workers: int = 1, progress: bool = True
+    spec: str | Path | Mapping | Spec,
+    out: str | Path = "results",
+    workers: int | None = None,
+    progress: bool = True,
+    *,
+    ray: str | None = None,
 ) -> list[dict[str, Any]]:
     """Measure policies x budgets x allocations x tasks x seeds, and page policies x capacities x seeds.
 
@@ -59,9 +59,13 @@ def leaderboard(
     Args:
         spec: YAML file with model, tasks, budgets, policies ..., see :mod:`kv_gym.evaluation.leaderboard.spec`. In
             Python, also the same as plain data.
-        out: folder for ``rows.jsonl`` and what is needed to go on; run again to resume.
-        workers: processes, each with one thread for tensors.
+        out: folder for ``rows.jsonl`` and what is needed to go on, or its address, such as ``s3://bucket/folder``; run
+            again to resume.
+        workers: processes, each with one thread for tensors; by default this one alone, and on the command line two.
         progress: show bars.
+        ray: address of a Ray cluster whose machines measure in place of processes here, such as ``auto`` or
+            ``auto:gpus=0.25``; by default as many workers as it has room for. What the specification names has the
+            same name on all of them.
 
     Returns:
         Rows (:class:`kv_gym.evaluation.rows.Row`), one per configuration and task. Rows of replay have
@@ -72,10 +76,11 @@ def leaderboard(
         UserError: a specification that cannot be used, or configurations that failed: all others are kept.
     """
     chosen = read_spec(spec)
-    if not 1 <= workers <= MOST_WORKERS:
-        raise UserError(f"workers is {workers}; expected a number from 1 to {MOST_WORKERS}")
-    with Progress(transient=True, disable=not progress) as bar:
-        return _Leaderboard(chosen, Path(out), workers, bar).rows()
+    runner = Runner(chosen)
+    count = 1 if workers is None and ray is None else workers  # with one thread, so that rows are those of workers
+    pool: WorkerPool = WorkerPool(_runner, lambda: (chosen,), count, ray, runner.run)
+    with pool, Progress(transient=True, disable=not progress) as bar:
+        return _Leaderboard(chosen, out, runner, pool, bar).rows()
 
 
 @dataclass(frozen=True)
@@ -106,51 +111,60 @@ class Job:
     cells: tuple[Cell, ...]
 
 
+@dataclass(frozen=True)
+class PageJob:
+    """One cell of page policies.
+
+    Attributes:
+        cell: its id.
+    """
+
+    cell: str
+
+
 @dataclass
 class JobResult:
     """What became of a job.
 
     Attributes:
-        file: what was measured, or None where nothing was.
+        lines: what was measured, see :func:`~kv_gym.evaluation.leaderboard.results.write_batch`.
         failures: by cell, the error of those that neither gave outcomes nor were refused.
     """
 
-    file: Path | None
+    lines: list[dict]
     failures: dict[str, str] = field(default_factory=dict)
 
 
 class _Leaderboard:
     """One call of :func:`leaderboard`."""
 
-    def __init__(self, spec: Spec, out: Path, workers: int, bar: Progress):
-        self.spec, self.bar, self.count = spec, bar, workers
+    def __init__(self, spec: Spec, out: str | Path, runner: Runner, pool: WorkerPool, bar: Progress):
+        self.spec, self.runner, self.pool, self.bar = spec, runner, pool, bar
         tier_of.cache_clear()  # a state may have been trained again since the last call
         measured = bool(spec.tasks) or spec.utility is not None  # else there are only pages
         self.plain, self.trained = (heuristics(spec), learned(spec)) if measured else ([], [])
-        self.pages = [cell for each in spec.pages for cell in page_cells(each, spec.seeds)]
+        self.pages = list(runner.pages)  # what cannot be read is refused before a folder is made
         self.model_hash = digest([model_hash(model_folder(spec.model)), spec.dtype]) if spec.tasks else ""
         self.results = ResultFolder(out)
-        self.runner = Runner(spec, out)
         self.origin = {name: value for name, value in result([]).items() if name != "rows"}
         self.failures: dict[str, str] = {}
 
     def rows(self) -> list[dict[str, Any]]:
         """Choose settings, measure, and write the rows."""
-        with WorkerPool(self.runner, self.count) as pool:
-            chosen = self._choose(pool)
-            wanted: dict[TaskKey, dict[str, tuple[Cell, bool]]] = {}
-            for task in self.spec.tasks:
-                key = TaskKey(task.task, task.contexts)
-                choices = chosen.get(task.validation or "", {}).values()
-                wanted[key] = cells_of(self._identity(key), self.spec, (*self.plain, *self.trained), choices)
-            if self.spec.utility is not None:
-                key = TaskKey("", self.spec.utility.contexts)
-                policies = *self.plain, *self.trained, *map(PolicySource.of, self.spec.utility.oracles)
-                wanted[key] = cells_of(self._identity(key), self.spec, policies, nulls=False)
-            self.results.current = [cell for cells in wanted.values() for cell in cells]
-            self.results.current += dict.fromkeys(cell.id for cell in self.pages)
-            self._measure_pages()
-            self._measure(pool, {key: [cell for cell, _ in cells.values()] for key, cells in wanted.items()}, "measure")
+        chosen = self._choose()
+        wanted: dict[TaskKey, dict[str, tuple[Cell, bool]]] = {}
+        for task in self.spec.tasks:
+            key = TaskKey(task.task, task.contexts)
+            choices = chosen.get(task.validation or "", {}).values()
+            wanted[key] = cells_of(self._identity(key), self.spec, (*self.plain, *self.trained), choices)
+        if self.spec.utility is not None:
+            key = TaskKey("", self.spec.utility.contexts)
+            policies = *self.plain, *self.trained, *map(PolicySource.of, self.spec.utility.oracles)
+            wanted[key] = cells_of(self._identity(key), self.spec, policies, nulls=False)
+        self.results.current = [cell for cells in wanted.values() for cell in cells]
+        self.results.current += self.pages
+        self._measure_pages()
+        self._measure({key: [cell for cell, _ in cells.values()] for key, cells in wanted.items()}, "measure")
         for cell, mark in (pair for cells in wanted.values() for pair in cells.values()):
             if cell.id in self.results.rows:
                 self.results.rows[cell.id]["chosen_on_validation"] = mark
@@ -163,7 +177,7 @@ class _Leaderboard:
         task = self.runner.task(key)
         return TaskIdentity(task.name, task.hash, task.trigger, self.model_hash if key.task else "")
 
-    def _choose(self, pool: WorkerPool) -> dict[str, dict[str, Candidate]]:
+    def _choose(self) -> dict[str, dict[str, Candidate]]:
         """By validation task and heuristic, the best setting."""
         grid = self.spec.validation
         names = dict.fromkeys(task.validation for task in self.spec.tasks if task.validation)
@@ -173,10 +187,10 @@ class _Leaderboard:
             keys[name]: list({cell.id: cell for each in found for cell in each.cells}.values())
             for name, found in tried.items()
         }
-        self._measure(pool, cells, "choose settings")
+        self._measure(cells, "choose settings")
         return {name: best_candidates(found, self.results.rows) for name, found in tried.items()}
 
-    def _measure(self, pool: WorkerPool, wanted: Mapping[TaskKey, Sequence[Cell]], label: str) -> None:
+    def _measure(self, wanted: Mapping[TaskKey, Sequence[Cell]], label: str) -> None:
         jobs, batches = [], {key: len(self.runner.task(key).batches()) for key in wanted}
         for key, cells in wanted.items():
             missing = [cell for cell in cells if not self._finish(cell, batches[key])]
@@ -185,10 +199,10 @@ class _Leaderboard:
                 if unmeasured:
                     jobs.append(Job(key, number, unmeasured))
         shown = self.bar.add_task(label, total=len(jobs), visible=bool(jobs))
-        for job, done in pool.measure(jobs):
+        for job, done in self.pool.run(jobs):
             self.failures |= done.failures
-            if done.file is not None:
-                self.results.add_batch(done.file)
+            if done.lines:
+                self.results.write_batch(job.batch, done.lines)
             known = len(self.results.rows)
             for cell in job.cells:
                 self._finish(cell, batches[job.task])
@@ -197,10 +211,12 @@ class _Leaderboard:
             self.bar.advance(shown)
 
     def _measure_pages(self) -> None:
-        missing = [cell for cell in self.pages if cell.id not in self.results.rows]
-        for cell in self.bar.track(missing, description="pages") if missing else ():
-            self.results.rows[cell.id] = complete(cell.measure() | self.origin)
+        jobs = [PageJob(cell) for cell in self.pages if cell not in self.results.rows]
+        shown = self.bar.add_task("pages", total=len(jobs), visible=bool(jobs))
+        for job, fields in self.pool.run(jobs):
+            self.results.rows[job.cell] = complete(fields | self.origin)
             self.results.save()
+            self.bar.advance(shown)
 
     def _finish(self, cell: Cell, batches: int) -> bool:
         """Make a cell's row of what its batches gave; False where that cannot be yet."""
@@ -227,11 +243,10 @@ class Runner:
 
     Args:
         spec: what is compared.
-        out: folder of the results.
     """
 
-    def __init__(self, spec: Spec, out: Path):
-        self.spec, self.out = spec, out
+    def __init__(self, spec: Spec):
+        self.spec = spec
         self._tasks: dict[TaskKey, Task] = {}
         self._policies: dict[tuple[PolicySource, bool], Policy] = {}
         self._refusals: dict[tuple, str] = {}
@@ -240,6 +255,12 @@ class Runner:
     def model(self) -> Any:
         """The decoding model."""
         return load_model(model_folder(self.spec.model), dtype=self.spec.dtype)[0]
+
+    @cached_property
+    def pages(self) -> dict[str, PageCell]:
+        """Cells of page policies, by their ids."""
+        cells = (cell for each in self.spec.pages for cell in page_cells(each, self.spec.seeds))
+        return {cell.id: cell for cell in cells}
 
     def task(self, key: TaskKey) -> Task:
         """The task of this name.
@@ -262,14 +283,18 @@ class Runner:
         traces, split = self.spec.utility.traces, self.spec.utility.split
         opened = open_traces(traces)
         part = opened if split == "all" else opened.select(split=split)
-        part = TraceSet(part.entries[:contexts], opened.manifest)
+        part = part.of(part.entries[:contexts])
         if not len(part):
             raise UserError(f"traces {traces} hold no context in split {split!r}; choose another split, or `all`")
         names = sorted({entry.task for entry in part.entries if entry.task})
         return ReplayTask(part, f"replay {', '.join(names)}".strip(), REPLAYED_AT_ONCE)
 
+    def run(self, job: Job | PageJob) -> JobResult | dict[str, Any]:
+        """Measure a batch, or give the fields of a page cell's row."""
+        return self.measure(job) if isinstance(job, Job) else self.pages[job.cell].measure()
+
     def measure(self, job: Job) -> JobResult:
-        """Measure a batch, and write what it gave."""
+        """Measure a batch."""
         task = self.task(job.task)
         lines: list[dict] = []
         failures: dict[str, str] = {}
@@ -283,7 +308,7 @@ class Runner:
         with warnings.catch_warnings():  # other lengths than a policy was trained on are what some tasks are about
             warnings.filterwarnings("ignore", message=".* was trained on contexts of")
             self._measure(task, job.batch, able, lines, failures)
-        return JobResult(write_batch(self.out, job.batch, lines) if lines else None, failures)
+        return JobResult(lines, failures)
 
     def _refusal(self, task: Task, cell: Cell) -> str:
         """The sentence with which a configuration is refused before anything is read, or ""."""
@@ -389,88 +414,6 @@ class _LazyTokenizer:
         return getattr(self._tokenizer, name)
 
 
-class WorkerPool:
-    """Measures jobs in `count` processes, started with the first job; a single one measures in this process.
-
-    Args:
-        runner: of this process.
-        count: how many processes.
-    """
-
-    def __init__(self, runner: Runner, count: int):
-        self.runner, self.count = runner, count
-        self._pool: ProcessPoolExecutor | None = None
-
-    def __enter__(self) -> WorkerPool:
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._pool is not None:
-            self._pool.shutdown(wait=True, cancel_futures=True)
-
-    def measure(self, jobs: Sequence[Job]) -> Iterator[tuple[Job, JobResult]]:
-        """Each job with what became of it, in the order in which they end.
-
-        Raises:
-            UserError: a worker died.
-        """
-        if self.count == 1 or len(jobs) == 1:
-            yield from ((job, _on_one_thread(self.runner, job)) for job in jobs)
-            return
-        if self._pool is None:
-            context = multiprocessing.get_context("spawn")  # a fork would inherit torch's threads, and their locks
-            arguments = self.runner.spec, self.runner.out
-            self._pool = ProcessPoolExecutor(self.count, context, _start_worker, arguments)
-        waiting = {self._pool.submit(_measure_in_worker, job): job for job in jobs}
-        try:
-            for future in as_completed(waiting):
-                yield waiting[future], future.result()
-        except BrokenProcessPool:
-            raise UserError(
-                "a worker process died, perhaps for want of memory: whole batches are kept; run the same again, with "
-                "fewer workers if it happens twice"
-            ) from None
-
-
-_worker: Runner | None = None  # of a worker process
-
-
-def _start_worker(spec: Spec, out: Path) -> None:
-    global _worker
-    end_with_parent()
-    import torch
-
-    torch.set_num_threads(1)
-    _worker = Runner(spec, out)
-
-
-def _measure_in_worker(job: Job) -> JobResult:
-    assert _worker is not None
-    return _worker.measure(job)
-
-
-def end_with_parent() -> None:
-    """End this process as soon as its parent has ended, however that came about.
-
-    A worker of a pool waits for jobs forever when its parent is killed. What is under way is lost, and every file is
-    whole or not there.
-    """
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def wait() -> None:
-        parent.join()
-        os._exit(1)
-
-    threading.Thread(target=wait, daemon=True).start()
-
-
-def _on_one_thread(runner: Runner, job: Job) -> JobResult:
-    import torch
-
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a worker: sums over several threads are rounded otherwise
-    try:
-        return runner.measure(job)
-    finally:
-        torch.set_num_threads(before)
+def _runner(spec: Spec) -> Callable[[Job | PageJob], JobResult | dict[str, Any]]:
+    """What measures in a worker process."""
+    return Runner(spec).run
