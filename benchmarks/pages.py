@@ -3,8 +3,9 @@
     python benchmarks/pages.py --data FOLDER --out runs/pages --publish benchmarks/results/pages
 
 The folder holds ``mooncake/conversation_trace.jsonl.gz`` (kvcache-ai/Mooncake, FAST25-release),
-``cache2k/web07.trace.xz`` (cache2k's benchmarks), ``lirs/multi1.trace.gz`` and ``multi2.trace.gz``, and
-``adapt_size/request.trace.xz`` (Caffeine's simulator). A trace that is missing is left out.
+``cache2k/web07.trace.xz`` (cache2k's benchmarks), ``lirs/multi1.trace.gz``, ``multi2.trace.gz``, ``sprite.trace.gz``,
+``2_pools.trace.gz`` and ``cs.trace.gz``, and ``adapt_size/request.trace.xz`` (Caffeine's simulator). A trace that is
+missing is left out.
 
 Parts, chosen with ``--parts``:
 
@@ -49,19 +50,24 @@ FILES = {
     "web07": "cache2k/web07.trace.xz",
     "multi1": "lirs/multi1.trace.gz",
     "multi2": "lirs/multi2.trace.gz",
+    "sprite": "lirs/sprite.trace.gz",
+    "2_pools": "lirs/2_pools.trace.gz",
+    "cs": "lirs/cs.trace.gz",
     "adapt_size": "adapt_size/request.trace.xz",
     "mooncake": "mooncake/conversation_trace.jsonl.gz",
 }
 CASES = (
     ("web07", 1000), ("multi2", 1000), ("web07", 2000), ("multi1", 500), ("multi2", 500), ("multi1", 1000),
-    ("mooncake", 5000), ("adapt_size", 16 * MIB), ("mooncake", 1000), ("mooncake", 20000), ("adapt_size", 64 * MIB),
+    ("mooncake", 5000), ("adapt_size", 16 * MIB), ("sprite", 500), ("sprite", 1000), ("2_pools", 500),
+    ("2_pools", 1000), ("cs", 500), ("cs", 1000), ("mooncake", 1000), ("mooncake", 20000), ("adapt_size", 64 * MIB),
 )  # fmt: skip
 NOT_CLASSIC = ("belady", "belady_prefix", "flush", "lrb", "mark0", "mark_and_predict", "sglang_leaves", "tail_oracle",
                "vllm_prefix_lru")  # fmt: skip
 CLASSIC = tuple(name for name in list_page_policies() if name not in NOT_CLASSIC)
 ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
-AGENTS = {"lrb": range(5), "clone": range(5), "dqn": range(5), "ppo": range(5)}
-ON_EVERY_TRACE, ELSEWHERE = ("lrb", "clone"), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
+TREES = "lrb:trees=60:sample=1"
+AGENTS = {"lrb": range(5), TREES: range(5), "clone": range(5), "dqn": range(5), "ppo": range(5)}
+ON_EVERY_TRACE, ELSEWHERE = ("lrb", TREES, "clone"), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
 DRAWN, WARM_UP = 12, 0.7
 FLIPS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 BOUNDS = {"flush": (1, lambda k: k - 1, discard_bits), "mark0": (1, lambda k: 2 * harmonic(k), discard_bits),
@@ -70,12 +76,13 @@ BOUNDS = {"flush": (1, lambda k: k - 1, discard_bits), "mark0": (1, lambda k: 2 
 RULES = """Percent of accesses found, in the last 0.3 of the requests. Agents saw the first half, and chose their best
 round on the next fifth; they choose among 16 pages, four least recently used and twelve drawn at random, with LRU in
 their shadow. `lrb` learns while it runs, and chooses among 64 pages, 63 of them drawn. `best classic` is the best of
-the last table, chosen afterwards on the same requests; `way` says how much of the distance from LRU, and from the
-best classic policy, to the oracle with 12 drawn the mean over seeds covers; `lrb`, with more to choose among, may go
-beyond. Oracles are best over a whole trace, not in its last part. Where the tail oracle is less than a point above
-LRU, K candidates from the tail cannot help; where it is `below it`, it is below the best classic policy, so that a
-policy must look beyond the tail to be better. Mooncake's blocks are prefixes for ranking policies, and stand alone
-for queues. Capacities are pages, those of adapt_size bytes. What is missing has not been measured yet."""
+the last table, chosen afterwards on the same requests. The last columns say how much of the distance from it to each
+oracle the mean over seeds covers: `beyond` where the oracle is below the best classic policy and the mean is not.
+With others to choose among than the oracle, a policy may go further than it. Oracles are best over a whole trace, not
+in its last part. Where the tail oracle is less than a point above LRU, K candidates from the tail cannot help; where
+it is `below it`, it is below the best classic policy, so that a policy must look beyond the tail to be better.
+Mooncake's blocks are prefixes for ranking policies, and stand alone for queues. Capacities are pages, those of
+adapt_size bytes. What is missing has not been measured yet."""
 
 Cell = dict[str, Any]
 
@@ -163,7 +170,7 @@ def evidence(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
         for (trace, capacity), seed in product(cases, AGENTS[agent]):
             if agent in ON_EVERY_TRACE or (agent, trace, capacity) in ELSEWHERE or traces.quick:
                 key = {"trace": trace, "capacity": capacity, "policy": agent, "seed": seed}
-                compute = count_hits if agent == "lrb" else train_and_count  # lrb learns while it runs
+                compute = count_hits if agent.startswith("lrb") else train_and_count  # lrb learns while it runs
                 yield key, lambda key=key, compute=compute: compute(traces, **key)
 
 
@@ -376,7 +383,8 @@ def evidence_text(cells: list[Cell]) -> str:
     if not rates:
         return "Not measured yet."
     oracles = ["LRU", "best classic", "", "tail oracle, K = 16", "with 12 drawn", "Belady"]
-    learned = ["policy", "seeds", "mean", "lowest to highest", "to LRU", "way from LRU", "way from best", "left to LRU"]
+    learned = ["policy", "seeds", "mean", "lowest to highest", "over LRU", "over best", "way to tail oracle",
+               "way to 12 drawn", "left to LRU"]  # fmt: skip
     classic = [
         [trace, f"{capacity:,}", *(percent(mean_rate(found.get(name))) for name in CLASSIC)]
         for (trace, capacity), found in rates.items()
@@ -411,7 +419,7 @@ def summary_row(trace: str, capacity: int, found: dict[str, list[Cell]]) -> list
 
 
 def learned_rows(trace: str, capacity: int, found: dict[str, list[Cell]]) -> Iterator[list[str]]:
-    (best, _), lru, oracle = best_classic(found), *(mean_rate(found.get(name)) for name in ("lru", ORACLES[1]))
+    (best, _), lru, *oracles = best_classic(found), *(mean_rate(found.get(name)) for name in ("lru", *ORACLES[:2]))
     for policy in AGENTS:
         if group := found.get(policy):
             mean, rates = mean_rate(group), [cell["hit_rate"] for cell in group]
@@ -419,8 +427,8 @@ def learned_rows(trace: str, capacity: int, found: dict[str, list[Cell]]) -> Ite
             yield [
                 trace, f"{capacity:,}", policy, str(len(group)), percent(mean),
                 f"{percent(min(rates))} to {percent(max(rates))}", f"{100 * (mean - lru):+.2f}",
-                way(lru, mean, oracle), way(best, mean, oracle),
-                percent(statistics.fmean(left)) if policy != "lrb" else "-",
+                f"{100 * (mean - best):+.2f}", *(way(best, mean, oracle) for oracle in oracles),
+                "-" if policy.startswith("lrb") else percent(statistics.fmean(left)),
             ]  # fmt: skip
 
 
@@ -432,8 +440,10 @@ def percent(value: float | None) -> str:
     return "-" if value is None else f"{100 * value:.2f}"
 
 
-def way(start: float, reached: float | None, end: float | None) -> str:
-    return "-" if reached is None or end is None or end <= start else f"{100 * (reached - start) / (end - start):.0f} %"
+def way(start: float, reached: float, end: float | None) -> str:
+    if end is None or end <= start:
+        return "beyond" if end is not None and reached >= start else "-"
+    return f"{100 * (reached - start) / (end - start):.0f} %"
 
 
 def speed_text(cells: list[Cell]) -> str:

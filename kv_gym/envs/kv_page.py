@@ -298,6 +298,7 @@ class KVPageEnv(gym.Env[Observation, Any]):
     | `turn` | turns of its conversation: one more than that of the request that brought the last known page |
     | `pace` | accesses between this request and the use of the last known page before |
     | `parent_age` | accesses since the page before it in the chain was used |
+    | `predecessor_age` | accesses since that page was used which had been asked for just before its last use |
     | `mask` | 1 where there is a candidate |
 
     ## Rewards

@@ -121,6 +121,12 @@ class Candidates:
         return self.cache.access - np.where(parents < 0, last_use, last)
 
     @property
+    def predecessor_age(self) -> np.ndarray:
+        """`[K]` accesses since that page was used which had been asked for just before each one's last use."""
+        before = self.cache.trace.pages.take(np.maximum(self.columns[:, 0].astype(np.int64) - 1, 0))
+        return self.cache.access - self.cache.table.take(before, 0)[:, 0]
+
+    @property
     def decayed(self) -> np.ndarray:
         """`[K, 2]` uses of which those long ago count less, now: `often` and `steady` of :data:`HALF_LIVES`."""
         if self._decayed is None:

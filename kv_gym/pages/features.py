@@ -35,6 +35,7 @@ _LOGARITHMS: dict[str, tuple[str | Callable[[Candidates], np.ndarray], float]] =
     "turn": ("turn", 3),
     "pace": ("pace", 10),
     "parent_age": (lambda pages: pages.parent_age, 10),
+    "predecessor_age": (lambda pages: pages.predecessor_age, 10),
 }
 _OTHERS: dict[str, Callable[[Candidates], np.ndarray]] = {
     "ttl": lambda pages: np.where(
@@ -55,13 +56,15 @@ CHAIN_FEATURES = ("depth", "length", "behind", "known", "turn", "pace", "parent_
 many of its pages come behind it, how many were known from earlier requests, which turn of a conversation it is and how
 long ago the turn before was; and accesses since the page before it in the chain was used."""
 
-FEATURES = (*BASIC_FEATURES, "previous", "often", "steady", *CHAIN_FEATURES[2:])
-"""All: also the accesses between the two uses before the last, and two counts of uses that decay."""
+FEATURES = (*BASIC_FEATURES, "previous", "often", "steady", *CHAIN_FEATURES[2:], "predecessor_age")
+"""All: also the accesses between the two uses before the last, two counts of uses that decay, and how long ago the page
+was used that had been asked for just before."""
 
 
 def features_of(trace: RequestTrace, semantics: str) -> tuple[str, ...]:
-    """The features that can differ between pages of a trace."""
+    """The features that agents see if none are named: those that can differ between pages of a trace."""
     useless = {
+        "predecessor_age",  # younger than the published agents; the trees of `lrb` take it
         *(CHAIN_FEATURES if semantics == "objects" else ()),
         *(("size",) if trace.sizes is None else ()),
         *(("ttl",) if trace.ttl is None else ()),

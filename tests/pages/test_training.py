@@ -1,6 +1,7 @@
 """Trained page policies: they learn what there is to learn, are read back whole, and LRU stands in where it should."""
 
 import json
+import sys
 from itertools import count
 from pathlib import Path
 
@@ -154,6 +155,17 @@ def test_lrb_learns_it_while_the_cache_runs():
     trace = loop_and_wonders()
     rates = [simulate(trace, policy, CAPACITY, warm_up=0.7).hit_rate for policy in ("lru", "lrb:sample=1.0")]
     assert rates[1] > rates[0] + 0.1, rates
+
+
+def test_lrb_has_trees(monkeypatch):
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "lightgbm", None)
+        with pytest.raises(UserError, match=r"lightgbm is missing: pip install 'kv-gym\[trees\]'"):
+            simulate(loop_and_wonders(), "lrb:trees=3", CAPACITY)
+    pytest.importorskip("lightgbm", reason="lightgbm is not installed (pip install 'kv-gym[trees]')")
+    trace = loop_and_wonders(loops=20)
+    trees = simulate(trace, "lrb:trees=5:sample=2:candidates=16:drawn=15", CAPACITY, warm_up=0.7).hit_rate
+    assert trees > simulate(trace, "lru", CAPACITY, warm_up=0.7).hit_rate + 0.1
 
 
 @pytest.mark.parametrize(("agent", "steps"), [("dqn", 120), ("ppo", 40)])

@@ -1,22 +1,83 @@
-"""LRB-like: a regression of the time to the next use, learned while the cache runs, on pages drawn at random.
+"""LRB: a regression of the time to the next use, learned while the cache runs, on pages drawn at random.
 
 Source: Song et al., "Learning Relaxed Belady for Content Distribution Network Caching", NSDI 2020, sections 3 and 4.
-Differs from the paper in: ridge regression on the features and their squares in place of gradient-boosted trees, with
-the cache's features in place of 32 gaps and ten counters; the memory window is a fixed number of capacities.
+Differs from the paper in: the cache's features in place of 32 gaps and ten counters; the memory window is a fixed
+number of capacities; without `trees`, ridge regression on the features and their squares.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 
+from kv_gym.errors import UserError
 from kv_gym.pages.cache import Candidates, PageCache
 from kv_gym.pages.features import feature_matrix, features_of
 from kv_gym.pages.policies.base import PageRankingPolicy
 
-_BATCH = 512  # examples between two fits
-_FORGET = 0.8  # weight of older examples at each fit
+
+class _Ridge:
+    """Ridge regression on the features and their squares, in which older examples fade."""
+
+    batch = 512  # examples between two fits
+    forget = 0.8  # weight of older examples at each fit
+
+    def __init__(self, features: int):
+        self._width = 2 * features + 1
+        self._products, self._sums = np.zeros((self._width, self._width)), np.zeros(self._width)
+        self._weights = np.zeros(self._width)
+
+    def fit(self, features: np.ndarray, targets: np.ndarray) -> None:
+        inputs = self._expand(features)
+        self._products = self.forget * self._products + inputs.T @ inputs
+        self._sums = self.forget * self._sums + inputs.T @ targets
+        self._weights = np.linalg.solve(self._products + 1e-2 * np.eye(self._width), self._sums)
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return self._expand(features) @ self._weights
+
+    def _expand(self, features: np.ndarray) -> np.ndarray:
+        features = features.astype(float)
+        return np.concatenate((features, features**2, np.ones((len(features), 1))), 1)
+
+
+class _Trees:
+    """Gradient-boosted trees, fitted anew to the last examples."""
+
+    kept = 32_768  # examples
+
+    def __init__(self, trees: int, seed: int):
+        try:
+            self._lightgbm = import_module("lightgbm")
+        except ImportError:
+            raise UserError("the package lightgbm is missing: pip install 'kv-gym[trees]'") from None
+        self._trees = trees
+        self._settings = {
+            "objective": "regression", "num_leaves": 31, "learning_rate": 0.1, "feature_fraction": 0.8,
+            "bagging_fraction": 0.8, "bagging_freq": 1, "seed": seed, "num_threads": 1, "deterministic": True,
+            "verbose": -1,
+        }  # fmt: skip
+        self._features = self._targets = np.zeros(0)
+        self._booster: Any = None
+
+    @property
+    def batch(self) -> int:
+        """Examples until the next fit: few at first, so that it begins early."""
+        return min(max(256, len(self._targets) // 4), 2048)
+
+    def fit(self, features: np.ndarray, targets: np.ndarray) -> None:
+        if len(self._targets):
+            features = np.concatenate((self._features, features))[-self.kept :]
+            targets = np.concatenate((self._targets, targets))[-self.kept :]
+        self._features, self._targets = features, targets
+        data = self._lightgbm.Dataset(features, targets)
+        self._booster = self._lightgbm.train(self._settings, data, self._trees)
+
+    def predict(self, features: np.ndarray) -> np.ndarray:
+        return self._booster.predict(features, num_threads=1)
 
 
 @dataclass(eq=False)
@@ -27,7 +88,8 @@ class LRB(PageRankingPolicy):
         candidates: how many pages it chooses among.
         drawn: how many of these are drawn at random; the others are the least recently used.
         window: memory window, in capacities: a page that is not used again within it counts as used at its double end.
-        sample: share of the decisions of which one candidate becomes an example.
+        sample: candidates of a decision that become examples, on average.
+        trees: gradient-boosted trees, fitted by LightGBM (`pip install 'kv-gym[trees]'`); 0: ridge regression.
         seed: of what is drawn.
     """
 
@@ -36,53 +98,53 @@ class LRB(PageRankingPolicy):
     drawn: int = 63
     window: float = 4.0
     sample: float = 0.25
+    trees: int = 0
     seed: int = 0
 
     def reset(self, seed: int) -> None:
         self._random = np.random.default_rng([self.seed, seed])
         self._features: tuple[str, ...] = ()
-        self._weights: np.ndarray | None = None  # LRU decides until the first fit
-        self._examples: dict[int, tuple[int, np.ndarray]] = {}  # page -> when it was noted, inputs; oldest first
-        self._count = 0
+        self._model: _Ridge | _Trees | None = None
+        self._fitted = False  # LRU decides until the first fit
+        self._pending: dict[int, tuple[int, np.ndarray]] = {}  # page -> when it was noted, features; oldest first
+        self._examples: list[tuple[np.ndarray, float]] = []  # features, and log accesses to the next use
 
     def rank(self, candidates: Candidates) -> np.ndarray:
-        if not self._features:
-            self._begin(candidates.cache)
-        features = feature_matrix(candidates, self._features).astype(float)
-        inputs = np.concatenate((features, features**2, np.ones((len(features), 1))), 1)
-        if self._random.random() < self.sample:
-            place = int(self._random.integers(len(candidates)))
-            self._examples.setdefault(candidates.pages[place], (candidates.access, inputs[place]))
-        return -candidates.age if self._weights is None else -(inputs @ self._weights)
+        if self._model is None:
+            self._model = self._begin(candidates.cache)
+        features = feature_matrix(candidates, self._features)
+        whole, chance = divmod(self.sample, 1)
+        count = int(whole) + (self._random.random() < chance)
+        for place in self._random.integers(len(candidates), size=count).tolist() if count else ():
+            self._pending.setdefault(candidates.pages[place], (candidates.access, features[place].copy()))
+        return -self._model.predict(features) if self._fitted else -candidates.age
 
-    def _begin(self, cache: PageCache) -> None:
+    def _begin(self, cache: PageCache) -> _Ridge | _Trees:
         names = features_of(cache.trace, "prefix" if cache.prefix else "objects")
         self._features = tuple(name for name in names if name != "order")  # it says nothing of pages that were drawn
-        width = 2 * len(self._features) + 1
-        self._products, self._sums = np.zeros((width, width)), np.zeros(width)
-        self._new_products, self._new_sums = np.zeros((width, width)), np.zeros(width)
+        if self.trees and not cache.prefix:
+            self._features += ("predecessor_age",)
+        return _Trees(self.trees, self.seed) if self.trees else _Ridge(len(self._features))
 
     def observe(self, cache: PageCache, begin: int, end: int) -> None:
         pages = cache.trace.lists["pages"]
         for at in range(begin, end):
-            if pages[at] in self._examples:
-                noted, inputs = self._examples.pop(pages[at])
-                self._learn(inputs, at - noted)
+            if pages[at] in self._pending:
+                noted, features = self._pending.pop(pages[at])
+                self._learn(features, at - noted)
         longest = self.window * min(cache.capacity, len(cache.size) + 1)  # accesses, where the capacity is in bytes
-        while self._examples:
-            page = next(iter(self._examples))
-            noted, inputs = self._examples[page]
+        while self._pending:
+            page = next(iter(self._pending))
+            noted, features = self._pending[page]
             if end - noted <= longest:
                 break
-            del self._examples[page]
-            self._learn(inputs, 2 * longest)
+            del self._pending[page]
+            self._learn(features, 2 * longest)
 
-    def _learn(self, inputs: np.ndarray, distance: float) -> None:
-        self._new_products += np.outer(inputs, inputs)
-        self._new_sums += np.log1p(distance) * inputs
-        self._count += 1
-        if self._count % _BATCH == 0:
-            self._products = _FORGET * self._products + self._new_products
-            self._sums = _FORGET * self._sums + self._new_sums
-            self._new_products, self._new_sums = np.zeros_like(self._products), np.zeros_like(self._sums)
-            self._weights = np.linalg.solve(self._products + 1e-2 * np.eye(len(self._sums)), self._sums)
+    def _learn(self, features: np.ndarray, distance: float) -> None:
+        self._examples.append((features, np.log1p(distance)))
+        assert self._model is not None
+        if len(self._examples) >= self._model.batch:
+            made, targets = zip(*self._examples, strict=True)
+            self._model.fit(np.array(made), np.array(targets))
+            self._examples, self._fitted = [], True
