@@ -27,8 +27,9 @@ class _Ridge:
 
     def __init__(self, features: int):
         self._width = 2 * features + 1
-        self._products, self._sums = np.zeros((self._width, self._width)), np.zeros(self._width)
-        self._weights = np.zeros(self._width)
+        self._products: np.ndarray = np.zeros((self._width, self._width))
+        self._sums: np.ndarray = np.zeros(self._width)
+        self._weights: np.ndarray = np.zeros(self._width)
 
     def fit(self, features: np.ndarray, targets: np.ndarray) -> None:
         inputs = self._expand(features)
@@ -60,7 +61,8 @@ class _Trees:
             "bagging_fraction": 0.8, "bagging_freq": 1, "seed": seed, "num_threads": 1, "deterministic": True,
             "verbose": -1,
         }  # fmt: skip
-        self._features = self._targets = np.zeros(0)
+        self._features: np.ndarray = np.zeros((0, 0))
+        self._targets: np.ndarray = np.zeros(0)
         self._booster: Any = None
 
     @property
