@@ -58,15 +58,16 @@ FILES = {
 }
 CASES = (
     ("web07", 1000), ("multi2", 1000), ("web07", 2000), ("multi1", 500), ("multi2", 500), ("multi1", 1000),
-    ("mooncake", 5000), ("adapt_size", 16 * MIB), ("sprite", 500), ("sprite", 1000), ("2_pools", 500),
-    ("2_pools", 1000), ("cs", 500), ("cs", 1000), ("mooncake", 1000), ("mooncake", 20000), ("adapt_size", 64 * MIB),
+    ("mooncake", 5000), ("adapt_size", 16 * MIB), ("sprite", 250), ("sprite", 500), ("sprite", 1000),
+    ("2_pools", 500), ("2_pools", 1000), ("cs", 500), ("cs", 1000), ("mooncake", 1000),
+    ("mooncake", 20000), ("adapt_size", 64 * MIB),
 )  # fmt: skip
 NOT_CLASSIC = ("belady", "belady_prefix", "flush", "lrb", "mark0", "mark_and_predict", "sglang_leaves", "tail_oracle",
                "vllm_prefix_lru")  # fmt: skip
 CLASSIC = tuple(name for name in list_page_policies() if name not in NOT_CLASSIC)
 ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
 TREES = "lrb:trees=60:sample=1"
-AGENTS = {"lrb": range(5), TREES: range(5), "clone": range(5), "dqn": range(5), "ppo": range(5)}
+AGENTS = ("lrb", TREES, "clone", "dqn", "ppo")
 ON_EVERY_TRACE, ELSEWHERE = ("lrb", TREES, "clone"), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
 DRAWN, WARM_UP = 12, 0.7
 FLIPS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
@@ -166,12 +167,11 @@ def evidence(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
             for seed in range(3) if make_page_policy(policy).stochastic else (None,):
                 key = {"trace": trace, "capacity": capacity, "policy": policy, "seed": seed}
                 yield key, lambda key=key: count_hits(traces, **key)
-    for agent in traces.agents:
-        for (trace, capacity), seed in product(cases, AGENTS[agent]):
-            if agent in ON_EVERY_TRACE or (agent, trace, capacity) in ELSEWHERE or traces.quick:
-                key = {"trace": trace, "capacity": capacity, "policy": agent, "seed": seed}
-                compute = count_hits if agent.startswith("lrb") else train_and_count  # lrb learns while it runs
-                yield key, lambda key=key, compute=compute: compute(traces, **key)
+    for seed, agent, (trace, capacity) in product(range(5), traces.agents, cases):  # first all with one seed
+        if agent in ON_EVERY_TRACE or (agent, trace, capacity) in ELSEWHERE or traces.quick:
+            key = {"trace": trace, "capacity": capacity, "policy": agent, "seed": seed}
+            compute = count_hits if agent.startswith("lrb") else train_and_count  # lrb learns while it runs
+            yield key, lambda key=key, compute=compute: compute(traces, **key)
 
 
 def served_as(trace: RequestTrace, policy: str) -> str:
@@ -296,36 +296,47 @@ def decisions(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
 
 
 def time_decisions(form: str) -> Cell:
-    """Processor time from the candidates to the page that leaves, the gathering of features with it."""
+    """Processor time from the candidates to the page that leaves, and the network's share of it."""
     trace = read_requests(bundled("requests") / "sample.jsonl.gz")
     with tempfile.TemporaryDirectory() as folder:
         policy = train_pages("clone", trace, folder, 1000, "prefix", rounds=1, steps=100)
         if form == "onnx":
             policy = make_page_policy(f"{export_page_policy(policy, Path(folder, 'policy.onnx'))}:limit=0")
     policy.shadow = 0  # all decisions are the network's
-    seconds: list[float] = []
-    rank, last = policy.rank, cast(Candidates, None)
+    seconds: dict[str, list[float]] = {"": [], "network_": []}
+    rank, score, last = policy.rank, policy.score, cast(Candidates, None)
 
-    def timed(candidates: Candidates) -> np.ndarray:
+    def timed_rank(candidates: Candidates) -> np.ndarray:
         nonlocal last
         last = candidates
         began = time.thread_time()
         scores = rank(candidates)
         int(np.argmin(scores))
-        seconds.append(time.thread_time() - began)
+        seconds[""].append(time.thread_time() - began)
         return scores
 
-    policy.rank = timed  # type: ignore[method-assign]
+    def timed_score(features: np.ndarray) -> np.ndarray:
+        began = time.thread_time()
+        scores = score(features)
+        seconds["network_"].append(time.thread_time() - began)
+        return scores
+
+    policy.rank, policy.score = timed_rank, timed_score  # type: ignore[method-assign]
     simulate(trace, policy, 1000, "prefix")
+    del policy.rank, policy.score
     features = np.ones((16, len(policy.card.features)), np.float32)
-    loops = {"whole_us": lambda: rank(Candidates(last.cache, last.pages)), "network_us": lambda: policy.score(features)}
+    loops = {"whole_us": lambda: rank(Candidates(last.cache, last.pages)), "network_us": lambda: score(features)}
     fastest = {
         name: 2e5 * min(timeit.repeat(call, timer=time.thread_time, number=5, repeat=1000))
         for name, call in loops.items()
     }
-    shares = {f"p{share}_us": 1e6 * np.percentile(seconds[1000:], share).item() for share in (5, 50, 95, 99)}
+    shares = {
+        f"{part}p{share}_us": 1e6 * np.percentile(taken[1000:], share).item()
+        for part, taken in seconds.items()
+        for share in (5, 50, 95, 99)
+    }
     load = {"load_average": os.getloadavg()[0], "cores": os.cpu_count()}
-    return shares | fastest | {"decisions": len(seconds) - 1000} | load
+    return shares | fastest | {"decisions": len(seconds[""]) - 1000} | load
 
 
 PARTS: dict[str, Callable[[Traces], Iterator[tuple[Cell, Callable[[], Cell]]]]] = {
@@ -359,15 +370,21 @@ def page(cells: list[Cell], command: str) -> str:
     if timed := [cell for cell in cells if cell["part"] == "speed"]:
         text += ["## Speed", speed_text(timed)]
     if decided := [cell for cell in cells if cell["part"] == "decisions"]:
-        shares = ("p5_us", "p50_us", "p95_us", "p99_us", "whole_us", "network_us")
-        rows = [[cell["form"], f"{cell['decisions']:,}", *(f"{cell[name]:.0f}" for name in shares)] for cell in decided]
-        head = ["form", "decisions", *(f"{name[1:-3]} %" for name in shares[:-2]), "in a loop", "network alone"]
+        shares = ("p5_us", "p50_us", "p95_us", "p99_us")
+        rows = [
+            [cell["form"], part, f"{cell['decisions']:,}", *(f"{cell[prefix + name]:.0f}" for name in shares),
+             f"{cell[loop]:.0f}"]
+            for cell in decided
+            for part, prefix, loop in (("decision", "", "whole_us"), ("network", "network_", "network_us"))
+        ]  # fmt: skip
+        head = ["form", "what", "decisions", *(f"{name[1:-3]} %" for name in shares), "in a loop"]
         text += [
-            "Microseconds of processor time for a decision among 16 blocks, the gathering of features with it: "
-            "percentiles over a run; then the fastest of 1,000 short loops over one decision, and over its network "
-            f"alone. The load average was {max(cell['load_average'] for cell in decided):.0f} on "
-            f"{decided[0]['cores']} cores: other work slows the percentiles, and the loops least.",
-            pipe_table(head, rows),
+            "Microseconds of processor time for a decision among 16 blocks, the gathering of features with it, and for "
+            "its network alone, which is what an engine runs that has the features: percentiles over a run; then the "
+            "fastest of 1,000 short loops. The load average was "
+            f"{max(cell['load_average'] for cell in decided):.0f} on {decided[0]['cores']} cores: other work slows the "
+            "percentiles, and the loops least.",
+            pipe_table(head, rows, left=2),
         ]
     if predicted := [cell for cell in cells if cell["part"] == "predictions"]:
         text += ["## One-bit predictions", predictions_text(predicted)]
@@ -398,8 +415,27 @@ def evidence_text(cells: list[Cell]) -> str:
                 [row for case, found in rates.items() for row in learned_rows(*case, found)],
                 left=3,
             ),
+            goal_text(rates),
             pipe_table(["trace", "capacity", *CLASSIC], classic),
         ]
+    )
+
+
+def goal_text(rates: dict[tuple[str, int], dict[str, list[Cell]]]) -> str:
+    """Where a trained policy does what was asked of it, and where it does not."""
+    reached, short = [], []
+    for (trace, capacity), found in rates.items():
+        (best, _), lru, oracle = best_classic(found), *(mean_rate(found.get(name)) for name in ("lru", ORACLES[0]))
+        for policy in AGENTS:
+            if (mean := mean_rate(found.get(policy))) is not None:
+                if mean >= max(best, (best + oracle) / 2):
+                    above = "" if oracle > best else " (the oracle is below the best classic policy)"
+                    reached.append(f"`{policy}` on {trace} at {capacity:,}{above}")
+                if mean < lru - 0.01:
+                    short.append(f"`{policy}` on {trace} at {capacity:,}")
+    return (
+        "At least half of the way from the best classic policy to the tail oracle: "
+        f"{', '.join(reached) or 'none'}. More than a point below LRU: {', '.join(short) or 'none'}."
     )
 
 
