@@ -174,18 +174,17 @@ class Learned(PageRankingPolicy):
         return self.left / max(self.decisions + self.left, 1) if self.shadow else None
 
     def rank(self, candidates: Candidates) -> np.ndarray:
-        least_recently_used = np.arange(len(candidates))
         if self.card.fallback:
-            return least_recently_used
+            return np.arange(len(candidates))  # the least recently used
         if self._lru is not None and self._lru.stands_in:
             self.left += 1
-            return least_recently_used
+            return np.arange(len(candidates))
         begin = self.clock() if self.limit else 0.0
         scores = self.score(feature_matrix(candidates, self.card.features))
         self.decisions += 1
         if self.limit and self.clock() - begin > self.limit:
             self.late += 1
-            return least_recently_used
+            return np.arange(len(candidates))
         return scores
 
     def score(self, features: np.ndarray) -> np.ndarray:
