@@ -15,7 +15,19 @@ FILES = sorted(PACKAGE.rglob("*.py"))
 
 # A part of kv_gym may import parts of its own layer and of those before it.
 LAYERS = (
-    {"checksums", "errors", "files", "hub", "markdown", "progress", "records", "remote", "weights_folder", "workers"},
+    {
+        "checksums",
+        "errors",
+        "files",
+        "hub",
+        "markdown",
+        "notebook",
+        "progress",
+        "records",
+        "remote",
+        "weights_folder",
+        "workers",
+    },
     {"cache_view", "devices"},
     {"budgets", "models", "pages", "policies", "traces"},
     {"envs", "live", "reference"},

@@ -8,7 +8,6 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from kv_gym.budgets import parse_budget, protection_for, select_slots, slots_after
@@ -18,6 +17,7 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.evaluate import refuse_other_model, traces_in_split
 from kv_gym.evaluation.rows import refuse_unwritable, versions
 from kv_gym.policies import Policy, make_policy
+from kv_gym.progress import ProgressBar
 from kv_gym.traces import Sequence, TraceSet, open_traces
 
 
@@ -78,11 +78,12 @@ def calibrate(
     refuse_other_model({chosen.name: chosen}, part.fingerprint, "the model of the traces")
     protection = protection_for(chosen, sinks, recent)
     scores = []
-    with Progress(transient=True, disable=not progress) as bar:
-        for sequence in bar.track(part, description="calibrate"):
+    with ProgressBar("calibrate", len(part), shown=progress, transient=True) as bar:
+        for sequence in part:
             sequence.refuse_sampled("calibrate")
             views = (sequence.view_for(chosen, i) for i in range(len(sequence.layers)))
             scores.append(torch.stack([chosen.score(view)[0].float() for view in views]))
+            bar.advance()
     thresholds = tuple(threshold(scores, share, *protection) for share in wanted)
     rule = Calibrated(
         json.dumps(policy_identity(chosen)), *scores[0].shape[:2], tuple(wanted), thresholds  # type: ignore[call-arg]

@@ -20,7 +20,6 @@ from itertools import product
 from pathlib import Path
 
 import torch
-from rich.progress import Progress
 from torch import Tensor
 
 from kv_gym.budgets import (
@@ -42,6 +41,7 @@ from kv_gym.evaluation.statistics import auc, mean_interval, spearman
 from kv_gym.markdown import pipe_table
 from kv_gym.policies import Policy
 from kv_gym.policies.oracle import Oracle
+from kv_gym.progress import ProgressBar
 from kv_gym.traces.sequence import Sequence
 
 MEASURES = (
@@ -95,11 +95,9 @@ def decision_value(
     chosen, (other,) = named_policies(policies), named_policies([baseline]).items()
     part = traces_in_split(traces, split)
     refuse_other_model(chosen | dict([other]), part.fingerprint, "the model of the traces")
-    with Progress(transient=True, disable=not progress) as bar:
-        task = bar.add_task("decision value", total=len(part) * len(chosen))
+    with ProgressBar("decision value", len(part) * len(chosen), shown=progress, transient=True) as bar:
         rows = compare(
-            chosen, other, part, chosen_budgets, sinks, recent, rules, baseline_allocation,
-            lambda: bar.advance(task),
+            chosen, other, part, chosen_budgets, sinks, recent, rules, baseline_allocation, bar.advance
         )  # fmt: skip
     data = result(rows, traces=part.hash, contexts=len(part), split=split or "all", baseline=other[0])
     if json is not None:

@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictSt
 
 from kv_gym.errors import UserError
 from kv_gym.files import atomic_write, read_json, read_json_lines, validated
+from kv_gym.notebook import Result
 from kv_gym.policies import current_name
 
 FULL = "full_cache"  # the policy of rows where nothing is evicted
@@ -297,9 +298,9 @@ def write_rows(file: str | Path, rows: Iterable[Any], separators: tuple[str, str
         part.write_text(text, encoding="utf-8")
 
 
-def result(rows: list[dict], **about: Any) -> dict[str, Any]:
+def result(rows: list[dict], **about: Any) -> Result:
     """A result: rows, the command that made them, versions, and whatever else identifies the run."""
-    return {"rows": rows, "command": _command(), "versions": versions(), **about}
+    return Result(rows=rows, command=_command(), versions=versions(), **about)
 
 
 def versions() -> dict[str, str]:

@@ -27,6 +27,7 @@ from kv_gym.fit.folder import FitFolder
 from kv_gym.fit.loss import least_provable, measure_losses
 from kv_gym.fit.plan import Limits, Plan, Timings, fewest_to_test, phase_of, plan_whole, plan_within
 from kv_gym.models.fingerprint import Fingerprint
+from kv_gym.notebook import Result
 from kv_gym.policies import Policy, make_policy
 from kv_gym.policies.scorer import Scorer
 from kv_gym.policies.scoring.inputs import HIDDEN
@@ -160,7 +161,7 @@ def fit(
     if not folder.state["finished"]:
         pipeline = _Pipeline(model, tokenizer, parts, folder, rule, fingerprint, seed, settings, progress, workers, ray)
         pipeline.run(minutes, agents, shares, fixed_budgets)
-    return folder.state
+    return Result(folder.state)
 
 
 class _Pipeline:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -18,6 +19,7 @@ from kv_gym.files import bundled, parse_json, read_json, validated
 from kv_gym.hub import download, is_hub_id
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.models.loading import recorded_tokenizer
+from kv_gym.notebook import html_table
 from kv_gym.remote import local_path, remote_folder
 from kv_gym.traces import safe_hdf5
 from kv_gym.traces.bounded_cache import BoundedCache
@@ -127,6 +129,21 @@ class TraceSet:
 
     def __repr__(self) -> str:
         return f"<TraceSet of {len(self)} sequences of {self.manifest.get('model') or self.fingerprint.architecture}>"
+
+    def _repr_html_(self) -> str:
+        lengths = [entry.tokens for entry in self.entries]
+        model = self.fingerprint
+        about = {
+            "model": self.manifest.get("model") or model.architecture,
+            "heads": f"{len(model.layers)} layers of {model.kv_heads} KV heads, dimension {model.head_dim}",
+            "sequences": ", ".join(
+                f"{count:,} {name}" for name, count in Counter(e.split for e in self.entries).items()
+            ),
+            "tasks": ", ".join(f"{count:,} {name}" for name, count in Counter(e.task for e in self.entries).items()),
+            "tokens": f"{sum(lengths):,}, at most {max(lengths, default=0):,} in a context",
+            "hash": self.hash[:16],
+        }
+        return html_table(("TraceSet", f"{len(self):,} sequences"), about.items())
 
     @property
     def ids(self) -> list[str]:

@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.progress import Progress
 
 from kv_gym.errors import UserError
@@ -34,6 +35,7 @@ from kv_gym.evaluation.tasks import Task, parse_tasks
 from kv_gym.evaluation.tasks.replay import ReplayTask
 from kv_gym.live import CacheConfig
 from kv_gym.models import load_model
+from kv_gym.notebook import ResultRows
 from kv_gym.policies import Policy
 from kv_gym.traces import open_traces
 from kv_gym.workers import WorkerPool
@@ -79,8 +81,9 @@ def leaderboard(
     runner = Runner(chosen)
     count = 1 if workers is None and ray is None else workers  # with one thread, so that rows are those of workers
     pool: WorkerPool = WorkerPool(_runner, lambda: (chosen,), count, ray, runner.run)
-    with pool, Progress(transient=True, disable=not progress) as bar:
-        return _Leaderboard(chosen, out, runner, pool, bar).rows()
+    console = Console(stderr=True, force_jupyter=False)  # a notebook has no place for bars that come and go
+    with pool, Progress(console=console, transient=True, disable=not progress) as bar:
+        return ResultRows(_Leaderboard(chosen, out, runner, pool, bar).rows())
 
 
 @dataclass(frozen=True)
