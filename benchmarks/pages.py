@@ -66,7 +66,7 @@ NOT_CLASSIC = ("belady", "belady_prefix", "flush", "lrb", "mark0", "mark_and_pre
                "vllm_prefix_lru")  # fmt: skip
 CLASSIC = tuple(name for name in list_page_policies() if name not in NOT_CLASSIC)
 ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
-TREES = "lrb:trees=60:sample=1"
+TREES = "lrb:trees=60:sample=1:shadow=4096"
 AGENTS = ("lrb", TREES, "clone", "dqn", "ppo")
 ON_EVERY_TRACE, ELSEWHERE = ("lrb", TREES, "clone"), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
 DRAWN, WARM_UP = 12, 0.7

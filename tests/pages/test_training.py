@@ -164,7 +164,7 @@ def test_lrb_has_trees(monkeypatch):
             simulate(loop_and_wonders(), "lrb:trees=3", CAPACITY)
     pytest.importorskip("lightgbm", reason="lightgbm is not installed (pip install 'kv-gym[trees]')")
     trace = loop_and_wonders(loops=20)
-    trees = simulate(trace, "lrb:trees=5:sample=2:candidates=16:drawn=15", CAPACITY, warm_up=0.7).hit_rate
+    trees = simulate(trace, "lrb:trees=5:sample=2:candidates=16:drawn=15:shadow=4096", CAPACITY, warm_up=0.7).hit_rate
     assert trees > simulate(trace, "lru", CAPACITY, warm_up=0.7).hit_rate + 0.1
 
 

@@ -17,6 +17,7 @@ from kv_gym.errors import UserError
 from kv_gym.pages.cache import Candidates, PageCache
 from kv_gym.pages.features import feature_matrix, features_of
 from kv_gym.pages.policies.base import PageRankingPolicy
+from kv_gym.pages.shadow import ShadowLRU
 
 
 class _Ridge:
@@ -92,6 +93,8 @@ class LRB(PageRankingPolicy):
         window: memory window, in capacities: a page that is not used again within it counts as used at its double end.
         sample: candidates of a decision that become examples, on average.
         trees: gradient-boosted trees, fitted by LightGBM (`pip install 'kv-gym[trees]'`); 0: ridge regression.
+        shadow: pages of an LRU cache that is simulated beside the real one on a sample of the pages, see
+            :class:`~kv_gym.pages.shadow.ShadowLRU`: while it has more hits, LRU decides. 0: none.
         seed: of what is drawn.
     """
 
@@ -101,6 +104,7 @@ class LRB(PageRankingPolicy):
     window: float = 4.0
     sample: float = 0.25
     trees: int = 0
+    shadow: int = 0
     seed: int = 0
 
     def reset(self, seed: int) -> None:
@@ -108,6 +112,7 @@ class LRB(PageRankingPolicy):
         self._features: tuple[str, ...] = ()
         self._model: _Ridge | _Trees | None = None
         self._fitted = False  # LRU decides until the first fit
+        self._lru: ShadowLRU | None = None
         self._pending: dict[int, tuple[int, np.ndarray]] = {}  # page -> when it was noted, features; oldest first
         self._examples: list[tuple[np.ndarray, float]] = []  # features, and log accesses to the next use
 
@@ -119,7 +124,9 @@ class LRB(PageRankingPolicy):
         count = int(whole) + (self._random.random() < chance)
         for place in self._random.integers(len(candidates), size=count).tolist() if count else ():
             self._pending.setdefault(candidates.pages[place], (candidates.access, features[place].copy()))
-        return -self._model.predict(features) if self._fitted else -candidates.age
+        if not self._fitted or (self._lru is not None and self._lru.stands_in):
+            return -candidates.age
+        return -self._model.predict(features)
 
     def _begin(self, cache: PageCache) -> _Ridge | _Trees:
         names = features_of(cache.trace, "prefix" if cache.prefix else "objects")
@@ -129,6 +136,9 @@ class LRB(PageRankingPolicy):
         return _Trees(self.trees, self.seed) if self.trees else _Ridge(len(self._features))
 
     def observe(self, cache: PageCache, begin: int, end: int) -> None:
+        if self.shadow:
+            self._lru = self._lru or ShadowLRU(cache, self.shadow)
+            self._lru.follow(cache, begin, end)
         pages = cache.trace.lists["pages"]
         for at in range(begin, end):
             if pages[at] in self._pending:
