@@ -126,7 +126,7 @@ def test_rows_are_those_of_one_process(model, recorded, request, engine):
             for how in ({"workers": 1}, engine)
         )
         assert [row | {"milliseconds": 0} for row in one] == [row | {"milliseconds": 0} for row in other]
-    pages = {"requests": "traces/requests/sample.jsonl", "policies": ("lru", "random_page"), "capacities": (50, 100)}
+    pages = {"requests": "traces/requests/sample.jsonl.gz", "policies": ("lru", "random_page"), "capacities": (50, 100)}
     assert compare_page_policies(**pages, **engine) == compare_page_policies(**pages)
 
 

@@ -283,7 +283,7 @@ def test_an_unreachable_tolerance_is_said_and_nothing_is_evicted(model, continua
 def invented(most):
     """A stand-in for measuring: the interval's upper end by part, policy and budget; the loss is half of it."""
 
-    def measured(model, contexts, part, measure, configurations, progress=True, go_on=None):
+    def measured(model, contexts, part, measure, configurations, progress=True, go_on=None, **workers):
         rows = []
         for configuration in (full_cache(), *configurations):
             policy, budget, allocation = configuration.name, configuration.budget, configuration.allocation.name
