@@ -396,24 +396,41 @@ def end_with_parent() -> None:
 
 
 class _RayWorker:
-    """What runs as an actor of Ray."""
+    """What runs as an actor of Ray.
 
-    def __init__(self, make: Make, arguments: tuple, version: str, folder: str):
-        self._function, self._version = _Function(make, arguments), version
-        if os.path.isdir(folder):  # the same relative paths as on the machine that started it
+    Args:
+        given: reference of what a worker's function is made with, in a list, so that it is not read before modules are
+            found as in the process that sent it.
+        version, folder, paths: of that process: of kv_gym, its working folder, and where it looks for modules.
+    """
+
+    def __init__(self, given: list, version: str, folder: str, paths: list[str]):
+        self._given, self._version = given, version
+        self._function: _Function | None = None
+        if os.path.isdir(folder):
             os.chdir(folder)
+        sys.path += [path for path in paths if path not in sys.path]
 
     def prepare(self) -> None:
         """Make the function."""
+        import ray
+
         if self._version != __version__:
             raise UserError(
                 f"a machine of the cluster has kv_gym {__version__} and this one {self._version}: install the same"
             )
+        if self._function is None:
+            use_one_thread()
+            try:
+                self._function = _Function(*ray.get(self._given[0]))
+            except ImportError as error:
+                raise UserError(f"a machine of the cluster lacks a module ({error}): install it there") from None
         self._function.prepare()
 
     def run(self, task: Any) -> Any:
         """The result of a task."""
         self.prepare()
+        assert self._function is not None
         return self._function(task)
 
 
@@ -450,7 +467,7 @@ class _RayActors(_Engine):
         self.count = min(most, room)
         self._actor = ray.remote(num_cpus=where.cpus, num_gpus=where.gpus, max_restarts=0)(_RayWorker)
         try:
-            self._given = make, ray.put(arguments), __version__, os.getcwd()
+            self._given = [ray.put((make, arguments))], __version__, os.getcwd(), sys.path
         except Exception as error:  # of what cannot be sent
             self.close()
             raise _not_sent(error) from None

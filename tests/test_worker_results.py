@@ -44,6 +44,7 @@ def cluster():
     ray = pytest.importorskip("ray", reason="the package ray is not installed: make ray")
     mark = uuid.uuid4().hex
     os.environ["KV_GYM_TEST_CLUSTER"] = mark
+    os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield mark
     ray.shutdown()
