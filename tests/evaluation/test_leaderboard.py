@@ -276,6 +276,7 @@ def test_episodes_are_a_setting_with_a_price(place, tmp_path):
                         progress=False)  # fmt: skip
     (said,) = [row["refused"] for row in found if row["episodes"] == "2"]
     assert said.startswith("the conversation has 1 window, and episodes are groups of windows")
+    assert "- keydiff, uniform, episodes 2 (toy): the conversation has 1 window" in page(found)
     assert all(row["questions"] == 20 for row in found if row["episodes"] == "none")
     with pytest.raises(UserError, match="episodes '2:size=3' are not known"):
         read_spec(spec | {"episodes": ["2:size=3"]})

@@ -203,7 +203,7 @@ def _refused(rows: Sequence[Mapping]) -> list[str]:
     refused: dict[str, list[str]] = {}
     for row in rows:
         if row.get("refused"):
-            how = "" if row["task"].startswith("pages ") else f", {row['allocation']}"
+            how = "" if row["task"].startswith("pages ") else f", {', '.join(_ways(row))}"
             refused.setdefault(row["refused"], []).append(f"{row['policy']}{how} ({row['task']})")
     lines = [f"- {', '.join(map(_text, dict.fromkeys(who)))}: {_text(why)}" for why, who in refused.items()]
     return ["", "## Refused", "", *lines] if lines else []
@@ -240,15 +240,18 @@ def _by_configuration(lines: Sequence[Mapping]) -> dict[tuple, dict[float, Mappi
 def _name(line: Mapping) -> tuple[str, str]:
     """Policy and how its slots are dealt out."""
     name = _text(line["policy"])
-    settings = line["evicted"], line["select"]
-    how = [line["allocation"], *(name for name in settings if name not in ("drop", "all"))]
-    if line["episodes"] not in (None, "none"):
-        how.append(f"episodes {line['episodes']}")
+    how = _ways(line)
     if line["sinks"] is not None or line["recent"] is not None:
         how.append(f"ends {line['sinks']} + {line['recent']}")
     if line["window"] is not None:
         how.append(f"window {line['window']}")
     return f"**{name}**" if line["learned"] else name, _text(", ".join(how))
+
+
+def _ways(row: Mapping) -> list[str]:
+    """How a cache is held: the allocation, and what else is not as usual."""
+    others = [row["evicted"], row["select"], f"episodes {row['episodes'] or 'none'}"]
+    return [row["allocation"], *(name for name in others if name not in ("drop", "all", "episodes none"))]
 
 
 def _percent(share: float) -> str:
