@@ -250,7 +250,7 @@ def _name(line: Mapping) -> tuple[str, str]:
 
 def _ways(row: Mapping) -> list[str]:
     """How a cache is held: the allocation, and what else is not as usual."""
-    others = [row["evicted"], row["select"], f"episodes {row['episodes'] or 'none'}"]
+    others = [row.get("evicted") or "drop", row.get("select") or "all", f"episodes {row.get('episodes') or 'none'}"]
     return [row["allocation"], *(name for name in others if name not in ("drop", "all", "episodes none"))]
 
 
