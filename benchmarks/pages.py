@@ -95,6 +95,7 @@ def main() -> None:
     parser.add_argument("--publish", type=Path, help="folder for tables and pictures; with `--parts=` of what is there")
     parser.add_argument("--traces", default=",".join(FILES), help="names of those to take")
     parser.add_argument("--agents", default=",".join(AGENTS), help="names of those to train")
+    parser.add_argument("--seeds", type=int, default=5, help="how often each is trained")
     parser.add_argument("--parts", default="evidence,capacities,predictions,speed,decisions")
     parser.add_argument("--quick", action="store_true", help="the bundled sample alone")
     arguments = parser.parse_args()
@@ -111,6 +112,7 @@ class Traces:
 
     def __init__(self, arguments: argparse.Namespace):
         self.quick, self.agents, folder = arguments.quick, arguments.agents.split(","), arguments.data
+        self.seeds = range(arguments.seeds)
         sample = {"sample": bundled("requests") / "sample.jsonl.gz"}
         chosen = arguments.traces.split(",") if folder is not None else []
         found = {name: folder / FILES[name] for name in chosen}
@@ -167,7 +169,7 @@ def evidence(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
             for seed in range(3) if make_page_policy(policy).stochastic else (None,):
                 key = {"trace": trace, "capacity": capacity, "policy": policy, "seed": seed}
                 yield key, lambda key=key: count_hits(traces, **key)
-    for seed, agent, (trace, capacity) in product(range(5), traces.agents, cases):  # first all with one seed
+    for seed, agent, (trace, capacity) in product(traces.seeds, traces.agents, cases):  # first all with one seed
         if agent in ON_EVERY_TRACE or (agent, trace, capacity) in ELSEWHERE or traces.quick:
             key = {"trace": trace, "capacity": capacity, "policy": agent, "seed": seed}
             compute = count_hits if agent.startswith("lrb") else train_and_count  # lrb learns while it runs
