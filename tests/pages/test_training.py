@@ -158,6 +158,8 @@ def test_lrb_learns_it_while_the_cache_runs():
 
 
 def test_lrb_has_trees(monkeypatch):
+    with pytest.raises(UserError, match="lrb with trees=-1 cannot run; expected 0 or more"):
+        make_page_policy("lrb:trees=-1")
     with monkeypatch.context() as without:
         without.setitem(sys.modules, "lightgbm", None)
         with pytest.raises(UserError, match=r"lightgbm is missing: pip install 'kv-gym\[trees\]'"):

@@ -107,6 +107,11 @@ class LRB(PageRankingPolicy):
     shadow: int = 0
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in (("window", 0.0), ("sample", 0.0), ("trees", 0), ("shadow", 0)):
+            if not least <= (value := getattr(self, name)) < float("inf"):
+                raise UserError(f"lrb with {name}={value} cannot run; expected {least} or more")
+
     def reset(self, seed: int) -> None:
         self._random = np.random.default_rng([self.seed, seed])
         self._features: tuple[str, ...] = ()
