@@ -11,6 +11,7 @@ Parts, chosen with ``--parts``:
 
 - ``evidence``: hit rates on the last 0.3 of every trace; trained policies see the first half, choose their best round
   on the next fifth, and run on all of it with their shadow LRU.
+- ``noise``: the oracle of 16 candidates, 12 of them drawn, with noise on the logarithm of the time to the next use.
 - ``capacities``: hit rates over the capacity, on whole traces.
 - ``predictions``: misses of Flush, Mark0 and Mark&Predict over the share of wrong bits, with the proven bounds.
 - ``speed``: a million requests for each classic policy, and the same through libCacheSim's Python package.
@@ -96,7 +97,7 @@ def main() -> None:
     parser.add_argument("--traces", default=",".join(FILES), help="names of those to take")
     parser.add_argument("--agents", default=",".join(AGENTS), help="names of those to train")
     parser.add_argument("--seeds", type=int, default=5, help="how often each is trained")
-    parser.add_argument("--parts", default="evidence,capacities,predictions,speed,decisions")
+    parser.add_argument("--parts", default="evidence,noise,capacities,predictions,speed,decisions")
     parser.add_argument("--quick", action="store_true", help="the bundled sample alone")
     arguments = parser.parse_args()
     results = Results(arguments.out, Traces(arguments))
@@ -198,6 +199,14 @@ def train_and_count(traces: Traces, trace: str, capacity: int, policy: str, seed
     found = simulate(requests, learned, capacity, semantics, "pass", warm_up=WARM_UP)
     return {"hit_rate": found.hit_rate, "byte_hit_rate": found.byte_hit_rate, "shadow_share": found.shadow_share,
             "fallback": learned.card.fallback, "validation": learned.card.validation["learned"]}  # fmt: skip
+
+
+def noise(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
+    trace, capacity = ("sample", 1000) if traces.quick else ("web07", 1000)
+    if trace in traces:
+        for deviation in (0.25, 0.5, 1.0, 1.5, 2.0, 3.0):
+            key = {"trace": trace, "capacity": capacity, "policy": f"{ORACLES[1]}:noise={deviation}", "seed": None}
+            yield key, lambda key=key: count_hits(traces, **key)
 
 
 def capacities(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
@@ -342,7 +351,7 @@ def time_decisions(form: str) -> Cell:
 
 
 PARTS: dict[str, Callable[[Traces], Iterator[tuple[Cell, Callable[[], Cell]]]]] = {
-    "evidence": evidence, "capacities": capacities, "predictions": predictions, "speed": speed,
+    "evidence": evidence, "noise": noise, "capacities": capacities, "predictions": predictions, "speed": speed,
     "decisions": decisions,
 }  # fmt: skip
 
@@ -369,6 +378,14 @@ def page(cells: list[Cell], command: str) -> str:
         "## Hit rates",
         evidence_text(cells),
     ]
+    if noisy := [cell for cell in cells if cell["part"] == "noise"]:
+        text += [
+            f"How exact a prediction must be: the oracle of 16 candidates, 12 of them drawn, on {noisy[0]['trace']} at "
+            f"{noisy[0]['capacity']:,}, with noise of this deviation on the natural logarithm of the time to the next "
+            "use (1: wrong by a factor of 2.7).",
+            pipe_table(["noise", *(cell["policy"].rpartition("=")[2] for cell in noisy)],
+                       [["hits", *(percent(cell["hit_rate"]) for cell in noisy)]]),
+        ]  # fmt: skip
     if timed := [cell for cell in cells if cell["part"] == "speed"]:
         text += ["## Speed", speed_text(timed)]
     if decided := [cell for cell in cells if cell["part"] == "decisions"]:

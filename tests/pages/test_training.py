@@ -142,7 +142,7 @@ def test_drawn_candidates_let_young_pages_leave(tmp_path):
     """Random candidates reach pages that come once long before they are old; the oracle among them gains by it."""
     trace = loop_and_wonders()
     tail, drawn = (simulate(trace, f"tail_oracle:drawn={count}", CAPACITY).hits for count in (0, 12))
-    assert drawn > tail
+    assert drawn > tail and drawn > simulate(trace, "tail_oracle:drawn=12:noise=20", CAPACITY).hits
     policy = train_pages("clone", trace, tmp_path, CAPACITY, drawn=12, rounds=2, steps=60, decisions=500)
     assert policy.drawn == 12 and "order" not in policy.card.features
     again = [simulate(trace, str(tmp_path), CAPACITY).hits for _ in range(2)]

@@ -20,11 +20,20 @@ class TailOracle(PageRankingPolicy):
     Attributes:
         candidates: how many pages it chooses among.
         drawn: how many of these are drawn at random from all that may leave; the others are the least recently used.
+        noise: deviation of what is added to the logarithm of every time to the next use, to learn how exact a
+            prediction must be; pages that are not used again count as used after twice the trace.
     """
 
     needs_future = True
     candidates: int = 16
     drawn: int = 0
+    noise: float = 0.0
+
+    def reset(self, seed: int) -> None:
+        self._random = np.random.default_rng(seed)
 
     def rank(self, candidates: Candidates) -> np.ndarray:
-        return -candidates.next_use.astype(float)
+        if not self.noise:
+            return -candidates.next_use.astype(float)
+        distance = np.minimum(candidates.next_use - candidates.access, 2 * len(candidates.cache.trace))
+        return -np.log(distance) - self.noise * self._random.standard_normal(len(candidates))
