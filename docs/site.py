@@ -25,6 +25,7 @@ PACKAGES = {
     "kv_gym.training": "kv_gym/training", "kv_gym.evaluation": "", "kv_gym.evaluation.tasks": "",
     "kv_gym.evaluation.leaderboard": "", "kv_gym.evaluation.report": "", "kv_gym.fit": "", "kv_gym.pages": "",
     "kv_gym.pages.policies": "kv_gym/pages/policies", "kv_gym.interop": "", "kv_gym.reference": "",
+    "kv_gym.serving": "",
 }  # fmt: skip
 
 

@@ -1,7 +1,11 @@
 """The server against OpenAI's own client: what it replies, remembers, parks, counts and refuses."""
 
 import json
+import os
+import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import urllib.error
@@ -363,3 +367,20 @@ def test_mistakes_at_the_start_are_one_sentence(parts):
             serving(parts, **settings)
     with pytest.raises(UserError, match="has no tokenizer"):
         serving((parts[0], None))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_the_command_serves_until_a_signal(parts, tmp_path, sent):
+    for part in parts:
+        part.save_pretrained(tmp_path / "tiny")
+    words = ["serve", "--model", str(tmp_path / "tiny"), "--policy", "keydiff", "--budget", "1/2", "--port", "0"]
+    environment = {**os.environ, "KV_GYM_API_KEY": "secret"}
+    command = [sys.executable, "-m", "kv_gym", *words, "--folder", str(tmp_path / "parked")]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
+        line = next(line for line in process.stderr if line.startswith("tiny at http"))
+        with openai.OpenAI(base_url=line.split()[2].rstrip(","), api_key="secret") as client:
+            assert turns_of(client, ["Hi"])[1] == [0]
+        process.send_signal(sent)
+        assert process.wait(30) == 0 and process.stderr.read() == ""
+    assert list((tmp_path / "parked").iterdir()) == []
