@@ -39,6 +39,7 @@ class TextSession:
     Attributes:
         cache: the cache.
         ids: all tokens so far; the cache may not have read the last ones yet.
+        settings: names of policy, budget, allocation, trigger and tier.
 
     Raises:
         UserError: what the cache refuses.
@@ -69,7 +70,9 @@ class TextSession:
             model, policy, budget, allocation, "prefill" if trigger == "turn" else trigger, evicted=evicted,
             guard=guard, offload=offload,
         )  # fmt: skip
-        self._budget = self.cache.config.budget if trigger == "turn" else None
+        config = self.cache.config
+        self.settings = [config.policy.name, str(config.budget), config.allocation.name, trigger, config.evicted.name]
+        self._budget = config.budget if trigger == "turn" else None
         if self._budget is not None:
             self.cache.set_budget(1.0)
 

@@ -3,16 +3,29 @@
 from __future__ import annotations
 
 import logging
+import uuid
 from collections import OrderedDict
 from dataclasses import dataclass
-from itertools import count
 from pathlib import Path
 
+from pydantic import BaseModel, ConfigDict
+
 from kv_gym.errors import UserError
+from kv_gym.files import atomic_write, read_json, validated
 from kv_gym.live.cache import EvictingCache
 from kv_gym.live.conversation import TextSession
 
 _log = logging.getLogger("kv_gym.serving")
+
+
+class _Record(BaseModel):
+    """What stands beside a cache's file, so that another server can go on with it."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    transcript: str
+    ids: list[int]
+    settings: list[str]
 
 
 @dataclass
@@ -39,16 +52,24 @@ class Conversations:
         most_parked: so many more are kept on disk.
         most_parked_bytes: bytes of their files, at most.
         folder: where the files are; None parks nothing.
+        keep: leave the files of all sessions at the end, and begin with those that are there.
     """
 
     def __init__(
-        self, empty: TextSession, most_in_memory: int, most_parked: int, most_parked_bytes: int, folder: Path | None
+        self,
+        empty: TextSession,
+        most_in_memory: int,
+        most_parked: int,
+        most_parked_bytes: int,
+        folder: Path | None,
+        keep: bool = False,
     ):
-        self._empty, self._folder = empty, folder
+        self._empty, self._folder, self._keep = empty, folder, keep
         self._most_in_memory, self._most_parked, self._most_bytes = most_in_memory, most_parked, most_parked_bytes
         self._in_memory: OrderedDict[str, TextSession] = OrderedDict()
         self._parked: OrderedDict[str, ParkedSession] = OrderedDict()
-        self._numbers = count()
+        if folder is not None and keep:
+            self._find(folder)
 
     def new(self) -> TextSession:
         """A session that has read nothing."""
@@ -79,10 +100,13 @@ class Conversations:
             self._park(*self._in_memory.popitem(last=False))
 
     def close(self) -> None:
-        """Forget all sessions and remove their files."""
-        self._in_memory.clear()
-        for transcript in list(self._parked):
-            self._forget(transcript)
+        """Forget all sessions; their files are removed, or those in memory get files too."""
+        while self._in_memory:
+            transcript, session = self._in_memory.popitem(last=False)
+            if self._keep:
+                self._park(transcript, session)
+        while self._parked and not self._keep:
+            self._forget(next(iter(self._parked)))
 
     @property
     def counts(self) -> tuple[int, int]:
@@ -107,29 +131,60 @@ class Conversations:
     def _park(self, transcript: str, session: TextSession) -> None:
         if self._folder is None or not self._most_parked:
             return
-        file = self._folder / f"{next(self._numbers)}.safetensors"
+        file = self._folder / f"{uuid.uuid4().hex}.safetensors"
         try:
             session.cache.save(file)
-        except UserError as error:
+            if self._keep:
+                about = _Record(transcript=transcript, ids=session.ids, settings=self._empty.settings)
+                with atomic_write(file.with_suffix(".json")) as part:
+                    part.write_text(about.model_dump_json(), encoding="utf-8")
+        except (OSError, UserError) as error:
+            _remove(file)
             _log.warning("a conversation is forgotten instead of parked: %s", error)
             return
         session.cache = self._empty.cache
         self._parked[transcript] = ParkedSession(session, file, file.stat().st_size)
+        self._drop_oldest()
+
+    def _drop_oldest(self) -> None:
         while len(self._parked) > self._most_parked or self.parked_nbytes > self._most_bytes:
             self._forget(next(iter(self._parked)))
 
     def _unpark(self, parked: ParkedSession) -> TextSession:
         config = self._empty.cache.config
         try:
-            parked.session.cache = EvictingCache.load(
-                parked.file, config.model, config.policy, config.allocation, config.evicted
-            )
+            cache = EvictingCache.load(parked.file, config.model, config.policy, config.allocation, config.evicted)
         finally:
-            parked.file.unlink(missing_ok=True)
+            _remove(parked.file)
+        if cache.seen > len(parked.session.ids):
+            raise UserError(f"the cache in {parked.file} has seen more tokens than the file beside it lists")
+        parked.session.cache = cache
         return parked.session
 
+    def _find(self, folder: Path) -> None:
+        """Take over the sessions that another server left, the latest ones last."""
+        for file in sorted(folder.glob("*.json"), key=lambda file: file.stat().st_mtime):
+            cache = file.with_suffix(".safetensors")
+            try:
+                about = validated(_Record, read_json(file, "expected a conversation of kv-gym serve"), str(file))
+                nbytes = cache.stat().st_size
+            except (OSError, UserError) as error:
+                _log.warning("a file in the folder of conversations is left alone: %s", error)
+                continue
+            if about.settings == self._empty.settings:
+                session = self._empty.fork()
+                session.ids, session.cache = about.ids, self._empty.cache
+                self._parked[about.transcript] = ParkedSession(session, cache, nbytes)
+        self._drop_oldest()
+
     def _forget(self, transcript: str) -> None:
-        self._parked.pop(transcript).file.unlink(missing_ok=True)
+        _remove(self._parked.pop(transcript).file)
+
+
+def _remove(file: Path) -> None:
+    """Remove the file of a cache and what stands beside it."""
+    for each in (file, file.with_suffix(".json")):
+        each.unlink(missing_ok=True)
 
 
 def held_slots(cache: EvictingCache) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ipaddress
-import shutil
 import socket
 import sys
 import tempfile
@@ -43,9 +42,9 @@ class Server:
         url: of the API, such as ``http://127.0.0.1:8000/v1``.
     """
 
-    def __init__(self, app, engine: Engine, bound: socket.socket, folder: Path | None):
-        """Serve an app on a bound socket; `folder` is removed at the end."""
-        self._engine, self._socket, self._folder = engine, bound, folder
+    def __init__(self, app, engine: Engine, bound: socket.socket, temporary: tempfile.TemporaryDirectory | None):
+        """Serve an app on a bound socket; the temporary folder is removed at the end."""
+        self._engine, self._socket, self._temporary = engine, bound, temporary
         config = uvicorn.Config(
             app, log_config=None, access_log=False, lifespan="off", server_header=False,
             limit_concurrency=_MOST_CONNECTIONS, timeout_graceful_shutdown=_GRACE,
@@ -61,8 +60,8 @@ class Server:
             self._uvicorn.run([self._socket])
         finally:
             self._engine.close()
-            if self._folder is not None:
-                shutil.rmtree(self._folder, ignore_errors=True)
+            if self._temporary is not None:
+                self._temporary.cleanup()
 
     def __enter__(self) -> Server:
         self._thread = threading.Thread(target=self.run, name="kv-gym-server", daemon=True)
@@ -142,8 +141,8 @@ def make_server(
         conversations: so many stay in memory.
         parked: so many more, the least recently used ones, wait on disk; older ones are read anew when they go on.
         parked_megabytes: of their files, at most.
-        folder: where to make a private folder for them; by default among the temporary files. It is removed at the
-            end.
+        folder: where conversations are parked, those in memory too at the end: the next server with the same
+            settings goes on with them. By default a private temporary folder, which is removed at the end.
         queue: requests that may wait while another one is served; more are refused with status 429.
         timeout: seconds that a reply may take, the wait before it included.
         request_kilobytes: of a request, at most.
@@ -173,24 +172,28 @@ def make_server(
     except UserError:
         template = None
         note("the model has no chat template: /v1/completions is served and dialogues are refused")
-    own_folder: Path | None = None
+    place: Path | None = None
+    temporary: tempfile.TemporaryDirectory | None = None
     if parked:
         try:
             refuse_unsavable(empty.cache.config)
         except UserError as error:
             note(f"conversations that leave the memory are forgotten: {error}")
         else:
-            own_folder = _private_folder(folder)
+            if folder is None:
+                temporary = tempfile.TemporaryDirectory(prefix="kv-gym-", ignore_cleanup_errors=True)
+            place = Path(temporary.name) if temporary is not None else _made(Path(folder or ""))
     bound = _listen(host, port)
     loopback = ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
     if not loopback and api_key is None:
         note(f"anybody who reaches {host} can use this server; set {KEY_VARIABLE} to ask for a key")
     metrics = Metrics()
-    remembered = Conversations(empty, conversations, parked, parked_megabytes * 2**20, own_folder)
+    most_bytes = parked_megabytes * 2**20
+    remembered = Conversations(empty, conversations, parked, most_bytes, place, keep=folder is not None)
     engine = Engine(model, tokenizer, remembered, metrics, max_tokens, queue)
     name = name or Path(model.config.name_or_path).name or "model"
     settings = AppSettings(name, timeout, request_kilobytes * 2**10, api_key, loopback and api_key is None)
-    server = Server(make_app(engine, metrics, tokenizer, template, settings), engine, bound, own_folder)
+    server = Server(make_app(engine, metrics, tokenizer, template, settings), engine, bound, temporary)
     note(f"{name} at {server.url}, policy {empty.cache.config.policy.name}, budget {budget}")
     return server
 
@@ -203,10 +206,9 @@ def _listen(host: str, port: int) -> socket.socket:
         raise UserError(f"cannot listen on {host}, port {port} ({reason}); choose others by host and port") from None
 
 
-def _private_folder(folder: str | Path | None) -> Path:
+def _made(folder: Path) -> Path:
     try:
-        if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        return Path(tempfile.mkdtemp(prefix="kv-gym-", dir=folder))
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"no folder can be made in {folder} ({error.strerror}); name another one") from None
+        raise UserError(f"folder {folder} cannot be made ({error.strerror}); name another one") from None
+    return folder

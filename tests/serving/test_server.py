@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -290,8 +291,9 @@ def test_one_generation_at_a_time_a_bounded_queue_and_time_outs(monkeypatch):
 
 
 def test_a_server_that_stops_ends_the_reply_and_removes_its_files(monkeypatch, tmp_path):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     parts = loaded()
-    server = serving(parts, conversations=1, folder=tmp_path)
+    server = serving(parts, conversations=1)
     client = client_of(server)
     with server:
         turns_of(client, ["a"])
@@ -306,6 +308,23 @@ def test_a_server_that_stops_ends_the_reply_and_removes_its_files(monkeypatch, t
         list(stream)
     client.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_keeps_conversations_for_the_next_server(parts, tmp_path):
+    questions = [["one", "two"], ["three", "four"]]
+    histories = []
+    with serving(parts, conversations=1, folder=tmp_path) as server, client_of(server) as client:
+        for first, _ in questions:
+            (said,), _ = turns_of(client, [first])
+            histories.append([user(first), {"role": "assistant", "content": said}])
+    (tmp_path / "other.json").write_text("{}")
+    with serving(parts, budget="1/4", folder=tmp_path) as server:
+        assert metric(server, 'conversations{place="disk"}') == 0  # of other settings
+    with serving(parts, folder=tmp_path) as server, client_of(server) as client:
+        for (first, second), history in zip(questions, histories, strict=True):
+            expected, seen = expected_turns(parts, [first, second])
+            assert turns_of(client, [second], history) == ([expected[1]], [seen[0]])
+    assert len(list(tmp_path.glob("*.safetensors"))) == 2 and (tmp_path / "other.json").exists()
 
 
 def test_metrics_hold_what_the_caches_hold(parts):
@@ -375,12 +394,12 @@ def test_the_command_serves_until_a_signal(parts, tmp_path, sent):
     for part in parts:
         part.save_pretrained(tmp_path / "tiny")
     words = ["serve", "--model", str(tmp_path / "tiny"), "--policy", "keydiff", "--budget", "1/2", "--port", "0"]
-    environment = {**os.environ, "KV_GYM_API_KEY": "secret"}
-    command = [sys.executable, "-m", "kv_gym", *words, "--folder", str(tmp_path / "parked")]
+    environment = {**os.environ, "KV_GYM_API_KEY": "secret", "TMPDIR": str(tmp_path)}
+    command = [sys.executable, "-m", "kv_gym", *words]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True, env=environment) as process:
         line = next(line for line in process.stderr if line.startswith("tiny at http"))
         with openai.OpenAI(base_url=line.split()[2].rstrip(","), api_key="secret") as client:
             assert turns_of(client, ["Hi"])[1] == [0]
         process.send_signal(sent)
         assert process.wait(30) == 0 and process.stderr.read() == ""
-    assert list((tmp_path / "parked").iterdir()) == []
+    assert [file.name for file in tmp_path.iterdir()] == ["tiny"]
