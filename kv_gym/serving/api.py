@@ -44,6 +44,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _IGNORED = {
     "metadata", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "service_tier", "store",
 }  # fmt: skip
+FAILED = "the server failed at this request; its log says why"
 _MOST_STOPS, _LONGEST_STOP = 4, 1000
 
 StopString = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hmac
 import json
+import re
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from starlette.requests import ClientDisconnect
 from kv_gym.errors import UserError
 from kv_gym.models.chat_template import ChatTemplate
 from kv_gym.serving.api import (
+    FAILED,
     ChatRequest,
     CompletionRequest,
     GenerationRequest,
@@ -30,7 +32,7 @@ from kv_gym.serving.engine import Engine, Generation, Reply
 from kv_gym.serving.metrics import Metrics
 from kv_gym.serving.turns import ChatTurn, TextTurn, Turn
 
-_LOOPBACK_NAMES = {"localhost", "127.0.0.1", "::1"}
+_LOOPBACK_NAME = re.compile(r"(localhost|127\.0\.0\.1|\[::1\])(:\d+)?", re.IGNORECASE)
 _BODY_SECONDS = 30  # within which a request must have arrived
 _SENDING_SECONDS = 10  # that a client has, after the time of a reply, to take the last events
 
@@ -79,7 +81,7 @@ def make_app(
         if parsed.model != settings.model:
             raise _unknown_model(parsed.model, settings.model)
         deadline = asyncio.get_running_loop().time() + settings.seconds
-        generation = engine.submit(make_turn(parsed))
+        generation = engine.submit(await asyncio.to_thread(make_turn, parsed))
         watcher = asyncio.create_task(_cancel_when_gone(request, generation))
         events = _events(generation, deadline, settings.seconds, watcher)
         form = ReplyFormat(kind is ChatRequest, settings.model)
@@ -130,7 +132,11 @@ def make_app(
 
     @app.exception_handler(HTTPException)
     async def refuse_route(request: Request, error: HTTPException) -> Response:
-        return _error(RequestError(error.status_code, f"{request.method} {request.url.path}: {error.detail}"))
+        return _error(RequestError(error.status_code, f"{request.method} {request.url.path[:200]}: {error.detail}"))
+
+    @app.exception_handler(Exception)
+    async def fail(_: Request, __: Exception) -> Response:
+        return _error(RequestError(500, FAILED))  # uvicorn logs what it was
 
     @app.exception_handler(ClientDisconnect)
     async def leave(_: Request, __: ClientDisconnect) -> Response:
@@ -144,11 +150,11 @@ def _permission(settings: AppSettings) -> Callable[[Request], Awaitable[None]]:
     """What refuses requests without the key, or to another name of this machine."""
 
     async def check(request: Request) -> None:
-        if settings.loopback_names_only and request.url.hostname not in _LOOPBACK_NAMES:
+        host = request.headers.get("host", "")
+        if settings.loopback_names_only and not _LOOPBACK_NAME.fullmatch(host):
             raise RequestError(
-                403, f"this server answers to {', '.join(sorted(_LOOPBACK_NAMES))} alone: use one of these names, or "
-                "have it started with an API key"
-            )  # fmt: skip
+                403, "this server answers to localhost, 127.0.0.1 and [::1] unless it asks for an API key"
+            )
         if settings.api_key is not None:
             kind, _, given = request.headers.get("authorization", "").partition(" ")
             if kind.lower() != "bearer" or not hmac.compare_digest(given.encode("latin-1"), settings.api_key.encode()):

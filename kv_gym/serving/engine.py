@@ -19,7 +19,7 @@ from kv_gym.errors import UserError
 from kv_gym.live.cache import EvictingCache
 from kv_gym.live.conversation import TextSession
 from kv_gym.models.loading import plain_ids
-from kv_gym.serving.api import RequestError
+from kv_gym.serving.api import FAILED, RequestError
 from kv_gym.serving.conversations import Conversations, held_slots
 from kv_gym.serving.metrics import Metrics
 from kv_gym.serving.reply_stream import ReplyStream
@@ -163,7 +163,7 @@ class Engine:
         except Exception:
             _log.exception("a generation failed")
             self._metrics.interrupted.labels("failure").inc()
-            generation.emit(RequestError(500, "the server failed at this request; its log says why"))
+            generation.emit(RequestError(500, FAILED))
         finally:
             self._metrics.show(self._conversations)
 
