@@ -12,7 +12,7 @@ import uuid
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 from kv_gym.errors import UserError
 from kv_gym.files import parse_json, validated
@@ -46,6 +46,23 @@ _IGNORED = {
 }  # fmt: skip
 FAILED = "the server failed at this request; its log says why"
 _MOST_STOPS, _LONGEST_STOP = 4, 1000
+
+
+def _as_list(value: Any) -> Any:
+    if isinstance(value, list) and len(value) > _MOST_STOPS:
+        raise UserError(f"stop holds {len(value)} texts; expected at most {_MOST_STOPS}")
+    return [value] if isinstance(value, str) else value
+
+
+def _as_parts(value: Any) -> Any:
+    if not isinstance(value, str | list):
+        raise UserError("the content of a message is neither a text nor a list of parts; expected one of them")
+    return [{"type": "text", "text": value}] if isinstance(value, str) else value
+
+
+def _only_one(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and len(value) == 1 else value
+
 
 StopString = Annotated[str, Field(min_length=1, max_length=_LONGEST_STOP)]
 
@@ -96,7 +113,7 @@ class GenerationRequest(BaseModel):
     temperature: Annotated[float, Field(ge=0, le=2)] | None = None
     top_p: Annotated[float, Field(ge=0, le=1)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: StopString | Annotated[list[StopString], Field(max_length=_MOST_STOPS)] | None = None
+    stop: Annotated[list[StopString], BeforeValidator(_as_list)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     user: Annotated[str, Field(max_length=1000)] | None = None
@@ -104,7 +121,7 @@ class GenerationRequest(BaseModel):
     @property
     def stops(self) -> list[str]:
         """The texts at which the reply ends."""
-        return [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return self.stop or []
 
     @property
     def include_usage(self) -> bool:
@@ -127,7 +144,7 @@ class Message(BaseModel):
     model_config = ConfigDict(extra="ignore", strict=True)
 
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[TextPart]
+    content: Annotated[list[TextPart], BeforeValidator(_as_parts)]
 
     @model_validator(mode="before")
     @classmethod
@@ -138,15 +155,14 @@ class Message(BaseModel):
 
     def plain(self) -> dict[str, str]:
         """Role and content as chat templates take them."""
-        parts = self.content
-        text = parts if isinstance(parts, str) else "".join(part.text for part in parts)
+        text = "".join(part.text for part in self.content)
         return {"role": "system" if self.role == "developer" else self.role, "content": text}
 
 
 class ChatRequest(GenerationRequest):
     """Of ``/v1/chat/completions``."""
 
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: list[Message]
     max_completion_tokens: Annotated[int, Field(ge=1, le=2**31)] | None = None
 
     @property
@@ -160,6 +176,8 @@ class ChatRequest(GenerationRequest):
         Raises:
             UserError: they do not alternate.
         """
+        if not self.messages:
+            raise UserError("messages hold nothing; expected at least one of the user")
         messages = list(check_messages([message.plain() for message in self.messages]))
         if messages[-1]["role"] != "user":
             raise UserError(f"the last message is the {messages[-1]['role']}'s; expected one of the user to reply to")
@@ -173,7 +191,7 @@ class ChatRequest(GenerationRequest):
 class CompletionRequest(GenerationRequest):
     """Of ``/v1/completions``."""
 
-    prompt: str | Annotated[list[str], Field(min_length=1, max_length=1)]
+    prompt: Annotated[str, BeforeValidator(_only_one)]
 
     @property
     def most_tokens(self) -> int | None:
@@ -187,10 +205,9 @@ class CompletionRequest(GenerationRequest):
         Raises:
             UserError: it is empty.
         """
-        text = self.prompt if isinstance(self.prompt, str) else self.prompt[0]
-        if not text.strip():
+        if not self.prompt.strip():
             raise UserError("the prompt is empty; give some text to go on with")
-        return text
+        return self.prompt
 
     def transcript(self, text: str) -> str:
         """A text with whose it is."""

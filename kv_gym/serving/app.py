@@ -153,7 +153,7 @@ def _permission(settings: AppSettings) -> Callable[[Request], Awaitable[None]]:
         host = request.headers.get("host", "")
         if settings.loopback_names_only and not _LOOPBACK_NAME.fullmatch(host):
             raise RequestError(
-                403, "this server answers to localhost, 127.0.0.1 and [::1] unless it asks for an API key"
+                403, "this server answers to localhost, 127.0.0.1 and [::1] alone, unless it asks for an API key"
             )
         if settings.api_key is not None:
             kind, _, given = request.headers.get("authorization", "").partition(" ")
