@@ -6,6 +6,7 @@
 #   make docs                       the documentation site, in site/
 #   make versions                   the live tests under transformers 5.2, 5.4 and the newest; in .versions/
 #   make kvpress                    the tests with kvpress, in .venv-kvpress (1.4 GB): kvpress needs transformers 5.2
+#   make clients                    docs/clients.md: what other libraries do with the package, run in .venv-clients
 #   make ray                        the tests with a Ray cluster of this machine; ray (70 MB) in .venv
 #   make real-model  a small real language model (SmolLM2-135M-Instruct, a 4-bit copy) in runs/models/
 #   make clean                      removes environments, caches and build folders; runs/ stays
@@ -17,8 +18,9 @@ BIN := .venv/bin
 READY := .venv/ready
 DOCS := .venv/docs
 BESIDE := .venv-kvpress/ready
+CLIENTS := .venv-clients/ready
 
-.PHONY: demo test test-all lint docs versions kvpress ray real-model clean
+.PHONY: demo test test-all lint docs versions kvpress clients ray real-model clean
 .DEFAULT_GOAL := test
 
 demo: $(READY)
@@ -45,6 +47,9 @@ versions: $(READY)
 kvpress: $(BESIDE)
 	OMP_NUM_THREADS=1 .venv-kvpress/bin/python -m pytest -c tests/kvpress/pytest.ini tests/kvpress
 
+clients: $(CLIENTS)
+	OMP_NUM_THREADS=1 .venv-clients/bin/python benchmarks/clients.py --json benchmarks/results/clients.json
+
 ray: $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray'
 	$(BIN)/python -m pytest -m slow tests/test_worker_results.py
@@ -54,7 +59,7 @@ real-model: $(READY)
 	$(BIN)/python benchmarks/get_real_model.py
 
 clean:
-	rm -rf .venv .venv-kvpress .versions site build dist kv_gym.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf .venv .venv-kvpress .venv-clients .versions site build dist kv_gym.egg-info .pytest_cache .mypy_cache .ruff_cache
 	find kv_gym tests benchmarks examples -name __pycache__ -type d -prune -exec rm -rf {} +
 
 # The stamp is written last, so an interrupted set-up starts over and a changed dependency installs again.
@@ -69,6 +74,12 @@ $(READY): setup.cfg setup.py pyproject.toml constraints.txt
 
 $(DOCS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[docs]'
+	@touch $@
+
+# without constraints.txt: some of these libraries want other versions of what they share
+$(CLIENTS): benchmarks/clients.txt setup.cfg $(READY)
+	@.venv-clients/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv --clear .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -r benchmarks/clients.txt -e '.[datasets,lm-eval,ray]'
 	@touch $@
 
 $(BESIDE): tests/kvpress/constraints.txt setup.cfg $(READY)

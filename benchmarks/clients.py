@@ -2,9 +2,10 @@
 
     python benchmarks/clients.py --json benchmarks/results/clients.json   # runs all, then writes docs/clients.md
     python benchmarks/clients.py --page                                   # the page alone, from the committed results
+    make clients                                                          # all of it, in an environment made for it
 
 Every row is run against the real library, on the bundled model or the bundled traces. A library that is not installed
-leaves the row that FILE has: rllib pins another Gymnasium, so that no single environment holds them all.
+leaves the row that FILE has.
 """
 
 from __future__ import annotations
@@ -135,7 +136,8 @@ def page(file: Path) -> str:
     out = [
         "# Clients", "",
         "What was run with other libraries, and what came out. A sentence in quotes is the error that a user sees.",
-        "This page is written by `python benchmarks/clients.py --json benchmarks/results/clients.json`.", "",
+        "This page is written by `python benchmarks/clients.py --json benchmarks/results/clients.json`; `make clients`",
+        "makes an environment with all of these libraries, and runs it there.", "",
         f"## {MODELS}", "",
         "On the bundled model, an `EvictingCache` with policy `keydiff` and half of 24 tokens.", "",
     ]  # fmt: skip

@@ -6,6 +6,7 @@ and on GitHub. Files that pages link to, such as pictures and settings, are copi
 
 from __future__ import annotations
 
+import json
 import re
 from importlib import import_module
 from pathlib import Path
@@ -17,7 +18,7 @@ from mkdocs.structure.files import File, Files
 from mkdocs.structure.pages import Page
 
 ROOT = Path(__file__).parents[1]
-PAGES = ("*.md", "docs/*.md", "agents/**/*.md", "traces/*.md", "benchmarks/**/*.md", "examples/*.ipynb")
+PAGES = ("*.md", "docs/*.md", "agents/**/*.md", "traces/*.md", "benchmarks/**/*.md")
 # Packages in the order of the navigation, and those whose modules are a page's sections: one file, one method.
 PACKAGES = {
     "kv_gym": "", "kv_gym.live": "", "kv_gym.live.tiers": "", "kv_gym.policies": "kv_gym/policies",
@@ -48,16 +49,19 @@ def on_files(files: Files, *, config: MkDocsConfig) -> Files:
     for path in [*pages, *sorted(_linked(pages)), ROOT / "docs" / "site.css"]:
         name = path.relative_to(ROOT).as_posix()
         files.append(File(name, str(ROOT), config.site_dir, config.use_directory_urls))
+    for notebook in sorted((ROOT / "examples").glob("*.ipynb")):
+        files.append(File.generated(config, f"examples/{notebook.stem}.md", content=_notebook(notebook)))
     for name, modules in PACKAGES.items():
         files.append(File.generated(config, f"api/{name}.md", content=_api_page(name, modules)))
     files.append(File.generated(config, "api/cli.md", content=_command_line()))
     return files
 
 
-def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> None:
-    """The first page stands alone in its part, so that it needs no list beside it."""
+def on_page_markdown(markdown: str, *, page: Page, **_: Any) -> str:
+    """Links to notebooks lead to their pages; the first page stands alone in its part and needs no list beside it."""
     if page.is_homepage:
         page.meta["hide"] = ["navigation"]
+    return markdown.replace(".ipynb)", ".md)")
 
 
 def _linked(pages: list[Path]) -> set[Path]:
@@ -70,6 +74,16 @@ def _linked(pages: list[Path]) -> set[Path]:
                 if path.is_file() and path not in pages and path.is_relative_to(ROOT):
                     found.add(path)
     return found
+
+
+def _notebook(path: Path) -> str:
+    """The cells of a notebook; it is committed without outputs."""
+    cells = json.loads(path.read_text(encoding="utf-8"))["cells"]
+    texts = ["".join(cell["source"]) for cell in cells]
+    return "\n\n".join(
+        f"```python\n{text}\n```" if cell["cell_type"] == "code" else text
+        for cell, text in zip(cells, texts, strict=True)
+    )
 
 
 def _api_page(package: str, modules: str) -> str:

@@ -81,6 +81,12 @@ def test_the_index_lists_every_guide():
     assert {page.name for page in GUIDES} - {"README.md"} <= listed
 
 
+def test_the_site_lists_every_guide():
+    """In the navigation of mkdocs.yml, without which a page is found by search only."""
+    listed = (ROOT / "mkdocs.yml").read_text()
+    assert [page.name for page in GUIDES if f"docs/{page.name}" not in listed] == []
+
+
 @pytest.mark.parametrize(
     "page, known",
     [

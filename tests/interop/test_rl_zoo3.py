@@ -4,6 +4,7 @@ import importlib.util
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import gymnasium as gym
 import pytest
@@ -14,7 +15,7 @@ from stable_baselines3.common.vec_env import DummyVecEnv, VecMonitor
 from kv_gym.envs import KVEvictVecEnv
 from kv_gym.errors import UserError
 from kv_gym.files import read_yaml
-from kv_gym.interop.rl_zoo3 import DecisionSlots, main, native_batch
+from kv_gym.interop.rl_zoo3 import DecisionSlots, _tune_rankings, main, native_batch
 from kv_gym.training.sb3_policy import RankingPolicy, save_policy, stages_of
 
 ROOT = Path(__file__).parents[2]
@@ -69,9 +70,32 @@ def test_an_unknown_command_is_one_sentence(monkeypatch, capsys):
     assert "expected one of train, enjoy, push" in capsys.readouterr().err
 
 
+class Trial:
+    """What Optuna gives to a sampler; the first of the choices, the lower end of a range."""
+
+    def suggest_categorical(self, name, choices):
+        return choices[0]
+
+    def suggest_float(self, name, low, high, log=False):
+        return low
+
+
+def test_trials_change_settings_that_a_ranking_has():
+    manager, samplers = SimpleNamespace(objective=lambda self, trial: samplers["ppo"](trial, 1, 4, {})), {"ppo": None}
+    converters = {"ppo": lambda sampled: "rl_zoo3's"}
+    _tune_rankings(manager, samplers, converters)
+    own = {"policy": "kv_gym.training.sb3_policy.RankingPolicy"}
+    sampled = manager.objective(SimpleNamespace(_hyperparams=own, algo="ppo"), Trial())
+    agent = PPO(RankingPolicy, KVEvictVecEnv(4), gamma=0.0, device="cpu", **sampled)
+    assert agent.n_steps == 4 and converters["ppo"](sampled) == sampled
+    assert converters["ppo"]({"net_arch": "tiny"}) == "rl_zoo3's"
+    with pytest.raises(UserError, match="for ppo and not for trpo"):
+        manager.objective(SimpleNamespace(_hyperparams=own, algo="trpo"), Trial())
+
+
 @pytest.mark.slow
 def test_rl_zoo3_itself_trains(tmp_path):
-    pytest.importorskip("rl_zoo3", reason="needs rl_zoo3: pip install rl_zoo3")
+    pytest.importorskip("rl_zoo3", reason="needs rl_zoo3: make clients")
     command = [sys.executable, "-m", "kv_gym.interop.rl_zoo3", "train", "--algo", "ppo", "--env", "KVEvict-v0"]
     command += ["--conf-file", str(SETTINGS / "ppo.yml"), "--log-folder", str(tmp_path), "-n", "256"]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
