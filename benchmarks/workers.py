@@ -79,7 +79,7 @@ def simulated(counts: tuple[int, ...]) -> Iterator[dict[str, float]]:
     os.environ.setdefault("RAY_worker_niceness", "0")  # else workers of a busy machine wait for all others
     import ray
 
-    ray.init(num_cpus=max(counts), include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
+    ray.init("local", num_cpus=max(counts), include_dashboard=False, log_to_driver=False, object_store_memory=10**8)
     try:
         for count in counts:
             with WorkerPool(sleeper, lambda: (SECONDS,), count, "auto") as pool:
