@@ -1,7 +1,9 @@
 """What more workers give: ``python benchmarks/workers.py --json benchmarks/results/workers.json``.
 
 Recording: contexts of 1,024 tokens with a continuation of 128, by the bundled model, one and two processes in turn;
-the seconds are those behind the start of the workers, which load the model first. Twice: every run is a new trace set.
+the seconds are those behind the start of the workers, which load the model first. Where other work keeps the cores
+busy, two processes get hardly more of them than one; the processor time per context, also given, tells what sharing
+itself costs: nothing where it is equal.
 
 Simulation: Ray on this machine with 64 CPUs that it does not have, and tasks that sleep, 2 seconds each, 5 for each
 worker. Efficiency is the time that as many sleepers would take without anything between them, divided by the time
@@ -17,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from rich.console import Console
@@ -35,13 +38,27 @@ def sleeper(seconds: float) -> Callable[[int], None]:
     return lambda _: time.sleep(seconds)
 
 
-def recording_seconds(counts: tuple[int, ...], rounds: int) -> dict[int, list[float]]:
-    """Seconds of a recording by each number of workers, which have loaded the model before."""
+def timed_recorder(*arguments: Any) -> Callable[[Any], float]:
+    """The function of a worker that records a shard and returns the processor seconds that it took."""
+    from kv_gym.traces.recorder import shard_recorder
+
+    recorder = shard_recorder(*arguments)
+
+    def timed(group: Any) -> float:
+        began = time.process_time()
+        recorder(group)
+        return time.process_time() - began
+
+    return timed
+
+
+def recording_seconds(counts: tuple[int, ...], rounds: int) -> dict[int, list[tuple[float, float]]]:
+    """Seconds and processor seconds of a recording by each number of workers, which have loaded the model before."""
     from kv_gym.files import MODEL
     from kv_gym.models import load_model
     from kv_gym.models.model_source import ModelSource
     from kv_gym.traces import Prompt
-    from kv_gym.traces.recorder import RecordingPlan, make_manifest, shard_recorder
+    from kv_gym.traces.recorder import RecordingPlan, make_manifest
 
     model, _ = load_model(MODEL, "cpu")
     vocabulary = model.config.vocab_size
@@ -51,11 +68,11 @@ def recording_seconds(counts: tuple[int, ...], rounds: int) -> dict[int, list[fl
     groups = [list(enumerate(prompts))[start : start + SHARD] for start in range(0, CONTEXTS, SHARD)]
     plan = RecordingPlan(32, {}, 32, False, None, 0)
     manifest = make_manifest(model, None, "auto", {"window": 32, "stats": [], "blocks": 32}, None)
-    found: dict[int, list[float]] = {count: [] for count in counts}
+    found: dict[int, list[tuple[float, float]]] = {count: [] for count in counts}
     with tempfile.TemporaryDirectory() as folder:
         pools = {
             count: WorkerPool(
-                shard_recorder, lambda: (ModelSource.of(model), Path(folder) / "set", manifest, plan), count
+                timed_recorder, lambda: (ModelSource.of(model), Path(folder) / "set", manifest, plan), count
             )
             for count in counts
         }
@@ -65,9 +82,9 @@ def recording_seconds(counts: tuple[int, ...], rounds: int) -> dict[int, list[fl
         for _ in range(rounds):
             for count, pool in pools.items():
                 began = time.perf_counter()
-                list(pool.run(groups))
-                found[count].append(time.perf_counter() - began)
-                print(f"recording, {count} workers: {found[count][-1]:.1f} s", flush=True)
+                spent = sum(seconds for _, seconds in pool.run(groups))
+                found[count].append((time.perf_counter() - began, spent))
+                print(f"recording, {count} workers: {found[count][-1]} s", flush=True)
         for pool in pools.values():
             pool.__exit__()
     return found
@@ -108,10 +125,12 @@ def main() -> None:
     known = json.loads(arguments.json.read_text()) if arguments.json and arguments.json.exists() else {}
     if arguments.part != "simulation":
         seconds = recording_seconds((1, 2), arguments.rounds)
-        best = {str(count): round(CONTEXTS / min(each), 3) for count, each in seconds.items()}
+        walls = {str(count): [round(wall, 2) for wall, _ in each] for count, each in seconds.items()}
+        best = {str(count): round(CONTEXTS / min(each)[0], 3) for count, each in seconds.items()}
+        spent = {str(count): round(min(cpu for _, cpu in each) / CONTEXTS, 3) for count, each in seconds.items()}
         known["recording"] = {
             "contexts": CONTEXTS, "tokens": TOKENS, "continuation_tokens": CONTINUATION, "cpus": os.cpu_count(),
-            "load_average": round(os.getloadavg()[1], 1), "seconds": {str(k): v for k, v in seconds.items()},
+            "load_average": round(os.getloadavg()[1], 1), "seconds": walls, "processor_seconds_per_context": spent,
             "contexts_per_second": best, "ratio": round(best["2"] / best["1"], 3),
         }  # fmt: skip
     if arguments.part != "recording":
