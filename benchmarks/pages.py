@@ -77,14 +77,14 @@ BOUNDS = {"flush": (1, lambda k: k - 1, discard_bits), "mark0": (1, lambda k: 2 
 
 RULES = """Percent of accesses found, in the last 0.3 of the requests. Agents saw the first half, and chose their best
 round on the next fifth; they choose among 16 pages, four least recently used and twelve drawn at random, with LRU in
-their shadow. `lrb` learns while it runs, and chooses among 64 pages, 63 of them drawn. `best classic` is the best of
-the last table, chosen afterwards on the same requests. The last columns say how much of the distance from it to each
-oracle the mean over seeds covers: `beyond` where the oracle is below the best classic policy and the mean is not.
-With others to choose among than the oracle, a policy may go further than it. Oracles are best over a whole trace, not
-in its last part. Where the tail oracle is less than a point above LRU, K candidates from the tail cannot help; where
-it is `below it`, it is below the best classic policy, so that a policy must look beyond the tail to be better.
-Mooncake's blocks are prefixes for ranking policies, and stand alone for queues. Capacities are pages, those of
-adapt_size bytes. What is missing has not been measured yet."""
+their shadow. `lrb` learns while it runs, and chooses among 64 pages, 63 of them drawn; with `shadow` it has an LRU
+cache in its shadow, too. `best classic` is the best of the last table, chosen afterwards on the same requests. The
+last columns say how much of the distance from it to each oracle the mean over seeds covers: `beyond` where the oracle
+is below the best classic policy and the mean is not. With others to choose among than the oracle, a policy may go
+further than it. Oracles are best over a whole trace, not in its last part. Where the tail oracle is less than a point
+above LRU, K candidates from the tail cannot help; where it is `below it`, it is below the best classic policy, so
+that a policy must look beyond the tail to be better. Mooncake's blocks are prefixes for ranking policies, and stand
+alone for queues. Capacities are pages, those of adapt_size bytes. What is missing has not been measured yet."""
 
 Cell = dict[str, Any]
 
@@ -442,19 +442,20 @@ def evidence_text(cells: list[Cell]) -> str:
 
 def goal_text(rates: dict[tuple[str, int], dict[str, list[Cell]]]) -> str:
     """Where a trained policy does what was asked of it, and where it does not."""
-    reached, short = [], []
+    reached, beyond, short = [], [], []
     for (trace, capacity), found in rates.items():
         (best, _), lru, oracle = best_classic(found), *(mean_rate(found.get(name)) for name in ("lru", ORACLES[0]))
         for policy in AGENTS:
             if (mean := mean_rate(found.get(policy))) is not None:
+                cell = f"`{policy}` on {trace} at {capacity:,}"
                 if mean >= max(best, (best + oracle) / 2):
-                    above = "" if oracle > best else " (the oracle is below the best classic policy)"
-                    reached.append(f"`{policy}` on {trace} at {capacity:,}{above}")
+                    (reached if oracle > best else beyond).append(cell)
                 if mean < lru - 0.01:
-                    short.append(f"`{policy}` on {trace} at {capacity:,}")
+                    short.append(cell)
+    reached, beyond, short = (", ".join(cells) or "none" for cells in (reached, beyond, short))
     return (
-        "At least half of the way from the best classic policy to the tail oracle: "
-        f"{', '.join(reached) or 'none'}. More than a point below LRU: {', '.join(short) or 'none'}."
+        f"At least half of the way from the best classic policy to the tail oracle: {reached}. Above the best classic "
+        f"policy where that is above the tail oracle: {beyond}. More than a point below LRU: {short}."
     )
 
 
