@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 from statistics import median
@@ -83,7 +84,8 @@ def main() -> None:
         times = " | ".join(f"{1000 * row[name]:.0f}" for name in ("python", "server", "stream"))
         print(f"| {row['tokens']} | {row['new']} | {times} | {row['server_ratio']:.2f} | {row['stream_ratio']:.2f} |")
     if args.json is not None:
-        args.json.write_text(json.dumps({"model": Path(args.model).name, "rows": rows}, indent=1) + "\n")
+        machine = {"cores": os.cpu_count(), "load_average": round(os.getloadavg()[0], 1)}
+        args.json.write_text(json.dumps({"model": Path(args.model).name, **machine, "rows": rows}, indent=1) + "\n")
 
 
 if __name__ == "__main__":
