@@ -143,7 +143,12 @@ def main() -> None:
     console = Console()
     console.print(table)
     if "recording" in known:
-        console.print(f"recording: two processes do {known['recording']['ratio']} times the contexts of one per second")
+        recording = known["recording"]
+        console.print(
+            f"recording: two processes do {recording['ratio']} times the contexts of one per second, at a load average of "
+            f"{recording['load_average']} (above 2, other work ran beside it and the ratio says little); processor "
+            f"seconds per context: {recording['processor_seconds_per_context']}"
+        )
 
 
 if __name__ == "__main__":
