@@ -145,7 +145,7 @@ def main() -> None:
     if "recording" in known:
         recording = known["recording"]
         console.print(
-            f"recording: two processes do {recording['ratio']} times the contexts of one per second, at a load average of "
+            f"recording: two processes do {recording['ratio']} times the contexts of one per second, at a load of "
             f"{recording['load_average']} (above 2, other work ran beside it and the ratio says little); processor "
             f"seconds per context: {recording['processor_seconds_per_context']}"
         )
