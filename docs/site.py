@@ -96,7 +96,7 @@ def _api_page(package: str, modules: str) -> str:
     parts = [f"# {package}", f"::: {package}", f"    options: {{{options}}}"]
     for name in sorted(getattr(import_module(package), "__all__", ())):
         if _place(package, name) != f"{package}.{name}" and f"{package}.{name}" not in PACKAGES:
-            parts += ["", f"::: {_place(package, name)}"]
+            parts += ["", f"::: {_place(package, name)}", f"    options: {{heading: {name}, toc_label: {name}}}"]
     for path in sorted((ROOT / modules).glob("*.py")) if modules else ():
         if not path.name.startswith("_") and path.stem not in ("base", "registry"):  # their names stand above
             parts += ["", f"::: {modules.replace('/', '.')}.{path.stem}"]

@@ -74,6 +74,18 @@ def test_constraints_pin_everything_that_is_required():
 # -- bundled data ------------------------------------------------------------------------------------------------
 
 
+def test_what_is_required_is_in_the_list_of_what_the_core_installs():
+    """And docs/deploy.md gives that list's figures."""
+    found = json.loads((ROOT / "benchmarks" / "results" / "install_size.json").read_text())
+    lines = (ROOT / "setup.cfg").read_text().split("install_requires =")[1].split("[options.packages.find]")[0]
+    wanted = {line.split(">=")[0].strip().lower().replace("_", "-") for line in lines.splitlines() if line.strip()}
+    names = {name.lower().replace("_", "-") for name in found["distributions"]}
+    assert wanted - names == set(), "python benchmarks/install_size.py --json benchmarks/results/install_size.json"
+    seconds, page = found["import_seconds"], (ROOT / "docs" / "deploy.md").read_text()
+    assert f"{len(names)} distributions, {found['megabytes']:,.0f} MB" in page
+    assert f"{seconds['least']:.2f} to {seconds['median']:.2f} seconds" in page and seconds["median"] < 0.5
+
+
 def test_a_checkout_reads_its_own_top_level_folders():
     assert bundled("agents") == ROOT / "agents"
     assert sorted(path.suffix for path in bundled("agents").glob("*.yml"))
