@@ -189,9 +189,9 @@ def test_a_stop_string_ends_the_reply_and_leaves_the_cache(parts, client):
 def test_what_is_not_served_is_refused_with_a_sentence(server, change, status, said):
     body = {"model": "tiny", "messages": [user("Hi")]}
     data = change if isinstance(change, bytes) else json.dumps(body | change).encode()
-    assert post(server, data)[0] == status
-    message = post(server, data)[1]["error"]["message"]
-    assert said in message and "\n" not in message
+    found, answer = post(server, data)
+    message = answer["error"]["message"]
+    assert found == status and said in message and "\n" not in message
 
 
 def post(server, data, path="/chat/completions", **headers):
