@@ -85,8 +85,8 @@ further than it. Oracles are best over a whole trace, not in its last part. Wher
 above LRU, K candidates from the tail cannot help; where it is `below it`, it is below the best classic policy, so
 that a policy must look beyond the tail to be better. Mooncake's blocks are prefixes for ranking policies, and stand
 alone for queues. cs is a loop that is gone through less than five times: what is found in its last part depends on
-where in the loop a policy starts to keep pages, and over the whole trace `lrb` finds half of what w_tinylfu does.
-Capacities are pages, those of adapt_size bytes. What is missing has not been measured yet."""
+where in the loop a policy begins to keep pages, and says little. Capacities are pages, those of adapt_size bytes.
+What is missing has not been measured yet."""
 
 Cell = dict[str, Any]
 
