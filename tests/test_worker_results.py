@@ -45,6 +45,7 @@ def cluster():
     mark = uuid.uuid4().hex
     os.environ["KV_GYM_TEST_CLUSTER"] = mark
     os.environ.setdefault("RAY_raylet_start_wait_time_s", "120")  # a busy machine
+    os.environ.setdefault("RAY_worker_niceness", "0")
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield mark
     ray.shutdown()
