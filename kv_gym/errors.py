@@ -1,6 +1,6 @@
 """The error for mistakes that the user can mend."""
 
-_LONGEST = 2000  # characters of a sentence
+_LONGEST = 1500  # characters of a sentence
 
 
 class UserError(ValueError):
