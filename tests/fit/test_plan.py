@@ -125,6 +125,7 @@ def continuations(tmp_path_factory):
     return file
 
 
+@pytest.mark.slow
 def test_a_fit_within_minutes_trains_joint_and_then_through_the_model(continuations, tmp_path, monkeypatch, capsys):
     model = tiny_model("llama", initializer_range=0.1, max_position_embeddings=128)
     monkeypatch.setattr(run, "HEURISTICS", {"recency": ("uniform",)})

@@ -311,6 +311,7 @@ def test_a_server_that_stops_ends_the_reply_and_removes_its_files(monkeypatch, t
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_a_folder_keeps_conversations_for_the_next_server(parts, tmp_path):
     questions = [["one", "two"], ["three", "four"]]
     histories = []

@@ -181,6 +181,8 @@ def check_other(words):
         source = script.read_text()
         if words[1] == "-m" and words[2].startswith("kv_gym.interop."):
             return  # whose options are another library's
+        beside = [script.parent / f"{name}.py" for name in re.findall(r"^from (\w+) import", source, re.M)]
+        source += "".join(file.read_text() for file in beside if file.is_file())  # where options are shared
         for name in (word for word in words if word.startswith("--")):
             assert f'"{name}"' in source, f"{words[1]} has no option {name}"
     elif program == "pip":

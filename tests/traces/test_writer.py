@@ -248,6 +248,7 @@ record(tiny_model(), PROMPTS, {out!r}, shard_size=2, window=4, progress=False, r
 """
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle_of_a_shard_and_run_again(recorded, tmp_path):
     out = tmp_path / "set"
     script = KILLED.format(support=str(Path(__file__).parents[1] / "support"), out=str(out))

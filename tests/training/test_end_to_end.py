@@ -75,6 +75,7 @@ def test_it_learns_what_the_bundled_model_needs(tmp_path):
     assert learned.comparable and learned.protection == (0, 0)
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_ends_as_if_it_had_not_been(recorded, tmp_path, monkeypatch):
     model, traces = recorded
     whole = train("end_to_end", traces, tmp_path / "whole", model=model, **FAST)
