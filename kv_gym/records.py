@@ -19,6 +19,7 @@ from kv_gym.files import exists, read_json, read_json_lines
 Source = str | Path | Iterable[Mapping[str, Any]]
 
 _ROWS_AT_ONCE = 256
+_BYTES_AT_ONCE = 1 << 26  # where a file unpacks to many times its size
 _SAVED, _SAVED_SPLITS = "state.json", "dataset_dict.json"  # as `save_to_disk` writes for one split and for several
 
 
@@ -81,7 +82,11 @@ def _arrow_rows(path: Path, expected: str) -> Iterator[dict[str, Any]]:
     for file in files:
         try:
             for batch in _batches(pyarrow, file):
-                yield from batch.to_pylist()
+                # in Python, every row has its own copy of a value that a dictionary holds once
+                shared = any(pyarrow.types.is_dictionary(kind) for kind in batch.schema.types)
+                step = 1 if shared else max(batch.num_rows, 1)
+                for first in range(0, batch.num_rows, step):
+                    yield from batch.slice(first, step).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise UserError(f"{file} cannot be read ({reason[:200]}); {expected}") from None
@@ -108,7 +113,12 @@ def _batches(pyarrow: ModuleType, file: Path) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
 
         with ParquetFile(file) as reader:
-            yield from reader.iter_batches(_ROWS_AT_ONCE)
+            for group in range(reader.num_row_groups):
+                # A long value that is stored once may stand in every row, and no value is longer than its group.
+                size = reader.metadata.row_group(group).total_byte_size
+                inflated = size > 20 * file.stat().st_size
+                rows = _ROWS_AT_ONCE if not inflated else max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(size, 1)))
+                yield from reader.iter_batches(rows, [group])
         return
     with pyarrow.memory_map(str(file)) as stream:  # a stream, as `datasets` writes it, or a file with an index
         try:

@@ -1,6 +1,7 @@
 """Records of JSON lines, of datasets and of their files are the same records."""
 
 import json
+import tracemalloc
 
 import pytest
 
@@ -46,6 +47,31 @@ def test_all_forms_hold_the_same_records(files, name):
     assert [row for _, row in read_records(files / name, "x")] == ROWS
     assert len(list(read_records(files / name, "x", 1))) == 1
     assert kind_of(files / name) == "questions"
+
+
+@pytest.mark.parametrize("suffix", ["parquet", "arrow"])
+def test_a_long_value_that_is_stored_once_is_unpacked_a_few_rows_at_a_time(tmp_path, suffix):
+    pyarrow = pytest.importorskip("pyarrow")
+    from pyarrow import feather, parquet
+
+    value, file = "a" * 2**23, tmp_path / f"rows.{suffix}"
+    column = pyarrow.DictionaryArray.from_arrays(pyarrow.array([0] * 64, pyarrow.int32()), [value])
+    table = pyarrow.table({"context": column})
+    if suffix == "parquet":
+        parquet.write_table(table, file, compression="zstd", store_schema=False)
+    else:
+        feather.write_feather(table, file)
+    before = pyarrow.total_allocated_bytes()
+    tracemalloc.start()
+    try:
+        count = 0
+        for _, record in read_records(file, "x"):
+            count += 1
+            assert record["context"] == value and pyarrow.total_allocated_bytes() - before < 2**28
+        peak = tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+    assert count == 64 and peak < 2**27
 
 
 def test_rows_of_a_dataset_object_are_records():
