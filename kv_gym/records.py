@@ -113,11 +113,12 @@ def _batches(pyarrow: ModuleType, file: Path) -> Iterator[Any]:
         from pyarrow.parquet import ParquetFile
 
         with ParquetFile(file) as reader:
+            inflated = 20 * file.stat().st_size
             for group in range(reader.num_row_groups):
                 # A long value that is stored once may stand in every row, and no value is longer than its group.
-                size = reader.metadata.row_group(group).total_byte_size
-                inflated = size > 20 * file.stat().st_size
-                rows = _ROWS_AT_ONCE if not inflated else max(1, min(_ROWS_AT_ONCE, _BYTES_AT_ONCE // max(size, 1)))
+                size, rows = reader.metadata.row_group(group).total_byte_size, _ROWS_AT_ONCE
+                if size > inflated:
+                    rows = max(1, min(rows, _BYTES_AT_ONCE // size))
                 yield from reader.iter_batches(rows, [group])
         return
     with pyarrow.memory_map(str(file)) as stream:  # a stream, as `datasets` writes it, or a file with an index
