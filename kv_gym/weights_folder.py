@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -43,10 +43,18 @@ class WeightsFolder:
     again: str
     checked_from: int = 1
 
-    def refuse_foreign(self, folder: Path) -> None:
-        """Raise a UserError where `folder` holds things and neither such weights nor a training run."""
-        if folder.is_dir() and any(folder.iterdir()):
-            if not any((folder / name).exists() for name in (self.description, CHECKPOINT)):
+    def refuse_foreign(self, folder: Path, others: Iterable[str] = ()) -> None:
+        """Raise a UserError where `folder` holds things and neither such weights nor a training run.
+
+        Args:
+            folder: where to write.
+            others: names of more files that may be left of a run that was killed while it wrote its first ones.
+        """
+        if folder.is_dir():
+            names = {file.name for file in folder.iterdir()}
+            begun = {self.weights, self.description, CHECKPOINT, *others}
+            foreign = names - begun - {f"{name}.tmp" for name in begun} - {"tensorboard"}
+            if foreign and not names & {self.description, CHECKPOINT}:
                 raise UserError(f"{folder} holds other files and no trained {self.kind}; name a new folder")
         elif folder.exists() and not folder.is_dir():
             raise UserError(f"{folder} is a file; name a folder to write the {self.kind} into")
@@ -66,7 +74,7 @@ class WeightsFolder:
             UserError: `folder` is a file, or holds something else.
         """
         folder = Path(folder)
-        self.refuse_foreign(folder)
+        self.refuse_foreign(folder, others)
         folder.mkdir(parents=True, exist_ok=True)
         weights, plain = weights_bytes(module), json.loads(json.dumps(description))
         plain["sha256"] = described_data_hash(plain, weights)

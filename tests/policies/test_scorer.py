@@ -103,6 +103,13 @@ def test_a_folder_with_other_things_is_left_untouched(scorer, tmp_path):
     assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
 
 
+@pytest.mark.parametrize("left", [["checkpoint.pt.tmp"], ["policy.safetensors", "README.md.tmp"], ["tensorboard"]])
+def test_what_a_killed_run_left_is_not_in_the_way(scorer, tmp_path, left):
+    for name in left:
+        (tmp_path / name).touch()
+    assert Scorer.from_pretrained(scorer.save_pretrained(tmp_path)).fingerprint == scorer.fingerprint
+
+
 def _edit(folder, **changes):
     """Change policy.json, with a checksum that holds."""
     file = folder / "policy.json"
