@@ -11,6 +11,7 @@ import copy
 import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -149,6 +150,7 @@ class EvictingCache(Cache):
             layers[index] = EvictingLayer(index, ordinal, self.config)
         super().__init__(layers=layers)
         self._in_forward = self._decoding = False  # whether a forward is under way; whether the last one was one token
+        self._ignores_masks = False
         self._newest_are_real: HostCopy | None = None  # of a decoding step's mask, see `_check_later`
         self._attach()
 
@@ -454,7 +456,7 @@ class EvictingCache(Cache):
         """
         count, first = new_tokens(arguments), self._states[0]
         refuse_attention_weights(arguments, self.model.config)
-        mask = arguments.get("attention_mask")
+        mask = None if self._ignores_masks else arguments.get("attention_mask")
         if isinstance(mask, Tensor) and self._is_decoding_step(mask):
             self._check_later(mask)
             mask = None
@@ -478,6 +480,15 @@ class EvictingCache(Cache):
         if self.config.needs_second_reading:
             first.store_unread(arguments.get("input_ids"), positions, token_mask, self.seen)
         self._in_forward = True
+
+    @contextmanager
+    def masks_ignored(self) -> Iterator[None]:
+        """Take no attention mask to say that tokens are padding."""
+        self._ignores_masks = True
+        try:
+            yield
+        finally:
+            self._ignores_masks = False
 
     def _is_decoding_step(self, mask: Tensor) -> bool:
         """Whether a mask is for a single new token and on an accelerator, which is not to be waited for."""
@@ -510,10 +521,14 @@ class EvictingCache(Cache):
         for device in dict.fromkeys(state.slots.device for state in undecided):  # layers may lie on several
             decide_together([state for state in undecided if state.slots.device == device])
         if self.config.evicts_after_forward:
-            rows_to_evict = self._states[0].rows_to_evict()
-            if any(rows_to_evict):
-                with torch.no_grad():
-                    self._evict_together(rows_to_evict)
+            self.evict_if_due()
+
+    @torch.no_grad()
+    def evict_if_due(self) -> None:
+        """Evict where the trigger fires now, when all layers have read the newest tokens."""
+        rows_to_evict = self._states[0].rows_to_evict()
+        if any(rows_to_evict):
+            self._evict_together(rows_to_evict)
 
     def forward_failed(self) -> None:
         """A forward with this cache raised: some layers may hold its tokens and some not."""

@@ -7,11 +7,15 @@ one step is captured, and replayed with another token until the trigger fires or
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from kv_gym.errors import UserError
 from kv_gym.live.cache import EvictingCache
@@ -38,6 +42,8 @@ class CapturedSteps:
     Args:
         model: the cache's model, as it is called.
         cache: has read a prompt without padding.
+        compiled: compile the model's own operations with ``torch.compile`` first, which takes a minute or more once and
+            needs a C compiler; logits then differ by the rounding of the model's type.
 
     Attributes:
         replayed: steps so far that were replays.
@@ -46,14 +52,18 @@ class CapturedSteps:
         UserError: the model is another than the cache's.
     """
 
-    def __init__(self, model, cache: EvictingCache):
+    def __init__(self, model, cache: EvictingCache, compiled: bool = False):
         if transformers_model(model).base_model is not cache.model.base_model:
             raise UserError(
                 f"the cache was made for another model than this {type(model).__name__}: give the one it was made for"
             )
         self.model, self.cache, self.replayed = model, cache, 0
+        self._mask = torch.zeros(1, 1, 1, 1, device=transformers_model(model).device)
         self._captured: _Captured | None = None
+        self._eviction: _Eviction | None = None
         self._ran_before = False  # a step as usual, which compiles and chooses kernels
+        self._run: Callable[..., Any] = _compiled(model) if compiled else model
+        self._compiled_for: int | None = None  # rows, once a step over uneven heads has run and all is compiled
 
     @torch.no_grad()
     def __call__(self, tokens: Tensor) -> Tensor:
@@ -75,7 +85,8 @@ class CapturedSteps:
             raise UserError(f"the cache has read {read}: read a prompt with it first, without padding")
         (position,) = seen
         evicts = self._evicts_next()
-        if evicts or self._captured is None or not self._captured.fits(states, tokens):
+        stays = not evicts or self._evicts_in_place
+        if not stays or self._captured is None or not self._captured.fits(states, tokens):
             self._captured = None
             usual = evicts or self.refusal() is not None or not all(state.steps_repeat for state in states)
             if usual or not self._ran_before:
@@ -87,6 +98,8 @@ class CapturedSteps:
             layer.seen += 1
             layer.state.note_replayed_token()
         self.replayed += 1
+        if evicts:
+            self._evict(self._captured)
         return logits
 
     def refusal(self) -> str | None:
@@ -118,6 +131,13 @@ class CapturedSteps:
             return "the pairs of the tier cannot be read in place"
         return None
 
+    @property
+    def _evicts_in_place(self) -> bool:
+        """Whether an eviction may follow a replay, and leave the slots in the memory that the replays read."""
+        config = self.cache.config
+        knows_lengths = config.allocation.equal or config.allocation.whole_model  # at one wait at most
+        return knows_lengths and not config.allocation.cascades and self._states()[0].tier.drops
+
     def _layers(self) -> list[EvictingLayer]:
         return [layer for layer in self.cache.layers if isinstance(layer, EvictingLayer)]
 
@@ -130,21 +150,22 @@ class CapturedSteps:
         return any(fires(seen + 1, at) for seen, at in zip(state.tokens_seen, state.evicted_at, strict=True))
 
     def _forward(self, tokens: Tensor, positions: Tensor) -> Tensor:
-        output = self.model(tokens, position_ids=positions, past_key_values=self.cache, logits_to_keep=1)
-        return output.logits[:, -1]
+        # a mask of four dimensions is taken as it is: without it transformers makes one during a capture, and only then
+        settings = {"position_ids": positions, "attention_mask": self._mask, "logits_to_keep": 1}
+        with self.cache.masks_ignored():
+            return self._run(tokens, past_key_values=self.cache, **settings).logits[:, -1]
 
     def _capture(self, tokens: Tensor, position: int) -> _Captured:
         """Capture the step at `position`, and leave cache and bookkeeping as they were."""
-        layers, states = self._layers(), self._states()
+        states = self._states()
         for state in states:
             state.slots = state.slots.to_ragged()
-            state.slots.reserve(max(MIN_ROOM, state.config.trigger.every or 0))
+            room = max(MIN_ROOM, state.config.trigger.every or state.slots.mean // 16)
+            # heads, and layers, of one threshold gain and lose at every eviction
+            spare = 0 if state.config.allocation.equal else room
+            state.slots.reserve(room, spare if self._evicts_in_place else None)
         now = torch.full_like(tokens, position)
         input_ids, before = tokens.clone(), [_Tensors.of(state) for state in states]
-        things: list[object] = [self.cache]
-        for layer in layers:
-            things += (layer, layer.state, layer.state.slots)
-        host = [(thing, dict(vars(thing))) for thing in things]
 
         def step() -> Tensor:
             logits = self._forward(input_ids, now)
@@ -153,15 +174,72 @@ class CapturedSteps:
             now.add_(1)
             return logits
 
-        for state in states:
+        if self._run is not self.model and self._compiled_for != len(tokens):
+            with self._host_unchanged(now):
+                self._forward(input_ids, now)  # writes behind the last slots
+            self._compiled_for = len(tokens)
+        with self._host_unchanged(now):
+            replay, logits = capture(step)
+        return _Captured(input_ids, now, logits, replay, before)
+
+    @contextmanager
+    def _host_unchanged(self, now: Tensor) -> Iterator[None]:
+        """Take back what happens to the cache on the host; in the meantime layers read the position from `now`."""
+        things: list[object] = [self.cache]
+        for layer in self._layers():
+            things += (layer, layer.state, layer.state.slots)
+        host = [(thing, dict(vars(thing))) for thing in things]
+        for state in self._states():
             state.next_position = now[:1, None]
         try:
-            replay, logits = capture(step)
+            yield
         finally:
             for thing, attributes in host:
                 vars(thing).clear()
                 vars(thing).update(attributes)
-        return _Captured(input_ids, now, logits, replay, before)
+
+    @torch.no_grad()
+    def _evict(self, captured: _Captured) -> None:
+        """Evict after a replay; where an eviction did the same before, by a replay too."""
+        states = self._states()
+        sizes = [state.repeatable_eviction(state.row_budgets(None)) for state in states]
+        if None in sizes or not all(states[0].rows_to_evict()):
+            self.cache.evict_if_due()
+            return
+        eviction = self._eviction
+        if eviction is None or eviction.sizes != sizes or eviction.memory is not captured:
+            with TransferWatch(states[0].slots.device) as watch:
+                self.cache.evict_if_due()
+            self._eviction = None if watch.found else _Eviction(sizes, captured)
+            return
+        if eviction.run is None:
+
+            def evict() -> Tensor:
+                for state in states:
+                    state.evict()
+                return states[0].slots.counts() + 0
+
+            with self._host_unchanged(captured.positions):
+                eviction.run, _ = capture(evict)
+        eviction.run()
+        for state, size in zip(states, sizes, strict=True):
+            assert size is not None
+            state.note_replayed_eviction(size[0] - size[1])
+
+
+def _compiled(model) -> Callable[..., Any]:
+    """The model's forward, compiled around the cache and its attention, which stay in Python.
+
+    Layers differ in their number, which must not count as another program; and products with one row are read as sums,
+    which is near the bandwidth of the memory.
+    """
+    forward = torch.compile(model.forward, options={"coordinate_descent_tuning": True})
+
+    def run(*args, **kwargs) -> Any:
+        with torch._dynamo.config.patch(allow_unspec_int_on_nn_module=True, recompile_limit=256):
+            return forward(*args, **kwargs)
+
+    return run
 
 
 def capture(step: Callable[[], Tensor]) -> tuple[Callable[[], object], Tensor]:
@@ -177,7 +255,9 @@ class _Tensors:
     """The tensors of one layer that a step reads and writes: it must leave its results in the same ones."""
 
     slots: RaggedSlots
+    reach: int
     buffers: dict[str, Tensor]
+    starts: Tensor
     lengths: Tensor
     queries: Tensor | None
     pending: Tensor | None
@@ -186,7 +266,9 @@ class _Tensors:
     def of(cls, state: LayerState) -> _Tensors:
         slots = state.slots
         assert isinstance(slots, RaggedSlots)
-        return cls(slots, dict(slots.buffers), slots.lengths, *state.kept_queries())
+        return cls(
+            slots, slots.reach, dict(slots.buffers), slots.starts_on_device, slots.lengths, *state.kept_queries()
+        )  # fmt: skip
 
     def take_over(self, state: LayerState) -> None:
         """Copy what a step left in new tensors into these."""
@@ -199,7 +281,9 @@ class _Tensors:
     def are_of(self, state: LayerState) -> bool:
         """Whether the layer still holds these, with room for one token more."""
         slots = state.slots
-        if slots is not self.slots or slots.lengths is not self.lengths or not slots.has_room():
+        if slots is not self.slots or slots.lengths is not self.lengths or slots.starts_on_device is not self.starts:
+            return False
+        if slots.reach != self.reach or not slots.has_room():
             return False
         queries, pending = state.kept_queries()
         same = queries is self.queries and pending is self.pending
@@ -227,3 +311,42 @@ class _Captured:
         self.tokens.copy_(tokens)
         self.run()
         return self.logits.clone()
+
+
+@dataclass
+class _Eviction:
+    """An eviction that has happened once, and what it did.
+
+    Attributes:
+        sizes: of every layer, slots of each head before and after.
+        memory: the captured step whose tensors it works on.
+        run: its replay; None before it was captured.
+    """
+
+    sizes: list[tuple[int, int] | None]
+    memory: _Captured
+    run: Callable[[], object] | None = None
+
+
+class TransferWatch(TorchDispatchMode):
+    """Notes whether numbers go between the host and a device, which a CUDA graph cannot repeat.
+
+    Args:
+        device: nothing is noted on a CPU.
+
+    Attributes:
+        found: some did.
+    """
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device, self.found = device, False
+
+    def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+        out = operation(*args, **(kwargs or {}))
+        if self.device.type != "cpu" and not self.found:
+            tensors = [leaf for leaf in tree_leaves((args, kwargs, out)) if isinstance(leaf, Tensor)]
+            on_device = {tensor.device.type != "cpu" for tensor in tensors}
+            reads = operation is torch.ops.aten._local_scalar_dense.default and True in on_device
+            self.found = reads or len(on_device) > 1
+        return out

@@ -54,7 +54,7 @@ class LayerState:
         newest: keys, values and positions of a decoding step's token, until all layers have read it and are scored
             and cut together (:mod:`kv_gym.live.decoding`); else None.
         next_position: `[1, 1, 1]` int64, the position of the next token as the device knows it, while a decoding step
-            is captured (:mod:`kv_gym.live.captured_steps`); None: `tokens_seen` says it.
+            or an eviction is captured (:mod:`kv_gym.live.captured_steps`); None: `tokens_seen` says it.
     """
 
     def __init__(self, index: int, ordinal: int, config: CacheConfig):
@@ -141,7 +141,9 @@ class LayerState:
 
     def new_view(self, pairs: Mapping[str, Tensor], valid: Tensor, hidden: Tensor | None = None) -> CacheView:
         """New tokens alone, as policies see them that score or begin their state on arrival."""
-        seen, budget = number_tensor(self.tokens_seen, valid.device), self._view_budget(None, valid)
+        # a captured step counts on the device, and only when its tokens were taken in
+        ahead = 0 if self.next_position is None else valid.shape[2]
+        seen, budget = self._seen(valid.device) + ahead, self._view_budget(None, valid)
         keys, values, positions = (pairs[name] for name in SLOT_BUFFERS)
         about = seen, budget, self.index, self.scaling
         return CacheView(keys, values, positions, valid, *about, hidden=hidden)
@@ -211,6 +213,12 @@ class LayerState:
         assert isinstance(self.slots, RaggedSlots)
         self.slots.note_replayed_token()
         self.tokens_seen, self.appended = [seen + 1 for seen in self.tokens_seen], self.appended + 1
+
+    def note_replayed_eviction(self, count: int) -> None:
+        """An eviction of `count` slots of every head was replayed on the device: note what the host notes of others."""
+        assert isinstance(self.slots, RaggedSlots)
+        self.begin_eviction(None)
+        self.slots.note_replayed_eviction(count)
 
     # showing queries to policies
 
@@ -315,7 +323,7 @@ class LayerState:
             filled["values"],
             filled["positions"],
             valid,
-            seen=number_tensor(self.tokens_seen, valid.device),
+            seen=self._seen(valid.device),
             budget=self._view_budget(rows_to_evict, valid),
             layer=self.index,
             scaling=self.scaling,
@@ -330,6 +338,12 @@ class LayerState:
 
     def _view_budget(self, rows_to_evict: Sequence[bool] | None, like: Tensor) -> Tensor:
         return number_tensor(self.row_budgets(rows_to_evict), like.device)[:, None].expand(-1, like.shape[1])
+
+    def _seen(self, device: torch.device) -> Tensor:
+        """Tokens seen, `[batch]` int64; no constant while a captured step or eviction is made."""
+        if self.next_position is not None:
+            return self.next_position.flatten().expand(len(self.tokens_seen))
+        return number_tensor(self.tokens_seen, device)
 
     def row_budgets(self, rows_to_evict: Sequence[bool] | None) -> list[int]:
         """Slots per head of every row; no limit for rows that are not to be cut."""
@@ -376,11 +390,20 @@ class LayerState:
         if self.fits_budget(rows_to_evict):
             self.mark_evicted(rows_to_evict)
             return
-        budgets = set(self.row_budgets(rows_to_evict))
-        if not (self.config.allocation.equal and isinstance(self.slots, EqualSlots) and len(budgets) == 1):
-            self.keep_slots(self.config.allocation.kept([self.score_slots(rows_to_evict)])[0], trim)
+        row_budgets, equal = self.row_budgets(rows_to_evict), self.config.allocation.equal
+        if not trim and (sizes := self.repeatable_eviction(row_budgets)) is not None:
+            priorities = self.score_slots(rows_to_evict).priorities
+            victims = priorities.topk(sizes[0] - sizes[1], largest=False, sorted=False).indices
+            assert isinstance(self.slots, RaggedSlots)
+            self.slots.overwrite(victims)
             return
-        (budget,) = budgets
+        if not (equal and isinstance(self.slots, EqualSlots) and len(set(row_budgets)) == 1):
+            kept, most = self.config.allocation.kept([self.score_slots(rows_to_evict)])[0], None
+            if equal and kept.device.type != "cpu":  # known without waiting
+                most = torch.minimum(self.slots.bounds, torch.tensor(row_budgets)[:, None])
+            self.keep_slots(kept, trim, most)
+            return
+        budget = row_budgets[0]
         if not trim and self.can_remove_one(budget):
             self._remove_lowest(self.slots, budget)
             return
@@ -389,6 +412,23 @@ class LayerState:
             kept = top_mask(layer.priorities, layer.view.budget)
             self._hand_to_tier(kept, self.slots.bounds - budget, trim, equal=True)
         self.slots.keep_top(layer.priorities, budget, self._slack(), trim)
+
+    def repeatable_eviction(self, row_budgets: Sequence[int]) -> tuple[int, int] | None:
+        """Slots of every head before and after an eviction in place that does the same to the same memory every time.
+
+        None where it does not: heads in one block of memory, or of different lengths, or a tier that takes evicted
+        pairs.
+
+        Args:
+            row_budgets: slots per head of every row.
+        """
+        slots, budgets = self.slots, set(row_budgets)
+        if not (isinstance(slots, RaggedSlots) and self.config.allocation.equal and self.tier.drops):
+            return None
+        (budget, *others), length = budgets, slots.common_length
+        if others or length is None or length <= budget or not slots.can_overwrite(budget, self._slack()):
+            return None
+        return length, budget
 
     def can_remove_one(self, budget: int) -> bool:
         """Whether just one slot of every head goes and may be overwritten in place, as at every decoding step."""
@@ -419,7 +459,7 @@ class LayerState:
             # nobody reads keys and values where scores are stored
             filled, valid = self.slots.padded(("positions", "scores"))
             nothing, scores = filled["scores"][..., None][..., :0], filled["scores"]
-            seen, budget = number_tensor(self.tokens_seen, valid.device), self._view_budget(rows_to_evict, valid)
+            seen, budget = self._seen(valid.device), self._view_budget(rows_to_evict, valid)
             view = CacheView(nothing, nothing, filled["positions"], valid, seen, budget, self.index)
         else:
             view, filled = self._view(rows_to_evict)
@@ -452,7 +492,7 @@ class LayerState:
         Args:
             kept: `[batch, kv_heads, longest]` bool.
             trim: keep no room for tokens to come.
-            lengths: ``kept.sum(2)`` on the CPU, where it is known there already.
+            lengths: ``kept.sum(2)`` on the CPU, where it is known there already, or on an accelerator at least as much.
         """
         if lengths is None and (kept.device.type == "cpu" or self.waits_to_keep(trim)):
             lengths = HostCopy.read(kept.sum(2))

@@ -189,7 +189,7 @@ def _rows(slots: Slots, names: Sequence[str]) -> tuple[list[Tensor], Tensor, Ten
         lengths = torch.full((batch * heads,), slots.length, device=device)
         return [buffer.contiguous().flatten(0, 2) for buffer in buffers], starts, lengths, slots.length
     assert isinstance(slots, RaggedSlots)
-    return buffers, slots.starts_on_device.flatten(), slots.lengths.flatten(), int(slots.capacities.max())
+    return buffers, slots.starts_on_device.flatten(), slots.lengths.flatten(), slots.reach
 
 
 def attend_per_head(

@@ -92,7 +92,7 @@ class Slots(ABC):
             kept: which slots stay.
             slack: room beside a head's length that it may keep.
             trim: free all slack.
-            lengths: ``kept.sum(2)`` on the CPU, where it is known there already.
+            lengths: ``kept.sum(2)`` on the CPU, where it is known there already, or on an accelerator at least as much.
 
         Returns:
             The slots to use from here on: these, or ragged ones.
@@ -305,20 +305,11 @@ class EqualSlots(Slots):
     def overwrite(self, victims: Tensor) -> None:
         """Remove the slots `victims [batch, kv_heads, v]`: survivors among the last v slots move into their place."""
         self.close_gap()
-        v = victims.shape[2]
-        self.length, self._newest = self.length - v, None
-        if v == 1:
-            source = torch.full_like(victims, self.length)  # moves onto itself where the last slot is the victim
-        else:
-            dead = torch.zeros(*victims.shape[:2], self.length + v, dtype=torch.bool, device=victims.device)
-            dead.scatter_(2, victims, True)
-            # survivors of the tail first, and victims before the tail first: as many of one as of the other; what
-            # follows them moves dead slots onto dead slots, which keeps the sizes alike without asking the device
-            source = self.length + dead[:, :, self.length :].byte().argsort(dim=2, stable=True)
-            victims = victims.gather(2, (victims >= self.length).byte().argsort(dim=2, stable=True))
+        self.length, self._newest = self.length - victims.shape[2], None
+        source, target = _moves(victims, self.length)
         for name in self.buffers:
             buffer = self._writable(name)
-            buffer.scatter_(2, _expand_index(victims, buffer), take(buffer, source))
+            buffer.scatter_(2, _expand_index(target, buffer), take(buffer, source))
 
     def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
         filled = {name: self[name] for name in (self.buffers if names is None else names)}
@@ -411,6 +402,7 @@ class RaggedSlots(Slots):
         lengths: on the device of the buffers.
         capacities, starts: on the CPU.
         starts_on_device: `starts` on the device of the buffers.
+        reach: no head gets longer than this before the slots are laid out anew.
     """
 
     def __init__(
@@ -418,8 +410,11 @@ class RaggedSlots(Slots):
     ):
         self.buffers = dict(buffers)
         self._bounds = lengths if bounds is None else bounds
+        self._exact = bounds is None  # the bounds are the lengths
         self.lengths = to_device(lengths, self.device)
-        self._set_capacities(capacities)
+        self.capacities, self.starts = capacities, _starts(capacities)
+        self.starts_on_device = to_device(self.starts, self.device)
+        self._stay: tuple[int, int] | None = None  # room that every head needs and `reach`, see `reserve`
         self._since_known = 0  # tokens that came since the lengths from which `_bounds` were counted on
         self._copy: HostCopy | None = None  # lengths after an eviction
         self._since_copy: Tensor | int = 0  # tokens that came since
@@ -431,6 +426,16 @@ class RaggedSlots(Slots):
     @property
     def mean(self) -> int:
         return int(self.bounds.sum()) // self.bounds.numel()
+
+    @property
+    def common_length(self) -> int | None:
+        """Slots of every head, where the host knows that all hold as many; else None."""
+        known, first = self._exact or self.device.type == "cpu", int(self.bounds.view(-1)[0])
+        return first if known and bool((self.bounds == first).all()) else None
+
+    @property
+    def reach(self) -> int:
+        return int(self.capacities.max()) if self._stay is None else self._stay[1]
 
     def counts(self) -> Tensor:
         return self.lengths
@@ -452,6 +457,7 @@ class RaggedSlots(Slots):
                 self.buffers[name].index_copy_(0, index, tensor.flatten(0, 2))
             self.lengths = self.lengths + m
             return self
+        self._exact = self._exact and most is None
         token_mask = (token_mask[:, None] if token_mask.dim() == 2 else token_mask).expand(*self.lengths.shape, m)
         self._make_room(token_mask.sum(2).cpu() if most is None else most, slack, limit)
         token_mask = to_device(token_mask, self.device)
@@ -478,10 +484,21 @@ class RaggedSlots(Slots):
         self._count(counts)
         self._bounds = _limited(self._bounds, limit)
 
-    def reserve(self, count: int) -> None:
-        """Make room for `count` more tokens in every head, so that buffers stay where they are until then."""
+    def reserve(self, count: int, spare: int | None = None) -> None:
+        """Make room for `count` more tokens in every head, so that buffers stay where they are until then.
+
+        Args:
+            count: tokens.
+            spare: more room in every head on average, for heads that gain from an eviction. Buffers, lengths and starts
+                then stay in their memory at evictions too, as long as they leave `count` of room in every head and
+                no head gets longer than `reach`. None: they do not.
+        """
+        self._stay = None
+        self._read_copy()
         if _is_frozen(self._any()) or self._lacks_room(count, None):
-            self._lay_out(self.bounds + count)
+            self._lay_out(self.bounds + count + (spare or 0))
+        if spare is not None:
+            self._stay = count, int(self.capacities.max()) + spare
 
     def has_room(self) -> bool:
         """Whether one more token fits into every head."""
@@ -492,7 +509,7 @@ class RaggedSlots(Slots):
         self._count(1)
 
     def _lacks_room(self, counts: Tensor | int, limit: int | None) -> bool:
-        return bool((self.capacities < _limited(self.bounds + counts, limit)).any())
+        return bool((self.capacities.clamp(max=self.reach) < _limited(self.bounds + counts, limit)).any())
 
     def _count(self, counts: Tensor | int) -> None:
         """Count tokens that came."""
@@ -507,25 +524,70 @@ class RaggedSlots(Slots):
 
     def waits_to_keep(self, slack: int, trim: bool = False) -> bool:
         self._read_copy()
-        return self.device.type != "cpu" and (trim or self._since_known > 2 * _room(slack))
+        return self.device.type != "cpu" and (trim or self._stay is not None or self._since_known > 2 * _room(slack))
 
     def keep(self, kept: Tensor, slack: int, trim: bool = False, lengths: Tensor | None = None) -> Slots:
         counts = kept.sum(2)
-        if lengths is None and (self.device.type == "cpu" or self.waits_to_keep(slack, trim)):
+        if lengths is not None:
+            exact = self._exact
+        elif exact := self.device.type == "cpu" or self.waits_to_keep(slack, trim):
             lengths = HostCopy.read(counts)
         bounds = self.bounds if lengths is None else lengths
-        too_large = trim or bool(self.capacities.sum() > bounds.sum() + bounds.numel() * _room(slack))
         order = kept.byte().argsort(dim=-1, descending=True, stable=True)
-        self._lay_out(bounds if too_large else self.capacities, order=order)
-        self.lengths, self._bounds = counts, bounds
+        shared = None if trim else self._shared_out(bounds)
+        if shared is not None:
+            self._lay_out(shared, order=order, in_place=True)
+            self.lengths.copy_(counts)
+        else:
+            too_large = trim or bool(self.capacities.sum() > bounds.sum() + bounds.numel() * _room(slack))
+            self._lay_out(bounds if too_large else self.capacities, order=order)
+            self.lengths = counts
+        self._bounds, self._exact = bounds, exact
         if lengths is not None:
             self._since_known, self._copy = 0, None
         elif self._copy is None:
             self._copy, self._since_copy = HostCopy(counts), 0
         return self
 
+    def can_overwrite(self, count: int, slack: int) -> bool:
+        """Whether heads are known to be alike, and may be cut to `count` slots with some of them moved and no more."""
+        length = self.common_length
+        if length is None or length - count > count // 2 or _is_frozen(self._any()):
+            return False
+        room = max(MIN_SLACK, slack) if self._stay is None else 4 * (self._stay[0] + MIN_SLACK)
+        return len(self._any()) <= (count + room) * self.bounds.numel()
+
+    def overwrite(self, victims: Tensor) -> None:
+        """Remove the slots `victims [batch, kv_heads, v]` of heads that are known to be alike; nothing is allocated.
+
+        Survivors among the last v slots of a head move into their place.
+        """
+        length, v = self.common_length, victims.shape[2]
+        assert length is not None
+        first = self.starts_on_device[..., None]
+        source, target = ((first + slots).flatten() for slots in _moves(victims, length - v))
+        for buffer in self.buffers.values():
+            buffer.index_copy_(0, target, buffer[source])
+        if self._stay is None:
+            self.lengths = self.lengths - v
+        else:
+            self.lengths.sub_(v)
+        self._count(-v)
+
+    def note_replayed_eviction(self, count: int) -> None:
+        """Every head lost `count` slots, and `lengths` says so, without this object."""
+        self._count(-count)
+
     def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
-        """A copy of what is asked for: for evictions, not for every token."""
+        """A copy of what is asked for, or a view where all heads are alike: for evictions, not for every token."""
+        length, capacity = self.common_length, int(self.capacities.view(-1)[0])
+        if length and bool((self.capacities == capacity).all()):
+            shape = *self.lengths.shape, capacity
+            views = {
+                name: self.buffers[name].unflatten(0, shape)[:, :, :length]
+                for name in (self.buffers if names is None else names)
+            }
+            return views, torch.ones(*self.lengths.shape, length, dtype=torch.bool, device=self.device)
         offsets = torch.arange(max(1, self.longest), device=self.device)
         real = offsets < self.lengths[..., None]
         index = (self.starts_on_device[..., None] + offsets).masked_fill(~real, 0)
@@ -570,6 +632,7 @@ class RaggedSlots(Slots):
         names = {name: name for name in self.buffers} if names is None else names
         buffers = {new: self.buffers[old] for old, new in names.items()}
         copy = RaggedSlots(buffers, self.lengths, self.capacities, self.bounds)
+        copy._exact = self._exact
         copy._lay_out(self.bounds)
         return copy
 
@@ -592,20 +655,40 @@ class RaggedSlots(Slots):
         heads = torch.arange(len(capacities), device=self.device).repeat_interleave(capacities, output_size=total)
         return heads, torch.arange(total, device=self.device) - self.starts_on_device.flatten()[heads]
 
-    def _set_capacities(self, capacities: Tensor) -> None:
-        self.capacities, self.starts = capacities, _starts(capacities)
-        self.starts_on_device = to_device(self.starts, self.device)
+    def _shared_out(self, bounds: Tensor) -> Tensor | None:
+        """Capacities that divide the same buffers among heads of `bounds` slots; None where they need not or cannot.
 
-    def _lay_out(self, capacities: Tensor, starts: Tensor | None = None, order: Tensor | None = None) -> None:
+        They cannot where a head would lack the room that was reserved, and need not where they are far too large.
+        """
+        if self._stay is None or _is_frozen(self._any()):
+            return None
+        room, reach = self._stay
+        heads, free = bounds.numel(), len(self._any()) - int(bounds.sum())
+        if not heads * room <= free <= 4 * heads * (room + MIN_SLACK) or int(bounds.max()) + room > reach:
+            return None
+        capacities = bounds + free // heads
+        capacities.view(-1)[0] += free % heads
+        return capacities
+
+    def _lay_out(
+        self,
+        capacities: Tensor,
+        starts: Tensor | None = None,
+        order: Tensor | None = None,
+        in_place: bool = False,
+    ) -> None:
         """Copy all slots to new buffers.
 
         Args:
             capacities: of the new ones, on the CPU.
             starts: where the slots of each head begin in the buffers so far; None means as they do.
             order: `[batch, kv_heads, n]`, which of its slots a head takes first, second, ...; None means as they lie.
+            in_place: the capacities' sum is the same, and the new buffers are copied back into the old ones.
         """
         starts, old = self.starts_on_device if starts is None else starts, dict(self.buffers)
-        self._set_capacities(capacities)
+        memory = self.starts_on_device
+        self.capacities, self.starts = capacities, _starts(capacities)
+        self.starts_on_device = to_device(self.starts, self.device)
         heads, offsets = self._entries()
         if order is not None:
             width = order.shape[2]
@@ -616,6 +699,12 @@ class RaggedSlots(Slots):
                 self.buffers[name] = buffer[index.clamp(max=len(buffer) - 1)]
             else:
                 self.buffers[name] = buffer.new_zeros(len(index), *buffer.shape[1:])
+        if in_place:
+            for name, buffer in old.items():
+                self.buffers[name] = buffer.copy_(self.buffers[name])
+            self.starts_on_device = memory.copy_(self.starts_on_device)
+        else:
+            self._stay = None
 
 
 def concatenate(first: Slots, last: Slots) -> Slots:
@@ -641,6 +730,25 @@ def concatenate(first: Slots, last: Slots) -> Slots:
             both.index_copy_(0, index, part.buffers[name])
         buffers[name] = both[:total]
     return RaggedSlots(buffers, front.lengths + back.lengths, bounds, bounds)
+
+
+def _moves(victims: Tensor, left: int) -> tuple[Tensor, Tensor]:
+    """Which slots move where, so that heads of `left` more slots than `victims [batch, kv_heads, v]` lose these.
+
+    Survivors among the last v slots take the places of victims before them.
+
+    Returns:
+        The slots to read and those to write, `[batch, kv_heads, v]` each; no slot is written twice.
+    """
+    v = victims.shape[2]
+    if v == 1:
+        return torch.full_like(victims, left), victims  # moves onto itself where the last slot is the victim
+    dead = torch.zeros(*victims.shape[:2], left + v, dtype=torch.bool, device=victims.device)
+    dead.scatter_(2, victims, True)
+    # survivors of the tail first, and victims before the tail first: as many of one as of the other; what
+    # follows them moves dead slots onto dead slots, which keeps the sizes alike without asking the device
+    source = left + dead[:, :, left:].byte().argsort(dim=2, stable=True)
+    return source, victims.gather(2, (victims >= left).byte().argsort(dim=2, stable=True))
 
 
 def take(tensor: Tensor, index: Tensor) -> Tensor:

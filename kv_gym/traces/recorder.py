@@ -326,12 +326,11 @@ def _record_prompt(
     _forward(model, [prompt.context_ids], cache)
     cache.run_second_readings(model, token_rows(model, [prompt.context_ids]))
     layers = cache.recorded
-    arrays = {
-        name: torch.stack([layer.of_slots(getattr(layer, name))[0] for layer in layers]).float().cpu().numpy()
-        for name in ("keys", "values")
+    tensors = {
+        name: torch.stack([layer.of_slots(getattr(layer, name))[0] for layer in layers]) for name in ("keys", "values")
     }
     for name in ("queries", *["hidden"] * hidden):
-        arrays[name] = torch.stack([getattr(layer, name)[0] for layer in layers]).float().cpu().numpy()
+        tensors[name] = torch.stack([getattr(layer, name)[0] for layer in layers])
     stats = {
         policy: {
             state: torch.stack([layer.of_slots(layer.stats[policy][state])[0] for layer in layers]).cpu().numpy()
@@ -339,11 +338,15 @@ def _record_prompt(
         }
         for policy in policies
     }
+    if positions is None:  # as large as the cache: no second copy beside it on an accelerator
+        tensors = {name: tensor.cpu() for name, tensor in tensors.items()}
+    # a small sample is fetched afterwards, so that the host issues continuations while an accelerator reads the context
+    continuations = _continuations(model, prompt, cache, blocks)
     return Sequence(
         id=prompt.id,
         tokens=_tokens(prompt.context_ids),
-        **arrays,
-        continuations=_continuations(model, prompt, cache, blocks),
+        **{name: tensor.cpu().float().numpy() for name, tensor in tensors.items()},
+        continuations=continuations,
         layers=tuple(layer.layer for layer in layers),
         scaling=tuple(float(layer.scaling) for layer in layers),
         stats=stats,

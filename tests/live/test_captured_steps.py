@@ -32,20 +32,28 @@ def as_on_a_gpu(monkeypatch):
     kernel = pytest.importorskip("kv_gym.live.ragged_kernel", reason="the kernel needs Triton")
     monkeypatch.setattr(kernel, "attend_rows", attend_rows)
     monkeypatch.setattr(captured_steps, "capture", recorded_steps.capture)
-    make_room = RaggedSlots._make_room
 
-    def on_the_host(*arguments):
-        with _disable_current_modes():  # a graph does not see what the host counts for itself
-            make_room(*arguments)
+    def on_the_host(method):
+        def call(*arguments):
+            with _disable_current_modes():  # a graph does not see what the host counts for itself
+                return method(*arguments)
 
-    monkeypatch.setattr(RaggedSlots, "_make_room", on_the_host)
+        return call
+
+    for name in ("_make_room", "_count", "can_overwrite"):
+        monkeypatch.setattr(RaggedSlots, name, on_the_host(getattr(RaggedSlots, name)))
+    monkeypatch.setattr(RaggedSlots, "common_length", property(on_the_host(RaggedSlots.common_length.fget)))
 
 
 @pytest.mark.parametrize(
     ("policy", "settings", "replayed"),
     [
         ("keydiff", {}, 39),
-        ("keydiff", {"allocation": "global:raw", "trigger": "every:16"}, 37),
+        ("keydiff", {"budget": 20, "trigger": "every:8"}, 39),  # evictions in the captured memory, replayed too
+        ("snapkv", {"budget": 20, "trigger": "every:8", "recent": 9}, 39),
+        ("keydiff", {"trigger": "every:16"}, 39),  # evictions of another size each time
+        ("keydiff", {"allocation": "global:raw", "trigger": "every:16"}, 39),
+        ("keydiff", {"allocation": "ada:zscore", "trigger": "every:16"}, 37),  # would wait for lengths at every layer
         ("snapkv", {"allocation": "global:zscore"}, 39),
         ("snapkv", {"trigger": "every:16", "evicted": "bits:4"}, 37),
         ("keydiff", {"trigger": "every:16", "evicted": state_for}, 37),
@@ -53,14 +61,19 @@ def as_on_a_gpu(monkeypatch):
     ],
 )
 @torch.no_grad()
-def test_replays_give_the_logits_of_usual_steps(as_on_a_gpu, policy, settings, replayed):
+def test_replays_give_the_logits_of_usual_steps(as_on_a_gpu, monkeypatch, policy, settings, replayed):
     model = tiny("llama")
     if "evicted" in settings:  # groups of 32 channels share a scale
         model = tiny("llama", head_dim=32)
         if settings["evicted"] is state_for:
             settings = settings | {"evicted": state_for(model)}
-    ids, fed = tokens(2, 40), tokens(2, 40, seed=1)
-    with EvictingCache(model, policy, 0.5, **settings) as cache, EvictingCache(model, policy, 0.5, **settings) as usual:
+    ids, fed, settings = tokens(2, 40), tokens(2, 40, seed=1), {"budget": 0.5} | settings
+    evictions = []
+    on_device = RaggedSlots.note_replayed_eviction
+    monkeypatch.setattr(
+        RaggedSlots, "note_replayed_eviction", lambda *arguments: evictions.append(on_device(*arguments))
+    )
+    with EvictingCache(model, policy, **settings) as cache, EvictingCache(model, policy, **settings) as usual:
         for one in (cache, usual):
             model(ids, past_key_values=one)
         steps = CapturedSteps(model, cache)
@@ -68,6 +81,7 @@ def test_replays_give_the_logits_of_usual_steps(as_on_a_gpu, policy, settings, r
             expected = model(token, past_key_values=usual).logits[:, -1]
             torch.testing.assert_close(steps(token), expected, rtol=0, atol=1e-5, msg=f"step {i}")
         assert steps.replayed == replayed
+        assert len(evictions) == (4 * len(cache.layers) if settings["budget"] == 20 else 0)
         assert cache.seen == usual.seen == 80
         assert torch.equal(cache.kept(), usual.kept())
         for layer in cache.evicting_layers:
