@@ -1,8 +1,9 @@
-"""Decoding steps of an evicting cache replayed as one CUDA graph between two evictions.
+"""Decoding steps of an evicting cache, and its evictions, replayed as CUDA graphs.
 
 A decoding step of a large model takes Python longer to issue than a GPU to run. Between two evictions every step does
 the same to the same memory: slots have room for tokens to come, and how long heads are is known to the device alone. So
-one step is captured, and replayed with another token until the trigger fires or the room is used up. No paper.
+one step is captured, and replayed with another token until the room is used up. Evictions leave the slots in that
+memory; those that do the same every time are captured and replayed too. No paper.
 """
 
 from __future__ import annotations
@@ -36,8 +37,9 @@ class CapturedSteps:
         for _ in range(100):
             logits = steps(logits.argmax(-1, keepdim=True))
 
-    The first step runs as usual, and so does one where the trigger fires, and every one where :meth:`refusal` says why
-    it cannot be captured. The cache may be used otherwise in between; the next step notices.
+    The first step runs as usual, and so does every one where :meth:`refusal` says why it cannot be captured, and one
+    where the trigger fires if heads are to change their lengths layer by layer (``ada``, ``pyramid``) or a tier takes
+    what is evicted. The cache may be used otherwise in between; the next step notices.
 
     Args:
         model: the cache's model, as it is called.
@@ -208,7 +210,7 @@ class CapturedSteps:
             return
         eviction = self._eviction
         if eviction is None or eviction.sizes != sizes or eviction.memory is not captured:
-            with TransferWatch(states[0].slots.device) as watch:
+            with _TransferWatch(states[0].slots.device) as watch:
                 self.cache.evict_if_due()
             self._eviction = None if watch.found else _Eviction(sizes, captured)
             return
@@ -328,7 +330,7 @@ class _Eviction:
     run: Callable[[], object] | None = None
 
 
-class TransferWatch(TorchDispatchMode):
+class _TransferWatch(TorchDispatchMode):
     """Notes whether numbers go between the host and a device, which a CUDA graph cannot repeat.
 
     Args:
