@@ -49,6 +49,9 @@ DEEPEST = 64
 LONGEST_NUMBER = 100
 """Characters of a number at most."""
 
+ADDRESS = re.compile(r"([A-Za-z][\w+-]+):/{1,3}(.*)", re.ASCII)  # pathlib makes one slash of two
+"""What a name is when it is no path but an address of fsspec, such as ``s3://bucket/folder``."""
+
 _JSON_TOKEN = re.compile(r'("(?:[^"\\]|\\.)*")(\s*:)?|[\[\]{}]|[^\s,:\[\]{}"]+')
 _CHUNK = 2**24  # bytes
 SURROGATE = re.compile(r"[\ud800-\udfff]")
@@ -455,6 +458,31 @@ def _refusal(match: re.Match, keys: list[set[str]], non_finite_as_null: bool) ->
     return ""
 
 
+def refuse_address(path: str | Path) -> None:
+    """Raise a UserError where what shall be written to is an address, of which a path would become a folder ``s3:``."""
+    if ADDRESS.fullmatch(str(path)) and not exists(path):
+        address = str(path) if "://" in str(path) else str(path).replace(":/", "://", 1)
+        raise UserError(
+            f"{address} is an address; expected a path of this machine: write there and copy it to the address (only "
+            "`kv-gym record` and `kv-gym leaderboard` write to addresses)"
+        )
+
+
+def make_folder(folder: str | Path, mode: int = 0o777) -> Path:
+    """Make a folder to write to and those above it; one that is there stays as it is.
+
+    Raises:
+        UserError: an address, or a folder that cannot be made.
+    """
+    refuse_address(f"{folder}/")  # of which `s3:` is the folder, too
+    folder = Path(folder)
+    try:
+        folder.mkdir(mode, parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot make folder {folder} ({error.strerror}); name another one") from None
+    return folder
+
+
 @contextmanager
 def atomic_write(path: str | Path) -> Iterator[Path]:
     """A path to write to, which takes the name `path` when the block ends well; an earlier file stays until then.
@@ -463,7 +491,9 @@ def atomic_write(path: str | Path) -> Iterator[Path]:
 
     Raises:
         OSError: `path` cannot be written to; the error names it, and comes before the block begins.
+        UserError: `path` is an address.
     """
+    refuse_address(path)
     path = Path(path)
     part = path.with_name(path.name + ".tmp")
     try:

@@ -1,6 +1,7 @@
 """Folders that lie elsewhere, at an address that fsspec knows such as ``s3://bucket/folder``.
 
-Trace sets and the results of leaderboards may lie there. Files are read and written on this machine: a folder has a
+Trace sets and the results of leaderboards may lie there; all else is written to this machine alone
+(:func:`kv_gym.files.refuse_address`). Files are read and written on this machine: a folder has a
 copy below ``$XDG_CACHE_HOME/kv_gym`` (by default ``~/.cache/kv_gym``), into which its files are fetched where they are
 new or have changed, and from which finished files are put. A file appears at the address under its name when it is
 whole.
@@ -19,9 +20,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from kv_gym.errors import UserError, short_reason
-from kv_gym.files import atomic_write, exists
-
-_ADDRESS = re.compile(r"([A-Za-z][\w+-]+):/{1,3}(.*)", re.ASCII)  # pathlib makes one slash of two
+from kv_gym.files import ADDRESS, atomic_write, exists
 
 
 def remote_folder(name: str | Path) -> RemoteFolder | None:
@@ -33,7 +32,7 @@ def remote_folder(name: str | Path) -> RemoteFolder | None:
     Raises:
         UserError: a protocol that fsspec does not know, or whose package is not installed.
     """
-    found = _ADDRESS.fullmatch(str(name))
+    found = ADDRESS.fullmatch(str(name))
     if found is None or found[1] == "file" or exists(name):
         return None
     return RemoteFolder(f"{found[1]}://{found[2].strip('/')}")

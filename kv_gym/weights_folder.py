@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 from kv_gym.checksums import described_data_hash
 from kv_gym.errors import UserError, short_reason
-from kv_gym.files import atomic_write, read_bytes, read_json, validated
+from kv_gym.files import atomic_write, make_folder, read_bytes, read_json, refuse_address, validated
 
 if TYPE_CHECKING:
     from pydantic import BaseModel
@@ -44,12 +44,13 @@ class WeightsFolder:
     checked_from: int = 1
 
     def refuse_foreign(self, folder: Path, others: Iterable[str] = ()) -> None:
-        """Raise a UserError where `folder` holds things and neither such weights nor a training run.
+        """Raise a UserError where `folder` is an address, or holds things and neither such weights nor a training run.
 
         Args:
             folder: where to write.
             others: names of more files that may be left of a run that was killed while it wrote its first ones.
         """
+        refuse_address(folder)
         if folder.is_dir():
             names = {file.name for file in folder.iterdir()}
             begun = {self.weights, self.description, CHECKPOINT, *others}
@@ -75,7 +76,7 @@ class WeightsFolder:
         """
         folder = Path(folder)
         self.refuse_foreign(folder, others)
-        folder.mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         weights, plain = weights_bytes(module), json.loads(json.dumps(description))
         plain["sha256"] = described_data_hash(plain, weights)
         text = (json.dumps(plain, indent=1) + "\n").encode()

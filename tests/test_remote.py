@@ -10,6 +10,7 @@ from typer.testing import CliRunner
 from kv_gym import cli
 from kv_gym.errors import UserError
 from kv_gym.evaluation.leaderboard import leaderboard, read_rows
+from kv_gym.files import bundled
 from kv_gym.remote import RemoteFolder, remote_folder
 from kv_gym.traces import open_traces, record, validate
 
@@ -101,3 +102,23 @@ def _installed(name):
     except ImportError:
         return False
     return True
+
+
+def test_other_commands_refuse_an_address_and_leave_nothing(tmp_path, monkeypatch):
+    sample, requests = bundled("traces"), bundled("requests") / "sample.jsonl.gz"
+    monkeypatch.chdir(tmp_path)
+    for words in (
+        "demo --out s3://bucket/new",
+        f"evaluate --traces {sample} --policies keydiff --budgets 1/2 --json s3://bucket/new.json",
+        "export policy --tensors s3://bucket/new.safetensors",
+        "fit --model reference --data reference --count 96 --tokens 64 --tolerance 0.1 --out s3://bucket/new",
+        f"pages simulate {requests} --policies lru --capacity 100 --json s3://bucket/new.json",
+        f"pages train clone {requests} --capacity 100 --out s3://bucket/new",
+        "serve --model reference --port 0 --folder s3://bucket/new",
+        f"trace show {sample} --out s3://bucket/new.png",
+        f"train joint --traces {sample} --out s3://bucket/new",
+    ):
+        found = CliRunner().invoke(cli.app, words.split()).exception
+        assert isinstance(found, UserError), (words, found)
+        assert "s3://bucket/" in str(found) and "is an address; expected a path of this machine" in str(found), words
+    assert not list(tmp_path.iterdir())

@@ -22,7 +22,7 @@ from kv_gym.budgets.allocation import Allocation, ScoredLayer
 from kv_gym.budgets.order import LOWEST, sortable
 from kv_gym.devices import to_device
 from kv_gym.errors import UserError
-from kv_gym.files import atomic_write, read_json, validated
+from kv_gym.files import atomic_write, make_folder, read_json, validated
 from kv_gym.models.fingerprint import state_dict_hash
 from kv_gym.policies.base import Policy
 
@@ -147,7 +147,7 @@ class Calibrated(Allocation):
             "format": FORMAT, "policy": json.loads(self.policy), "layers": self.layers, "kv_heads": self.kv_heads,
             "shares": self.shares, "thresholds": self.thresholds, "about": json.loads(self.about),
         }  # fmt: skip
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
+        make_folder(Path(file).parent)
         with atomic_write(file) as part:
             part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
         return Path(file)

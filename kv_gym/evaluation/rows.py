@@ -21,7 +21,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, PlainValidator, StrictBool, StrictStr, model_validator
 
 from kv_gym.errors import UserError
-from kv_gym.files import atomic_write, read_json, read_json_lines, validated
+from kv_gym.files import atomic_write, make_folder, read_json, read_json_lines, refuse_address, validated
 from kv_gym.notebook import Result
 from kv_gym.policies import current_name
 
@@ -292,7 +292,7 @@ def read_result(file: str | Path) -> dict[str, Any]:
 def write_rows(file: str | Path, rows: Iterable[Any], separators: tuple[str, str] = (", ", ": ")) -> None:
     """Write rows, or other plain data, as JSON lines; whole or not at all."""
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     text = "".join(json.dumps(row, separators=separators) + "\n" for row in rows)
     with atomic_write(file) as part:
         part.write_text(text, encoding="utf-8")
@@ -324,13 +324,11 @@ def _relative(argument: str) -> str:
 
 def refuse_unwritable(file: str | Path) -> None:
     """Raise a UserError, before any work, where `file` cannot be written to."""
+    refuse_address(file)
     file = Path(file)
     if not file.name or os.path.isdir(file):
         raise UserError(f"{file} is a folder; name a file to write the result to")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {file.parent} ({error.strerror}); name another file") from None
+    make_folder(file.parent)
     trial = file.with_name(file.name + ".tmp")  # the name that `atomic_write` writes to
     try:
         trial.touch()
@@ -342,7 +340,7 @@ def refuse_unwritable(file: str | Path) -> None:
 def write_json(file: str | Path, data: dict) -> Path:
     """Write JSON whole or not at all."""
     file = Path(file)
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with atomic_write(file) as part:
         part.write_text(json.dumps(data, indent=1) + "\n", encoding="utf-8")
     return file

@@ -20,6 +20,7 @@ from kv_gym.evaluation.report.charts import altair
 from kv_gym.evaluation.rows import result, write_json
 from kv_gym.evaluation.statistics import smallest_sufficient_budget
 from kv_gym.evaluation.tasks import TaskContext
+from kv_gym.files import refuse_address
 from kv_gym.fit.card import LEARNED
 from kv_gym.fit.data import read_data
 from kv_gym.fit.folder import load_fit
@@ -58,6 +59,7 @@ def demo(out: str | Path = "runs/demo", seed: int = 0, progress: bool = True) ->
     Raises:
         UserError: the folder holds other files, or the extra ``report`` is not installed.
     """
+    refuse_address(out)
     out, console, start = Path(out), Console(highlight=False), time.monotonic()
     if out.exists() and (not out.is_dir() or (any(out.iterdir()) and not any(out.glob("fit-*")))):
         raise UserError(f"{out} holds other files than those of an earlier demo; name a new folder with --out")

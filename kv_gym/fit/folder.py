@@ -11,7 +11,7 @@ from typing import Any
 
 from kv_gym.errors import UserError
 from kv_gym.evaluation.rows import write_json
-from kv_gym.files import read_json
+from kv_gym.files import read_json, refuse_address
 from kv_gym.hub import download, is_hub_id
 from kv_gym.live import EvictingCache
 
@@ -34,6 +34,7 @@ class FitFolder:
         Raises:
             UserError: it holds other things, or a fit with other settings.
         """
+        refuse_address(path)
         self.path = Path(path)
         wanted = json.loads(json.dumps(dict(settings), default=str))
         if self.path.exists() and not self.path.is_dir():

@@ -30,7 +30,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kv_gym.errors import UserError
-from kv_gym.files import atomic_write
+from kv_gym.files import atomic_write, make_folder, refuse_address
 from kv_gym.policies.scoring.inputs import DEFAULT
 
 FORMAT = 1
@@ -51,6 +51,7 @@ def export_tensors(policy, out: str | Path) -> Path:
 
     from kv_gym.policies.scorer import GroupedScorer, Scorer
 
+    refuse_address(out)
     out = Path(out)
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file to write the tensors into, such as {out / 'x.safetensors'}")
@@ -93,7 +94,7 @@ def export_tensors(policy, out: str | Path) -> Path:
         "comparable": bool(scorer.comparable),
         "fingerprint": model.to_json(),
     }
-    out.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(out.parent)
     with atomic_write(out) as part:
         part.write_bytes(save(tensors, metadata={"kv_gym": json.dumps(description)}))
     return out

@@ -21,8 +21,8 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from kv_gym.budgets import Allocation, parse_budget, slots_after
-from kv_gym.errors import UserError, short_reason
-from kv_gym.files import atomic_write, read_json, validated
+from kv_gym.errors import UserError
+from kv_gym.files import atomic_write, make_folder, read_json, validated
 from kv_gym.live.cache import EvictingCache
 from kv_gym.live.episodes import MATCHES, Embedding, Episodes, conversation_windows, model_embedding
 from kv_gym.live.selection import Selection
@@ -184,7 +184,7 @@ class EpisodicCache:
             UserError: nothing was read yet, or a folder that cannot be written.
         """
         self._refuse_empty()
-        folder = _made(Path(folder))
+        folder = make_folder(folder)
         for episode in range(len(self._caches)):
             with self.of_episode(episode) as cache:
                 cache.save(folder / _file_name(episode))
@@ -276,7 +276,7 @@ class EpisodicCache:
 
     def _parked(self, cache: EvictingCache, episode: int) -> EvictingCache | Path:
         if isinstance(self._park, Path):
-            return cache.save(_made(self._park) / _file_name(episode))
+            return cache.save(make_folder(self._park) / _file_name(episode))
         if self._park == "host":
             cache.move("cpu")
         return cache
@@ -374,14 +374,6 @@ class _Manifest(BaseModel):
     block: int
     seen: int
     tokens_read: int
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"{folder} cannot be made ({short_reason(error)}); name another folder") from None
-    return folder
 
 
 def _file_name(episode: int) -> str:

@@ -14,6 +14,7 @@ from time import monotonic
 from typing import Any
 
 import torch
+import transformers
 
 from kv_gym.errors import UserError
 from kv_gym.live.cache import EvictingCache
@@ -26,6 +27,10 @@ from kv_gym.serving.reply_stream import ReplyStream
 from kv_gym.serving.turns import Turn, most_new_tokens, sampling_options
 
 _log = logging.getLogger("kv_gym.serving")
+
+_CHUNK = 512  # tokens of a prompt that are read at a time, because a reply can be ended before each forward
+# transformers gave every chunk the positions of the last one before 5.4
+_CHUNKS_WORK = tuple(map(int, transformers.__version__.split(".")[:2])) >= (5, 4)
 
 
 @dataclass(frozen=True)
@@ -192,16 +197,13 @@ class Engine:
         positions = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
         room = None if positions is None or before.cache.config.rope_shift is not None else positions - prompt
         most = most_new_tokens(request, self._max_tokens, room, prompt)
-        times = [monotonic()]
-
-        def check() -> None:
-            self._check(generation)
-            times.append(monotonic())
-
-        stream = ReplyStream(self._tokenizer, request.stops, generation.emit, check)
+        stream = ReplyStream(self._tokenizer, request.stops, generation.emit)
         options = sampling_options(request, self._model.generation_config) | {"stopping_criteria": [stream]}
-        session = before.fork()
-        with _seeded(self._model.device, request.seed):
+        trigger = before.cache.config.trigger
+        if _CHUNKS_WORK and (trigger.every is None or trigger.within_forward):  # others would evict between chunks
+            options["prefill_chunk_size"] = _CHUNK
+        session, began = before.fork(), monotonic()
+        with self._interruptible(generation), _seeded(self._model.device, request.seed):
             kept = session.reply(new, most, **options)
         stream.finish()
         ended = stream.stopped or len(kept) < len(stream.tokens)
@@ -213,10 +215,11 @@ class Engine:
         counts.tokens_generated.inc(len(stream.tokens))
         counts.evicted_slots.inc(max(0, _evicted_slots(session.cache) - _evicted_slots(before.cache)))
         counts.alarms.inc(_alarms(session.cache) - _alarms(before.cache))
-        counts.reading.observe(times[1] - times[0])
-        counts.generating.observe(monotonic() - times[0])
-        if len(times) > 2:
-            counts.tokens_per_second.set((len(times) - 2) / (times[-1] - times[1]))
+        first, *_, last = [*stream.times, stream.times[-1]]
+        counts.reading.observe(first - began)
+        counts.generating.observe(monotonic() - began)
+        if last > first:
+            counts.tokens_per_second.set((len(stream.times) - 1) / (last - first))
         reason = "stop" if ended else "length"
         return Reply(stream.text, reason, prompt, cached, len(stream.tokens)), session
 
@@ -234,6 +237,15 @@ class Engine:
             session = before.fork()
         session.ids = ids + plain_ids(self._tokenizer, stream.text[len(beginning) :])
         return session
+
+    @contextmanager
+    def _interruptible(self, generation: Generation) -> Iterator[None]:
+        """Within the block, every forward of the model begins with :meth:`_check`."""
+        hook = self._model.register_forward_pre_hook(lambda *_: self._check(generation))
+        try:
+            yield
+        finally:
+            hook.remove()
 
     def _check(self, generation: Generation) -> None:
         if self.stopping:

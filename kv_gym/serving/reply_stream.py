@@ -1,8 +1,9 @@
-"""The text of a reply as its tokens come, ended by stop strings, or by whoever asked for it."""
+"""The text of a reply as its tokens come, ended by stop strings."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from time import monotonic
 from typing import Any
 
 import torch
@@ -21,23 +22,24 @@ class ReplyStream(StoppingCriteria):
         tokenizer: of the model.
         stops: the reply ends before the first of them.
         write: is called with every part of the text.
-        check: is called at every token, and may raise to end the generation.
 
     Attributes:
         tokens: all new tokens, those of a stop string among them.
         text: what was written so far.
         stopped: whether a stop string was found.
+        times: when each token came, by the monotonic clock.
     """
 
-    def __init__(self, tokenizer, stops: Sequence[str], write: Callable[[str], object], check: Callable[[], object]):
-        self._tokenizer, self._stops, self._write, self._check = tokenizer, stops, write, check
+    def __init__(self, tokenizer, stops: Sequence[str], write: Callable[[str], object]):
+        self._tokenizer, self._stops, self._write = tokenizer, stops, write
         self.tokens: list[int] = []
         self.text = ""
         self.stopped = False
+        self.times: list[float] = []
 
     def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:  # type: ignore[override]
         """Take the newest token of the only row."""
-        self._check()
+        self.times.append(monotonic())
         self.tokens.append(int(input_ids[0, -1]))
         text = self._decode(self.tokens)
         ends = [at for stop in self._stops if (at := text.find(stop)) >= 0]

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from kv_gym.errors import UserError, printable
+from kv_gym.files import make_folder
 from kv_gym.live.conversation import TextSession
 from kv_gym.live.guard import Guard
 from kv_gym.live.saving import refuse_unsavable
@@ -182,7 +183,7 @@ def make_server(
         else:
             if folder is None:
                 temporary = tempfile.TemporaryDirectory(prefix="kv-gym-", ignore_cleanup_errors=True)
-            place = Path(temporary.name) if temporary is not None else _made(Path(folder or ""))
+            place = Path(temporary.name) if temporary is not None else make_folder(folder or "", 0o700)
     bound = _listen(host, port)
     loopback = ipaddress.ip_address(bound.getsockname()[0].partition("%")[0]).is_loopback
     if not loopback and api_key is None:
@@ -204,11 +205,3 @@ def _listen(host: str, port: int) -> socket.socket:
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"cannot listen on {host}, port {port} ({reason}); choose others by host and port") from None
-
-
-def _made(folder: Path) -> Path:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"folder {folder} cannot be made ({error.strerror}); name another one") from None
-    return folder

@@ -15,7 +15,7 @@ from rich.text import Text
 
 from kv_gym.budgets import format_budget, parse_budget, select
 from kv_gym.errors import UserError, printable
-from kv_gym.files import atomic_write
+from kv_gym.files import atomic_write, make_folder, refuse_address
 from kv_gym.policies.oracle import Oracle
 from kv_gym.traces.reader import TraceSet, open_traces
 from kv_gym.traces.sequence import Sequence
@@ -275,15 +275,13 @@ def _kept_words(words: list[str], kept: list[bool]) -> Text:
 
 
 def _writable(out: str | Path) -> Path:
+    refuse_address(out)
     out = Path(out)
     if out.suffix.lower() != ".png":
         raise UserError(f"{out} is no name of a picture; expected a file that ends in .png")
     if out.is_dir():
         raise UserError(f"{out} is a folder; name a file to write the picture to")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot make folder {out.parent} ({error.strerror}); name another file") from None
+    make_folder(out.parent)
     return out
 
 

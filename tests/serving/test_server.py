@@ -21,7 +21,7 @@ openai = pytest.importorskip("openai", reason="needs OpenAI's client: pip instal
 
 from kv_gym.errors import UserError  # noqa: E402
 from kv_gym.live import Conversation  # noqa: E402
-from kv_gym.serving import make_server  # noqa: E402
+from kv_gym.serving import engine, make_server  # noqa: E402
 
 TEMPLATE = (
     "{% for m in messages %}<{{ m.role }}>{{ m.content }}</{{ m.role }}>{% endfor %}"
@@ -289,6 +289,30 @@ def test_one_generation_at_a_time_a_bounded_queue_and_time_outs(monkeypatch):
         assert ask(client, [user("Hi")]).choices[0].finish_reason == "length"
         assert metric(server, 'interrupted_replies_total{reason="timeout"}') == 1
         assert metric(server, 'requests_total{route="/v1/chat/completions",status="504"}') == 2
+
+
+@pytest.mark.skipif(not engine._CHUNKS_WORK, reason="transformers gave chunks wrong positions before 5.4")
+def test_a_long_prompt_is_read_in_chunks_and_none_is_read_after_a_time_out(parts, monkeypatch):
+    monkeypatch.setattr(engine, "_CHUNK", 16)
+    text = "the lamp was old and Ann sold it to Bob who has a boat in the river by the house." * 2
+    expected, seen = expected_turns(parts, [text, text])
+    lengths, model = [], parts[0]
+
+    def note(_, __, given, ___):
+        lengths.append(given["input_ids"].shape[1])
+
+    with serving(parts, timeout=1) as server, client_of(server) as client:
+        with monkeypatch.context() as patch:
+            slow = Slow(model, patch)
+            slow.steps.release(2)  # of a dozen chunks, and the third takes more than a second
+            hook = model.register_forward_hook(note, with_kwargs=True)
+            with pytest.raises(openai.APIStatusError, match="longer than 1 seconds"):
+                ask(client, [user(text)])
+            slow.steps.release(1)
+            wait_for(lambda: metric(server, 'interrupted_replies_total{reason="timeout"}') == 1)
+            hook.remove()
+        assert lengths == [16, 16, 16]
+        assert turns_of(client, [text, text]) == (expected, [0, seen[0]])
 
 
 def test_a_server_that_stops_ends_the_reply_and_removes_its_files(monkeypatch, tmp_path):

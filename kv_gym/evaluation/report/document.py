@@ -14,7 +14,7 @@ from kv_gym.evaluation.report.page import write_page
 from kv_gym.evaluation.report.results import Results
 from kv_gym.evaluation.report.summaries import MEASURES, summaries
 from kv_gym.evaluation.rows import FULL
-from kv_gym.files import atomic_write
+from kv_gym.files import atomic_write, make_folder, refuse_address
 from kv_gym.markdown import one_line, pipe_table
 
 COLUMNS = ("policy", "budget", "utility kept", "accuracy", "NLL", "cache bytes")
@@ -50,6 +50,7 @@ def report(
             would exceed 5 MB.
     """
     altair()
+    refuse_address(out)
     out = Path(out)
     if not isinstance(results, Results):
         results = _collect(results)
@@ -59,7 +60,7 @@ def report(
         raise UserError(f"a report is no {out.suffix} file; name one that ends in .html, or a folder")
     if out.exists() and not out.is_dir():
         raise UserError(f"{out} is a file; name a folder, or a file that ends in .html")
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     write_page(results, out / "report.html", title, tokens)
     text = f"# {_literal(title)}\n\n{_table_and_pictures(results, out)}{notes}\n\n{_origin(results)}"
     with atomic_write(out / "report.md") as part:

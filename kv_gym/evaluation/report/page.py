@@ -23,7 +23,7 @@ from kv_gym.evaluation.report import charts
 from kv_gym.evaluation.report.charts import COLOURS, chart_styles
 from kv_gym.evaluation.report.results import Results
 from kv_gym.evaluation.report.summaries import MEASURES, summaries
-from kv_gym.files import atomic_write
+from kv_gym.files import atomic_write, make_folder
 from kv_gym.markdown import one_line
 
 FOLDER = Path(__file__).with_name("web")
@@ -59,7 +59,7 @@ def write_page(results: Results, file: str | Path, title: str = "kv_gym report",
             f"the page would take {len(page) / 1e6:.1f} MB and {LIMIT / 1e6:.0f} MB is most; report fewer files, or "
             "name fewer policies or a shorter context for the token view"
         )
-    file.parent.mkdir(parents=True, exist_ok=True)
+    make_folder(file.parent)
     with atomic_write(file) as part:
         part.write_bytes(page)
     return file

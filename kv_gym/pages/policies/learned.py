@@ -20,7 +20,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field, field_validator
 
 from kv_gym.errors import UserError, short_reason
-from kv_gym.files import atomic_write, read_bytes, read_json, validated
+from kv_gym.files import atomic_write, make_folder, read_bytes, read_json, validated
 from kv_gym.pages.cache import Candidates, PageCache
 from kv_gym.pages.features import FEATURES, feature_matrix
 from kv_gym.pages.policies.base import PageRankingPolicy
@@ -145,7 +145,7 @@ class Learned(PageRankingPolicy):
         """Write card and weights into a folder, which is made where it is not there."""
         from safetensors.numpy import save
 
-        Path(folder).mkdir(parents=True, exist_ok=True)
+        make_folder(folder)
         data = save(self.weights)
         self.card = self.card.model_copy(update={"weights_sha256": hashlib.sha256(data).hexdigest()})
         with atomic_write(Path(folder) / _WEIGHTS) as part:

@@ -12,7 +12,7 @@ import torch
 from kv_gym import __version__
 from kv_gym.errors import UserError
 from kv_gym.evaluation.rows import refuse_unwritable
-from kv_gym.files import bundled, only_class, read_yaml, validated
+from kv_gym.files import bundled, only_class, read_yaml, refuse_address, validated
 from kv_gym.pages.cache import check_drawn
 from kv_gym.pages.features import check_features, features_of
 from kv_gym.pages.policies.base import PageRankingPolicy
@@ -94,6 +94,7 @@ def train_pages(
     given = {"hidden": hidden, "rounds": rounds, "decisions": decisions, "steps": steps, "rate": rate}
     given = {name: value for name, value in given.items() if value is not None}
     settings = validated(kind.settings_class, written.model_dump() | given, f"page agent {agent!r}")
+    refuse_address(out)
     if Path(out).is_file():
         raise UserError(f"{out} is a file; name a folder to write the policy into")
     if not 0 <= seed < 2**63:
