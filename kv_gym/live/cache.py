@@ -42,7 +42,7 @@ from kv_gym.live.layer_state import MAX_PENDING, LayerState
 from kv_gym.live.saving import SavedCache, write_cache
 from kv_gym.live.selection import Selection
 from kv_gym.live.tiers import Tier, TierRecorder
-from kv_gym.models.attention import attach, attention_modules, detach, full_layers
+from kv_gym.models.attention import attach, attention_modules, cache_argument, detach, full_layers
 from kv_gym.models.hidden_states import attach_hidden_state_hooks, remove_hidden_state_hooks
 from kv_gym.models.loading import token_rows
 from kv_gym.models.probe import read_probe
@@ -675,7 +675,7 @@ class EvictingCache(Cache):
 
         def read_output(module, args, kwargs, output) -> None:
             cache, logits = this(), getattr(output, "logits", None)
-            if cache is not None and cache is kwargs.get("past_key_values") and logits is not None:
+            if cache is not None and cache is cache_argument(kwargs) and logits is not None:
                 tier = cache._states[0].tier  # follows the rows of the batch
                 assert isinstance(tier, TierRecorder)
                 cache._check_guard(tier.measure_output(logits[:, -1].detach()))

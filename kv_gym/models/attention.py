@@ -18,7 +18,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -205,7 +205,7 @@ class _ObservedForward:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         arguments = {**dict(zip(self._parameters, args, strict=False)), **kwargs}
-        cache = arguments.get("past_key_values")
+        cache = cache_argument(arguments)
         try:
             self._tell(cache, "before_forward", arguments)
             output = self._plain(*args, **kwargs)
@@ -221,6 +221,11 @@ class _ObservedForward:
             _pop_observer()  # left by a forward that failed between a cache's update and its attention
         if (notify := getattr(cache, event, None)) is not None:
             notify(*arguments)
+
+
+def cache_argument(arguments: Mapping[str, Any]) -> Any:
+    """The cache among a forward's arguments, by either of its names: transformers 5.24 changed it."""
+    return arguments.get("cache", arguments.get("past_key_values"))
 
 
 def attention_modules(model) -> dict[int, nn.Module]:

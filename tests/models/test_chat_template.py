@@ -117,7 +117,6 @@ def test_the_process_renders_as_transformers_does(tokenizer):
 
 def test_a_template_without_end_is_stopped(tokenizer, monkeypatch):
     """Loops, numbers and texts that Jinja's sandbox allows."""
-    monkeypatch.setattr("kv_gym.models.template_renderer.SECONDS", 1.0)
     loop = "{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     for bomb, reason in {
         loop: "it took more than 1 seconds",
@@ -127,7 +126,10 @@ def test_a_template_without_end_is_stopped(tokenizer, monkeypatch):
     }.items():
         tokenizer.chat_template = "{% if messages | length > 1 %}" + bomb + "{% endif %}ready"
         template = ChatTemplate(tokenizer)
-        with pytest.raises(UserError, match=f"^the model's chat template refuses the messages: {reason}"):
+        refusal = pytest.raises(UserError, match=f"^the model's chat template refuses the messages: {reason}")
+        with monkeypatch.context() as patch, refusal:
+            if "seconds" in reason:
+                patch.setattr("kv_gym.models.template_renderer.SECONDS", 1.0)
             template.render(DIALOGUE)
         assert template.render(DIALOGUE[:1]) == "ready"
     tokenizer.chat_template = CHATML
