@@ -11,6 +11,7 @@ Parts, chosen with ``--parts``:
 
 - ``evidence``: hit rates on the last 0.3 of every trace; trained policies see the first half, choose their best round
   on the next fifth, and run on all of it with their shadow LRU.
+- ``settings``: settings of `lrb` by the hits on that fifth alone, which the evidence does not count.
 - ``noise``: the oracle of 16 candidates, 12 of them drawn, with noise on the logarithm of the time to the next use.
 - ``capacities``: hit rates over the capacity, on whole traces.
 - ``predictions``: misses of Flush, Mark0 and Mark&Predict over the share of wrong bits, with the proven bounds.
@@ -67,26 +68,32 @@ NOT_CLASSIC = ("belady", "belady_prefix", "flush", "lrb", "mark0", "mark_and_pre
                "vllm_prefix_lru")  # fmt: skip
 CLASSIC = tuple(name for name in list_page_policies() if name not in NOT_CLASSIC)
 ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
-TREES = "lrb:trees=60:sample=1:shadow=4096"
-AGENTS = ("lrb", TREES, "clone", "dqn", "ppo")
-ON_EVERY_TRACE, ELSEWHERE = ("lrb", TREES, "clone"), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
+ORDERED = tuple(f"tail_oracle:order={order}" for order in ("lirs", "s3_fifo", "w_tinylfu"))
+TREES = "lrb:trees=60:sample=4:candidates=16:drawn=0"
+AGENTS = ("lrb", "lrb:shadow=0", TREES, "clone", "dqn", "ppo")
+SETTINGS = ("lru", "s3_fifo", "w_tinylfu", "tail_oracle", *ORDERED, "lrb",
+            *(f"lrb:trees=60:sample=4:candidates={shown}" for shown in (
+                "16:drawn=0", "16:drawn=0:order=s3_fifo", "16:drawn=0:order=w_tinylfu", "16:drawn=12", "64:drawn=32",
+            )))  # fmt: skip
+ON_EVERY_TRACE, ELSEWHERE = (*AGENTS[:3], "clone"), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
 DRAWN, WARM_UP = 12, 0.7
 FLIPS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 BOUNDS = {"flush": (1, lambda k: k - 1, discard_bits), "mark0": (1, lambda k: 2 * harmonic(k), discard_bits),
           "mark_and_predict": (2, lambda k: harmonic(k), phase_bits)}  # fmt: skip
 
-RULES = """Percent of accesses found, in the last 0.3 of the requests. Agents saw the first half, and chose their best
-round on the next fifth; they choose among 16 pages, four least recently used and twelve drawn at random, with LRU in
-their shadow. `lrb` learns while it runs, and chooses among 64 pages, 63 of them drawn; with `shadow` it has an LRU
-cache in its shadow, too. `best classic` is the best of the last table, chosen afterwards on the same requests. The
-last columns say how much of the distance from it to each oracle the mean over seeds covers: `beyond` where the oracle
-is below the best classic policy and the mean is not. With others to choose among than the oracle, a policy may go
-further than it. Oracles are best over a whole trace, not in its last part. Where the tail oracle is less than a point
-above LRU, K candidates from the tail cannot help; where it is `below it`, it is below the best classic policy, so
-that a policy must look beyond the tail to be better. Mooncake's blocks are prefixes for ranking policies, and stand
-alone for queues. cs is a loop that is gone through less than five times: what is found in its last part depends on
-where in the loop a policy begins to keep pages, and says little. Capacities are pages, those of adapt_size bytes.
-What is missing has not been measured yet."""
+RULES = """Percent of accesses found, in the last 0.3 of the requests. Agents saw the first half, and chose their
+best round on the next fifth; they choose among 16 pages, four least recently used and twelve drawn at random, with
+LRU in their shadow. `lrb` learns while it runs, and chooses among 64 pages, 63 of them drawn; it has an LRU cache
+in its shadow, too, but for `shadow=0`. `in a classic order` is the tail oracle whose 16 pages are those that LIRS,
+S3-FIFO or W-TinyLFU would evict next, the best of the three. `best classic` is the best of the last table, chosen
+afterwards on the same requests. The last columns say how much of the distance from it to each oracle the mean over
+seeds covers: `beyond` where the oracle is below the best classic policy and the mean is not. With others to choose
+among than the oracle, a policy may go further than it. Oracles are best over a whole trace, not in its last part.
+Where the tail oracle is less than a point above LRU, K candidates from the tail cannot help; where it is `below
+it`, it is below the best classic policy, so that a policy must look beyond the tail to be better. Mooncake's blocks
+are prefixes for ranking policies, and stand alone for queues. cs is a loop that is gone through less than five
+times: what is found in its last part depends on where in the loop a policy begins to keep pages, and says little.
+Capacities are pages, those of adapt_size bytes. What is missing has not been measured yet."""
 
 Cell = dict[str, Any]
 
@@ -99,7 +106,7 @@ def main() -> None:
     parser.add_argument("--traces", default=",".join(FILES), help="names of those to take")
     parser.add_argument("--agents", default=",".join(AGENTS), help="names of those to train")
     parser.add_argument("--seeds", type=int, default=5, help="how often each is trained")
-    parser.add_argument("--parts", default="evidence,noise,capacities,predictions,speed,decisions")
+    parser.add_argument("--parts", default="evidence,settings,noise,capacities,predictions,speed,decisions")
     parser.add_argument("--quick", action="store_true", help="the bundled sample alone")
     arguments = parser.parse_args()
     results = Results(arguments.out, Traces(arguments))
@@ -168,7 +175,7 @@ class Results:
 def evidence(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
     cases = list(traces.cases())
     for trace, capacity in cases:
-        for policy in (*ORACLES, *CLASSIC):
+        for policy in (*ORACLES, *(() if traces[trace].chained else ORDERED), *CLASSIC):
             for seed in range(3) if make_page_policy(policy).stochastic else (None,):
                 key = {"trace": trace, "capacity": capacity, "policy": policy, "seed": seed}
                 yield key, lambda key=key: count_hits(traces, **key)
@@ -184,12 +191,18 @@ def served_as(trace: RequestTrace, policy: str) -> str:
     return "prefix" if trace.chained and make_page_policy(policy).prefix else "objects"
 
 
-def count_hits(traces: Traces, trace: str, capacity: int, policy: str, seed: int | None) -> Cell:
+def count_hits(
+    traces: Traces, trace: str, capacity: int, policy: str, seed: int | None, part: tuple[float, float] = (WARM_UP, 1)
+) -> Cell:
+    """Hit rate in a part of the requests, those before it filling the cache."""
+    start, stop = part
     requests = traces[trace]
+    if stop < 1:
+        requests = requests.part(0, int(stop * requests.requests))
     chosen = policy if seed is None else f"{policy}:seed={seed}"
     if requests.chained and policy == "belady":
         chosen = "belady_prefix"
-    found = simulate(requests, chosen, capacity, served_as(requests, chosen), "pass", warm_up=WARM_UP)
+    found = simulate(requests, chosen, capacity, served_as(requests, chosen), "pass", warm_up=start / stop)
     return {"hit_rate": found.hit_rate, "byte_hit_rate": found.byte_hit_rate}
 
 
@@ -201,6 +214,14 @@ def train_and_count(traces: Traces, trace: str, capacity: int, policy: str, seed
     found = simulate(requests, learned, capacity, semantics, "pass", warm_up=WARM_UP)
     return {"hit_rate": found.hit_rate, "byte_hit_rate": found.byte_hit_rate, "shadow_share": found.shadow_share,
             "fallback": learned.card.fallback, "validation": learned.card.validation["learned"]}  # fmt: skip
+
+
+def settings(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
+    chosen = [("sample", 1000)] if traces.quick else [("sprite", 500), ("web07", 1000), ("multi1", 1000)]
+    for policy, (trace, capacity) in product(SETTINGS, chosen):
+        if trace in traces and not (traces[trace].chained and "order=" in policy):
+            key = {"trace": trace, "capacity": capacity, "policy": policy, "seed": None}
+            yield key, lambda key=key: count_hits(traces, **key, part=(0.5, WARM_UP))
 
 
 def noise(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
@@ -353,8 +374,8 @@ def time_decisions(form: str) -> Cell:
 
 
 PARTS: dict[str, Callable[[Traces], Iterator[tuple[Cell, Callable[[], Cell]]]]] = {
-    "evidence": evidence, "noise": noise, "capacities": capacities, "predictions": predictions, "speed": speed,
-    "decisions": decisions,
+    "evidence": evidence, "settings": settings, "noise": noise, "capacities": capacities,
+    "predictions": predictions, "speed": speed, "decisions": decisions,
 }  # fmt: skip
 
 
@@ -388,6 +409,8 @@ def page(cells: list[Cell], command: str) -> str:
             pipe_table(["noise", *(cell["policy"].rpartition("=")[2] for cell in noisy)],
                        [["hits", *(percent(cell["hit_rate"]) for cell in noisy)]]),
         ]  # fmt: skip
+    if tried := [cell for cell in cells if cell["part"] == "settings"]:
+        text += ["## Settings", settings_text(tried)]
     if timed := [cell for cell in cells if cell["part"] == "speed"]:
         text += ["## Speed", speed_text(timed)]
     if decided := [cell for cell in cells if cell["part"] == "decisions"]:
@@ -420,7 +443,7 @@ def evidence_text(cells: list[Cell]) -> str:
     rates = {case: found for case, found in rates.items() if set(CLASSIC) | set(ORACLES) <= set(found)}
     if not rates:
         return "Not measured yet."
-    oracles = ["LRU", "best classic", "", "tail oracle, K = 16", "with 12 drawn", "Belady"]
+    oracles = ["LRU", "best classic", "", "tail oracle, K = 16", "in a classic order", "", "with 12 drawn", "Belady"]
     learned = ["policy", "seeds", "mean", "lowest to highest", "over LRU", "over best", "way to tail oracle",
                "way to 12 drawn", "left to LRU"]  # fmt: skip
     classic = [
@@ -469,10 +492,15 @@ def summary_row(trace: str, capacity: int, found: dict[str, list[Cell]]) -> list
     lru, tail, drawn, belady = (mean_rate(found.get(name)) for name in ("lru", *ORACLES))
     best, name = best_classic(found)
     helpless = lru is not None and tail is not None and tail < lru + 0.01
+    ordered = max(
+        ((rate, name.partition("=")[2]) for name in ORDERED if (rate := mean_rate(found.get(name))) is not None),
+        default=None,
+    )
     note = ": cannot help" if helpless else ": below it" if tail is not None and tail < best else ""
     return [
         trace, f"{capacity:,}", percent(lru), percent(best), name,
-        percent(tail) + note, percent(drawn), percent(belady),
+        percent(tail) + note, *((percent(ordered[0]), ordered[1]) if ordered else ("-", "-")),
+        percent(drawn), percent(belady),
     ]  # fmt: skip
 
 
@@ -502,6 +530,20 @@ def way(start: float, reached: float, end: float | None) -> str:
     if end is None or end <= start:
         return "beyond" if end is not None and reached >= start else "-"
     return f"{100 * (reached - start) / (end - start):.0f} %"
+
+
+def settings_text(cells: list[Cell]) -> str:
+    cases = list(dict.fromkeys((cell["trace"], cell["capacity"]) for cell in cells))
+    rates = {(cell["policy"], cell["trace"], cell["capacity"]): cell["hit_rate"] for cell in cells}
+    rows = [
+        [policy, *(percent(rates.get((policy, *case))) for case in cases)]
+        for policy in dict.fromkeys(cell["policy"] for cell in cells)
+    ]
+    return (
+        "Percent of accesses found between half and 0.7 of the requests, which no other table counts: settings are "
+        "chosen here. With `order` a policy chooses among the pages that a classic policy would evict next.\n\n"
+        + pipe_table(["policy", *(f"{trace} at {capacity:,}" for trace, capacity in cases)], rows)
+    )
 
 
 def speed_text(cells: list[Cell]) -> str:

@@ -8,12 +8,15 @@ from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
 from kv_gym.errors import UserError
 from kv_gym.pages.requests import NEVER, RequestTrace
+
+if TYPE_CHECKING:
+    from kv_gym.pages.order import PolicyOrder
 
 Priority = Callable[["PageCache", int], tuple]
 
@@ -27,6 +30,7 @@ COLUMNS = {name: place for place, name in enumerate(_NAMES)}
 
 HALF_LIVES = {"often": 1_000.0, "steady": 30_000.0}  # accesses after which a use counts half
 _DECAYING = slice(COLUMNS["often"], COLUMNS["steady"] + 1)
+_NEIGHBOURS = np.concatenate((-np.arange(1, 17), np.arange(1, 17)))  # accesses around a page's last use
 _RATES = -1 / np.array(list(HALF_LIVES.values()))
 
 
@@ -57,7 +61,7 @@ class Candidates:
     def __init__(self, cache: PageCache, pages: list[int]):
         self.cache, self.pages = cache, pages
         # made when they are first asked for; functools.cached_property takes a lock, longer than all of this
-        self._places = self._columns = self._age = self._decayed = cast(np.ndarray, None)
+        self._places = self._columns = self._age = self._decayed = self._returned = cast(np.ndarray, None)
 
     def __len__(self) -> int:
         return len(self.pages)
@@ -125,6 +129,21 @@ class Candidates:
         """`[K]` accesses since that page was used which had been asked for just before each one's last use."""
         before = self.cache.trace.pages.take(np.maximum(self.columns[:, 0].astype(np.int64) - 1, 0))
         return self.cache.access - self.cache.table.take(before, 0)[:, 0]
+
+    @property
+    def returned(self) -> np.ndarray:
+        """`[K, 2]` accesses since any of its neighbours was asked for again; a million where none was.
+
+        A page's neighbours are the pages asked for just before its last use, at most 16, and those just after it.
+        """
+        if self._returned is None:
+            trace, now, last_use = self.cache.trace.pages, self.access, self.columns[:, :1].astype(np.int64)
+            at = last_use + _NEIGHBOURS
+            used = self.cache.table[:, 0].take(trace.take(np.clip(at, 0, now)))
+            again = (used > np.maximum(at, last_use)) & (at >= 0) & (at < now)
+            ages = np.where(again, now - used, 1e6)
+            self._returned = ages.reshape(len(self), 2, -1).min(2)
+        return self._returned
 
     @property
     def decayed(self) -> np.ndarray:
@@ -245,9 +264,10 @@ class PageCache:
         future: whether candidates carry their next use.
         priority: for engines with a heap over all leaves: `(cache, page) -> tuple`, the smallest leaves; None: the
             least recently used pages are shown.
+        order: shows the pages that a classic policy would evict next instead of the least recently used; for objects.
 
     Raises:
-        UserError: not one candidate that is least recently used.
+        UserError: not one candidate that is least recently used, or prefixes with an `order`.
 
     Attributes:
         hits, hit_bytes: accesses, and bytes, served from the cache so far.
@@ -256,6 +276,7 @@ class PageCache:
         evictions: pages that left so far.
         access: number of the current access.
         incoming: the page that room is made for.
+        leave_to_lru: whether the least recently used page alone is shown; a policy may set it to let LRU stand in.
         size: cached pages, and their sizes.
         table: `[footprint, columns]` float64, what is noted of every page, by :data:`COLUMNS`: access of its last use,
             uses while it was cached, access at which it was stored, moving mean of the accesses between uses, pages of
@@ -279,10 +300,15 @@ class PageCache:
         priority: Priority | None = None,
         drawn: int = 0,
         seed: int = 0,
+        order: PolicyOrder | None = None,
     ):
         self.trace, self.capacity, self.prefix = trace, capacity, semantics == "prefix"
         check_drawn(drawn, candidates)
-        self.candidates, self._priority = candidates, priority
+        if order is not None and self.prefix:
+            raise UserError(
+                "the order of a queue policy is one of single pages: choose order=lru or semantics='objects'"
+            )
+        self.candidates, self._priority, self._order = candidates, priority, order
         self._oldest, self._drawn, self._seed = candidates - drawn, drawn, seed
         lists = trace.lists
         self._pages, self._starts, self._sizes = lists["pages"], lists["starts"], lists.get("sizes")
@@ -318,7 +344,10 @@ class PageCache:
         self._heap: list[tuple[tuple, int]] = []
         self.used = self.hits = self.hit_bytes = self.served = self.served_bytes = self.evictions = self.access = 0
         self.incoming = -1
+        self.leave_to_lru = False
         self.found = bytearray(len(self.trace))
+        if self._order is not None:
+            self._order.start(self._oldest, self.capacity, self.trace)
 
     def __contains__(self, page: int) -> bool:
         return page in self.size
@@ -350,14 +379,20 @@ class PageCache:
                 self._count_hit(page)
                 self._note(page, at)
                 self._free.move_to_end(page)
+                if self._order is not None:
+                    self._order.hit(page)
             elif size <= self.capacity:
                 self.incoming = page
+                if self._order is not None:
+                    self._order.miss(page, size)
                 while self.used + size > self.capacity and self.incoming >= 0:
                     yield
                 if self.incoming < 0:
                     continue
                 self._store(page, size, at)
                 self._free[page] = 0
+                if self._order is not None:
+                    self._order.store()
                 if self._any is not None:
                     self._any.add(page)
 
@@ -484,8 +519,13 @@ class PageCache:
         """The candidates for eviction, at most `candidates`: the least recently used first, then those drawn."""
         if self._priority is not None:
             return [self._smallest()]
-        oldest = self._leaves.oldest() if self.prefix else list(islice(self._free, self._oldest))
-        return oldest if self._any is None else list(dict.fromkeys(oldest + self._any.draw(self._drawn)))
+        if self.leave_to_lru:
+            return self._leaves.oldest()[:1] if self.prefix else [next(iter(self._free))]
+        if self._order is not None:
+            first = self._order.next()
+        else:
+            first = self._leaves.oldest() if self.prefix else list(islice(self._free, self._oldest))
+        return first if self._any is None else list(dict.fromkeys(first + self._any.draw(self._drawn)))
 
     def _smallest(self) -> int:
         assert self._priority is not None
@@ -513,6 +553,8 @@ class PageCache:
 
     def _drop(self, page: int) -> None:
         del self._free[page]
+        if self._order is not None:
+            self._order.remove(page)
         self._remove_leaf(page)
         self.used -= self.size.pop(page)
         self._expires.pop(page, None)

@@ -36,6 +36,8 @@ _LOGARITHMS: dict[str, tuple[str | Callable[[Candidates], np.ndarray], float]] =
     "pace": ("pace", 10),
     "parent_age": (lambda pages: pages.parent_age, 10),
     "predecessor_age": (lambda pages: pages.predecessor_age, 10),
+    "before_age": (lambda pages: pages.returned[:, 0], 10),
+    "after_age": (lambda pages: pages.returned[:, 1], 10),
 }
 _OTHERS: dict[str, Callable[[Candidates], np.ndarray]] = {
     "ttl": lambda pages: np.where(
@@ -56,15 +58,19 @@ CHAIN_FEATURES = ("depth", "length", "behind", "known", "turn", "pace", "parent_
 many of its pages come behind it, how many were known from earlier requests, which turn of a conversation it is and how
 long ago the turn before was; and accesses since the page before it in the chain was used."""
 
-FEATURES = (*BASIC_FEATURES, "previous", "often", "steady", *CHAIN_FEATURES[2:], "predecessor_age")
-"""All: also the accesses between the two uses before the last, two counts of uses that decay, and how long ago the page
-was used that had been asked for just before."""
+NEIGHBOUR_FEATURES = ("predecessor_age", "before_age", "after_age")
+"""What the pages do that were asked for around the last use of a page: how long ago the one just before it was used,
+and how long ago any of the 16 before it, and of the 16 after it, was asked for again."""
+
+FEATURES = (*BASIC_FEATURES, "previous", "often", "steady", *CHAIN_FEATURES[2:], *NEIGHBOUR_FEATURES)
+"""All: also the accesses between the two uses before the last, two counts of uses that decay, and those of the
+neighbours."""
 
 
 def features_of(trace: RequestTrace, semantics: str) -> tuple[str, ...]:
     """The features that agents see if none are named: those that can differ between pages of a trace."""
     useless = {
-        "predecessor_age",  # younger than the published agents; the trees of `lrb` take it
+        *NEIGHBOUR_FEATURES,  # younger than the published agents; the trees of `lrb` take them
         *(CHAIN_FEATURES if semantics == "objects" else ()),
         *(("size",) if trace.sizes is None else ()),
         *(("ttl",) if trace.ttl is None else ()),

@@ -9,6 +9,7 @@ import numpy as np
 
 from kv_gym.errors import UserError
 from kv_gym.pages.cache import Candidates, PageCache
+from kv_gym.pages.order import order_of
 from kv_gym.pages.policies.base import PagePolicy, PageRankingPolicy, QueuePolicy
 from kv_gym.pages.policies.lru import PageLRU
 from kv_gym.pages.policies.registry import make_page_policy
@@ -204,7 +205,7 @@ def _run_ranking(
     policy.reset(0)
     cache = PageCache(
         trace, capacity, semantics, policy.candidates, policy.needs_future, getattr(policy, "priority", None),
-        policy.drawn, getattr(policy, "seed", 0),
+        policy.drawn, getattr(policy, "seed", 0), order_of(policy),
     )  # fmt: skip
     bypasses = type(policy).declines is not PageRankingPolicy.declines
     observes = type(policy).observe is not PageRankingPolicy.observe

@@ -7,7 +7,10 @@ import pytest
 
 from kv_gym.errors import UserError
 from kv_gym.pages import RequestTrace, list_page_policies, make_page_policy, read_requests, simulate
+from kv_gym.pages.cache import PageCache
+from kv_gym.pages.order import order_of
 from kv_gym.pages.policies.base import QueuePolicy
+from kv_gym.pages.policies.lrb import LRB
 
 DATA = Path(__file__).parents[3] / "shared" / "data" / "requests"
 SAMPLE = Path(__file__).parents[2] / "traces" / "requests" / "sample.jsonl.gz"
@@ -209,6 +212,9 @@ def test_sizes_count_bytes_and_expiry_counts_as_a_miss():
         (lambda t: simulate(t, "mark0:predictor=magic", 5), "predictor 'magic' is not known"),
         (lambda t: simulate(t, "no_such_module:Thing", 5), "cannot import page policy"),
         (lambda t: simulate(t, "math:pi", 5), "no subclass"),
+        (lambda t: simulate(t, "lrb:order=belady", 5), "order=belady shows no candidates"),
+        (lambda t: simulate(t, "lrb:order=lrb", 5), "order=lrb shows no candidates"),
+        (lambda t: simulate(t, "lrb:order=arc", 5, "prefix"), "choose order=lru or semantics='objects'"),
     ],
 )
 def test_mistakes_are_one_sentence(call, complaint):
@@ -223,3 +229,29 @@ def test_an_object_above_the_capacity_is_refused_or_passed_by():
         simulate(trace, "lru", 10)
     for policy in ("lru", "fifo", "tail_oracle"):
         assert simulate(trace, policy, 10, oversize="pass").hits == 1
+
+
+def test_candidates_in_the_order_of_a_classic_policy():
+    """FIFO with 3 of 4 places proposes pages; `a`, used among those proposed, returns to its newest end."""
+    trace = RequestTrace.from_keys(list("abcdaefag"), "letters")
+    cache = PageCache(trace, 4, candidates=2, order=order_of(make_page_policy("tail_oracle:order=fifo")))
+    shown = []
+    for _, leaves in zip(cache.serve(0, trace.requests), (1, 1, 0), strict=True):
+        shown.append("".join("abcdefg"[page] for page in cache.shown()))
+        cache.evict(cache.shown()[leaves])
+    assert shown == ["ab", "ac", "de"] and cache.hits == 2
+
+
+@pytest.mark.parametrize("policy", ["s3_fifo", "arc", "lirs", "w_tinylfu"])
+def test_one_candidate_in_the_order_of_a_policy_is_that_policy(sample, policy):
+    hits = [simulate(sample, name, 1000).hits for name in (policy, f"tail_oracle:order={policy}:candidates=1")]
+    assert hits[0] == hits[1] > 0
+
+
+def test_lru_stands_in_for_a_policy_that_shows_others():
+    cache = PageCache(RequestTrace.from_keys(list("abcad"), "letters"), 3, order=order_of(LRB(order="fifo")))
+    for _ in cache.serve(0, 5):
+        assert cache.shown() == [0, 1, 2]
+        cache.leave_to_lru = True
+        assert cache.shown() == [1]  # a was used after it
+        cache.evict(1)

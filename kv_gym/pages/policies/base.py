@@ -107,12 +107,14 @@ class PageRankingPolicy(PagePolicy, ABC):
 
     Attributes:
         candidates: how many pages it is shown.
-        drawn: how many of these are drawn at random from all that may leave; the others are the least recently used.
+        drawn: how many of these are drawn at random from all that may leave; the others are the first of the order.
+        order: lru, or the name of a policy with queues whose next victims are shown.
     """
 
     prefix = True
     candidates: int = 16
     drawn: int = 0
+    order: str = "lru"
 
     @abstractmethod
     def rank(self, candidates: Candidates) -> np.ndarray:

@@ -2,11 +2,14 @@
 
 Source: Song et al., "Learning Relaxed Belady for Content Distribution Network Caching", NSDI 2020, sections 3 and 4.
 Differs from the paper in: the cache's features in place of 32 gaps and ten counters; the memory window is a fixed
-number of capacities; without `trees`, ridge regression on the features and their squares.
+number of capacities; without `trees`, ridge regression on the features and their squares; with them, the target is the
+worth of a page, which falls from 1 to 0 with the time to the next use, in place of that time's logarithm: a page is
+worth its place by the chance that it is used soon, and it matters little how late a late use is.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -15,7 +18,7 @@ import numpy as np
 
 from kv_gym.errors import UserError
 from kv_gym.pages.cache import Candidates, PageCache
-from kv_gym.pages.features import feature_matrix, features_of
+from kv_gym.pages.features import NEIGHBOUR_FEATURES, feature_matrix, features_of
 from kv_gym.pages.policies.base import PageRankingPolicy
 from kv_gym.pages.shadow import ShadowLRU
 
@@ -25,6 +28,11 @@ class _Ridge:
 
     batch = 512  # examples between two fits
     forget = 0.8  # weight of older examples at each fit
+
+    @staticmethod
+    def target(distance: float, capacity: int) -> float:
+        """Log accesses to the next use."""
+        return math.log1p(distance)
 
     def __init__(self, features: int):
         self._width = 2 * features + 1
@@ -51,6 +59,11 @@ class _Trees:
 
     kept = 32_768  # examples
 
+    @staticmethod
+    def target(distance: float, capacity: int) -> float:
+        """What a page is worth less than one used at once: 1 - exp(-accesses to the next use / capacity)."""
+        return 1 - math.exp(-distance / capacity)
+
     def __init__(self, trees: int, seed: int):
         try:
             self._lightgbm = import_module("lightgbm")
@@ -58,9 +71,9 @@ class _Trees:
             raise UserError("the package lightgbm is missing: pip install 'kv-gym[trees]'") from None
         self._trees = trees
         self._settings = {
-            "objective": "regression", "num_leaves": 31, "learning_rate": 0.1, "feature_fraction": 0.8,
-            "bagging_fraction": 0.8, "bagging_freq": 1, "seed": seed, "num_threads": 1, "deterministic": True,
-            "verbose": -1,
+            "objective": "cross_entropy", "num_leaves": 15, "min_data_in_leaf": 100, "learning_rate": 0.1,
+            "feature_fraction": 0.8, "bagging_fraction": 0.8, "bagging_freq": 1, "seed": seed, "num_threads": 1,
+            "deterministic": True, "verbose": -1,
         }  # fmt: skip
         self._features: np.ndarray = np.zeros((0, 0))
         self._targets: np.ndarray = np.zeros(0)
@@ -69,7 +82,7 @@ class _Trees:
     @property
     def batch(self) -> int:
         """Examples until the next fit: few at first, so that it begins early."""
-        return min(max(256, len(self._targets) // 4), 2048)
+        return min(max(256, len(self._targets) // 4), 8192)
 
     def fit(self, features: np.ndarray, targets: np.ndarray) -> None:
         if len(self._targets):
@@ -85,17 +98,19 @@ class _Trees:
 
 @dataclass(eq=False)
 class LRB(PageRankingPolicy):
-    """Regression of log time to the next use; the page whose next use seems farthest leaves.
+    """Regression of the time to the next use; the page whose next use seems farthest leaves.
 
     Attributes:
         candidates: how many pages it chooses among.
-        drawn: how many of these are drawn at random; the others are the least recently used.
+        drawn: how many of these are drawn at random; the others are the first of the `order`.
         window: memory window, in capacities: a page that is not used again within it counts as used at its double end.
         sample: candidates of a decision that become examples, on average.
         trees: gradient-boosted trees, fitted by LightGBM (`pip install 'kv-gym[trees]'`); 0: ridge regression.
         shadow: pages of an LRU cache that is simulated beside the real one on a sample of the pages, see
             :class:`~kv_gym.pages.shadow.ShadowLRU`: while it has more hits, LRU decides. 0: none.
         seed: of what is drawn.
+        order: what shows the candidates that are not drawn: lru, or a policy with queues, see
+            :class:`~kv_gym.pages.order.PolicyOrder`.
     """
 
     stochastic = True
@@ -104,8 +119,9 @@ class LRB(PageRankingPolicy):
     window: float = 4.0
     sample: float = 0.25
     trees: int = 0
-    shadow: int = 0
+    shadow: int = 4096
     seed: int = 0
+    order: str = "lru"
 
     def __post_init__(self) -> None:
         for name, least in (("window", 0.0), ("sample", 0.0), ("trees", 0), ("shadow", 0)):
@@ -116,10 +132,10 @@ class LRB(PageRankingPolicy):
         self._random = np.random.default_rng([self.seed, seed])
         self._features: tuple[str, ...] = ()
         self._model: _Ridge | _Trees | None = None
-        self._fitted = False  # LRU decides until the first fit
+        self._fitted = False  # the first of the order leaves until the first fit
         self._lru: ShadowLRU | None = None
         self._pending: dict[int, tuple[int, np.ndarray]] = {}  # page -> when it was noted, features; oldest first
-        self._examples: list[tuple[np.ndarray, float]] = []  # features, and log accesses to the next use
+        self._examples: list[tuple[np.ndarray, float]] = []  # features, and targets
 
     def rank(self, candidates: Candidates) -> np.ndarray:
         if self._model is None:
@@ -129,38 +145,40 @@ class LRB(PageRankingPolicy):
         count = int(whole) + (self._random.random() < chance)
         for place in self._random.integers(len(candidates), size=count).tolist() if count else ():
             self._pending.setdefault(candidates.pages[place], (candidates.access, features[place].copy()))
-        if not self._fitted or (self._lru is not None and self._lru.stands_in):
-            return -candidates.age
+        if not self._fitted:
+            return np.arange(len(candidates))
         return -self._model.predict(features)
 
     def _begin(self, cache: PageCache) -> _Ridge | _Trees:
         names = features_of(cache.trace, "prefix" if cache.prefix else "objects")
         self._features = tuple(name for name in names if name != "order")  # it says nothing of pages that were drawn
         if self.trees and not cache.prefix:
-            self._features += ("predecessor_age",)
+            self._features += NEIGHBOUR_FEATURES
         return _Trees(self.trees, self.seed) if self.trees else _Ridge(len(self._features))
 
     def observe(self, cache: PageCache, begin: int, end: int) -> None:
         if self.shadow:
             self._lru = self._lru or ShadowLRU(cache, self.shadow)
             self._lru.follow(cache, begin, end)
+            cache.leave_to_lru = self._lru.stands_in
         pages = cache.trace.lists["pages"]
+        capacity = min(cache.capacity, len(cache.size) + 1)  # in pages, where that of the cache is in bytes
         for at in range(begin, end):
             if pages[at] in self._pending:
                 noted, features = self._pending.pop(pages[at])
-                self._learn(features, at - noted)
-        longest = self.window * min(cache.capacity, len(cache.size) + 1)  # accesses, where the capacity is in bytes
+                self._learn(features, at - noted, capacity)
+        longest = self.window * capacity
         while self._pending:
             page = next(iter(self._pending))
             noted, features = self._pending[page]
             if end - noted <= longest:
                 break
             del self._pending[page]
-            self._learn(features, 2 * longest)
+            self._learn(features, 2 * longest, capacity)
 
-    def _learn(self, features: np.ndarray, distance: float) -> None:
-        self._examples.append((features, np.log1p(distance)))
+    def _learn(self, features: np.ndarray, distance: float, capacity: int) -> None:
         assert self._model is not None
+        self._examples.append((features, self._model.target(distance, capacity)))
         if len(self._examples) >= self._model.batch:
             made, targets = zip(*self._examples, strict=True)
             self._model.fit(np.array(made), np.array(targets))

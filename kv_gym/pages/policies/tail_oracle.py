@@ -19,15 +19,18 @@ class TailOracle(PageRankingPolicy):
 
     Attributes:
         candidates: how many pages it chooses among.
-        drawn: how many of these are drawn at random from all that may leave; the others are the least recently used.
+        drawn: how many of these are drawn at random from all that may leave; the others are the first of the `order`.
         noise: deviation of what is added to the logarithm of every time to the next use, to learn how exact a
             prediction must be; pages that are not used again count as used after twice the trace.
+        order: what shows the candidates that are not drawn: lru, or a policy with queues, see
+            :class:`~kv_gym.pages.order.PolicyOrder`.
     """
 
     needs_future = True
     candidates: int = 16
     drawn: int = 0
     noise: float = 0.0
+    order: str = "lru"
 
     def reset(self, seed: int) -> None:
         self._random = np.random.default_rng(seed)
