@@ -202,7 +202,7 @@ def as_the_plain_model(model: Any, **settings: Any) -> str:
     tokens, own = generated(model, inputs, **settings)
     assert tokens == expected, f"it generates {tokens}, and the plain model {expected}"
     assert all(torch.equal(*pair) for pair in zip(kept, own, strict=True)), "it keeps other tokens than the plain model"
-    return f"text and kept tokens of the plain call ({own[0].shape[-1]} slots per head)"
+    return f"the same text and the same kept tokens ({own[0].shape[-1]} per head) as with the unchanged model"
 
 
 def as_masked(model: Any) -> str:
@@ -215,7 +215,7 @@ def as_masked(model: Any) -> str:
     _, kept = generated(model, inputs)
     count = {layer.shape[-1] for layer in kept}
     assert count == {15}, f"it keeps {count} slots per head"  # half of 24, and three new ones
-    return "at budget 1.0 the text of its own cache, at 1/2 12 slots and the new ones"
+    return "at budget 1.0 the same text as with the default cache; at 1/2, 12 of 24 tokens and the new ones are kept"
 
 
 def pipe(**settings: Any) -> Any:
@@ -231,7 +231,7 @@ def _pipeline() -> str:
     other, tokenizer, inputs = plain()
     expected = tokenizer.decode(generated(other, inputs)[0])
     assert text[0]["generated_text"].split() == expected.split(), text
-    return "the text of `generate()`"
+    return "the same text as `generate()`"
 
 
 @row(
@@ -258,7 +258,7 @@ def _pipeline_of_a_batch() -> str:
             options["batch_size"] = 1
             alone.append(generator(text, past_key_values=cache, **options)[0]["generated_text"])
     assert found == alone, f"{found} and alone {alone}"
-    return "every row as alone"
+    return "every row has the text that it has alone"
 
 
 @row(MODELS, "transformers", "`TextIteratorStreamer`")
@@ -273,7 +273,7 @@ def _streamer() -> str:
         thread.join()
     expected = tokenizer.decode(generated(model, inputs)[0])
     assert text.split() == expected.split(), text
-    return "the text of `generate()`, word by word"
+    return "the same text as `generate()`, word by word"
 
 
 @row(MODELS, "transformers", "`generate(prefill_chunk_size=8)`")
@@ -289,7 +289,7 @@ def _beams() -> str:
         rows = model.generate(**inputs, past_key_values=cache, **options)
         counts = cache.kept().unique().tolist()
     assert len(rows) == 2 and counts == [15], counts
-    return "beams share the cut context and reorder the cache"
+    return "all beams go on from one compressed context, and the cache follows when they are reordered"
 
 
 @row(
@@ -312,15 +312,20 @@ def _assistant_in_full() -> str:
             fork.compress()
             assert fork.kept().unique().tolist() == [8]
     assert torch.equal(found, expected)
-    return "the text without a draft model; the fork keeps 8 slots per head"
+    return "the same text as without a draft model; the fork keeps 8 slots per head"
 
 
-@row(MODELS, "transformers", "`generate(cache_implementation='static')` beside a cache", "one of the two")
+@row(
+    MODELS,
+    "transformers",
+    "`generate(cache_implementation='static')` beside a cache",
+    "leave it out",
+)
 def _implementation() -> str:
     return as_the_plain_model(plain()[0], cache_implementation="static")
 
 
-@row(MODELS, "transformers", "`generate(output_attentions=True)`", "read without the cache")
+@row(MODELS, "transformers", "`generate(output_attentions=True)`", "call the model without the cache")
 def _attentions() -> str:
     return as_the_plain_model(plain()[0], output_attentions=True, return_dict_in_generate=True)
 
@@ -354,7 +359,7 @@ def batched(model: Any, inputs: Mapping[str, torch.Tensor]) -> list[list[int]]:
 
 @row(
     MODELS, "transformers", "continuous batching (`model.generate_batch`) while a cache is attached",
-    "the same after `cache.detach()` or behind its `with` block",
+    "call it after `cache.detach()` or after the `with` block",
 )  # fmt: skip
 def _continuous() -> str:
     model, _, inputs = plain()
@@ -362,7 +367,7 @@ def _continuous() -> str:
         return f"generates {batched(model, inputs)}"
 
 
-@row(MODELS, "transformers", "continuous batching behind the `with` block of a cache")
+@row(MODELS, "transformers", "continuous batching after the `with` block of a cache")
 def _continuous_afterwards() -> str:
     model, _, inputs = plain()
     expected = batched(model, inputs)
@@ -370,7 +375,7 @@ def _continuous_afterwards() -> str:
     found = batched(model, inputs)
     assert found == expected, f"{found} instead of {expected}"
     assert generated(model, inputs)[0] == tokens, "the next cache gives another text"
-    return "its own text before and after a cache, and the cache's between and behind"
+    return "the same text before and after a cache was attached, and the next cache gives the text of the first"
 
 
 @row(MODELS, "peft", "a LoRA adapter around the model (`PeftModel.generate`)")
@@ -466,7 +471,7 @@ def _datasets() -> str:
     found = evaluate(["keydiff"], [0.5], model=model, tasks=datasets.Dataset.from_list(rows), tokenizer=tokenizer,
                      progress=False)["rows"]  # fmt: skip
     assert [each["policy"] for each in found] == ["full_cache", "keydiff"], found
-    return "the first text of `answers` is expected"
+    return "the first entry of `answers.text` is the expected answer"
 
 
 @row(MODELS, "lm-eval", '`simple_evaluate("kv_gym", {"pretrained": ..., "budget": "1/8"}, ...)`')
@@ -678,7 +683,7 @@ def _torchrl_native() -> str:
     def step() -> int:
         return env.rollout(8, break_when_any_done=False).numel()
 
-    return f"{speed(step)}; TorchRL resets again what was reset within a step, so it shows every second decision"
+    return f"{speed(step)}; TorchRL resets once more what the batch has reset, so only every second decision is seen"
 
 
 @row(ENVIRONMENTS, "torchrl", '`GymEnv("kv_gym:KVPage-v0", num_envs=2)`')
@@ -689,7 +694,7 @@ def _torchrl_pages() -> str:
     found = env.rollout(8, break_when_any_done=False)
     assert found.batch_size == (2, 8) and found["next", "total_hits"].shape == (2, 8)
     env.close()
-    return "observations, rewards and infos of both; the steps are taken in two processes"
+    return "observations, rewards and infos of both; each environment is a process of its own"
 
 
 @row(ENVIRONMENTS, "torchrl", '`GymWrapper(gym.make_vec("KVPage-v0", num_envs=16))`')

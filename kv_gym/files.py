@@ -459,7 +459,7 @@ def _refusal(match: re.Match, keys: list[set[str]], non_finite_as_null: bool) ->
 
 
 def refuse_address(path: str | Path) -> None:
-    """Raise a UserError where what shall be written to is an address, of which a path would become a folder ``s3:``."""
+    """Raise a UserError for an address to write to; as a path, ``s3://bucket`` would become a folder named ``s3:``."""
     if ADDRESS.fullmatch(str(path)) and not exists(path):
         address = str(path) if "://" in str(path) else str(path).replace(":/", "://", 1)
         raise UserError(
@@ -474,7 +474,7 @@ def make_folder(folder: str | Path, mode: int = 0o777) -> Path:
     Raises:
         UserError: an address, or a folder that cannot be made.
     """
-    refuse_address(f"{folder}/")  # of which `s3:` is the folder, too
+    refuse_address(f"{folder}/")  # the slash, because the folder of s3:/file.json is `s3:`
     folder = Path(folder)
     try:
         folder.mkdir(mode, parents=True, exist_ok=True)

@@ -215,7 +215,7 @@ class Engine:
         counts.tokens_generated.inc(len(stream.tokens))
         counts.evicted_slots.inc(max(0, _evicted_slots(session.cache) - _evicted_slots(before.cache)))
         counts.alarms.inc(_alarms(session.cache) - _alarms(before.cache))
-        first, *_, last = [*stream.times, stream.times[-1]]
+        first, last = stream.times[0], stream.times[-1]
         counts.reading.observe(first - began)
         counts.generating.observe(monotonic() - began)
         if last > first:
