@@ -69,13 +69,12 @@ NOT_CLASSIC = ("belady", "belady_prefix", "flush", "lrb", "mark0", "mark_and_pre
 CLASSIC = tuple(name for name in list_page_policies() if name not in NOT_CLASSIC)
 ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
 ORDERED = tuple(f"tail_oracle:order={order}" for order in ("lirs", "s3_fifo", "w_tinylfu"))
-TREES = "lrb:trees=60:sample=4:candidates=16:drawn=0"
-AGENTS = ("lrb", "lrb:shadow=0", TREES, "clone", "dqn", "ppo")
-SETTINGS = ("lru", "s3_fifo", "w_tinylfu", "tail_oracle", *ORDERED, "lrb",
-            *(f"lrb:trees=60:sample=4:candidates={shown}" for shown in (
-                "16:drawn=0", "16:drawn=0:order=s3_fifo", "16:drawn=0:order=w_tinylfu", "16:drawn=12", "64:drawn=32",
-            )))  # fmt: skip
-ON_EVERY_TRACE, ELSEWHERE = (*AGENTS[:3], "clone"), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
+TREES = "lrb:trees=60:sample=4:candidates=32:drawn=0"
+MIXED = "lrb:trees=60:sample=4:candidates=32:drawn=16:order=s3_fifo"
+AGENTS = ("lrb", "lrb:shadow=0", TREES, MIXED, "clone", "dqn", "ppo")
+SETTINGS = ("lru", "s3_fifo", "w_tinylfu", "tail_oracle", *ORDERED, "lrb", TREES, MIXED,
+            "lrb:trees=60:sample=4:candidates=16:drawn=12")  # fmt: skip
+ON_EVERY_TRACE, ELSEWHERE = (*AGENTS[:4], "clone"), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
 DRAWN, WARM_UP = 12, 0.7
 FLIPS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 BOUNDS = {"flush": (1, lambda k: k - 1, discard_bits), "mark0": (1, lambda k: 2 * harmonic(k), discard_bits),
@@ -217,7 +216,7 @@ def train_and_count(traces: Traces, trace: str, capacity: int, policy: str, seed
 
 
 def settings(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
-    chosen = [("sample", 1000)] if traces.quick else [("sprite", 500), ("web07", 1000), ("multi1", 1000)]
+    chosen = [("sample", 1000)] if traces.quick else [("sprite", 500), ("sprite", 250), ("web07", 1000)]
     for policy, (trace, capacity) in product(SETTINGS, chosen):
         if trace in traces and not (traces[trace].chained and "order=" in policy):
             key = {"trace": trace, "capacity": capacity, "policy": policy, "seed": None}

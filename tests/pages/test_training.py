@@ -2,6 +2,7 @@
 
 import json
 import sys
+import warnings
 from itertools import count
 from pathlib import Path
 
@@ -155,6 +156,14 @@ def test_lrb_learns_it_while_the_cache_runs():
     trace = loop_and_wonders()
     rates = [simulate(trace, policy, CAPACITY, warm_up=0.7).hit_rate for policy in ("lru", "lrb:sample=1.0")]
     assert rates[1] > rates[0] + 0.1, rates
+
+
+def test_lrb_learns_from_requests_of_many_objects():
+    keys = np.random.default_rng(0).integers(0, 40, 2000)
+    trace = RequestTrace.from_keys(keys, "requests of 20", starts=range(0, 2000, 20))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert 0.1 < simulate(trace, "lrb:sample=1.0", 10).hit_rate < 0.4
 
 
 def test_lrb_has_trees(monkeypatch):

@@ -164,7 +164,8 @@ class LRB(PageRankingPolicy):
         pages = cache.trace.lists["pages"]
         capacity = min(cache.capacity, len(cache.size) + 1)  # in pages, where that of the cache is in bytes
         for at in range(begin, end):
-            if pages[at] in self._pending:
+            entry = self._pending.get(pages[at])
+            if entry is not None and entry[0] < at:  # within a request a page may be noted after its use
                 noted, features = self._pending.pop(pages[at])
                 self._learn(features, at - noted, capacity)
         longest = self.window * capacity
