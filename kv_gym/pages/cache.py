@@ -8,17 +8,36 @@ from bisect import insort
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
 from itertools import islice
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, Protocol, cast
 
 import numpy as np
 
 from kv_gym.errors import UserError
 from kv_gym.pages.requests import NEVER, RequestTrace
 
-if TYPE_CHECKING:
-    from kv_gym.pages.order import PolicyOrder
-
 Priority = Callable[["PageCache", int], tuple]
+
+
+class CandidateOrder(Protocol):
+    """Names the pages that become candidates; it is told of all that happens to the cache."""
+
+    def start(self, count: int, capacity: int, trace: RequestTrace) -> None:
+        """Begin with an empty cache of some capacity, for so many candidates."""
+
+    def hit(self, page: int) -> None:
+        """A cached page is asked for."""
+
+    def miss(self, page: int, size: int) -> None:
+        """A page that is not cached is asked for."""
+
+    def store(self) -> None:
+        """The page that missed is stored."""
+
+    def next(self) -> list[int]:
+        """The candidates, the first first."""
+
+    def remove(self, page: int) -> None:
+        """A page has left."""
 
 
 _NAMES = (
@@ -300,7 +319,7 @@ class PageCache:
         priority: Priority | None = None,
         drawn: int = 0,
         seed: int = 0,
-        order: PolicyOrder | None = None,
+        order: CandidateOrder | None = None,
     ):
         self.trace, self.capacity, self.prefix = trace, capacity, semantics == "prefix"
         check_drawn(drawn, candidates)
