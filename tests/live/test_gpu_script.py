@@ -19,6 +19,6 @@ def test_every_part_of_the_gpu_script_runs(tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     results = json.loads((tmp_path / "results.json").read_text())
     parts = {name: part for name, part in results.items() if isinstance(part, dict) and name != "versions"}
-    assert len(parts) == 15
+    assert len(parts) == 17
     failed = {name: part for name, part in parts.items() if "error" in part or part.get("passed") is False}
     assert failed == {}
