@@ -211,14 +211,14 @@ class LayerState:
     def note_replayed_token(self) -> None:
         """A decoding step was replayed on the device: count its token as the host counts those that it appends."""
         assert isinstance(self.slots, RaggedSlots)
-        self.slots.note_replayed_token()
+        self.slots.note_replayed(1)
         self.tokens_seen, self.appended = [seen + 1 for seen in self.tokens_seen], self.appended + 1
 
     def note_replayed_eviction(self, count: int) -> None:
         """An eviction of `count` slots of every head was replayed on the device: note what the host notes of others."""
         assert isinstance(self.slots, RaggedSlots)
         self.begin_eviction(None)
-        self.slots.note_replayed_eviction(count)
+        self.slots.note_replayed(-count)
 
     # showing queries to policies
 

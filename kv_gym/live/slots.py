@@ -412,8 +412,7 @@ class RaggedSlots(Slots):
         self._bounds = lengths if bounds is None else bounds
         self._exact = bounds is None  # the bounds are the lengths
         self.lengths = to_device(lengths, self.device)
-        self.capacities, self.starts = capacities, _starts(capacities)
-        self.starts_on_device = to_device(self.starts, self.device)
+        self._set_capacities(capacities)
         self._stay: tuple[int, int] | None = None  # room that every head needs and `reach`, see `reserve`
         self._since_known = 0  # tokens that came since the lengths from which `_bounds` were counted on
         self._copy: HostCopy | None = None  # lengths after an eviction
@@ -504,9 +503,9 @@ class RaggedSlots(Slots):
         """Whether one more token fits into every head."""
         return not self._lacks_room(1, None)
 
-    def note_replayed_token(self) -> None:
-        """One more token of every head was stored, and counted in `lengths`, without this object."""
-        self._count(1)
+    def note_replayed(self, count: int) -> None:
+        """Every head got so many more slots, or below zero lost them, and `lengths` says so, without this object."""
+        self._count(count)
 
     def _lacks_room(self, counts: Tensor | int, limit: int | None) -> bool:
         return bool((self.capacities.clamp(max=self.reach) < _limited(self.bounds + counts, limit)).any())
@@ -573,10 +572,6 @@ class RaggedSlots(Slots):
         else:
             self.lengths.sub_(v)
         self._count(-v)
-
-    def note_replayed_eviction(self, count: int) -> None:
-        """Every head lost `count` slots, and `lengths` says so, without this object."""
-        self._count(-count)
 
     def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """A copy of what is asked for, or a view where all heads are alike: for evictions, not for every token."""
@@ -655,6 +650,10 @@ class RaggedSlots(Slots):
         heads = torch.arange(len(capacities), device=self.device).repeat_interleave(capacities, output_size=total)
         return heads, torch.arange(total, device=self.device) - self.starts_on_device.flatten()[heads]
 
+    def _set_capacities(self, capacities: Tensor) -> None:
+        self.capacities, self.starts = capacities, _starts(capacities)
+        self.starts_on_device = to_device(self.starts, self.device)
+
     def _shared_out(self, bounds: Tensor) -> Tensor | None:
         """Capacities that divide the same buffers among heads of `bounds` slots; None where they need not or cannot.
 
@@ -687,8 +686,7 @@ class RaggedSlots(Slots):
         """
         starts, old = self.starts_on_device if starts is None else starts, dict(self.buffers)
         memory = self.starts_on_device
-        self.capacities, self.starts = capacities, _starts(capacities)
-        self.starts_on_device = to_device(self.starts, self.device)
+        self._set_capacities(capacities)
         heads, offsets = self._entries()
         if order is not None:
             width = order.shape[2]

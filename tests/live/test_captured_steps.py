@@ -10,6 +10,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from kv_gym import EvictingCache
 from kv_gym.errors import UserError
 from kv_gym.live import CapturedSteps, Guard, captured_steps, ragged_attention
+from kv_gym.live.layer_state import LayerState
 from kv_gym.live.slots import RaggedSlots
 
 
@@ -69,9 +70,9 @@ def test_replays_give_the_logits_of_usual_steps(as_on_a_gpu, monkeypatch, policy
             settings = settings | {"evicted": state_for(model)}
     ids, fed, settings = tokens(2, 40), tokens(2, 40, seed=1), {"budget": 0.5} | settings
     evictions = []
-    on_device = RaggedSlots.note_replayed_eviction
+    on_device = LayerState.note_replayed_eviction
     monkeypatch.setattr(
-        RaggedSlots, "note_replayed_eviction", lambda *arguments: evictions.append(on_device(*arguments))
+        LayerState, "note_replayed_eviction", lambda *arguments: evictions.append(on_device(*arguments))
     )
     with EvictingCache(model, policy, **settings) as cache, EvictingCache(model, policy, **settings) as usual:
         for one in (cache, usual):
