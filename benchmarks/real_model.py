@@ -4,15 +4,17 @@
     python benchmarks/real_model.py --out runs/real_model --publish benchmarks/results/real_model
 
 One command records contexts of the training wordings, trains `joint` with each of five utilities and takes the one that
-ranks best on validation wordings, trains its other seeds and `rloo` (KVP), chooses the settings of every heuristic on
-validation contexts, and measures all of them on test wordings: a context is read once, and every question is asked from
-a fork of the compressed cache. Test contexts are measured in portions, a few of every task at a time, and rows are
-published after each portion, so that the command may be stopped at any time; it goes on where it was. ``--contexts``
-says how many are wanted in all.
+ranks best on validation wordings, trains its other seeds, `end_to_end` from each of them and `rloo` (KVP), chooses the
+settings of every heuristic on validation contexts, and measures all of them on test wordings: a context is read once,
+and every question is asked from a fork of the compressed cache. Test contexts are measured in portions, a few of every
+task at a time, and rows are published after each portion, so that the command may be stopped at any time; it goes on
+where it was. ``--contexts`` says how many are wanted in all.
 
-Recording and training with one seed take eight CPU minutes, the choice of settings four, and a portion of four contexts
-of `needles` and four of `needle` five, two of them for the second readings of KVzip: ``--tasks needles,needle
---contexts 40 --workers 2`` is about an hour on two idle cores with three seeds.
+On two idle cores recording and training with one seed take eight CPU minutes without `end_to_end`, the choice of
+settings four, and a portion of four contexts of `needles` and four of `needle` five, two of them for the second
+readings of KVzip: ``--agents joint,rloo --tasks needles,needle --contexts 40 --workers 2`` is about an hour with three
+seeds. A GPU is used where there is one; contexts are then better measured many at a time, by several processes, and
+more of them can be trained on: ``--workers 8 --rows 25 --portion 50 --training 6``.
 
 The model is a 4-bit copy of the published one, dequantised to float32 (`benchmarks/get_real_model.py`).
 """
@@ -21,8 +23,9 @@ from __future__ import annotations
 
 import argparse
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from kv_gym.evaluation import evaluate
 from kv_gym.evaluation.leaderboard import leaderboard, publish
@@ -36,27 +39,33 @@ from kv_gym.models import load_model
 from kv_gym.models.loading import text_ids
 from kv_gym.traces import prompts_from_text, record
 from kv_gym.training import train
+from kv_gym.workers import WorkerPool
 
-TRAINING = (
-    "needle:640:keys=4:split=train:count=16",
-    "needle:1024:keys=4:split=train:first=16:count=8",
-    "told_once:640:split=train:count=12",
-)
+TRAINING = {  # tasks and how many contexts of each
+    "needle:640:keys=4:split=train": 16,
+    "needle:1024:keys=4:split=train:seed=1": 8,
+    "told_once:640:split=train": 10,
+    "json:640:split=train": 4,
+}
 PROSE = {"context_tokens": 640, "continuation_tokens": 64, "count": 8}
 SETTINGS: dict[str, Any] = {"steps": 200, "contexts": 4}
+FINE_TUNING: dict[str, Any] = {"steps": 120, "contexts": 4, "rate": 0.003, "smallest": 1 / 64, "largest": 1 / 4}
 TARGETS = ("value", "mean", "output", "layers", "kvzip")
 TRIED = "targets.json"  # what the policies of each utility answer on validation wordings
 TASKS = {  # by the name of --tasks
     "needle": "needle:{tokens}",
+    "pair": "needle:{tokens}:keys=2",
     "needles": "needle:{tokens}:keys=4",
     "told_once": "told_once:{tokens}",
     "json": "json:{tokens}",
     "quote": "quote:{tokens}",
     "continue": "continue:{tokens}",
+    "validation": "needle:{tokens}:keys=4:split=validation:seed=1",  # which agent is best, before test wordings tell
 }
+AGENTS = ("joint", "rloo", "end_to_end")
 HEURISTICS = ("keydiff", "snapkv", "h2o", "tova", "expected_attention")
-EQUAL = ("rloo", "joint, equal budgets")
-VALIDATION = "needle:{tokens}:keys=4:split=validation"  # chooses the settings of heuristics
+EQUAL = ("rloo", "joint, equal budgets", "end_to_end, equal budgets")
+VALIDATION = "needle:{tokens}:keys=4:split=validation:rows={rows}"  # chooses the settings of heuristics
 BUDGETS = ("1/2", "1/4", "1/8", "1/16")
 TWICE = "kvzip, reads twice"  # its name in tables
 REPEAT = "\n\nRepeat the previous context exactly."  # KVzip's own words (arXiv 2505.23416, code)
@@ -68,25 +77,32 @@ def main() -> None:
     parser.add_argument("--model", default="runs/models/smollm2-135m-instruct", help="folder or hub id")
     parser.add_argument("--out", type=Path, default=Path("runs/real_model"))
     parser.add_argument(
-        "--tasks", default=",".join(TASKS), help="which, in the order of measuring; told_once:8 takes 8 contexts of it"
+        "--tasks",
+        default=",".join(list(TASKS)[:-1]),
+        help="which, in the order of measuring; told_once:8 takes 8 contexts of it",
     )
-    parser.add_argument("--tokens", type=int, default=1024, help="length of a context")
+    parser.add_argument("--tokens", default="1024", help="lengths of contexts, such as 1024,2048")
     parser.add_argument("--contexts", type=int, default=100, help="test contexts of each task")
     parser.add_argument("--portion", type=int, default=4, help="contexts that are measured before rows are written")
+    parser.add_argument("--rows", type=int, default=4, help="contexts of 1,024 tokens that a process measures at once")
+    parser.add_argument("--validation", type=int, default=4, help="contexts that settings are chosen on")
+    parser.add_argument("--training", type=int, default=1, help="so many times the contexts, and steps, of training")
+    parser.add_argument("--agents", default=",".join(AGENTS), help="that are trained")
     parser.add_argument("--seeds", type=int, default=3, help="training runs")
     parser.add_argument("--targets", default=",".join(TARGETS), help="utilities of `joint` to choose from")
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--publish", type=Path, help="folder for compact rows, such as benchmarks/results/real_model")
     arguments = parser.parse_args()
 
-    kvzip, target = prepare(arguments.model, arguments.out, arguments.targets.split(","), arguments.seeds)
+    kvzip, target = prepare(arguments)
     counts = {}
-    for item in arguments.tasks.split(","):
-        name, _, count = item.partition(":")
-        counts[name] = int(count or arguments.contexts)
+    for tokens in arguments.tokens.split(","):
+        for item in arguments.tasks.split(","):
+            name, _, count = item.partition(":")
+            counts[TASKS[name].format(tokens=tokens), int(tokens)] = int(count or arguments.contexts)
     for portion in range(-(-max(counts.values()) // arguments.portion)):
         spec = specification(arguments, counts, portion + 1, kvzip, target)
-        rows = leaderboard(spec, arguments.out / f"rows-{arguments.tokens}", arguments.workers)
+        rows = leaderboard(spec, arguments.out / "rows", arguments.workers)
         if arguments.publish is not None:
             publish(named(join_portions(rows), kvzip, target), arguments.publish)
             if (arguments.out / TRIED).is_file():
@@ -95,57 +111,112 @@ def main() -> None:
         print(", ".join(f"{task}: {n} contexts" for task, n in done.items()), flush=True)
 
 
-def prepare(model_name: str, out: Path, targets: list[str], seeds: int) -> tuple[str, str]:
+def prepare(arguments: argparse.Namespace) -> tuple[str, str]:
     """Record, train, and choose the utility of `joint`: the names of KVzip with its instruction, and of the utility."""
-    model, tokenizer = load_model(model_name)
-    prompts = list(prompts_of_tasks(parse_tasks(",".join(TRAINING), tokenizer)))
-    prompts += prompts_from_text(TEXTS / "train.txt", tokenizer, **PROSE)
-    recipe = {"tasks": list(TRAINING), "prose": PROSE["count"]}
+    out, agents, targets = arguments.out, arguments.agents.split(","), arguments.targets.split(",")
+    seeds, times = range(arguments.seeds), arguments.training
+    model, tokenizer = load_model(arguments.model)
+    tasks = [f"{task}:count={times * count}" for task, count in TRAINING.items()]
+    prompts = list(prompts_of_tasks(parse_tasks(",".join(tasks), tokenizer)))
+    prose = PROSE | {"count": times * PROSE["count"]}
+    prompts += prompts_from_text(TEXTS / "train.txt", tokenizer, **prose)
+    recipe = {"tasks": tasks, "prose": prose["count"]}
     words = REPEAT + ChatFrame.of(tokenizer).answer
     kvzip = f"kvzip:instruction={' '.join(map(str, text_ids(tokenizer, words)))}"
     stats = (kvzip,) if "kvzip" in targets else ()  # a second reading's score, as a teacher
-    traces = record(model, prompts, out / "traces", tokenizer=tokenizer, stats=stats, recipe=recipe)
-    for target in targets:
-        train("joint", traces, out / f"joint-{target}-0", model=model, target=target, **SETTINGS)
-    best = chosen_target(model, tokenizer, out, targets)
-    for seed in range(seeds):
-        train("joint", traces, out / f"joint-{best}-{seed}", seed=seed, model=model, target=best, **SETTINGS)
-        train("rloo", traces, out / f"rloo-{seed}", seed=seed, **SETTINGS)
+    workers = None if arguments.workers == 1 else arguments.workers
+    record(model, prompts, out / "traces", tokenizer=tokenizer, stats=stats, recipe=recipe, workers=workers)
+
+    settings = SETTINGS | {"steps": times * SETTINGS["steps"]}
+    runs = [Run("joint", 0, f"joint-{target}-0", settings | {"target": target}) for target in targets]
+    runs += [Run("rloo", seed, f"rloo-{seed}", settings) for seed in seeds if "rloo" in agents]
+    train_all(arguments, runs)
+    best = chosen_target(model, tokenizer, arguments, targets)
+    joint = [f"joint-{best}-{seed}" for seed in seeds]
+    train_all(arguments, [Run("joint", seed, joint[seed], settings | {"target": best}) for seed in seeds])
+    if "end_to_end" in agents:
+        finer = FINE_TUNING | {"steps": times * FINE_TUNING["steps"]}
+        train_all(arguments, [Run("end_to_end", seed, f"end_to_end-{seed}", finer, joint[seed]) for seed in seeds])
     return kvzip, best
 
 
-def chosen_target(model: Any, tokenizer: Any, out: Path, targets: list[str]) -> str:
+class Run(NamedTuple):
+    """A training run: agent, seed, folder, settings, and the folder of the policy that it starts from."""
+
+    agent: str
+    seed: int
+    folder: str
+    settings: dict[str, Any]
+    start: str | None = None
+
+
+def train_all(arguments: argparse.Namespace, runs: list[Run]) -> None:
+    """Train what is not there yet, by several processes."""
+    pool: WorkerPool = WorkerPool(
+        trainer, lambda: (arguments.model, arguments.out), arguments.workers if arguments.workers > 1 else None,
+        tasks=len(runs),
+    )  # fmt: skip
+    with pool:
+        for _ in pool.run(runs):
+            pass
+
+
+def trainer(model_name: str, out: Path) -> Callable[[Run], None]:
+    """What a process does: it loads the model once, and trains."""
+    model, _ = load_model(model_name)
+
+    def run(run: Run) -> None:
+        start = None if run.start is None else out / run.start
+        train(run.agent, out / "traces", out / run.folder, seed=run.seed, init=start, model=model, **run.settings)
+
+    return run
+
+
+def chosen_target(model: Any, tokenizer: Any, arguments: argparse.Namespace, targets: list[str]) -> str:
     """The utility whose ranking answers most questions of validation wordings under one threshold; ties: lower NLL."""
     if len(targets) == 1:
         return targets[0]
-    file = out / TRIED
+    out, count = arguments.out, arguments.validation
+    file, tasks = out / TRIED, parse_tasks(f"needle:1024:keys=4:split=validation:count={count}", tokenizer)
     policies = {target: out / f"joint-{target}-0" for target in targets}
-    if not file.is_file() or {row["policy"] for row in read_json(file)["rows"]} != {FULL, *targets}:
-        tasks = parse_tasks("needle:1024:keys=4:split=validation:count=4", tokenizer)
-        evaluate(policies, ["1/8", "1/16"], model=model, tasks=tasks, allocations=["global"], json=file)
+    known = read_json(file) if file.is_file() else {"rows": [], "contexts": 0}
+    if known["contexts"] != count or {row["policy"] for row in known["rows"]} != {FULL, *targets}:
+        workers = None if arguments.workers == 1 else arguments.workers
+        evaluate(
+            policies, ["1/8", "1/16"], model=model, tasks=tasks, allocations=["global"], json=file, workers=workers
+        )  # fmt: skip
     quality: dict[str, tuple[float, float]] = {}
     for row in read_json(file)["rows"]:
-        known = quality.get(row["policy"], (0.0, 0.0))
-        quality[row["policy"]] = (known[0] + row["accuracy"], known[1] - row["nll"])
+        before = quality.get(row["policy"], (0.0, 0.0))
+        quality[row["policy"]] = (before[0] + row["accuracy"], before[1] - row["nll"])
     return max(targets, key=quality.__getitem__)
 
 
 def specification(
-    arguments: argparse.Namespace, counts: dict[str, int], portions: int, kvzip: str, target: str
+    arguments: argparse.Namespace, counts: dict[tuple[str, int], int], portions: int, kvzip: str, target: str
 ) -> dict:  # fmt: skip
-    """What the first portions of all tasks compare; `counts` says how many contexts each task has in all."""
-    out, tasks = arguments.out, []
+    """What the first portions of all tasks compare; `counts` says, by task and length, how many contexts it has."""
+    out, agents, tasks = arguments.out, arguments.agents.split(","), []
     for first in range(0, portions * arguments.portion, arguments.portion):
-        for name, wanted in counts.items():
+        for (name, tokens), wanted in counts.items():
             count = min(arguments.portion, wanted - first)
             if count > 0:
                 place = f":first={first}" if first else ""
+                rows = max(1, arguments.rows * 1024 // tokens)  # of about as many bytes at any length
                 tasks.append(
                     {
-                        "task": f"{TASKS[name].format(tokens=arguments.tokens)}:count={count}{place}",
-                        "validation": VALIDATION.format(tokens=arguments.tokens),
+                        "task": f"{name}:count={count}:rows={rows}{place}",
+                        "validation": VALIDATION.format(tokens=tokens, rows=rows),
                     }
                 )
+    learned = {
+        "joint": [str(out / f"joint-{target}-{{seed}}")],
+        "joint, equal budgets": [str(out / f"joint-{target}-0")],
+    }
+    for agent in agents[1:]:
+        learned[agent] = [str(out / f"{agent}-{{seed}}")]
+    if "end_to_end" in agents:
+        learned["end_to_end, equal budgets"] = [str(out / "end_to_end-0")]
     return {
         "model": arguments.model,
         "tasks": tasks,
@@ -154,14 +225,10 @@ def specification(
         "allocations": ["global"],
         # heuristics run as chosen on validation contexts
         "allocations_of": {name: [] for name in HEURISTICS} | {name: ["uniform"] for name in EQUAL},
-        "learned": {
-            "joint": [str(out / f"joint-{target}-{{seed}}")],
-            "joint, equal budgets": [str(out / f"joint-{target}-0")],
-            "rloo": [str(out / "rloo-{seed}")],
-        },
+        "learned": learned,
         "seeds": list(range(arguments.seeds)),
         "validation": {
-            "contexts": 4,
+            "contexts": arguments.validation,
             "budgets": ["1/4"],
             "allocations": ["uniform", "global", "global:softmax"],
             "protections": ["own", [4, 64]],

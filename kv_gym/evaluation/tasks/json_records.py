@@ -25,6 +25,8 @@ WORDINGS = {  # the statement is a format of `value`, the whole object
     "train": (
         Wording("Prices: {value}", 'In the prices, what number belongs to the word "{key}"?', '{{"{key}":'),
         Wording("The file points.json holds {value}", 'How many points has "{key}" in the file?', '{{"{key}":'),
+        Wording("Inventory: {value}", 'In the inventory, how many pieces are there of "{key}"?', '{{"{key}":'),
+        Wording("Last month we counted {value}", 'How often was "{key}" counted?', '{{"{key}":'),
     ),
     "validation": (
         Wording("Weights: {value}", 'In the weights, what is the number of "{key}"?', '{{"{key}":'),

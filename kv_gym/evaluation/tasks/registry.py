@@ -21,7 +21,7 @@ from kv_gym.files import exists
 from kv_gym.markdown import pipe_table
 
 Builder = TypeVar("Builder", bound=Callable[..., Any])
-_RESERVED = {"tokenizer", "rows"}  # parameters that are no options
+_RESERVED = {"tokenizer"}  # no option
 _REGISTERED: dict[str, TaskType] = {}
 
 

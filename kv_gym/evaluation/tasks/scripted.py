@@ -14,7 +14,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import astuple, dataclass, field, replace
 from functools import cached_property
-from itertools import groupby
 from statistics import fmean
 from typing import NamedTuple
 
@@ -26,9 +25,11 @@ from kv_gym.evaluation.configurations import Configuration, cache_for, fork_all,
 from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.live import EpisodicCache, EvictingCache
+from kv_gym.live.selection import SelectAll
 from kv_gym.models.loading import token_rows
 
 LARGEST_GROUP = 64  # questions asked together: each holds a copy of its context's cache
+PADDED = 1.25  # the longest of them is at most so many times as long as the shortest
 
 
 @dataclass(frozen=True)
@@ -244,7 +245,7 @@ class ScriptedTask(Task):
         questions: Sequence[tuple[int, ForkedQuestion]],
         read: dict[int, list[float]],
     ) -> Iterator[_Answer]:
-        """Ask each question on a copy of its row of the cache, questions of equal size together.
+        """Ask each question on a copy of its row of the cache, questions of similar size together.
 
         Args:
             model: that answers.
@@ -252,37 +253,59 @@ class ScriptedTask(Task):
             questions: each with its row.
             read: takes, by row, how many slots of a KV head the queries of each question read.
         """
+        # padding behind a question is one more query, which must not choose what the others read
+        spread = PADDED if isinstance(cache.config.select, SelectAll) else 1.0
+        for group in _similar(questions, spread):
+            sizes = [len(question.question_ids) + len(question.answer_ids) for _, question in group]
+            longest, first = max(sizes), min(len(question.question_ids) for _, question in group)
+            rows = [
+                (*question.question_ids, *question.answer_ids, *[0] * (longest - size))
+                for (_, question), size in zip(group, sizes, strict=True)
+            ]
+            ids = token_rows(model, rows)
+            with cache.fork() as fork, torch.no_grad():
+                fork.batch_select_indices(torch.tensor([row for row, _ in group], device=model.device))
+                logits = model(
+                    input_ids=ids[:, :-1], past_key_values=fork, use_cache=True, logits_to_keep=longest - first
+                ).logits
+                counts = fork.slots_read().double().mean((0, 2)).tolist()
+            for i, (row, question) in enumerate(group):
+                read[row].append(counts[i] - (longest - sizes[i]))
+                start = len(question.question_ids)
+                likelihood = logits[i, start - first : sizes[i] - first].float().log_softmax(-1)
+                for answer in self._judged(likelihood, ids[i, start : sizes[i]]):
+                    yield _Answer(row, question.part, *answer)
 
-        def size(item: tuple[int, ForkedQuestion]) -> tuple[int, int]:
-            return len(item[1].question_ids), len(item[1].answer_ids)
-
-        for (question_size, answer_size), items in groupby(sorted(questions, key=size), size):
-            same = list(items)
-            for group in (same[start : start + LARGEST_GROUP] for start in range(0, len(same), LARGEST_GROUP)):
-                ids = token_rows(model, [(*question.question_ids, *question.answer_ids) for _, question in group])
-                with cache.fork() as fork, torch.no_grad():
-                    fork.batch_select_indices(torch.tensor([row for row, _ in group], device=model.device))
-                    logits = model(
-                        input_ids=ids[:, :-1], past_key_values=fork, use_cache=True, logits_to_keep=answer_size
-                    ).logits
-                    for (row, _), count in zip(group, fork.slots_read().double().mean((0, 2)).tolist(), strict=True):
-                        read[row].append(count)
-                likelihood, expected = logits.float().log_softmax(-1), ids[:, question_size:]
-                for (row, question), answer in zip(group, self._judged(likelihood, expected), strict=True):
-                    yield from (_Answer(row, question.part, *each) for each in answer)
-
-    def _judged(self, likelihood: Tensor, expected: Tensor) -> Iterator[list[tuple]]:
-        """Of each answer, whether it is right, its nll and what is listed of it; with `by_token`, of each token."""
+    def _judged(self, likelihood: Tensor, expected: Tensor) -> list[tuple]:
+        """Whether an answer is right, its nll and what is listed of it; with `by_token`, of each of its tokens."""
         if self.by_token:
-            tokens = judge_answers(likelihood.flatten(0, 1)[:, None], expected.flatten()[:, None])
-            judged = list(zip(*tokens, strict=True))
-            size = expected.shape[1]
-            yield from (judged[start : start + size] for start in range(0, len(judged), size))
-            return
-        first = likelihood[:, 0].argmax(-1) == expected[:, 0]
-        for right, nll, begun in zip(*judge_answers(likelihood, expected), first.tolist(), strict=True):
-            listed = (int(begun) + int(right), round(nll * expected.shape[1], 3)) if self.list_answers else None
-            yield [(right, nll, listed)]
+            return list(zip(*judge_answers(likelihood[:, None], expected[:, None]), strict=True))
+        ((right,), (nll,)) = judge_answers(likelihood[None], expected[None])
+        begun = int(likelihood[0].argmax() == expected[0]) if self.list_answers else 0
+        return [(right, nll, (begun + int(right), round(nll * len(expected), 3)) if self.list_answers else None)]
+
+
+def _similar(
+    questions: Sequence[tuple[int, ForkedQuestion]], spread: float
+) -> Iterator[list[tuple[int, ForkedQuestion]]]:
+    """Questions of similar size, each with its row, in groups that are asked together.
+
+    Args:
+        questions: each with its row.
+        spread: the longest of a group is at most so many times as long as its shortest.
+    """
+
+    def size(item: tuple[int, ForkedQuestion]) -> tuple[int, int]:
+        return len(item[1].question_ids) + len(item[1].answer_ids), len(item[1].answer_ids)
+
+    group: list[tuple[int, ForkedQuestion]] = []
+    for item in sorted(questions, key=size):
+        if group and (len(group) == LARGEST_GROUP or size(item)[0] > spread * size(group[0])[0]):
+            yield group
+            group = []
+        group.append(item)
+    if group:
+        yield group
 
 
 def _script_length(script: TaskScript) -> int:

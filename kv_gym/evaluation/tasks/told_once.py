@@ -25,6 +25,12 @@ WORDINGS = {
                 "Your code for the {key} is"),
         Wording("You will need this later: my {key} is number {value}.", "Which number is my {key}?",
                 "Your {key} is number"),
+        Wording("I should mention that the {key} of my sister has the label {value}.",
+                "Which label has the {key} of my sister?", "The {key} of your sister has the label"),
+        Wording("Write this down for me: {key}, {value}.", "What did you write down for the {key}?",
+                "For the {key}, I wrote down"),
+        Wording("My {key} was made in a series of {value} pieces.", "How many pieces were made of my {key}?",
+                "The pieces made of your {key} were"),
     ),
     "validation": (
         Wording("Please keep in mind that I paid {value} for the {key}.", "How much did I pay for the {key}?",
