@@ -48,8 +48,10 @@ TRAINING = {  # tasks and how many contexts of each
     "json:640:split=train": 4,
 }
 PROSE = {"context_tokens": 640, "continuation_tokens": 64, "count": 8}
-SETTINGS: dict[str, Any] = {"steps": 200, "contexts": 4}
-FINE_TUNING: dict[str, Any] = {"steps": 120, "contexts": 4, "rate": 0.003, "smallest": 1 / 64, "largest": 1 / 4}
+SETTINGS: dict[str, Any] = {"steps": 200, "every": 50, "contexts": 4}
+FINE_TUNING: dict[str, Any] = {
+    "steps": 120, "every": 40, "contexts": 4, "rate": 0.003, "smallest": 1 / 64, "largest": 1 / 4,
+}  # fmt: skip
 TARGETS = ("value", "mean", "output", "layers", "kvzip")
 TRIED = "targets.json"  # what the policies of each utility answer on validation wordings
 TASKS = {  # by the name of --tasks
@@ -127,7 +129,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[str, str]:
     workers = None if arguments.workers == 1 else arguments.workers
     record(model, prompts, out / "traces", tokenizer=tokenizer, stats=stats, recipe=recipe, workers=workers)
 
-    settings = SETTINGS | {"steps": times * SETTINGS["steps"]}
+    settings = SETTINGS | {name: times * SETTINGS[name] for name in ("steps", "every")}
     runs = [Run("joint", 0, f"joint-{target}-0", settings | {"target": target}) for target in targets]
     runs += [Run("rloo", seed, f"rloo-{seed}", settings) for seed in seeds if "rloo" in agents]
     train_all(arguments, runs)
@@ -135,7 +137,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[str, str]:
     joint = [f"joint-{best}-{seed}" for seed in seeds]
     train_all(arguments, [Run("joint", seed, joint[seed], settings | {"target": best}) for seed in seeds])
     if "end_to_end" in agents:
-        finer = FINE_TUNING | {"steps": times * FINE_TUNING["steps"]}
+        finer = FINE_TUNING | {name: times * FINE_TUNING[name] for name in ("steps", "every")}
         train_all(arguments, [Run("end_to_end", seed, f"end_to_end-{seed}", finer, joint[seed]) for seed in seeds])
     return kvzip, best
 

@@ -1,4 +1,4 @@
-"""Small tensors between host and accelerator, without one waiting for the other."""
+"""Tensors between host and accelerator, without one waiting for the other."""
 
 from __future__ import annotations
 
@@ -18,6 +18,16 @@ def number_tensor(numbers: Sequence[int], device: torch.device) -> Tensor:
     if len(set(numbers)) == 1:
         return torch.full((len(numbers),), numbers[0], device=device)
     return to_device(torch.tensor(numbers, dtype=torch.int64), device)
+
+
+def resident_limit(device: torch.device) -> int:
+    """Bytes that contexts may take of an accelerator's memory, so that they need not be sent again: half of what is
+    free, which several processes share. 0 on a CPU, where they are already.
+    """
+    if device.type != "cuda":
+        return 0
+    free, _ = torch.cuda.mem_get_info(device)
+    return free // 2
 
 
 class HostCopy:

@@ -20,7 +20,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeFl
 from torch import Tensor
 
 from kv_gym.cache_view import CacheView
-from kv_gym.devices import HostCopy, to_device
+from kv_gym.devices import HostCopy, resident_limit, to_device
 from kv_gym.errors import UserError
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Paper
@@ -104,6 +104,11 @@ class TrainingContext:
         states = self.hidden_states if slots is None else self.hidden_states.index_select(1, slots)
         return torch.cat((inputs, states.repeat_interleave(len(inputs) // len(states), 0)), -1)
 
+    def to(self, device: torch.device) -> TrainingContext:
+        """The same on a device."""
+        states = None if self.hidden_states is None else to_device(self.hidden_states, device)
+        return TrainingContext(to_device(self.inputs, device), to_device(self.utility, device), states)
+
     @property
     def nbytes(self) -> int:
         """Bytes of its tensors."""
@@ -133,24 +138,41 @@ class TrainingContexts:
         sequences: the recorded contexts.
         read: makes a training context of one.
         limit: bytes that those in memory may take together.
+        device: where they are drawn. If it has room for all of them, each stays there once it was drawn.
+        resident: bytes that they may take of the device's memory.
 
     Attributes:
         protect: first and last slots that are left out.
     """
 
-    def __init__(self, sequences: Contexts, read: Callable[[Sequence], TrainingContext], limit: int):
+    def __init__(
+        self,
+        sequences: Contexts,
+        read: Callable[[Sequence], TrainingContext],
+        limit: int,
+        device: torch.device | None = None,
+        resident: int = 0,
+    ):
         self.protect = (0, 0)
         self._sequences, self._read_sequence = sequences, read
         self._cache: BoundedCache[TrainingContext] = BoundedCache(limit, lambda context: context.nbytes)
         self._network: ScoringNetwork | None = None
+        self._device, self._resident = device or torch.device("cpu"), resident
+        self._on_device: dict[int, TrainingContext] = {}
 
     def __len__(self) -> int:
         return len(self._sequences)
 
     def __getitem__(self, number: int) -> TrainingContext:
         number = int(number)  # of a tensor
-        context = self._cache.get(number, lambda: self._read(number))
+        context = self._on_device.get(number) or self._cache.get(number, lambda: self._read(number))
+        if self._network is not None and number not in self._on_device and self._stays_on_device(context):
+            context = self._on_device[number] = context.to(self._device)
         return context.without_protected(*self.protect) if any(self.protect) else context
+
+    def _stays_on_device(self, context: TrainingContext) -> bool:
+        """Whether the device has room for all contexts, if they are as large as this one."""
+        return len(self) * context.nbytes <= self._resident
 
     def _read(self, number: int) -> TrainingContext:
         context = self._read_sequence(self._sequences[number])
@@ -170,6 +192,7 @@ class TrainingContexts:
     def forget(self) -> None:
         """Read every context again when it is drawn."""
         self._cache.clear()
+        self._on_device.clear()
 
     def standardise(self, network: ScoringNetwork) -> None:
         """Standardise all contexts, once each, as `network` would at every step."""
@@ -425,8 +448,9 @@ class ContextLearner(Learner):
     def prepare(self, sequences: Contexts) -> None:
         """Read inputs and utility of the contexts, as many as memory may hold."""
         self.contexts = TrainingContexts(
-            sequences, lambda sequence: read_context(sequence, self.utility, self.settings.inputs), self.memory
-        )
+            sequences, lambda sequence: read_context(sequence, self.utility, self.settings.inputs), self.memory,
+            self.device, resident_limit(self.device),
+        )  # fmt: skip
         self.fit_standardisation(context.network_inputs() for context in self.contexts.first())
         self.contexts.standardise(self.network)
 
@@ -441,7 +465,7 @@ class ContextLearner(Learner):
         """Inputs `[heads, contexts * n, f]` and utility `[contexts, heads, n]` of random slots, on the device."""
         picked = [self.contexts[i] for i in torch.randint(len(self.contexts), (self.settings.contexts,))]
         n = min(self.settings.slots, min(context.utility.shape[1] for context in picked))
-        slots = [torch.randperm(context.utility.shape[1])[:n] for context in picked]
+        slots = [to_device(torch.randperm(each.utility.shape[1])[:n], each.utility.device) for each in picked]
         pairs = list(zip(picked, slots, strict=True))
         inputs = torch.cat([context.network_inputs(chosen) for context, chosen in pairs], 1)
         utility = torch.stack([context.utility.index_select(1, chosen) for context, chosen in pairs])

@@ -5,11 +5,10 @@ Every slot has a gate: 1 keeps it, 0 evicts it, and the gradient of the gate say
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.functional import pad
@@ -38,8 +37,19 @@ class RecordedContexts:
     lengths: Tensor
 
     @classmethod
-    def of(cls, sequences: list[Sequence], device: torch.device | str = "cpu") -> RecordedContexts:
+    def of(
+        cls,
+        sequences: list[Sequence],
+        device: torch.device | str = "cpu",
+        tensors: Callable[[Sequence], tuple[Tensor, Tensor]] | None = None,
+    ) -> RecordedContexts:
         """Stack the contexts on a device.
+
+        Args:
+            sequences: the contexts.
+            device: where they are read.
+            tensors: gives keys and values `[L, H, n, d]` of a context, for those that are on the device already; None:
+                as they were recorded.
 
         Raises:
             UserError: a context of which only some slots were recorded.
@@ -49,11 +59,17 @@ class RecordedContexts:
         lengths = number_tensor([len(sequence.tokens) for sequence in sequences], torch.device(device))
         n = max(len(sequence.tokens) for sequence in sequences)
 
-        def stacked(arrays: list[np.ndarray]) -> Tensor:
-            padded = torch.stack([pad(torch.from_numpy(x), (0, 0, 0, n - x.shape[2])) for x in arrays])
+        def stacked(parts: list[Tensor]) -> Tensor:
+            padded = torch.stack([pad(part, (0, 0, 0, n - part.shape[2])) for part in parts])
             return to_device(padded, torch.device(device))
 
-        return cls(stacked([s.keys for s in sequences]), stacked([s.values for s in sequences]), lengths)
+        pairs = [(tensors or recorded_tensors)(sequence) for sequence in sequences]
+        return cls(stacked([keys for keys, _ in pairs]), stacked([values for _, values in pairs]), lengths)
+
+
+def recorded_tensors(sequence: Sequence) -> tuple[Tensor, Tensor]:
+    """Keys and values `[L, H, n, d]` as they were recorded, without a copy."""
+    return torch.from_numpy(sequence.keys), torch.from_numpy(sequence.values)
 
 
 def padded_continuations(

@@ -12,12 +12,17 @@ from pydantic import PositiveInt
 from torch import Tensor
 from torch.nn.functional import pad
 
-from kv_gym.devices import to_device
+from kv_gym.devices import resident_limit, to_device
 from kv_gym.errors import UserError
 from kv_gym.traces import TraceSet
 from kv_gym.traces.sequence import Contexts, Sequence
 from kv_gym.training.learner import Learner, Settings, sequence_inputs
-from kv_gym.training.masked_context import RecordedContexts, continuation_logits, padded_continuations
+from kv_gym.training.masked_context import (
+    RecordedContexts,
+    continuation_logits,
+    padded_continuations,
+    recorded_tensors,
+)
 
 CACHED_BYTES = 1 << 30  # log-probabilities of the full cache are kept in memory up to here
 SMALLEST_REST = 1e-6  # probability of all tokens but the kept ones, whose logarithm float32 would not give below that
@@ -65,6 +70,8 @@ class ModelLearner(Learner):
             self._lengths.append((len(sequence.tokens), longest))
         self.sequences = sequences
         self._full_log_probs: dict[str, tuple[Tensor, Tensor]] = {}
+        self._resident: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
+        self._resident_limit = resident_limit(self.device)
         self.fit_standardisation(sequence_inputs(sequence, self.settings.inputs) for sequence in sequences)
 
     def _sample_contexts(self, count: int) -> list[Sequence]:
@@ -84,9 +91,26 @@ class ModelLearner(Learner):
 
     def scores(self, sequence: Sequence) -> Tensor:
         """Scores `[heads, n]` of all slots of a context, with gradients."""
-        inputs = to_device(sequence_inputs(sequence, self.settings.inputs), self.device)
+        resident = self._on_device(sequence)
+        inputs = sequence_inputs(sequence, self.settings.inputs) if resident is None else resident[2]
         with self.precision():
-            return self.network(inputs).float()
+            return self.network(to_device(inputs, self.device)).float()
+
+    def _tensors(self, sequence: Sequence) -> tuple[Tensor, Tensor]:
+        """Keys and values of a context, on the model's device where they stay there."""
+        resident = self._on_device(sequence)
+        return recorded_tensors(sequence) if resident is None else resident[:2]
+
+    def _on_device(self, sequence: Sequence) -> tuple[Tensor, Tensor, Tensor] | None:
+        """Keys, values and inputs of a context, which stay where they are read; None where there is no room for all."""
+        if sequence.id not in self._resident:
+            keys, values = recorded_tensors(sequence)
+            if 3 * (keys.nbytes + values.nbytes) * len(self.sequences) > self._resident_limit:  # inputs take a third
+                return None
+            inputs = to_device(sequence_inputs(sequence, self.settings.inputs), self.device)
+            own = self.model.device
+            self._resident[sequence.id] = to_device(keys, own), to_device(values, own), inputs
+        return self._resident[sequence.id]
 
     def gated_logits(
         self, sequences: list[Sequence], gates: list[Tensor], indices: list[list[int]], near: list[Tensor] | None = None
@@ -104,7 +128,7 @@ class ModelLearner(Learner):
             `[C, Q, m]`.
         """
         device = self.model.device
-        contexts = RecordedContexts.of(sequences, device)
+        contexts = RecordedContexts.of(sequences, device, self._tensors)
         shape = contexts.keys.shape[:4]
         joined = to_device(torch.stack(gates).view(shape), device)
         tokens, mask = padded_continuations(sequences, indices, device)
@@ -154,7 +178,7 @@ class ModelLearner(Learner):
         vocabulary = self.model.config.get_text_config().vocab_size
         top = min(self.settings.top or vocabulary, vocabulary)
         cached = 8 * tokens_total * top * len(self.sequences) <= CACHED_BYTES
-        contexts = RecordedContexts.of([sequence], self.model.device)
+        contexts = RecordedContexts.of([sequence], self.model.device, self._tensors)
         gates = torch.ones(contexts.keys.shape[:4], device=self.model.device)
         read = list(range(len(sequence.continuations))) if cached else indices
         tokens, _ = padded_continuations([sequence], [read], self.model.device)

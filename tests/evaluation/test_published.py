@@ -100,11 +100,12 @@ def test_no_page_is_stale():
 
 
 def test_portions_of_the_real_benchmark_add_up(tmp_path):
-    arguments = SimpleNamespace(out=tmp_path, model="m", portion=4, tokens=1024, seeds=2)
-    spec = read_spec(real_model.specification(arguments, {"needles": 10, "quote": 4}, 3, "kvzip", "layers"))
+    arguments = SimpleNamespace(out=tmp_path, model="m", portion=4, rows=2, validation=4, agents="joint,rloo", seeds=2)
+    counts = {("needle:1024:keys=4", 1024): 10, ("quote:2048", 2048): 4}
+    spec = read_spec(real_model.specification(arguments, counts, 3, "kvzip", "layers"))
     assert [task.task for task in spec.tasks] == [
-        "needle:1024:keys=4:count=4", "quote:1024:count=4", "needle:1024:keys=4:count=4:first=4",
-        "needle:1024:keys=4:count=2:first=8",
+        "needle:1024:keys=4:count=4:rows=2", "quote:2048:count=4:rows=1", "needle:1024:keys=4:count=4:rows=2:first=4",
+        "needle:1024:keys=4:count=2:rows=2:first=8",
     ]  # fmt: skip
     assert spec.learned["joint"] == (f"{tmp_path}/joint-layers-{{seed}}",) and spec.allocations_of["h2o"] == ()
 

@@ -12,7 +12,7 @@ from kv_gym.errors import UserError
 from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.traces import record
 from kv_gym.traces.recording_cache import RecordingCache
-from kv_gym.training import train
+from kv_gym.training import learner, through_model, train
 from kv_gym.training.registry import agent_settings, learner_class
 
 SMALL = {"contexts": 2, "slots": 16, "hidden": 8}
@@ -96,3 +96,26 @@ def test_a_policy_scores_layers_on_several_devices(recorded):
     )
     scores = policy.score_layers([here, there])
     assert [score.device.type for score in scores] == ["cpu", "meta"] and policy.network.mean.device.type == "cpu"
+
+
+@pytest.mark.parametrize("agent", ["joint", "end_to_end"])
+def test_contexts_that_stay_on_the_device_train_the_same_policy(recorded, tmp_path, monkeypatch, agent):
+    """Whether an accelerator has room for all contexts, or each step sends what it draws of them."""
+    model, traces = recorded
+    settings = {"model": model, "steps": 4, "every": 4, "hidden": 8, "contexts": 2, "progress": False}
+    sent = train(agent, traces, tmp_path / "sent", **settings)
+    read = set()  # inputs [heads, slots, f]
+    for module in (learner, through_model):
+        monkeypatch.setattr(module, "resident_limit", lambda device: 1 << 40)
+    plain = through_model.to_device if agent == "end_to_end" else learner.to_device
+
+    def noted(tensor, device):
+        if tensor.dim() == 3 and tensor.shape[1] == 24:
+            read.add(tensor.data_ptr())
+        return plain(tensor, device)
+
+    monkeypatch.setattr(through_model if agent == "end_to_end" else learner, "to_device", noted)
+    stayed = train(agent, traces, tmp_path / "stayed", **settings)
+    for one, other in zip(sent.network.parameters(), stayed.network.parameters(), strict=True):
+        assert torch.equal(one, other)
+    assert 0 < len(read) <= len(traces)  # of each context the same tensor, step after step
