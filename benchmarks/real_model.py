@@ -22,6 +22,7 @@ The model is a 4-bit copy of the published one, dequantised to float32 (`benchma
 from __future__ import annotations
 
 import argparse
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -65,6 +66,7 @@ TASKS = {  # by the name of --tasks
     "validation": "needle:{tokens}:keys=4:split=validation:seed=1",  # which agent is best, before test wordings tell
 }
 AGENTS = ("joint", "rloo", "end_to_end")
+LONG = "long"  # folder of what --long records and trains
 HEURISTICS = ("keydiff", "snapkv", "h2o", "tova", "expected_attention")
 EQUAL = ("rloo", "joint, equal budgets", "end_to_end, equal budgets")
 VALIDATION = "needle:{tokens}:keys=4:split=validation:rows={rows}"  # chooses the settings of heuristics
@@ -89,6 +91,9 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=4, help="contexts of 1,024 tokens that a process measures at once")
     parser.add_argument("--validation", type=int, default=4, help="contexts that settings are chosen on")
     parser.add_argument("--training", type=int, default=1, help="so many times the contexts, and steps, of training")
+    parser.add_argument(
+        "--long", type=int, help="train one more `joint` on contexts of so many tokens, as few as usual"
+    )
     parser.add_argument("--agents", default=",".join(AGENTS), help="that are trained")
     parser.add_argument("--seeds", type=int, default=3, help="training runs")
     parser.add_argument("--targets", default=",".join(TARGETS), help="utilities of `joint` to choose from")
@@ -118,58 +123,85 @@ def prepare(arguments: argparse.Namespace) -> tuple[str, str]:
     out, agents, targets = arguments.out, arguments.agents.split(","), arguments.targets.split(",")
     seeds, times = range(arguments.seeds), arguments.training
     model, tokenizer = load_model(arguments.model)
-    tasks = [f"{task}:count={times * count}" for task, count in TRAINING.items()]
-    prompts = list(prompts_of_tasks(parse_tasks(",".join(tasks), tokenizer)))
-    prose = PROSE | {"count": times * PROSE["count"]}
-    prompts += prompts_from_text(TEXTS / "train.txt", tokenizer, **prose)
-    recipe = {"tasks": tasks, "prose": prose["count"]}
     words = REPEAT + ChatFrame.of(tokenizer).answer
     kvzip = f"kvzip:instruction={' '.join(map(str, text_ids(tokenizer, words)))}"
     stats = (kvzip,) if "kvzip" in targets else ()  # a second reading's score, as a teacher
-    workers = None if arguments.workers == 1 else arguments.workers
-    record(model, prompts, out / "traces", tokenizer=tokenizer, stats=stats, recipe=recipe, workers=workers)
-
+    record_all(model, tokenizer, out / "traces", stats, times, None, arguments.workers)
     settings = SETTINGS | {name: times * SETTINGS[name] for name in ("steps", "every")}
-    runs = [Run("joint", 0, f"joint-{target}-0", settings | {"target": target}) for target in targets]
-    runs += [Run("rloo", seed, f"rloo-{seed}", settings) for seed in seeds if "rloo" in agents]
-    train_all(arguments, runs)
+    if len(targets) > 1:
+        train_all(
+            arguments, model, [Run("joint", 0, f"joint-{each}-0", settings | {"target": each}) for each in targets]
+        )
     best = chosen_target(model, tokenizer, arguments, targets)
     joint = [f"joint-{best}-{seed}" for seed in seeds]
-    train_all(arguments, [Run("joint", seed, joint[seed], settings | {"target": best}) for seed in seeds])
+    runs = [Run("joint", seed, joint[seed], settings | {"target": best}) for seed in seeds]
+    runs += [Run("rloo", seed, f"rloo-{seed}", settings) for seed in seeds if "rloo" in agents]
+    if arguments.long is not None:
+        record_all(model, tokenizer, out / LONG / "traces", (), 1, arguments.long, arguments.workers)
+        runs.append(Run("joint", 0, f"{LONG}/joint", settings | {"target": best}, traces=f"{LONG}/traces"))
+    train_all(arguments, model, runs)
     if "end_to_end" in agents:
         finer = FINE_TUNING | {name: times * FINE_TUNING[name] for name in ("steps", "every")}
-        train_all(arguments, [Run("end_to_end", seed, f"end_to_end-{seed}", finer, joint[seed]) for seed in seeds])
+        train_all(
+            arguments, model, [Run("end_to_end", seed, f"end_to_end-{seed}", finer, joint[seed]) for seed in seeds]
+        )
     return kvzip, best
 
 
+def record_all(
+    model: Any, tokenizer: Any, out: Path, stats: tuple[str, ...], times: int, tokens: int | None, workers: int
+) -> None:
+    """Record the training contexts, so many times as many as usual, of their own lengths or all of `tokens` tokens."""
+    tasks = [f"{task}:count={times * count}" for task, count in TRAINING.items()]
+    prose = PROSE | {"count": times * PROSE["count"]}
+    if tokens is not None:
+        tasks = [re.sub(r":\d+", f":{tokens}", task, count=1) for task in tasks]
+        prose["context_tokens"] = tokens
+    prompts = list(prompts_of_tasks(parse_tasks(",".join(tasks), tokenizer)))
+    prompts += prompts_from_text(TEXTS / "train.txt", tokenizer, **prose)
+    recipe = {"tasks": tasks, "prose": prose["count"]}
+    processes = None if workers == 1 else workers
+    record(model, prompts, out, tokenizer=tokenizer, stats=stats, recipe=recipe, workers=processes)
+
+
 class Run(NamedTuple):
-    """A training run: agent, seed, folder, settings, and the folder of the policy that it starts from."""
+    """A training run: agent, seed, folder, settings, the folder of the policy that it starts from, and of traces."""
 
     agent: str
     seed: int
     folder: str
     settings: dict[str, Any]
     start: str | None = None
+    traces: str = "traces"
 
 
-def train_all(arguments: argparse.Namespace, runs: list[Run]) -> None:
-    """Train what is not there yet, by several processes."""
+def train_all(arguments: argparse.Namespace, model: Any, runs: list[Run]) -> None:
+    """Train what is not there yet, by several processes; what is there is checked to be the same run's."""
+    done = [run for run in runs if (arguments.out / run.folder / "policy.json").is_file()]
+    missing = [run for run in runs if run not in done]
+    check = trainer(model, arguments.out)
+    for run in done:
+        check(run)
+    workers = arguments.workers if arguments.workers > 1 else None
     pool: WorkerPool = WorkerPool(
-        trainer, lambda: (arguments.model, arguments.out), arguments.workers if arguments.workers > 1 else None,
-        tasks=len(runs),
-    )  # fmt: skip
+        loaded_trainer, lambda: (arguments.model, arguments.out), workers, here=check, tasks=len(missing)
+    )
     with pool:
-        for _ in pool.run(runs):
+        for _ in pool.run(missing):
             pass
 
 
-def trainer(model_name: str, out: Path) -> Callable[[Run], None]:
-    """What a process does: it loads the model once, and trains."""
-    model, _ = load_model(model_name)
+def loaded_trainer(model_name: str, out: Path) -> Callable[[Run], None]:
+    """What a process of its own does: it loads the model once, and trains."""
+    return trainer(load_model(model_name)[0], out)
+
+
+def trainer(model: Any, out: Path) -> Callable[[Run], None]:
+    """Does a training run."""
 
     def run(run: Run) -> None:
         start = None if run.start is None else out / run.start
-        train(run.agent, out / "traces", out / run.folder, seed=run.seed, init=start, model=model, **run.settings)
+        train(run.agent, out / run.traces, out / run.folder, seed=run.seed, init=start, model=model, **run.settings)
 
     return run
 
@@ -217,6 +249,8 @@ def specification(
     }
     for agent in agents[1:]:
         learned[agent] = [str(out / f"{agent}-{{seed}}")]
+    if arguments.long is not None:
+        learned[f"joint, trained at {arguments.long} tokens"] = [str(out / LONG / "joint")]
     if "end_to_end" in agents:
         learned["end_to_end, equal budgets"] = [str(out / "end_to_end-0")]
     return {
