@@ -49,6 +49,7 @@ TRAINING = {  # tasks and how many contexts of each
     "json:640:split=train": 4,
 }
 PROSE = {"context_tokens": 640, "continuation_tokens": 64, "count": 8}
+INPUTS = ["pre_rope_key", "value", "position"]  # of `joint` and `end_to_end`; KVP reads keys as they are cached
 SETTINGS: dict[str, Any] = {"steps": 200, "every": 50, "contexts": 4}
 FINE_TUNING: dict[str, Any] = {
     "steps": 120, "every": 40, "contexts": 4, "rate": 0.003, "smallest": 1 / 64, "largest": 1 / 4,
@@ -128,17 +129,16 @@ def prepare(arguments: argparse.Namespace) -> tuple[str, str]:
     stats = (kvzip,) if "kvzip" in targets else ()  # a second reading's score, as a teacher
     record_all(model, tokenizer, out / "traces", stats, times, None, arguments.workers)
     settings = SETTINGS | {name: times * SETTINGS[name] for name in ("steps", "every")}
+    own = settings | {"inputs": INPUTS}
     if len(targets) > 1:
-        train_all(
-            arguments, model, [Run("joint", 0, f"joint-{each}-0", settings | {"target": each}) for each in targets]
-        )
+        train_all(arguments, model, [Run("joint", 0, f"joint-{each}-0", own | {"target": each}) for each in targets])
     best = chosen_target(model, tokenizer, arguments, targets)
     joint = [f"joint-{best}-{seed}" for seed in seeds]
-    runs = [Run("joint", seed, joint[seed], settings | {"target": best}) for seed in seeds]
+    runs = [Run("joint", seed, joint[seed], own | {"target": best}) for seed in seeds]
     runs += [Run("rloo", seed, f"rloo-{seed}", settings) for seed in seeds if "rloo" in agents]
     if arguments.long is not None:
         record_all(model, tokenizer, out / LONG / "traces", (), 1, arguments.long, arguments.workers)
-        runs.append(Run("joint", 0, f"{LONG}/joint", settings | {"target": best}, traces=f"{LONG}/traces"))
+        runs.append(Run("joint", 0, f"{LONG}/joint", own | {"target": best}, traces=f"{LONG}/traces"))
     train_all(arguments, model, runs)
     if "end_to_end" in agents:
         finer = FINE_TUNING | {name: times * FINE_TUNING[name] for name in ("steps", "every")}

@@ -61,6 +61,8 @@ class CacheView:
         output: `[Hq, d, D]` the output projection, the slice that each query head's output is multiplied by, or None
             if not declared as needed.
         future: only for oracles, only in replay.
+        frequencies: `[pairs]` angle per position of the rotary embedding's pairs, for learned policies that read keys
+            before it; they set it themselves.
     """
 
     keys: Tensor
@@ -78,6 +80,7 @@ class CacheView:
     future: Future | None = None
     output: Tensor | None = None
     largest_budget: int | None = None
+    frequencies: Tensor | None = None
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor, budget: int | Tensor = 1, **fields) -> CacheView:

@@ -24,7 +24,7 @@ from kv_gym.budgets import (
 from kv_gym.cache_view import CacheView, protected_tokens
 from kv_gym.errors import UserError
 from kv_gym.live.guard import Guard
-from kv_gym.live.rope_shift import RopeShift
+from kv_gym.live.rope_shift import RopeShift, refuse_other_rotation
 from kv_gym.live.selection import SelectAll, Selection, parse_selection
 from kv_gym.live.tiers import Drop, LowPrecision, Merge, MergeValues, RecordingTier, Tier, parse_tier
 from kv_gym.models.attention import full_layers, refuse_unsupported
@@ -511,3 +511,5 @@ def _refuse_unfit(policy: Policy, model) -> None:
     if fingerprint is not None:
         accept = getattr(policy, "accept_fingerprint", False)
         fingerprint.refuse_other(Fingerprint.of(model), f"policy {policy.name!r}", type(model).__name__, accept)
+    if (frequencies := getattr(policy, "frequencies", None)) is not None:
+        refuse_other_rotation(model, frequencies, policy.name)

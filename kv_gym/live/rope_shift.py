@@ -22,11 +22,40 @@ from kv_gym.devices import number_tensor
 from kv_gym.errors import UserError
 from kv_gym.live.slots import EqualSlots, Slots
 from kv_gym.models.attention import attention_modules, full_layers
+from kv_gym.models.rotary import before_rotation
 
 # angles that depend on the position alone, in proportion
 _LINEAR_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
 _TRIED_BY = 31  # positions
 _verified: weakref.WeakSet[nn.Module] = weakref.WeakSet()
+_matched: weakref.WeakKeyDictionary[nn.Module, list[Tensor]] = weakref.WeakKeyDictionary()  # frequencies
+
+
+def refuse_other_rotation(model, frequencies: Tensor, policy: str) -> None:
+    """Raise a UserError where turning keys back by these frequencies does not give the model's keys at position 0.
+
+    Args:
+        model: a transformers decoder.
+        frequencies: `[pairs]`, see :func:`kv_gym.models.rotary.rotary_frequencies`.
+        policy: whose they are.
+    """
+    device = model.get_input_embeddings().weight.device
+    known = _matched.setdefault(model, [])
+    if device.type == "meta" or any(torch.equal(each, frequencies) for each in known):
+        return
+    instead = "train one with the input 'key' instead of 'pre_rope_key'"
+    shift = RopeShift(model, (f"policy {policy!r}", instead))
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    keys = torch.linspace(-1, 1, 2 * size, device=device).view(1, 1, 2, size)
+    positions = torch.tensor([1, _TRIED_BY], device=device).view(1, 1, 2)
+    back = before_rotation(shift.rotate(keys, positions), positions, frequencies.to(device))
+    if not torch.allclose(back, keys, atol=1e-3):
+        raise UserError(
+            f"policy {policy!r} turns keys back by other angles than {type(model).__name__} rotates them, or pairs "
+            f"their numbers otherwise: {instead}"
+        )
+    known.append(frequencies)
 
 
 class RopeShift:
@@ -37,27 +66,28 @@ class RopeShift:
 
     Args:
         model: whose keys they are.
+        needed_for: what needs it, and what to do without, for errors.
 
     Raises:
         UserError: a model without rotary embedding, one whose angles change with the length, or one with a layer whose
             keys are not rotated so.
     """
 
-    def __init__(self, model):
+    def __init__(self, model, needed_for: tuple[str, str] = ("positions='cache'", "use positions='original'")):
+        self._needed_for, self._instead = needed_for
         kind, attention = type(model).__name__, next(iter(attention_modules(model).values()))
         self._rotary: nn.Module | None = getattr(model.base_model, "rotary_emb", None)
         self._apply = getattr(sys.modules[type(attention).__module__], "apply_rotary_pos_emb", None)
         if self._rotary is None or self._apply is None:
             raise UserError(
-                f"{kind} has no rotary embedding by which keys could be rotated, which positions='cache' needs: use "
-                "positions='original'"
+                f"{kind} has no rotary embedding by which keys could be rotated, which {self._needed_for} needs: "
+                f"{self._instead}"
             )
         types = getattr(self._rotary, "rope_type", "default")
         for name in types.values() if isinstance(types, dict) else [types]:
             if name not in _LINEAR_ROPE_TYPES:
                 raise UserError(
-                    f"{kind} has rotary angles of type {name!r}, which do not add up over positions: use "
-                    "positions='original'"
+                    f"{kind} has rotary angles of type {name!r}, which do not add up over positions: {self._instead}"
                 )
         parameters = inspect.signature(self._rotary.forward).parameters
         self._rotary_kwargs = {"layer_type": "full_attention"} if "layer_type" in parameters else {}
@@ -93,7 +123,7 @@ class RopeShift:
             if not bool(error <= tolerance):
                 raise UserError(
                     f"layer {index} of {type(model).__name__} does not rotate its keys by the model's rotary embedding "
-                    "(some layers have no positions at all): use positions='original'"
+                    f"(some layers have no positions at all): {self._instead}"
                 )
 
     def rotate(self, keys: Tensor, by: Tensor) -> Tensor:

@@ -24,6 +24,7 @@ from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.hub import is_hub_id
 from kv_gym.models.fingerprint import Fingerprint
+from kv_gym.models.rotary import rotary_frequencies
 from kv_gym.policies.base import Paper, Policy
 from kv_gym.policies.hub import download_policy, push_policy, refuse_large
 from kv_gym.policies.scoring.attention_gate import AttentionGate
@@ -69,6 +70,7 @@ class GroupedScorer(ScoringNetwork):
         inputs: what it reads of a slot, names of :data:`~.scoring.inputs.INPUTS`; f = 2 d + 2 by default.
         hidden_size: width of the model's hidden states, where they are an input.
         depth: hidden layers; 0 is a linear map.
+        frequencies: `[pairs]` of the model's rotary embedding, where an input needs them.
     """
 
     def __init__(
@@ -79,6 +81,7 @@ class GroupedScorer(ScoringNetwork):
         inputs: tuple[str, ...] = DEFAULT,
         hidden_size: int = 0,
         depth: int = 2,
+        frequencies: Tensor | None = None,
     ):
         super().__init__()
         self.heads, self.head_dim, self.hidden = heads, head_dim, hidden
@@ -86,6 +89,7 @@ class GroupedScorer(ScoringNetwork):
         sizes = (input_width(inputs, head_dim, hidden_size), *[hidden] * depth, 1)
         self.register_buffer("mean", torch.zeros(heads, 1, sizes[0]))
         self.register_buffer("scale", torch.ones(heads, 1, sizes[0]))
+        self.register_buffer("frequencies", frequencies)
         pairs = list(pairwise(sizes))
         self.weights = nn.ParameterList(nn.Parameter(torch.randn(heads, i, o) * (2 / i) ** 0.5) for i, o in pairs)
         self.biases = nn.ParameterList(nn.Parameter(torch.zeros(heads, 1, o)) for _, o in pairs)
@@ -108,7 +112,8 @@ class GroupedScorer(ScoringNetwork):
         batch, count, n, _ = view.keys.shape
         if view.hidden is not None and self.hidden_size:
             refuse_width(view.hidden, self.hidden_size)
-        flat = read_inputs(view, self.inputs).transpose(0, 1).reshape(count, batch * n, -1)
+        inputs = read_inputs(replace(view, frequencies=self.frequencies), self.inputs)
+        flat = inputs.transpose(0, 1).reshape(count, batch * n, -1)
         return self(flat, heads).view(count, batch, n).transpose(0, 1)
 
 
@@ -143,6 +148,11 @@ class Scorer(Policy):
     def inputs(self) -> tuple[str, ...]:
         """Names of what it reads of a slot."""
         return self.network.inputs
+
+    @property
+    def frequencies(self) -> Tensor | None:
+        """`[pairs]` of the rotary embedding that the model must have, where an input needs them; else None."""
+        return self.network.frequencies
 
     @property
     def needs_queries(self) -> int:
@@ -293,6 +303,17 @@ class Scorer(Policy):
         )
 
 
+def input_frequencies(inputs: Sequence[str], fingerprint: Fingerprint) -> Tensor | None:
+    """The frequencies `[pairs]` of a model's rotary embedding where one of the inputs needs them, else None.
+
+    Raises:
+        UserError: an input needs them, and they do not follow from the fingerprint.
+    """
+    if not any(INPUTS[name].rotary for name in inputs):
+        return None
+    return rotary_frequencies(fingerprint.rope, fingerprint.head_dim)
+
+
 def _network(described: _PolicyFile, folder: Path) -> ScoringNetwork:
     check_inputs(described.inputs, folder / "policy.json")
     fingerprint = Fingerprint.from_json(described.fingerprint)
@@ -301,5 +322,5 @@ def _network(described: _PolicyFile, folder: Path) -> ScoringNetwork:
         raise UserError(f"{folder} describes impossible sizes; export the policy again")
     if not described.gate_heads:
         sizes = described.hidden, described.inputs, described.hidden_size, described.depth
-        return GroupedScorer(heads, fingerprint.head_dim, *sizes)
+        return GroupedScorer(heads, fingerprint.head_dim, *sizes, input_frequencies(described.inputs, fingerprint))
     return AttentionGate(heads, fingerprint.kv_heads, described.hidden_size, described.hidden, described.gate_heads)

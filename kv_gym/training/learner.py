@@ -11,6 +11,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import islice
 from typing import Annotated, Any, ClassVar
 
@@ -24,7 +25,7 @@ from kv_gym.devices import HostCopy, resident_limit, to_device
 from kv_gym.errors import UserError
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies.base import Paper
-from kv_gym.policies.scorer import GroupedScorer, Scorer
+from kv_gym.policies.scorer import GroupedScorer, Scorer, input_frequencies
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN, INPUTS, check_inputs, read_inputs, slot_inputs
 from kv_gym.policies.scoring.network import ScoringNetwork
 from kv_gym.traces.bounded_cache import UNLIMITED, BoundedCache
@@ -205,6 +206,7 @@ def read_context(
     sequence: Sequence,
     utility: Callable[[Sequence], np.ndarray] | None = None,
     names: tuple[str, ...] = DEFAULT,
+    frequencies: Tensor | None = None,
 ) -> TrainingContext:
     """Inputs and utility of a recorded context as it was at its end.
 
@@ -212,6 +214,7 @@ def read_context(
         sequence: the context.
         utility: gives `[L, H, n]` of a context; None takes the mean attention per query over its continuations.
         names: of the inputs.
+        frequencies: `[pairs]` of the model's rotary embedding, for inputs that need them.
 
     Raises:
         UserError: the context was recorded without what the inputs need.
@@ -219,17 +222,20 @@ def read_context(
     states = None
     if names[-1] == HIDDEN:
         states = torch.from_numpy(np.stack([sequence.hidden_of(i) for i in range(len(sequence.layers))]))
-    inputs = _inputs_from_slots(sequence, tuple(name for name in names if name != HIDDEN))
+    inputs = _inputs_from_slots(sequence, tuple(name for name in names if name != HIDDEN), frequencies)
     slot_utility = sequence.utility() if utility is None else utility(sequence)
     return TrainingContext(inputs, torch.from_numpy(slot_utility).flatten(0, 1), states)
 
 
-def sequence_inputs(sequence: Sequence, names: tuple[str, ...] = DEFAULT) -> Tensor:
+def sequence_inputs(
+    sequence: Sequence, names: tuple[str, ...] = DEFAULT, frequencies: Tensor | None = None
+) -> Tensor:  # fmt: skip
     """What the networks read of every slot of a recorded context, `[heads, n, f]` float32; see :func:`read_context`."""
-    return read_context(sequence, lambda _: np.empty((*sequence.keys.shape[:2], 0), np.float32), names).network_inputs()
+    nothing = np.empty((*sequence.keys.shape[:2], 0), np.float32)
+    return read_context(sequence, lambda _: nothing, names, frequencies).network_inputs()
 
 
-def _inputs_from_slots(sequence: Sequence, names: tuple[str, ...]) -> Tensor:
+def _inputs_from_slots(sequence: Sequence, names: tuple[str, ...], frequencies: Tensor | None) -> Tensor:
     """All inputs but the hidden states, `[heads, n, f]`; f may be 0."""
     window = max((INPUTS[name].queries for name in names), default=0)
     if window:
@@ -241,7 +247,8 @@ def _inputs_from_slots(sequence: Sequence, names: tuple[str, ...]) -> Tensor:
         )
     if window:
         layers = range(len(sequence.layers))
-        return torch.cat([read_inputs(sequence.view(layer), names)[0] for layer in layers])
+        views = (replace(sequence.view(layer), frequencies=frequencies) for layer in layers)
+        return torch.cat([read_inputs(view, names)[0] for view in views])
     # no input depends on the layer: all heads of the model at once
     keys, values = (torch.from_numpy(array).flatten(0, 1) for array in (sequence.keys, sequence.values))
     if names == DEFAULT:
@@ -251,7 +258,8 @@ def _inputs_from_slots(sequence: Sequence, names: tuple[str, ...]) -> Tensor:
         return keys[..., :0].clone()
     view = CacheView.of(keys[None], values[None])
     positions = torch.from_numpy(sequence.slot_positions).expand(view.positions.shape)
-    return read_inputs(replace(view, positions=positions, seen=torch.tensor([len(sequence.tokens)])), names)[0]
+    seen = torch.tensor([len(sequence.tokens)])
+    return read_inputs(replace(view, positions=positions, seen=seen, frequencies=frequencies), names)[0]
 
 
 class Learner(ABC):
@@ -317,6 +325,11 @@ class Learner(ABC):
         """Where the network is, and the batches of a step."""
         return self.network.mean.device
 
+    @cached_property
+    def input_frequencies(self) -> Tensor | None:
+        """Rotary frequencies that the network's inputs need, on the host, where contexts are read."""
+        return None if self.network.frequencies is None else self.network.frequencies.cpu()
+
     def precision(self) -> AbstractContextManager:
         """In which products are computed in bfloat16, where the settings say so."""
         return torch.autocast(self.device.type, torch.bfloat16) if self.settings.bf16 else nullcontext()
@@ -347,7 +360,7 @@ class Learner(ABC):
         """
         heads = len(fingerprint.layers) * fingerprint.kv_heads
         sizes = settings.hidden, settings.inputs, hidden_size, settings.depth
-        return GroupedScorer(heads, fingerprint.head_dim, *sizes)
+        return GroupedScorer(heads, fingerprint.head_dim, *sizes, input_frequencies(settings.inputs, fingerprint))
 
     @classmethod
     def scores_comparable(cls, settings: Settings) -> bool:
@@ -448,9 +461,12 @@ class ContextLearner(Learner):
     def prepare(self, sequences: Contexts) -> None:
         """Read inputs and utility of the contexts, as many as memory may hold."""
         self.contexts = TrainingContexts(
-            sequences, lambda sequence: read_context(sequence, self.utility, self.settings.inputs), self.memory,
-            self.device, resident_limit(self.device),
-        )  # fmt: skip
+            sequences,
+            lambda sequence: read_context(sequence, self.utility, self.settings.inputs, self.input_frequencies),
+            self.memory,
+            self.device,
+            resident_limit(self.device),
+        )
         self.fit_standardisation(context.network_inputs() for context in self.contexts.first())
         self.contexts.standardise(self.network)
 

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from torch import Tensor
 
 from kv_gym.policies.scoring.inputs import DEFAULT
 from kv_gym.policies.scoring.network import ScoringNetwork
@@ -96,10 +97,17 @@ class RetentionPicture:
         sequences: the contexts.
         calibrated: whether one threshold cuts all heads; otherwise each head is cut alone.
         inputs: names of the networks' inputs.
+        frequencies: that those inputs need, if any.
     """
 
-    def __init__(self, sequences: Iterable[Sequence], calibrated: bool, inputs: tuple[str, ...] = DEFAULT):
-        self._inputs = [sequence_inputs(sequence, inputs) for sequence in sequences]
+    def __init__(
+        self,
+        sequences: Iterable[Sequence],
+        calibrated: bool,
+        inputs: tuple[str, ...] = DEFAULT,
+        frequencies: Tensor | None = None,
+    ):
+        self._inputs = [sequence_inputs(sequence, inputs, frequencies) for sequence in sequences]
         self._calibrated = calibrated
 
     @torch.no_grad()

@@ -72,7 +72,7 @@ class ModelLearner(Learner):
         self._full_log_probs: dict[str, tuple[Tensor, Tensor]] = {}
         self._resident: dict[str, tuple[Tensor, Tensor, Tensor]] = {}
         self._resident_limit = resident_limit(self.device)
-        self.fit_standardisation(sequence_inputs(sequence, self.settings.inputs) for sequence in sequences)
+        self.fit_standardisation(map(self._inputs, sequences))
 
     def _sample_contexts(self, count: int) -> list[Sequence]:
         """Random contexts of similar length with continuations of similar length, since both are padded in a batch."""
@@ -92,9 +92,13 @@ class ModelLearner(Learner):
     def scores(self, sequence: Sequence) -> Tensor:
         """Scores `[heads, n]` of all slots of a context, with gradients."""
         resident = self._on_device(sequence)
-        inputs = sequence_inputs(sequence, self.settings.inputs) if resident is None else resident[2]
+        inputs = self._inputs(sequence) if resident is None else resident[2]
         with self.precision():
             return self.network(to_device(inputs, self.device)).float()
+
+    def _inputs(self, sequence: Sequence) -> Tensor:
+        """What the networks read of a context, `[heads, n, f]` on the host."""
+        return sequence_inputs(sequence, self.settings.inputs, self.input_frequencies)
 
     def _tensors(self, sequence: Sequence) -> tuple[Tensor, Tensor]:
         """Keys and values of a context, on the model's device where they stay there."""
@@ -107,7 +111,7 @@ class ModelLearner(Learner):
             keys, values = recorded_tensors(sequence)
             if 3 * (keys.nbytes + values.nbytes) * len(self.sequences) > self._resident_limit:  # inputs take a third
                 return None
-            inputs = to_device(sequence_inputs(sequence, self.settings.inputs), self.device)
+            inputs = to_device(self._inputs(sequence), self.device)
             own = self.model.device
             self._resident[sequence.id] = to_device(keys, own), to_device(values, own), inputs
         return self._resident[sequence.id]

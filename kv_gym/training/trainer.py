@@ -387,7 +387,9 @@ class Trainer:
         self.learner.processes = self.processes
         self.learner.prepare(training)
         pictured = self.validation.of(self.validation.entries[:PICTURED_CONTEXTS])
-        self._picture = RetentionPicture(pictured, self.learner.calibrated, settings.inputs)
+        self._picture = RetentionPicture(
+            pictured, self.learner.calibrated, settings.inputs, self.learner.input_frequencies
+        )
 
     def train_step(self) -> Metrics:
         """One step of the learner."""

@@ -1,5 +1,6 @@
 """What a scorer sees of a slot: each input against a loop in double precision; padding, files, settings, training."""
 
+import cmath
 import json
 import math
 from dataclasses import replace
@@ -17,7 +18,7 @@ from kv_gym.errors import UserError
 from kv_gym.interop import export_tensors
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.policies import make_policy
-from kv_gym.policies.scorer import GroupedScorer, Scorer
+from kv_gym.policies.scorer import GroupedScorer, Scorer, input_frequencies
 from kv_gym.policies.scoring import inputs as module
 from kv_gym.policies.scoring.inputs import DEFAULT, INPUTS, check_inputs, input_width, read_inputs, slot_inputs
 from kv_gym.testing import check_policy
@@ -27,7 +28,9 @@ from kv_gym.training.learner import read_context, sequence_inputs
 from kv_gym.training.registry import agent_settings
 
 FROM_SLOTS = tuple(name for name in INPUTS if name != "hidden")
-FINGERPRINT = Fingerprint("llama", "a" * 64, "{}", layers=(0, 2), query_heads=4, kv_heads=2, head_dim=8)
+ROPE = '{"rope_theta": 100.0, "rope_type": "default"}'
+FINGERPRINT = Fingerprint("llama", "a" * 64, ROPE, layers=(0, 2), query_heads=4, kv_heads=2, head_dim=8)
+FREQUENCIES = torch.tensor([1.0, 0.3, 0.1, 0.02])
 
 
 def ragged_view(n=9, seed=0):
@@ -42,7 +45,9 @@ def ragged_view(n=9, seed=0):
             positions[row, head, :count] = chosen
     queries = torch.randn(2, 4, 16, 8, generator=random)
     budget = torch.full((2, 2), 3)
-    return CacheView(keys, values, positions, positions >= 0, seen, budget, scaling=0.5, queries=queries)
+    return CacheView(
+        keys, values, positions, positions >= 0, seen, budget, scaling=0.5, queries=queries, frequencies=FREQUENCIES
+    )
 
 
 def cosine(a, b):
@@ -58,6 +63,13 @@ def slow(view, row, head, name):
         return [(keys if name == "key" else values)[i].tolist() for i in there]
     if name == "position":
         return [[math.log(1 + positions[i]) / 4, math.log(seen - positions[i]) / 4] for i in there]
+    if name == "pre_rope_key":
+        found = []
+        for i in there:
+            pairs = [complex(keys[i, k], keys[i, k + 4]) for k in range(4)]
+            back = [z * cmath.exp(-1j * positions[i] * f) for z, f in zip(pairs, FREQUENCIES.tolist(), strict=True)]
+            found.append([z.real for z in back] + [z.imag for z in back])
+        return found
     if name == "norms":
         return [[math.log(math.dist(t[i], [0] * 8)) for t in (keys, values)] for i in there]
     if name == "similarity":
@@ -127,7 +139,7 @@ def test_the_usual_inputs_are_what_they_were():
 
 def scorer(names, **more):
     torch.manual_seed(0)
-    network = GroupedScorer(4, 8, 16, names, **more)
+    network = GroupedScorer(4, 8, 16, names, frequencies=input_frequencies(names, FINGERPRINT), **more)
     for parameter in network.parameters():
         torch.nn.init.normal_(parameter, std=0.3)
     return Scorer(network, FINGERPRINT, (8, 64), (1, 1))
@@ -136,7 +148,7 @@ def scorer(names, **more):
 @pytest.mark.parametrize("names", [*[(name,) for name in FROM_SLOTS], FROM_SLOTS], ids=lambda names: "+".join(names))
 def test_a_scorer_keeps_the_contract_whatever_it_sees(names):
     policy = scorer(names)
-    static = {"key", "value", "norms"}
+    static = {"key", "value", "norms", "pre_rope_key"}
     assert policy.static == (set(names) <= static) and not policy.needs_hidden
     assert policy.needs_queries == (16 if "attention" in names else 0)
     check_policy(policy, layers=FINGERPRINT.layers)
@@ -152,10 +164,11 @@ def write_old(file, leave_out=(), **changes):
 
 
 def test_inputs_are_stored_with_the_policy(tmp_path):
-    policy, view = scorer(("key", "norms", "attention"), depth=1), replace(ragged_view(), layer=2)
+    names = ("key", "norms", "attention", "pre_rope_key")
+    policy, view = scorer(names, depth=1), replace(ragged_view(), layer=2)
     folder = policy.save_pretrained(tmp_path / "policy")
     loaded = make_policy(folder)
-    assert loaded.inputs == ("key", "norms", "attention") and loaded.network.depth == 1 and loaded.needs_queries == 16
+    assert loaded.inputs == names and loaded.network.depth == 1 and loaded.needs_queries == 16
     assert torch.equal(loaded.score(view), policy.score(view))
     assert json.loads((folder / "policy.json").read_text())["format"] == 3
 
@@ -228,14 +241,14 @@ def test_training_sees_what_the_policy_sees(traces, names):
     """Also of networks that were handed standardised inputs."""
     sequence = open_traces(traces)[0]
     torch.manual_seed(0)
-    network = GroupedScorer(4, 4, 8, names, 16)
-    seen = sequence_inputs(sequence, names)
+    network = GroupedScorer(4, 4, 8, names, 16, frequencies=FREQUENCIES[:2])
+    seen = sequence_inputs(sequence, names, network.frequencies)
     network.standardise(seen)
     policy = Scorer(network, open_traces(traces).fingerprint, (40, 40))
     views = [sequence.view_for(policy, layer) for layer in range(2)]
     scores = torch.cat([policy.score(view)[0] for view in views]).detach()
     torch.testing.assert_close(network(seen).detach(), scores, rtol=1e-4, atol=1e-5)
-    context = read_context(sequence, names=names)
+    context = read_context(sequence, names=names, frequencies=network.frequencies)
     context.standardise(network)
     some = torch.tensor([7, 0, 33])
     torch.testing.assert_close(
@@ -283,13 +296,15 @@ def test_a_policy_from_before_there_were_inputs_is_not_trained_again(traces, tmp
 # -- live --------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("names", [("norms", "similarity"), ("redundancy", "key"), ("attention", "position")])
+@pytest.mark.parametrize("names", [("norms", "similarity"), ("redundancy", "pre_rope_key"), ("attention", "position")])
 def test_live_keeps_what_replay_keeps(names, tmp_path):
     model = tiny("llama").float()
     ids = tokens(1, 50)
     record(model, [Prompt("a", ids[0].tolist(), [[1, 2, 3]])], tmp_path, stats=(), progress=False)
     torch.manual_seed(0)
-    policy = Scorer(GroupedScorer(6, 8, 8, names), Fingerprint.of(model), (1, 99), (0, 0))
+    fingerprint = Fingerprint.of(model)
+    network = GroupedScorer(6, 8, 8, names, frequencies=input_frequencies(names, fingerprint))
+    policy = Scorer(network, fingerprint, (1, 99), (0, 0))
     sequence = open_traces(tmp_path)[0]
     with EvictingCache(model, policy, 12) as cache:
         feed(model, ids, cache)

@@ -46,6 +46,7 @@ class AttentionGate(ScoringNetwork):
         self.heads, self.kv_heads, self.hidden_size = heads, kv_heads, hidden_size
         self.hidden, self.gate_heads, self.depth, self.inputs = hidden, gate_heads, 1, (HIDDEN,)
         self.register_buffer("mean", torch.zeros(heads, 1, hidden_size))
+        self.register_buffer("frequencies", None)
         self.register_buffer("scale", torch.ones(heads, 1, hidden_size))
         layers = heads // kv_heads
         self.project = nn.Parameter(torch.randn(layers, hidden_size, 3 * hidden) * hidden_size**-0.5)

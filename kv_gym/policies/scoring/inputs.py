@@ -1,6 +1,7 @@
 """What a learned scorer sees of a slot, by name: every input is a small function of a cache view.
 
-``key``, ``value`` and ``position`` are those of KVP (arXiv 2602.10238, section 4). Beside them: norms (as in Knorm),
+``key``, ``value`` and ``position`` are those of KVP (arXiv 2602.10238, section 4). Beside them: the key before the
+rotary embedding, which is the same wherever a token stands; norms (as in Knorm),
 similarity to the mean (the idea of KeyDiff, arXiv 2504.15364), redundancy (the idea of R-KV, arXiv 2505.24133, whose
 score is another), recent attention (ForesightKV, arXiv 2602.03203, gives its scorer eight statistics per query head)
 and the layer's hidden state (KVzap, arXiv 2601.07891).
@@ -19,6 +20,7 @@ from torch import Tensor
 
 from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
+from kv_gym.models.rotary import before_rotation
 
 DEFAULT = ("key", "value", "position")
 HIDDEN = "hidden"
@@ -38,6 +40,7 @@ class Input:
         static: it depends on the token alone, not on other slots nor on what was seen since.
         queries: last queries that it needs.
         hidden: it needs the layer's hidden states.
+        rotary: it needs the frequencies of the model's rotary embedding.
     """
 
     read: Callable[[CacheView], Tensor]
@@ -45,11 +48,19 @@ class Input:
     static: bool = False
     queries: int = 0
     hidden: bool = False
+    rotary: bool = False
 
 
 def key(view: CacheView) -> Tensor:
     """The cached key, after the rotary embedding: d numbers."""
     return view.keys.float()
+
+
+def pre_rope_key(view: CacheView) -> Tensor:
+    """The key before the rotary embedding, turned back by its position: d numbers that do not depend on the place."""
+    if view.frequencies is None:
+        raise ValueError("this view has no rotary frequencies: a policy whose networks know them sets them")
+    return before_rotation(view.keys, view.positions.clamp(min=0), view.frequencies)
 
 
 def value(view: CacheView) -> Tensor:
@@ -120,6 +131,7 @@ INPUTS = {
     "key": Input(key, lambda d, _: d, static=True),
     "value": Input(value, lambda d, _: d, static=True),
     "position": Input(position, lambda *_: POSITION_FEATURES),
+    "pre_rope_key": Input(pre_rope_key, lambda d, _: d, static=True, rotary=True),
     "norms": Input(norms, lambda *_: 2, static=True),
     "similarity": Input(similarity, lambda *_: 2),
     "redundancy": Input(redundancy, lambda *_: 1),

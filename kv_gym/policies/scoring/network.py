@@ -18,6 +18,7 @@ class ScoringNetwork(nn.Module):
         hidden_size: width of the model's hidden states, where they are an input; else 0.
         gate_heads: attention heads of a gate, which sees the whole context; 0: tokens are scored one by one.
         mean, scale: `[heads, 1, f]` of the inputs.
+        frequencies: `[pairs]` of the model's rotary embedding, where an input needs them; else None.
     """
 
     heads: int
@@ -28,6 +29,7 @@ class ScoringNetwork(nn.Module):
     gate_heads: int = 0
     mean: Tensor
     scale: Tensor
+    frequencies: Tensor | None
 
     def standardise(self, inputs: Tensor) -> None:
         """Take mean and scale of every input from a sample `[heads, m, f]`."""
