@@ -9,9 +9,9 @@ missing is left out.
 
 Parts, chosen with ``--parts``:
 
+- ``settings``: settings of `lrb` by the hits between half and 0.7 of the requests, for every trace and capacity.
 - ``evidence``: hit rates on the last 0.3 of every trace; trained policies see the first half, choose their best round
-  on the next fifth, and run on all of it with their shadow LRU.
-- ``settings``: settings of `lrb` by the hits on that fifth alone, which the evidence does not count.
+  on the next fifth, and run on all of it with their shadow LRU. Of `lrb` also the setting that ``settings`` chose.
 - ``noise``: the oracle of 16 candidates, 12 of them drawn, with noise on the logarithm of the time to the next use.
 - ``capacities``: hit rates over the capacity, on whole traces.
 - ``predictions``: misses of Flush, Mark0 and Mark&Predict over the share of wrong bits, with the proven bounds.
@@ -69,12 +69,12 @@ NOT_CLASSIC = ("belady", "belady_prefix", "flush", "lrb", "mark0", "mark_and_pre
 CLASSIC = tuple(name for name in list_page_policies() if name not in NOT_CLASSIC)
 ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
 ORDERED = tuple(f"tail_oracle:order={order}" for order in ("lirs", "s3_fifo", "w_tinylfu"))
-TREES = "lrb:trees=60:sample=4:candidates=32:drawn=0"
-MIXED = "lrb:trees=60:sample=4:candidates=32:drawn=16:order=s3_fifo"
-AGENTS = ("lrb", "lrb:shadow=0", TREES, MIXED, "clone", "dqn", "ppo")
-SETTINGS = ("lru", "s3_fifo", "w_tinylfu", "tail_oracle", *ORDERED, "lrb", TREES, MIXED,
-            "lrb:trees=60:sample=4:candidates=16:drawn=12")  # fmt: skip
-ON_EVERY_TRACE, ELSEWHERE = (*AGENTS[:4], "clone"), {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
+TREES = "lrb:trees=60:sample=4:candidates=32"
+SETTINGS = ("lrb", "lrb:candidates=16:drawn=12", f"{TREES}:drawn=0", f"{TREES}:drawn=16", f"{TREES}:drawn=31",
+            f"{TREES}:drawn=16:order=s3_fifo")  # fmt: skip
+CHOSEN, ALONE = "lrb:chosen", "lrb:chosen:shadow=0"
+AGENTS = (CHOSEN, ALONE, "lrb", "clone", "dqn", "ppo")
+ON_EVERY_TRACE, ELSEWHERE = AGENTS[:4], {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
 DRAWN, WARM_UP = 12, 0.7
 FLIPS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 BOUNDS = {"flush": (1, lambda k: k - 1, discard_bits), "mark0": (1, lambda k: 2 * harmonic(k), discard_bits),
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--traces", default=",".join(FILES), help="names of those to take")
     parser.add_argument("--agents", default=",".join(AGENTS), help="names of those to train")
     parser.add_argument("--seeds", type=int, default=5, help="how often each is trained")
-    parser.add_argument("--parts", default="evidence,settings,noise,capacities,predictions,speed,decisions")
+    parser.add_argument("--parts", default="settings,evidence,noise,capacities,predictions,speed,decisions")
     parser.add_argument("--quick", action="store_true", help="the bundled sample alone")
     arguments = parser.parse_args()
     results = Results(arguments.out, Traces(arguments))
@@ -122,6 +122,7 @@ class Traces:
     def __init__(self, arguments: argparse.Namespace):
         self.quick, self.agents, folder = arguments.quick, arguments.agents.split(","), arguments.data
         self.seeds = range(arguments.seeds)
+        self.cells: list[Cell] = []  # what is known so far
         sample = {"sample": bundled("requests") / "sample.jsonl.gz"}
         chosen = arguments.traces.split(",") if folder is not None else []
         found = {name: folder / FILES[name] for name in chosen}
@@ -139,6 +140,17 @@ class Traces:
         if self.quick:
             yield "sample", 1000
 
+    def chosen(self, trace: str, capacity: int) -> str | None:
+        """The setting of `lrb` with the most hits on validation requests; None: not all have been tried."""
+        case = {"part": "settings", "trace": trace, "capacity": capacity}
+        rates = {
+            cell["key"]["policy"]: cell["found"]["hit_rate"]
+            for cell in self.cells
+            if case.items() <= cell["key"].items()
+        }
+        tried = [policy for policy in SETTINGS if policy in rates]
+        return max(tried, key=rates.__getitem__) if len(tried) == len(settings_of(self[trace])) else None
+
 
 @cache
 def _read(file: Path) -> RequestTrace:
@@ -153,6 +165,7 @@ class Results:
         self.file, self.traces = folder / "cells.jsonl", traces
         lines = self.file.read_text().splitlines() if self.file.is_file() else []
         self.cells: list[Cell] = [json.loads(line) for line in lines]
+        traces.cells = self.cells
         self._known = {json.dumps(cell["key"], sort_keys=True) for cell in self.cells}
 
     def add(self, key: Cell, compute: Callable[[], Cell]) -> None:
@@ -164,8 +177,8 @@ class Results:
         with self.file.open("a") as out:
             out.write(json.dumps(cell) + "\n")
         self.cells.append(cell)
-        print(*key.values(), {name: round(each, 4) for name, each in cell["found"].items() if each is not None},
-              f"{cell['seconds']} s", flush=True)  # fmt: skip
+        found = {name: round(each, 4) if isinstance(each, float) else each for name, each in cell["found"].items()}
+        print(*key.values(), found, f"{cell['seconds']} s", flush=True)
 
 
 # evidence
@@ -181,8 +194,11 @@ def evidence(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
     for seed, agent, (trace, capacity) in product(traces.seeds, traces.agents, cases):  # first all with one seed
         if agent in ON_EVERY_TRACE or (agent, trace, capacity) in ELSEWHERE or traces.quick:
             key = {"trace": trace, "capacity": capacity, "policy": agent, "seed": seed}
-            compute = count_hits if agent.startswith("lrb") else train_and_count  # lrb learns while it runs
-            yield key, lambda key=key, compute=compute: compute(traces, **key)
+            if not agent.startswith("lrb"):
+                yield key, lambda key=key: train_and_count(traces, **key)
+            elif (setting := "lrb" if agent == "lrb" else traces.chosen(trace, capacity)) is not None:
+                setting += ":shadow=0" if agent == ALONE else ""
+                yield key, lambda key=key, setting=setting: count_hits(traces, **{**key, "policy": setting})
 
 
 def served_as(trace: RequestTrace, policy: str) -> str:
@@ -202,7 +218,10 @@ def count_hits(
     if requests.chained and policy == "belady":
         chosen = "belady_prefix"
     found = simulate(requests, chosen, capacity, served_as(requests, chosen), "pass", warm_up=start / stop)
-    return {"hit_rate": found.hit_rate, "byte_hit_rate": found.byte_hit_rate}
+    learned = {} if found.shadow_share is None else {"shadow_share": found.shadow_share}
+    if policy.startswith("lrb"):
+        learned["setting"] = policy
+    return {"hit_rate": found.hit_rate, "byte_hit_rate": found.byte_hit_rate, **learned}
 
 
 def train_and_count(traces: Traces, trace: str, capacity: int, policy: str, seed: int) -> Cell:
@@ -216,11 +235,15 @@ def train_and_count(traces: Traces, trace: str, capacity: int, policy: str, seed
 
 
 def settings(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
-    chosen = [("sample", 1000)] if traces.quick else [("sprite", 500), ("sprite", 250), ("web07", 1000)]
-    for policy, (trace, capacity) in product(SETTINGS, chosen):
-        if trace in traces and not (traces[trace].chained and "order=" in policy):
+    for trace, capacity in traces.cases():
+        for policy in ("lru", *settings_of(traces[trace])):
             key = {"trace": trace, "capacity": capacity, "policy": policy, "seed": None}
             yield key, lambda key=key: count_hits(traces, **key, part=(0.5, WARM_UP))
+
+
+def settings_of(trace: RequestTrace) -> list[str]:
+    """Those that can serve a trace: the order of a queue policy is one of single pages."""
+    return [policy for policy in SETTINGS if not (trace.chained and "order=" in policy)]
 
 
 def noise(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
@@ -508,12 +531,12 @@ def learned_rows(trace: str, capacity: int, found: dict[str, list[Cell]]) -> Ite
     for policy in AGENTS:
         if group := found.get(policy):
             mean, rates = mean_rate(group), [cell["hit_rate"] for cell in group]
-            left = [1.0 if cell.get("fallback") else cell.get("shadow_share") or 0.0 for cell in group]
+            left = [1.0 if cell.get("fallback") else cell.get("shadow_share") for cell in group]
             yield [
                 trace, f"{capacity:,}", policy, str(len(group)), percent(mean),
                 f"{percent(min(rates))} to {percent(max(rates))}", f"{100 * (mean - lru):+.2f}",
                 f"{100 * (mean - best):+.2f}", *(way(best, mean, oracle) for oracle in oracles),
-                "-" if policy.startswith("lrb") else percent(statistics.fmean(left)),
+                "-" if None in left else percent(statistics.fmean(left)),
             ]  # fmt: skip
 
 
@@ -532,16 +555,21 @@ def way(start: float, reached: float, end: float | None) -> str:
 
 
 def settings_text(cells: list[Cell]) -> str:
-    cases = list(dict.fromkeys((cell["trace"], cell["capacity"]) for cell in cells))
-    rates = {(cell["policy"], cell["trace"], cell["capacity"]): cell["hit_rate"] for cell in cells}
-    rows = [
-        [policy, *(percent(rates.get((policy, *case))) for case in cases)]
-        for policy in dict.fromkeys(cell["policy"] for cell in cells)
-    ]
+    short = {policy: policy.replace(TREES, "trees").removeprefix("lrb:") for policy in SETTINGS}
+    rows = []
+    for case in dict.fromkeys((cell["trace"], cell["capacity"]) for cell in cells):
+        rates = {cell["policy"]: cell["hit_rate"] for cell in cells if (cell["trace"], cell["capacity"]) == case}
+        best = max((policy for policy in SETTINGS if policy in rates), key=rates.__getitem__)
+        rows.append(
+            [case[0], f"{case[1]:,}", *(percent(rates.get(policy)) for policy in ("lru", *SETTINGS)), short[best]]
+        )
+    seconds = sum(cell["seconds"] for cell in cells)
     return (
-        "Percent of accesses found between half and 0.7 of the requests, which no other table counts: settings are "
-        "chosen here. With `order` a policy chooses among the pages that a classic policy would evict next.\n\n"
-        + pipe_table(["policy", *(f"{trace} at {capacity:,}" for trace, capacity in cases)], rows)
+        "Percent of accesses found between half and 0.7 of the requests, which no other table counts, with one seed. "
+        "For every trace and capacity the setting with the most hits here is `lrb:chosen` above. "
+        f"`trees` stands for `{TREES}`. `python benchmarks/pages.py --data FOLDER --parts settings` took "
+        f"{seconds / 60:.0f} minutes on one core.\n\n"
+        + pipe_table(["trace", "capacity", "lru", *short.values(), "chosen"], rows)
     )
 
 

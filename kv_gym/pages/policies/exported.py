@@ -40,7 +40,7 @@ class Exported(Learned):
         self._binding.bind_ortvalue_output("scores", OrtValue.ortvalue_from_numpy(self._scores))
 
     @classmethod
-    def load(cls, folder: str | Path, limit: float = 500e-6, shadow: int = 4096) -> Exported:
+    def load(cls, folder: str | Path, limit: float = 500e-6, shadow: int = 65_536) -> Exported:
         """Read an exported policy.
 
         Raises:

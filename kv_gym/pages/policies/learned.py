@@ -94,17 +94,16 @@ class Learned(PageRankingPolicy):
         weights: arrays by name, as :attr:`LearnedCard.shapes` says.
         limit: seconds that a decision may take: one that takes longer is not used and the least recently used page
             leaves. 0: no limit, so that results can be repeated on a slower machine.
-        shadow: pages of the LRU cache that is simulated beside the real one on a sample of the pages, see
-            :class:`~kv_gym.pages.shadow.ShadowLRU`: while it has more hits, LRU decides. 0: none.
+        shadow: pages of the LRU cache that is simulated beside the real one, see
+            :class:`~kv_gym.pages.shadow.ShadowLRU`: where the policy has fallen behind it, LRU decides. 0: none.
         clock: gives the seconds.
         decisions, late: decisions of the network since `reset`, and those that took too long.
-        left: decisions left to LRU because the shadow had more hits.
     """
 
     card: LearnedCard = field(metadata={"loaded": True})
     weights: dict[str, np.ndarray] = field(metadata={"loaded": True})
     limit: float = 0.0
-    shadow: int = 4096
+    shadow: int = 65_536
     clock: Callable[[], float] = field(default=time.perf_counter, metadata={"loaded": True})
 
     def __post_init__(self) -> None:
@@ -116,7 +115,7 @@ class Learned(PageRankingPolicy):
         self.reset(0)
 
     @classmethod
-    def load(cls, folder: str | Path, limit: float = 0.0, shadow: int = 4096) -> Learned:
+    def load(cls, folder: str | Path, limit: float = 0.0, shadow: int = 65_536) -> Learned:
         """Read a trained policy.
 
         Raises:
@@ -154,13 +153,12 @@ class Learned(PageRankingPolicy):
             part.write_text(json.dumps(self.card.model_dump(mode="json"), indent=2) + "\n", encoding="utf-8")
 
     def reset(self, seed: int) -> None:
-        self.decisions = self.late = self.left = 0
+        self.decisions = self.late = 0
         self._lru: ShadowLRU | None = None
 
     def observe(self, cache: PageCache, begin: int, end: int) -> None:
         if self.shadow and not self.card.fallback:
-            if self._lru is None:
-                self._lru = ShadowLRU(cache, self.shadow)
+            self._lru = self._lru or ShadowLRU(cache, self.shadow)
             self._lru.follow(cache, begin, end)
 
     @property
@@ -170,15 +168,14 @@ class Learned(PageRankingPolicy):
 
     @property
     def shadow_share(self) -> float | None:
-        """Share of decisions left to LRU because the shadow had more hits; None without a shadow."""
-        return self.left / max(self.decisions + self.left, 1) if self.shadow else None
+        """Share of evictions left to LRU because the shadow had more hits; None without a shadow."""
+        if not self.shadow:
+            return None
+        return self._lru.left if self._lru is not None else 0.0
 
     def rank(self, candidates: Candidates) -> np.ndarray:
         if self.card.fallback:
             return np.arange(len(candidates))  # the least recently used
-        if self._lru is not None and self._lru.stands_in:
-            self.left += 1
-            return np.arange(len(candidates))
         begin = self.clock() if self.limit else 0.0
         scores = self.score(feature_matrix(candidates, self.card.features))
         self.decisions += 1

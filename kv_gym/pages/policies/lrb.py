@@ -34,6 +34,11 @@ class _Ridge:
         """Log accesses to the next use."""
         return math.log1p(distance)
 
+    @staticmethod
+    def worth(predicted: np.ndarray) -> np.ndarray:
+        """Hits per access that a page brings, up to a factor."""
+        return np.exp(-predicted)
+
     def __init__(self, features: int):
         self._width = 2 * features + 1
         self._products: np.ndarray = np.zeros((self._width, self._width))
@@ -63,6 +68,11 @@ class _Trees:
     def target(distance: float, capacity: int) -> float:
         """What a page is worth less than one used at once: 1 - exp(-accesses to the next use / capacity)."""
         return 1 - math.exp(-distance / capacity)
+
+    @staticmethod
+    def worth(predicted: np.ndarray) -> np.ndarray:
+        """What it says."""
+        return 1 - predicted
 
     def __init__(self, trees: int, seed: int):
         try:
@@ -106,11 +116,13 @@ class LRB(PageRankingPolicy):
         window: memory window, in capacities: a page that is not used again within it counts as used at its double end.
         sample: candidates of a decision that become examples, on average.
         trees: gradient-boosted trees, fitted by LightGBM (`pip install 'kv-gym[trees]'`); 0: ridge regression.
-        shadow: pages of an LRU cache that is simulated beside the real one on a sample of the pages, see
-            :class:`~kv_gym.pages.shadow.ShadowLRU`: while it has more hits, LRU decides. 0: none.
+        shadow: pages of an LRU cache that is simulated beside the real one, see
+            :class:`~kv_gym.pages.shadow.ShadowLRU`: where the policy has fallen behind it, LRU decides. 0: none.
         seed: of what is drawn.
         order: what shows the candidates that are not drawn: lru, or a policy with queues, see
             :class:`~kv_gym.pages.order.PolicyOrder`.
+        goal: of objects with sizes, what hits are counted in: objects, so that of two pages that are needed equally
+            soon the larger one leaves, or bytes, as in the paper.
     """
 
     stochastic = True
@@ -119,14 +131,17 @@ class LRB(PageRankingPolicy):
     window: float = 4.0
     sample: float = 0.25
     trees: int = 0
-    shadow: int = 4096
+    shadow: int = 65_536
     seed: int = 0
     order: str = "lru"
+    goal: str = "objects"
 
     def __post_init__(self) -> None:
         for name, least in (("window", 0.0), ("sample", 0.0), ("trees", 0), ("shadow", 0)):
             if not least <= (value := getattr(self, name)) < float("inf"):
                 raise UserError(f"lrb with {name}={value} cannot run; expected {least} or more")
+        if self.goal not in ("objects", "bytes"):
+            raise UserError(f"lrb with goal={self.goal} cannot run; expected objects or bytes")
 
     def reset(self, seed: int) -> None:
         self._random = np.random.default_rng([self.seed, seed])
@@ -136,6 +151,13 @@ class LRB(PageRankingPolicy):
         self._lru: ShadowLRU | None = None
         self._pending: dict[int, tuple[int, np.ndarray]] = {}  # page -> when it was noted, features; oldest first
         self._examples: list[tuple[np.ndarray, float]] = []  # features, and targets
+
+    @property
+    def shadow_share(self) -> float | None:
+        """Share of evictions left to LRU because the shadow had more hits; None without a shadow."""
+        if not self.shadow:
+            return None
+        return self._lru.left if self._lru is not None else 0.0
 
     def rank(self, candidates: Candidates) -> np.ndarray:
         if self._model is None:
@@ -147,7 +169,10 @@ class LRB(PageRankingPolicy):
             self._pending.setdefault(candidates.pages[place], (candidates.access, features[place].copy()))
         if not self._fitted:
             return np.arange(len(candidates))
-        return -self._model.predict(features)
+        predicted = self._model.predict(features)
+        if candidates.cache.trace.sizes is None or self.goal == "bytes":
+            return -predicted
+        return self._model.worth(predicted) / candidates.size
 
     def _begin(self, cache: PageCache) -> _Ridge | _Trees:
         names = features_of(cache.trace, "prefix" if cache.prefix else "objects")
@@ -160,7 +185,6 @@ class LRB(PageRankingPolicy):
         if self.shadow:
             self._lru = self._lru or ShadowLRU(cache, self.shadow)
             self._lru.follow(cache, begin, end)
-            cache.leave_to_lru = self._lru.stands_in
         pages = cache.trace.lists["pages"]
         capacity = min(cache.capacity, len(cache.size) + 1)  # in pages, where that of the cache is in bytes
         for at in range(begin, end):
