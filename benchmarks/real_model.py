@@ -71,7 +71,7 @@ LONG = "long"  # folder of what --long records and trains
 HEURISTICS = ("keydiff", "snapkv", "h2o", "tova", "expected_attention")
 EQUAL = ("rloo", "joint, equal budgets", "end_to_end, equal budgets")
 VALIDATION = "needle:{tokens}:keys=4:split=validation:rows={rows}"  # chooses the settings of heuristics
-BUDGETS = ("1/2", "1/4", "1/8", "1/16")
+BUDGETS = ("1/2", "1/4", "1/8", "1/16", "1/32")
 TWICE = "kvzip, reads twice"  # its name in tables
 REPEAT = "\n\nRepeat the previous context exactly."  # KVzip's own words (arXiv 2505.23416, code)
 COPY = "4-bit copy of SmolLM2-135M-Instruct"
@@ -98,6 +98,7 @@ def main() -> None:
     parser.add_argument("--agents", default=",".join(AGENTS), help="that are trained")
     parser.add_argument("--seeds", type=int, default=3, help="training runs")
     parser.add_argument("--targets", default=",".join(TARGETS), help="utilities of `joint` to choose from")
+    parser.add_argument("--trained", action="store_true", help="measure the policies in --out, trained elsewhere")
     parser.add_argument("--workers", type=int, default=1, help="processes")
     parser.add_argument("--publish", type=Path, help="folder for compact rows, such as benchmarks/results/real_model")
     arguments = parser.parse_args()
@@ -127,6 +128,8 @@ def prepare(arguments: argparse.Namespace) -> tuple[str, str]:
     words = REPEAT + ChatFrame.of(tokenizer).answer
     kvzip = f"kvzip:instruction={' '.join(map(str, text_ids(tokenizer, words)))}"
     stats = (kvzip,) if "kvzip" in targets else ()  # a second reading's score, as a teacher
+    if arguments.trained:
+        return kvzip, chosen_target(model, tokenizer, arguments, targets)
     record_all(model, tokenizer, out / "traces", stats, times, None, arguments.workers)
     settings = SETTINGS | {name: times * SETTINGS[name] for name in ("steps", "every")}
     own = settings | {"inputs": INPUTS}
