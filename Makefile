@@ -76,10 +76,10 @@ $(DOCS): $(READY)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt --config-settings editable_mode=compat -e '.[docs]'
 	@touch $@
 
-# without constraints.txt: some of these libraries want other versions of what they share
-$(CLIENTS): benchmarks/clients.txt setup.cfg $(READY)
+# not with constraints.txt: some of these libraries want other versions of what they share
+$(CLIENTS): benchmarks/clients.txt benchmarks/clients_constraints.txt setup.cfg $(READY)
 	@.venv-clients/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv --clear .venv-clients
-	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -r benchmarks/clients.txt -e '.[datasets,lm-eval,ray]'
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -c benchmarks/clients_constraints.txt -r benchmarks/clients.txt -e '.[datasets,lm-eval,ray]'
 	@touch $@
 
 $(BESIDE): tests/kvpress/constraints.txt setup.cfg $(READY)

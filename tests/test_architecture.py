@@ -176,6 +176,18 @@ def calls(file):
             yield ast.unparse(node.func), {keyword.arg: keyword.value for keyword in node.keywords}
 
 
+def test_no_code_names_the_cache_as_one_version_of_transformers_does():
+    """`kv_gym.models.cache_name` knows what the installed transformers calls it."""
+    naming = {
+        str(file.relative_to(ROOT))
+        for file in FILES
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.keyword | ast.Attribute)
+        and "past_key_values" in (getattr(node, "arg", None), getattr(node, "attr", None))
+    }
+    assert not naming
+
+
 def runs_code(file):
     """What in a file could run code that was read from elsewhere."""
     risky = {"pickle", "cPickle", "dill", "cloudpickle", "joblib", "marshal", "shelve"}

@@ -12,6 +12,7 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.statistics import auc
 from kv_gym.evaluation.tasks import TaskContext
 from kv_gym.live import EvictingCache
+from kv_gym.models.cache_name import with_cache
 
 
 @dataclass(frozen=True)
@@ -55,10 +56,10 @@ def guarded_answers(model, cache: EvictingCache, batch: Sequence[TaskContext]) -
     with cache.fork() as fork:
         fork.batch_select_indices(row)
         for token in ids[:, :-1].split(1, 1):  # one by one, as answers come: a running mean counts forwards
-            model(input_ids=token, past_key_values=fork, use_cache=True)
+            model(input_ids=token, **with_cache(fork), use_cache=True)
         ids = ids[:, -1:]
         for _ in range(expected.shape[1]):
-            ids = model(input_ids=ids, past_key_values=fork, use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
+            ids = model(input_ids=ids, **with_cache(fork), use_cache=True).logits[:, -1].argmax(-1, keepdim=True)
             answers.append(ids[:, 0].cpu())
             assert fork.monitor is not None
             signals.append(_measured(fork.monitor.signal).double().cpu())

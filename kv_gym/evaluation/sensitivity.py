@@ -11,6 +11,7 @@ from torch import Tensor
 from kv_gym.errors import UserError
 from kv_gym.evaluation.rows import write_rows
 from kv_gym.models.attention import full_layers
+from kv_gym.models.cache_name import output_cache
 
 
 @torch.no_grad()
@@ -59,5 +60,5 @@ def layer_similarity(
 
 def _keys(model, ids: Tensor, positions: Tensor, layers: Sequence[int]) -> list[Tensor]:
     """Keys `[batch, kv_heads, tokens, d]` of each of `layers`."""
-    cache = model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1).past_key_values
+    cache = output_cache(model(input_ids=ids, position_ids=positions, use_cache=True, logits_to_keep=1))
     return [cache.layers[layer].keys for layer in layers]

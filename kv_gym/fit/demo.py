@@ -27,6 +27,7 @@ from kv_gym.fit.folder import load_fit
 from kv_gym.fit.loss import measure_losses
 from kv_gym.fit.run import fit
 from kv_gym.models import load_model
+from kv_gym.models.cache_name import with_cache
 from kv_gym.policies import make_policy
 from kv_gym.reference import MODEL
 from kv_gym.training import train
@@ -143,14 +144,14 @@ def _answer_questions(console: Console, model: Any, tokenizer: Any, folder: Path
     """Ask the questions of one context with plain `generate` calls, each on a fork of the compressed cache."""
     context = torch.tensor([task.context_ids])
     with load_fit(model, folder) as cache, torch.no_grad():
-        model(input_ids=context, past_key_values=cache, logits_to_keep=1)
+        model(input_ids=context, **with_cache(cache), logits_to_keep=1)
         console.print(f"   {cache.nbytes():,} bytes hold what is left of {context.shape[1]} tokens")
         for question in task.questions[:4]:
             ids = torch.cat([context, torch.tensor([question.question_ids])], 1)
             expected = list(question.answer_ids)
             with cache.fork() as fork:
                 output = model.generate(
-                    ids, past_key_values=fork, max_new_tokens=len(expected), do_sample=False, pad_token_id=0
+                    ids, **with_cache(fork), max_new_tokens=len(expected), do_sample=False, pad_token_id=0
                 )
             answer = output[0, -len(expected) :].tolist()
             mark = "[green]correct[/]" if answer == expected else f"[red]expected {tokenizer.decode(expected)}[/]"

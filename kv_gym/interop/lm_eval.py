@@ -26,6 +26,7 @@ from torch import Tensor
 
 from kv_gym.errors import UserError
 from kv_gym.live import EvictingCache
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.loading import load_model, token_rows
 from kv_gym.policies import Policy, make_policy
 from kv_gym.progress import ProgressBar
@@ -306,7 +307,7 @@ class KVGymLM(HFLM):
         fork, ids, mask = compressed.fork([row for row, _, _ in group], [rest for _, rest, _ in group])
         limit = options.pop("max_length", ids.shape[1] + new)
         with fork, torch.no_grad():
-            output = self._model_generate(ids, limit, stop, attention_mask=mask, past_key_values=fork, **options)
+            output = self._model_generate(ids, limit, stop, attention_mask=mask, **with_cache(fork), **options)
         think = self.think_end_token
         for row in output[:, ids.shape[1] :].tolist():
             if isinstance(think, int) and think in row:
@@ -366,7 +367,7 @@ class _CompressedContexts:
 def _forward(model, cache: EvictingCache, ids: Tensor, mask: Tensor, count: int) -> Tensor:
     positions = (mask.cumsum(1) - 1).clamp(min=0)[:, mask.shape[1] - ids.shape[1] :]
     return model(
-        input_ids=ids, attention_mask=mask, position_ids=positions, past_key_values=cache, use_cache=True,
+        input_ids=ids, attention_mask=mask, position_ids=positions, **with_cache(cache), use_cache=True,
         logits_to_keep=count,
     ).logits  # fmt: skip
 

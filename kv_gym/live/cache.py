@@ -42,7 +42,8 @@ from kv_gym.live.layer_state import MAX_PENDING, LayerState
 from kv_gym.live.saving import SavedCache, write_cache
 from kv_gym.live.selection import Selection
 from kv_gym.live.tiers import Tier, TierRecorder
-from kv_gym.models.attention import attach, attention_modules, cache_argument, detach, full_layers
+from kv_gym.models.attention import attach, attention_modules, detach, full_layers
+from kv_gym.models.cache_name import cache_argument
 from kv_gym.models.hidden_states import attach_hidden_state_hooks, remove_hidden_state_hooks
 from kv_gym.models.loading import token_rows
 from kv_gym.models.probe import read_probe

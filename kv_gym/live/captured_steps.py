@@ -24,6 +24,7 @@ from kv_gym.live.layer import EvictingLayer
 from kv_gym.live.layer_state import LayerState
 from kv_gym.live.ragged_attention import backend_for
 from kv_gym.live.slots import RaggedSlots
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.wrapped_model import transformers_model
 
 MIN_ROOM = 64  # steps that a captured one can be replayed; a capture costs about as much as two steps of Python
@@ -155,7 +156,7 @@ class CapturedSteps:
         # a mask of four dimensions is taken as it is: without it transformers makes one during a capture, and only then
         settings = {"position_ids": positions, "attention_mask": self._mask, "logits_to_keep": 1}
         with self.cache.masks_ignored():
-            return self._run(tokens, past_key_values=self.cache, **settings).logits[:, -1]
+            return self._run(tokens, **with_cache(self.cache), **settings).logits[:, -1]
 
     def _capture(self, tokens: Tensor, position: int) -> _Captured:
         """Capture the step at `position`, and leave cache and bookkeeping as they were."""

@@ -16,6 +16,7 @@ from kv_gym.files import read_text
 from kv_gym.live.cache import EvictingCache
 from kv_gym.live.generate import Generated, Write, generate_ids
 from kv_gym.live.guard import Guard
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.chat_template import ChatTemplate
 from kv_gym.models.loading import end_tokens, refuse_too_long, token_rows
 from kv_gym.policies import Policy, make_policy
@@ -92,7 +93,7 @@ class TextSession:
         self.ids += ids
         refuse_too_long(self._model, len(self.ids), "the text to talk about")
         new = self.ids[self.cache.seen :]
-        self._model(input_ids=token_rows(self._model, [new]), past_key_values=self.cache, logits_to_keep=1)
+        self._model(input_ids=token_rows(self._model, [new]), **with_cache(self.cache), logits_to_keep=1)
 
     def reply(self, ids: Sequence[int], max_new_tokens: int, write: Write | None = None, **options: Any) -> list[int]:
         """Read tokens behind those before and go on, until a stop token of the model, which is left out.

@@ -27,6 +27,7 @@ from kv_gym.live.cache import EvictingCache
 from kv_gym.live.episodes import MATCHES, Embedding, Episodes, conversation_windows, model_embedding
 from kv_gym.live.selection import Selection
 from kv_gym.live.tiers import Tier
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.loading import token_rows
 from kv_gym.policies import Policy
 
@@ -120,7 +121,7 @@ class EpisodicCache:
             with self._cache_of(episode, slots) as cache:
                 for block in rows.split(self._block, 1):
                     cuts = cache.seen + block.shape[1] > slots
-                    self._model(input_ids=block, past_key_values=cache, use_cache=True, logits_to_keep=1)
+                    self._model(input_ids=block, **with_cache(cache), use_cache=True, logits_to_keep=1)
                     self.tokens_read += block.shape[1] + cuts * len(probe)
                 if len(tokens) % self._block:  # the last block is shorter than the trigger's
                     cache.compress()

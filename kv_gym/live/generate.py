@@ -12,6 +12,7 @@ from transformers import TextStreamer
 
 from kv_gym.errors import UserError
 from kv_gym.live.cache import EvictingCache
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.chat_template import ChatTemplate, Messages, check_messages
 from kv_gym.models.loading import beginning_ids, plain_ids, refuse_too_long, token_rows
 from kv_gym.policies import Policy, make_policy
@@ -81,7 +82,7 @@ def generate_ids(
     output = model.generate(
         tokens,
         attention_mask=torch.ones_like(tokens),
-        past_key_values=cache,
+        **with_cache(cache),
         max_new_tokens=max_new_tokens,
         streamer=None if write is None else _Streamer(tokenizer, write),
         pad_token_id=tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id,

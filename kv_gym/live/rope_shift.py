@@ -22,6 +22,7 @@ from kv_gym.devices import number_tensor
 from kv_gym.errors import UserError
 from kv_gym.live.slots import EqualSlots, Slots
 from kv_gym.models.attention import attention_modules, full_layers
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.rotary import before_rotation
 
 # angles that depend on the position alone, in proportion
@@ -109,7 +110,7 @@ class RopeShift:
         positions = torch.zeros_like(ids)
         positions[4:] = _TRIED_BY
         cache = DynamicCache(config=config)
-        model.base_model(input_ids=ids, position_ids=positions, past_key_values=cache, use_cache=True)
+        model.base_model(input_ids=ids, position_ids=positions, **with_cache(cache), use_cache=True)
         for index in full_layers(config):
             keys = getattr(cache.layers[index], "keys", None)
             assert isinstance(keys, Tensor)

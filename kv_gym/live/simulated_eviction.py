@@ -18,6 +18,7 @@ from kv_gym.errors import UserError
 from kv_gym.live.config import CacheConfig
 from kv_gym.live.layer_state import LayerState
 from kv_gym.models.attention import AttentionCall, attach, detach, full_layers
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.storeless_layer import StorelessLayer
 
 
@@ -75,7 +76,7 @@ def simulate_evictions(model, ids: Tensor, config: CacheConfig, show: Callable[[
         layers[index] = _SimulatingLayer(LayerState(index, ordinal, config), show)
     attach(model)
     try:
-        model.base_model(input_ids=ids, past_key_values=Cache(layers=layers), use_cache=True)
+        model.base_model(input_ids=ids, **with_cache(Cache(layers=layers)), use_cache=True)
     finally:
         detach(model)
 

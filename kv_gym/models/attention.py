@@ -18,7 +18,7 @@ import inspect
 import sys
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from torch._compile import _disable_dynamo  # as torch.compiler.disable, but imports no compiler before the first call
 
 from kv_gym.errors import UserError
+from kv_gym.models.cache_name import cache_argument
 from kv_gym.models.wrapped_model import transformers_model
 
 PREFIX = "kv_gym_"
@@ -221,11 +222,6 @@ class _ObservedForward:
             _pop_observer()  # left by a forward that failed between a cache's update and its attention
         if (notify := getattr(cache, event, None)) is not None:
             notify(*arguments)
-
-
-def cache_argument(arguments: Mapping[str, Any]) -> Any:
-    """The cache among a forward's arguments, by either of its names: transformers 5.24 changed it."""
-    return arguments.get("cache", arguments.get("past_key_values"))
 
 
 def attention_modules(model) -> dict[int, nn.Module]:

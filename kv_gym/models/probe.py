@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache
 
 from kv_gym.models.attention import AttentionCall
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.context_repetition import QUERY_BLOCK
 from kv_gym.models.second_reading import CachedLayer, ReadOnlyLayer, visibility_mask
 
@@ -45,7 +46,7 @@ def read_probe(model, ids: Tensor, cached: Mapping[int, ProbedLayer], layers: Se
         probed[index] = _ProbedLayer(layer, seen)
     positions = seen + torch.arange(ids.shape[1], device=ids.device)
     model.base_model(
-        input_ids=ids, position_ids=positions.expand_as(ids), past_key_values=Cache(layers=probed), use_cache=True
+        input_ids=ids, position_ids=positions.expand_as(ids), **with_cache(Cache(layers=probed)), use_cache=True
     )
 
 

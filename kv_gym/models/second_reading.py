@@ -19,6 +19,7 @@ from kv_gym.cache_view import CacheView, attention_weights
 from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.models.attention import AttentionCall, output_projection
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.context_repetition import QUERY_BLOCK, ContextRepetition, RereadingPolicy
 from kv_gym.models.hidden_states import attach_hidden_state_hooks, current_hidden_states, remove_hidden_state_hooks
 from kv_gym.models.storeless_layer import StorelessLayer
@@ -81,7 +82,7 @@ def run_second_reading(
             attach_hidden_state_hooks(model)
         try:
             cache = Cache(layers=chunk_layers)
-            model.base_model(input_ids=ids.clamp(min=0), position_ids=positions, past_key_values=cache, use_cache=True)
+            model.base_model(input_ids=ids.clamp(min=0), position_ids=positions, **with_cache(cache), use_cache=True)
         finally:
             if repetition.projected:
                 remove_hidden_state_hooks(model)

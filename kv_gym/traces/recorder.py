@@ -19,6 +19,7 @@ from kv_gym import __version__
 from kv_gym.devices import to_device
 from kv_gym.errors import UserError
 from kv_gym.models.attention import attach, detach, refuse_unsupported
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.fingerprint import Fingerprint
 from kv_gym.models.hidden_states import attach_hidden_state_hooks, remove_hidden_state_hooks
 from kv_gym.models.loading import refuse_too_long, token_rows, tokenizer_hash, usable_device
@@ -385,7 +386,7 @@ def _tokens(ids: list[int]):
 @torch.inference_mode()
 def _forward(model, ids: list[list[int]], cache: RecordingCache) -> None:
     # the decoder without its output layer, whose logits nobody reads
-    model.base_model(token_rows(model, ids), past_key_values=cache, use_cache=True)
+    model.base_model(token_rows(model, ids), **with_cache(cache), use_cache=True)
 
 
 @contextmanager

@@ -17,6 +17,7 @@ from transformers.cache_utils import Cache
 from kv_gym.devices import number_tensor, to_device
 from kv_gym.errors import UserError
 from kv_gym.models.attention import AttentionCall, attach, detach, full_layers
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.storeless_layer import StorelessLayer
 from kv_gym.traces.sequence import Sequence
 
@@ -233,7 +234,7 @@ def continuation_logits(
     out = model(
         input_ids=tokens.flatten(0, 1),
         position_ids=starts + torch.arange(m, device=tokens.device),
-        past_key_values=MaskedContextCache(contexts, gates, read),
+        **with_cache(MaskedContextCache(contexts, gates, read)),
         use_cache=True,
     )
     return out.logits.unflatten(0, (count, per_context))

@@ -18,6 +18,7 @@ from kv_gym.errors import UserError
 from kv_gym.evaluation.tasks import TaskContext
 from kv_gym.live import EvictingCache, PolicyGroup
 from kv_gym.live.layer import EvictingLayer
+from kv_gym.models.cache_name import with_cache
 from kv_gym.policies import Policy
 
 SHARES = (1 / 2, 1 / 4, 1 / 8, 1 / 16, 1 / 32, 1 / 64)  # the page's buttons
@@ -56,7 +57,7 @@ def token_view(
     rankings: list[dict[str, Any]] = []
     layers = heads = 0
     with EvictingCache(model, policy=group, budget=1.0) as cache:
-        model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        model(input_ids=ids, **with_cache(cache), use_cache=True, logits_to_keep=1)
         for name, policy in policies.items():
             rule = "global" if policy.comparable else f"global:{NORMALISATION}"
             in_head = _ranks(_priorities(cache, policy, 1.0, "uniform"))

@@ -20,6 +20,7 @@ from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.evaluation.tasks.scripted import bytes_held
 from kv_gym.evaluation.tasks.task_files import encode_text
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.chat_template import ChatTemplate
 from kv_gym.models.loading import end_tokens, token_rows
 
@@ -168,4 +169,4 @@ def without_middle(ids: Sequence[int], max_tokens: int | None) -> tuple[int, ...
 def _feed(model, cache, ids: Sequence[int]) -> Tensor:
     """Logits `[vocabulary]` after the last of some tokens."""
     tokens = token_rows(model, [ids])
-    return model(input_ids=tokens, past_key_values=cache, use_cache=True, logits_to_keep=1).logits[0, -1]
+    return model(input_ids=tokens, **with_cache(cache), use_cache=True, logits_to_keep=1).logits[0, -1]

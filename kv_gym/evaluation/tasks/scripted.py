@@ -26,6 +26,7 @@ from kv_gym.evaluation.outcomes import Outcome
 from kv_gym.evaluation.tasks.base import Task
 from kv_gym.live import EpisodicCache, EvictingCache
 from kv_gym.live.selection import SelectAll
+from kv_gym.models.cache_name import with_cache
 from kv_gym.models.loading import token_rows
 
 LARGEST_GROUP = 64  # questions asked together: each holds a copy of its context's cache
@@ -266,7 +267,7 @@ class ScriptedTask(Task):
             with cache.fork() as fork, torch.no_grad():
                 fork.batch_select_indices(torch.tensor([row for row, _ in group], device=model.device))
                 logits = model(
-                    input_ids=ids[:, :-1], past_key_values=fork, use_cache=True, logits_to_keep=longest - first
+                    input_ids=ids[:, :-1], **with_cache(fork), use_cache=True, logits_to_keep=longest - first
                 ).logits
                 counts = fork.slots_read().double().mean((0, 2)).tolist()
             for i, (row, question) in enumerate(group):
@@ -361,7 +362,7 @@ class _BatchReader:
         ids = token_rows(model, [script.segments[index].ids for script in self.batch])
         spans = self.batch[0].segments[index].answers
         keep = 0 if spans else 1  # transformers: 0 means the logits of all tokens
-        logits = model(input_ids=ids, past_key_values=cache, use_cache=True, logits_to_keep=keep).logits
+        logits = model(input_ids=ids, **with_cache(cache), use_cache=True, logits_to_keep=keep).logits
         if spans:
             before = torch.zeros_like(logits[:, :1]) if self.last_logits is None else self.last_logits[:, None]
             likelihood = torch.cat((before, logits[:, :-1]), 1).float().log_softmax(-1)
