@@ -38,6 +38,7 @@ from kv_gym.evaluation.tasks.prompts import prompts_of_tasks
 from kv_gym.files import read_json
 from kv_gym.models import load_model
 from kv_gym.models.loading import text_ids
+from kv_gym.policies.scoring.inputs import WHEREVER
 from kv_gym.traces import prompts_from_text, record
 from kv_gym.training import train
 from kv_gym.workers import WorkerPool
@@ -49,7 +50,6 @@ TRAINING = {  # tasks and how many contexts of each
     "json:640:split=train": 4,
 }
 PROSE = {"context_tokens": 640, "continuation_tokens": 64, "count": 8}
-INPUTS = ["pre_rope_key", "value", "position"]  # of `joint` and `end_to_end`; KVP reads keys as they are cached
 SETTINGS: dict[str, Any] = {"steps": 200, "every": 50, "contexts": 4}
 FINE_TUNING: dict[str, Any] = {
     "steps": 120, "every": 40, "contexts": 4, "rate": 0.003, "smallest": 1 / 64, "largest": 1 / 4,
@@ -132,7 +132,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[str, str]:
         return kvzip, chosen_target(model, tokenizer, arguments, targets)
     record_all(model, tokenizer, out / "traces", stats, times, None, arguments.workers)
     settings = SETTINGS | {name: times * SETTINGS[name] for name in ("steps", "every")}
-    own = settings | {"inputs": INPUTS}
+    own = settings | {"inputs": list(WHEREVER)}  # KVP reads keys as they are cached
     if len(targets) > 1:
         train_all(arguments, model, [Run("joint", 0, f"joint-{each}-0", own | {"target": each}) for each in targets])
     best = chosen_target(model, tokenizer, arguments, targets)

@@ -26,11 +26,14 @@ from kv_gym.fit.data import FEWEST, FitData, contexts_for, read_data
 from kv_gym.fit.folder import FitFolder
 from kv_gym.fit.loss import least_provable, measure_losses
 from kv_gym.fit.plan import Limits, Plan, Timings, fewest_to_test, phase_of, plan_whole, plan_within
+from kv_gym.live.rope_shift import refuse_other_rotation
 from kv_gym.models.fingerprint import Fingerprint
+from kv_gym.models.rotary import rotary_frequencies
+from kv_gym.models.wrapped_model import transformers_model
 from kv_gym.notebook import Result
 from kv_gym.policies import Policy, make_policy
 from kv_gym.policies.scorer import Scorer
-from kv_gym.policies.scoring.inputs import HIDDEN
+from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN, WHEREVER
 from kv_gym.records import Source
 from kv_gym.traces import open_traces, record
 from kv_gym.training import train
@@ -149,6 +152,7 @@ def fit(
     _refuse_too_few(parts, tolerance, count)
     shares = _of_whole_tokens(shares, parts)
     fingerprint = Fingerprint.of(model)
+    settings = _with_inputs(settings, agents, model, fingerprint)
     folder = FitFolder(
         out,
         {
@@ -162,6 +166,24 @@ def fit(
         pipeline = _Pipeline(model, tokenizer, parts, folder, rule, fingerprint, seed, settings, progress, workers, ray)
         pipeline.run(minutes, agents, shares, fixed_budgets)
     return Result(folder.state)
+
+
+def _with_inputs(
+    settings: dict[str, Any], agents: Sequence[str], model: Any, fingerprint: Fingerprint
+) -> dict[str, Any]:  # fmt: skip
+    """The settings with keys before the rotary embedding as an input, where the agents' own are the usual ones.
+
+    Policies that read them need fewer contexts to learn from, since a token looks the same wherever it stands.
+    """
+    usual = all(learner_class(each).any_inputs and agent_settings(each).inputs == DEFAULT for each in agents)
+    if "inputs" in settings or not usual:
+        return settings
+    try:
+        frequencies = rotary_frequencies(fingerprint.rope, fingerprint.head_dim)
+        refuse_other_rotation(transformers_model(model), frequencies, agents[-1])
+    except UserError:
+        return settings
+    return settings | {"inputs": list(WHEREVER)}
 
 
 class _Pipeline:

@@ -22,10 +22,12 @@ from kv_gym.checksums import read_checked, write_checked
 from kv_gym.errors import UserError
 from kv_gym.evaluation.measure import replay
 from kv_gym.files import parse_json
+from kv_gym.live.rope_shift import refuse_other_rotation
 from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.models.loading import usable_device
+from kv_gym.models.wrapped_model import transformers_model
 from kv_gym.policies import StatefulPolicy, make_policy
-from kv_gym.policies.scorer import FOLDER, Scorer
+from kv_gym.policies.scorer import FOLDER, Scorer, input_frequencies
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN
 from kv_gym.progress import duration
 from kv_gym.traces import TraceSet, open_traces
@@ -134,6 +136,8 @@ def train(
         if model is None:
             raise UserError(f"agent {agent!r} {requirement}: name the one that the traces were recorded of (--model)")
         trace_set.fingerprint.refuse_other(Fingerprint.of(model), "the trace set", type(model).__name__)
+    if model is not None and (frequencies := input_frequencies(resolved.inputs, trace_set.fingerprint)) is not None:
+        refuse_other_rotation(transformers_model(model), frequencies, agent)
     trainer = Trainer(agent, resolved, seed, trace_set, start, model, device, minutes, memory_limit(memory))
     trainer.processes = Processes.of_torchrun(trainer.device)
     if trainer.processes.count > 1:

@@ -11,8 +11,11 @@ import ast
 import hashlib
 import inspect
 import json
+import tokenize
 from collections.abc import Mapping
 from dataclasses import fields, is_dataclass
+from io import StringIO
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -151,9 +154,25 @@ def _code_of(kind: type) -> str:
 
 
 def _code(source: str) -> str:
-    """SHA-256 of what a file does: comments, docstrings and layout left out."""
-    tree = ast.parse(source)
-    for node in ast.walk(tree):
+    """SHA-256 of what a file does, the same under every Python: comments, docstrings and white space left out."""
+    lines = source.splitlines(keepends=True)
+    starts = [0, *accumulate(map(len, lines))]
+    spans = [
+        (starts[token.start[0] - 1] + token.start[1], starts[token.end[0] - 1] + token.end[1])
+        for token in tokenize.generate_tokens(StringIO(source).readline)
+        if token.type == tokenize.COMMENT
+    ]
+    for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef) and ast.get_docstring(node) is not None:
-            node.body = node.body[1:] or [ast.Pass()]
-    return hashlib.sha256(ast.unparse(tree).encode()).hexdigest()
+            text = node.body[0]
+            assert text.end_lineno is not None and text.end_col_offset is not None
+            ends = ((text.lineno, text.col_offset), (text.end_lineno, text.end_col_offset))
+            # columns of syntax trees count bytes
+            first, last = (starts[line - 1] + len(lines[line - 1].encode()[:column].decode()) for line, column in ends)
+            spans.append((first, last))
+    kept, place = [], 0
+    for first, last in sorted(spans):
+        kept.append(source[place:first])
+        place = max(place, last)
+    code = "".join("".join([*kept, source[place:]]).split())
+    return hashlib.sha256(code.encode()).hexdigest()

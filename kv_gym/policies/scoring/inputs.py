@@ -23,6 +23,7 @@ from kv_gym.errors import UserError
 from kv_gym.models.rotary import before_rotation
 
 DEFAULT = ("key", "value", "position")
+WHEREVER = ("pre_rope_key", "value", "position")  # the same with keys that do not depend on the place
 HIDDEN = "hidden"
 POSITION_FEATURES = 2
 WINDOW = 16  # queries whose attention is an input
