@@ -29,7 +29,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kv_gym.evaluation import evaluate
-from kv_gym.evaluation.leaderboard import leaderboard, publish
+from kv_gym.evaluation.leaderboard import leaderboard, publish, read_rows
 from kv_gym.evaluation.rows import FULL
 from kv_gym.evaluation.summary import join_portions
 from kv_gym.evaluation.tasks import parse_tasks
@@ -88,6 +88,8 @@ def main() -> None:
     )
     parser.add_argument("--tokens", default="1024", help="lengths of contexts, such as 1024,2048")
     parser.add_argument("--contexts", type=int, default=100, help="test contexts of each task")
+    parser.add_argument("--budgets", default=",".join(BUDGETS), help="shares of all slots")
+    parser.add_argument("--learned-only", action="store_true", help="leave KVzip and heuristics out")
     parser.add_argument("--portion", type=int, default=4, help="contexts that are measured before rows are written")
     parser.add_argument("--rows", type=int, default=4, help="contexts of 1,024 tokens that a process measures at once")
     parser.add_argument("--validation", type=int, default=4, help="contexts that settings are chosen on")
@@ -113,7 +115,10 @@ def main() -> None:
         spec = specification(arguments, counts, portion + 1, kvzip, target)
         rows = leaderboard(spec, arguments.out / "rows", arguments.workers)
         if arguments.publish is not None:
-            publish(named(join_portions(rows), kvzip, target), arguments.publish)
+            measured = named(join_portions(rows), kvzip, target)
+            tasks = {row["task"] for row in measured}
+            others = [row for row in read_rows(arguments.publish) if row["task"] not in tasks]
+            publish([*measured, *others], arguments.publish)
             if (arguments.out / TRIED).is_file():
                 shutil.copyfile(arguments.out / TRIED, arguments.publish / TRIED)
         done = {row["task"]: row["n"] for row in join_portions(rows) if row["policy"] == FULL}
@@ -259,8 +264,8 @@ def specification(
     return {
         "model": arguments.model,
         "tasks": tasks,
-        "budgets": list(BUDGETS),
-        "policies": [kvzip, *HEURISTICS],
+        "budgets": arguments.budgets.split(","),
+        "policies": ["recency"] if arguments.learned_only else [kvzip, *HEURISTICS],
         "allocations": ["global"],
         # heuristics run as chosen on validation contexts
         "allocations_of": {name: [] for name in HEURISTICS} | {name: ["uniform"] for name in EQUAL},

@@ -173,7 +173,7 @@ def _with_inputs(
 ) -> dict[str, Any]:  # fmt: skip
     """The settings with keys before the rotary embedding as an input, where the agents' own are the usual ones.
 
-    Policies that read them need fewer contexts to learn from, since a token looks the same wherever it stands.
+    A token then looks the same wherever it stands, which a few recorded contexts cannot teach.
     """
     usual = all(learner_class(each).any_inputs and agent_settings(each).inputs == DEFAULT for each in agents)
     if "inputs" in settings or not usual:

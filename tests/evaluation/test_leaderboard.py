@@ -3,6 +3,7 @@
 import json
 import random
 import sys
+from hashlib import sha256
 
 import numpy as np
 import pytest
@@ -453,6 +454,8 @@ def test_identity_is_what_a_result_depends_on(place, tmp_path):
     source = "class A:\n    x = 1\n"
     assert _code(source) == _code('"""Told."""\n\n\nclass A:\n    """Told."""\n    x = 1  # why\n')
     assert _code(source) != _code(source.replace("1", "2"))
+    quotes = "def f(x):\n    'Ärger.'\n    return f'{x!r}', \"# none\"  # a comment\n"
+    assert _code(quotes) == sha256(b"""deff(x):returnf'{x!r}',"#none\"""").hexdigest()  # under any Python
     policy = Scorer.from_pretrained(place / "mine-0")
     policy.training["seconds"] = 3
     policy.save_pretrained(tmp_path / "same")
