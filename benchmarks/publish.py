@@ -118,8 +118,8 @@ def zoo(rows: Sequence[Mapping], trained: Path) -> str:
     out = [
         "# Trained agents", "",
         "`<agent>.yml` holds the settings of an agent, `trained/<agent>/` a policy for the bundled model (seed 0), and "
-        "`trained/smollm2/` one of `end_to_end` for SmolLM2-135M-Instruct as `make real-model` puts it there (a 4-bit copy; "
-        "the published weights are another model to it): [docs/real-model.md](../docs/real-model.md).",
+        "`trained/smollm2/` one of `end_to_end` for SmolLM2-135M-Instruct as `make real-model` puts it there (a 4-bit "
+        "copy; the published weights are another model to it): [docs/real-model.md](../docs/real-model.md).",
         "The kernels of the tier `less:FOLDER` are trained by a command of their own, `kv-gym train-less`: "
         "[docs/write-an-agent.md](../docs/write-an-agent.md#kernels-of-a-tier).",
         "This page is written by `python benchmarks/publish.py`.", "",
