@@ -10,6 +10,7 @@ missing is left out.
 Parts, chosen with ``--parts``:
 
 - ``settings``: settings of `lrb` by the hits between half and 0.7 of the requests, for every trace and capacity.
+- ``credit``: how long the shadow's credit lasts, by the same hits on a few of them.
 - ``evidence``: hit rates on the last 0.3 of every trace; trained policies see the first half, choose their best round
   on the next fifth, and run on all of it with their shadow LRU. Of `lrb` also the setting that ``settings`` chose.
 - ``noise``: the oracle of 16 candidates, 12 of them drawn, with noise on the logarithm of the time to the next use.
@@ -70,29 +71,31 @@ CLASSIC = tuple(name for name in list_page_policies() if name not in NOT_CLASSIC
 ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
 ORDERED = tuple(f"tail_oracle:order={order}" for order in ("lirs", "s3_fifo", "w_tinylfu"))
 TREES = "lrb:trees=60:sample=4:candidates=32"
-SETTINGS = ("lrb", "lrb:candidates=16:drawn=12", f"{TREES}:drawn=0", f"{TREES}:drawn=16", f"{TREES}:drawn=31",
-            f"{TREES}:drawn=16:order=s3_fifo")  # fmt: skip
+SETTINGS = ("lrb", f"{TREES}:drawn=0", f"{TREES}:drawn=16", f"{TREES}:drawn=16:order=s3_fifo")
 CHOSEN, ALONE = "lrb:chosen", "lrb:chosen:shadow=0"
 AGENTS = (CHOSEN, ALONE, "lrb", "clone", "dqn", "ppo")
 ON_EVERY_TRACE, ELSEWHERE = AGENTS[:4], {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
+CREDITS, CREDIT_CASES = (0, 10, 20, 40, 80), (("sprite", 250), ("sprite", 500), ("web07", 1000), ("multi1", 500))
 DRAWN, WARM_UP = 12, 0.7
 FLIPS = (0.0, 0.01, 0.02, 0.05, 0.1, 0.2, 0.3, 0.5)
 BOUNDS = {"flush": (1, lambda k: k - 1, discard_bits), "mark0": (1, lambda k: 2 * harmonic(k), discard_bits),
           "mark_and_predict": (2, lambda k: harmonic(k), phase_bits)}  # fmt: skip
 
-RULES = """Percent of accesses found, in the last 0.3 of the requests. Agents saw the first half, and chose their
-best round on the next fifth; they choose among 16 pages, four least recently used and twelve drawn at random, with
-LRU in their shadow. `lrb` learns while it runs, and chooses among 64 pages, 63 of them drawn; it has an LRU cache
-in its shadow, too, but for `shadow=0`. `in a classic order` is the tail oracle whose 16 pages are those that LIRS,
-S3-FIFO or W-TinyLFU would evict next, the best of the three. `best classic` is the best of the last table, chosen
-afterwards on the same requests. The last columns say how much of the distance from it to each oracle the mean over
-seeds covers: `beyond` where the oracle is below the best classic policy and the mean is not. With others to choose
-among than the oracle, a policy may go further than it. Oracles are best over a whole trace, not in its last part.
-Where the tail oracle is less than a point above LRU, K candidates from the tail cannot help; where it is `below
-it`, it is below the best classic policy, so that a policy must look beyond the tail to be better. Mooncake's blocks
-are prefixes for ranking policies, and stand alone for queues. cs is a loop that is gone through less than five
-times: what is found in its last part depends on where in the loop a policy begins to keep pages, and says little.
-Capacities are pages, those of adapt_size bytes. What is missing has not been measured yet."""
+RULES = """Percent of accesses found, in the last 0.3 of the requests. `lrb` learns while it runs; with its default
+settings it chooses among 64 pages, 63 of them drawn at random. `lrb:chosen` is `lrb` with the setting that had the
+most hits between half and 0.7 of the requests, see Settings below; `shadow=0` takes its shadow LRU away. Agents that
+were trained saw the first half, and chose their best round on the next fifth; they choose among 16 pages, four least
+recently used and twelve drawn at random, with LRU in their shadow, too. `in a classic order` is the tail oracle whose
+16 pages are those that LIRS, S3-FIFO or W-TinyLFU would evict next, the best of the three. `best classic` is the best
+of the last table, chosen afterwards on the same requests. The last columns say how much of the distance from it to
+each oracle the mean over seeds covers: `beyond` where the oracle is below the best classic policy and the mean is not;
+and the share of evictions that were left to LRU. With others to choose among than the oracle, a policy may go further
+than it. Oracles are best over a whole trace, not in its last part. Where the tail oracle is less than a point above
+LRU, K candidates from the tail cannot help; where it is `below it`, it is below the best classic policy, so that a
+policy must look beyond the tail to be better. Mooncake's blocks are prefixes for ranking policies, and stand alone for
+queues. cs is a loop that is gone through less than five times: what is found in its last part depends on where in the
+loop a policy begins to keep pages, and says little. Capacities are pages, those of adapt_size bytes. What is missing
+has not been measured yet."""
 
 Cell = dict[str, Any]
 
@@ -105,7 +108,7 @@ def main() -> None:
     parser.add_argument("--traces", default=",".join(FILES), help="names of those to take")
     parser.add_argument("--agents", default=",".join(AGENTS), help="names of those to train")
     parser.add_argument("--seeds", type=int, default=5, help="how often each is trained")
-    parser.add_argument("--parts", default="settings,evidence,noise,capacities,predictions,speed,decisions")
+    parser.add_argument("--parts", default="settings,credit,evidence,noise,capacities,predictions,speed,decisions")
     parser.add_argument("--quick", action="store_true", help="the bundled sample alone")
     arguments = parser.parse_args()
     results = Results(arguments.out, Traces(arguments))
@@ -244,6 +247,14 @@ def settings(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
 def settings_of(trace: RequestTrace) -> list[str]:
     """Those that can serve a trace: the order of a queue policy is one of single pages."""
     return [policy for policy in SETTINGS if not (trace.chained and "order=" in policy)]
+
+
+def credit(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
+    cases = [("sample", 1000)] if traces.quick else CREDIT_CASES
+    for (trace, capacity), capacities in product(cases, CREDITS):
+        if trace in traces:
+            key = {"trace": trace, "capacity": capacity, "policy": f"lrb:credit={capacities}", "seed": None}
+            yield key, lambda key=key: count_hits(traces, **key, part=(0.5, WARM_UP))
 
 
 def noise(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
@@ -396,7 +407,7 @@ def time_decisions(form: str) -> Cell:
 
 
 PARTS: dict[str, Callable[[Traces], Iterator[tuple[Cell, Callable[[], Cell]]]]] = {
-    "evidence": evidence, "settings": settings, "noise": noise, "capacities": capacities,
+    "settings": settings, "credit": credit, "evidence": evidence, "noise": noise, "capacities": capacities,
     "predictions": predictions, "speed": speed, "decisions": decisions,
 }  # fmt: skip
 
@@ -433,6 +444,8 @@ def page(cells: list[Cell], command: str) -> str:
         ]  # fmt: skip
     if tried := [cell for cell in cells if cell["part"] == "settings"]:
         text += ["## Settings", settings_text(tried)]
+    if tried := [cell for cell in cells if cell["part"] == "credit"]:
+        text += [credit_text(tried)]
     if timed := [cell for cell in cells if cell["part"] == "speed"]:
         text += ["## Speed", speed_text(timed)]
     if decided := [cell for cell in cells if cell["part"] == "decisions"]:
@@ -488,22 +501,29 @@ def evidence_text(cells: list[Cell]) -> str:
 
 
 def goal_text(rates: dict[tuple[str, int], dict[str, list[Cell]]]) -> str:
-    """Where a trained policy does what was asked of it, and where it does not."""
-    reached, beyond, short = [], [], []
-    for (trace, capacity), found in rates.items():
-        (best, _), lru, oracle = best_classic(found), *(mean_rate(found.get(name)) for name in ("lru", ORACLES[0]))
-        for policy in AGENTS:
+    """Where a learned policy does what was asked of it, and where it does not."""
+    said = []
+    for policy in AGENTS:
+        reached, beyond, short, over = [], [], [], []
+        for (trace, capacity), found in rates.items():
             if (mean := mean_rate(found.get(policy))) is not None:
-                cell = f"`{policy}` on {trace} at {capacity:,}"
+                (best, _), lru, oracle = (
+                    best_classic(found),
+                    *(mean_rate(found.get(name)) for name in ("lru", ORACLES[0])),
+                )
+                cell = f"{trace} at {capacity:,}"
+                over.append(mean - lru)
                 if mean >= max(best, (best + oracle) / 2):
                     (reached if oracle > best else beyond).append(cell)
                 if mean < lru - 0.01:
                     short.append(cell)
-    reached, beyond, short = (", ".join(cells) or "none" for cells in (reached, beyond, short))
-    return (
-        f"At least half of the way from the best classic policy to the tail oracle: {reached}. Above the best classic "
-        f"policy where that is above the tail oracle: {beyond}. More than a point below LRU: {short}."
-    )
+        if over:
+            reached, beyond, short = (", ".join(cells) or "none" for cells in (reached, beyond, short))
+            said.append([f"`{policy}`", str(len(over)), reached, beyond, short, f"{100 * min(over):+.2f}"])
+    head = ["policy", "cells", "at least half of the way from the best classic policy to the tail oracle",
+            "above the best classic policy where that is above the tail oracle", "more than a point below LRU",
+            "lowest over LRU"]  # fmt: skip
+    return "What was aimed at, and where it is reached:\n\n" + pipe_table(head, said)
 
 
 def best_classic(found: dict[str, list[Cell]]) -> tuple[float, str]:
@@ -559,7 +579,7 @@ def settings_text(cells: list[Cell]) -> str:
     rows = []
     for case in dict.fromkeys((cell["trace"], cell["capacity"]) for cell in cells):
         rates = {cell["policy"]: cell["hit_rate"] for cell in cells if (cell["trace"], cell["capacity"]) == case}
-        best = max((policy for policy in SETTINGS if policy in rates), key=rates.__getitem__)
+        best = max(SETTINGS, key=lambda policy: rates.get(policy, 0.0))
         rows.append(
             [case[0], f"{case[1]:,}", *(percent(rates.get(policy)) for policy in ("lru", *SETTINGS)), short[best]]
         )
@@ -570,6 +590,20 @@ def settings_text(cells: list[Cell]) -> str:
         f"`trees` stands for `{TREES}`. `python benchmarks/pages.py --data FOLDER --parts settings` took "
         f"{seconds / 60:.0f} minutes on one core.\n\n"
         + pipe_table(["trace", "capacity", "lru", *short.values(), "chosen"], rows)
+    )
+
+
+def credit_text(cells: list[Cell]) -> str:
+    rates = {(cell["trace"], cell["capacity"], cell["policy"]): percent(cell["hit_rate"]) for cell in cells}
+    policies = dict.fromkeys(cell["policy"] for cell in cells)
+    rows = [
+        [trace, f"{capacity:,}", *(rates.get((trace, capacity, policy), "-") for policy in policies)]
+        for trace, capacity in dict.fromkeys((cell["trace"], cell["capacity"]) for cell in cells)
+    ]
+    return (
+        "The same of `lrb` over the capacities of accesses after which 1/e is left of its shadow's credit; by default "
+        "20, the fewest that cost no hits where `lrb` gains most.\n\n"
+        + pipe_table(["trace", "capacity", *(policy.rpartition("=")[2] for policy in policies)], rows)
     )
 
 

@@ -14,7 +14,7 @@ from collections import OrderedDict
 from kv_gym.pages.cache import PageCache
 
 TOLERATED = 0.005  # hits per access that a policy may lose against LRU without an end
-MEMORY = 20  # capacities of accesses after which a credit has faded to 1/e; chosen on validation requests
+CREDIT = 20.0  # capacities of accesses after which 1/e is left of a credit; benchmarks/pages.py --parts credit
 _HASH, _MASK = 0x9E3779B1, 0xFFFFFFFF  # Knuth's multiplicative hash of 32 bits
 
 
@@ -35,6 +35,7 @@ class ShadowLRU:
     Args:
         cache: the real one.
         pages: about how many pages the shadow holds; a smaller cache is followed whole.
+        credit: how long a credit lasts: 1/e of it is left after this many capacities of accesses. 0: no credit.
 
     Attributes:
         share: of the pages that are followed.
@@ -44,13 +45,13 @@ class ShadowLRU:
         left: share of the evictions so far that LRU decided.
     """
 
-    def __init__(self, cache: PageCache, pages: int):
+    def __init__(self, cache: PageCache, pages: int, credit: float = CREDIT):
         trace = cache.trace
         mean_size = 1.0 if trace.sizes is None else max(float(trace.sizes.mean()), 1.0)
         self.share = min(1.0, pages * mean_size / cache.capacity)
         held = self.share * cache.capacity / mean_size
         self.limit = 10 + held / 100
-        self._fading = math.exp(-1 / (MEMORY * held))
+        self._fading = math.exp(-1 / (credit * held)) if credit else 0.0
         self._capacity = cache.capacity * self.share
         self._threshold = int(self.share * (_MASK + 1))
         lists = trace.lists

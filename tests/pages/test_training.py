@@ -143,6 +143,17 @@ def test_lrb_learns_from_requests_of_many_objects():
         assert 0.1 < simulate(trace, "lrb:sample=1.0", 10).hit_rate < 0.4
 
 
+def test_lrb_counts_hits_of_objects_or_of_bytes():
+    """Pages that are asked for equally often: most objects are found where the large ones leave."""
+    keys = np.random.default_rng(0).integers(0, 60, 2000)
+    trace = RequestTrace.from_keys(keys, "large and small", sizes=np.where(keys % 2, 20, 1))
+    rates = [simulate(trace, f"lrb:sample=1.0:goal={goal}", 200, warm_up=0.5).hit_rate for goal in ("objects", "bytes")]
+    assert rates[0] > rates[1] + 0.05, rates
+    for wrong in ("goal=hits", "credit=-1"):
+        with pytest.raises(UserError, match=f"lrb with {wrong}"):
+            make_page_policy(f"lrb:{wrong}")
+
+
 def test_lrb_has_trees(monkeypatch):
     with pytest.raises(UserError, match="lrb with trees=-1 cannot run; expected 0 or more"):
         make_page_policy("lrb:trees=-1")

@@ -20,7 +20,7 @@ from kv_gym.errors import UserError
 from kv_gym.pages.cache import Candidates, PageCache
 from kv_gym.pages.features import NEIGHBOUR_FEATURES, feature_matrix, features_of
 from kv_gym.pages.policies.base import PageRankingPolicy
-from kv_gym.pages.shadow import ShadowLRU
+from kv_gym.pages.shadow import CREDIT, ShadowLRU
 
 
 class _Ridge:
@@ -123,6 +123,7 @@ class LRB(PageRankingPolicy):
             :class:`~kv_gym.pages.order.PolicyOrder`.
         goal: of objects with sizes, what hits are counted in: objects, so that of two pages that are needed equally
             soon the larger one leaves, or bytes, as in the paper.
+        credit: of the shadow, how long what was gained counts against a loss, in capacities of accesses.
     """
 
     stochastic = True
@@ -135,9 +136,10 @@ class LRB(PageRankingPolicy):
     seed: int = 0
     order: str = "lru"
     goal: str = "objects"
+    credit: float = CREDIT
 
     def __post_init__(self) -> None:
-        for name, least in (("window", 0.0), ("sample", 0.0), ("trees", 0), ("shadow", 0)):
+        for name, least in (("window", 0.0), ("sample", 0.0), ("trees", 0), ("shadow", 0), ("credit", 0.0)):
             if not least <= (value := getattr(self, name)) < float("inf"):
                 raise UserError(f"lrb with {name}={value} cannot run; expected {least} or more")
         if self.goal not in ("objects", "bytes"):
@@ -183,7 +185,7 @@ class LRB(PageRankingPolicy):
 
     def observe(self, cache: PageCache, begin: int, end: int) -> None:
         if self.shadow:
-            self._lru = self._lru or ShadowLRU(cache, self.shadow)
+            self._lru = self._lru or ShadowLRU(cache, self.shadow, self.credit)
             self._lru.follow(cache, begin, end)
         pages = cache.trace.lists["pages"]
         capacity = min(cache.capacity, len(cache.size) + 1)  # in pages, where that of the cache is in bytes
