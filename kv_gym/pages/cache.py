@@ -540,6 +540,10 @@ class PageCache:
             return [self._smallest()]
         if self.leave_to_lru:
             return self._leaves.oldest()[:1] if self.prefix else [next(iter(self._free))]
+        return self.proposed()
+
+    def proposed(self) -> list[int]:
+        """What :meth:`shown` gives where LRU does not stand in."""
         if self._order is not None:
             first = self._order.next()
         else:

@@ -17,6 +17,7 @@ from kv_gym.errors import UserError
 from kv_gym.pages import PageRankingPolicy, RequestTrace, make_page_policy, simulate, train_pages
 from kv_gym.pages.cache import Candidates, PageCache
 from kv_gym.pages.policies.learned import Learned
+from kv_gym.pages.shadow import ShadowLRU
 from kv_gym.training.pages.network import CandidateHeads, CandidateScorer, StackedCandidates
 from kv_gym.training.pages.recording import record_decisions
 
@@ -141,6 +142,13 @@ def test_lrb_learns_from_requests_of_many_objects():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert 0.1 < simulate(trace, "lrb:sample=1.0", 10).hit_rate < 0.4
+
+
+def test_lrb_goes_on_learning_while_lru_decides(monkeypatch):
+    monkeypatch.setattr(ShadowLRU, "follow", lambda shadow, cache, begin, end: setattr(cache, "leave_to_lru", True))
+    policy, trace = make_page_policy("lrb:sample=1.0"), loop_and_wonders()
+    assert simulate(trace, policy, CAPACITY).hits == simulate(trace, "lru", CAPACITY).hits
+    assert policy._fitted
 
 
 def test_lrb_counts_hits_of_objects_or_of_bytes():

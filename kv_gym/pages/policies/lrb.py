@@ -151,6 +151,7 @@ class LRB(PageRankingPolicy):
         self._model: _Ridge | _Trees | None = None
         self._fitted = False  # the first of the order leaves until the first fit
         self._lru: ShadowLRU | None = None
+        self._evictions = 0  # before the request that is served
         self._pending: dict[int, tuple[int, np.ndarray]] = {}  # page -> when it was noted, features; oldest first
         self._examples: list[tuple[np.ndarray, float]] = []  # features, and targets
 
@@ -162,6 +163,16 @@ class LRB(PageRankingPolicy):
         return self._lru.left if self._lru is not None else 0.0
 
     def rank(self, candidates: Candidates) -> np.ndarray:
+        features = self._note(candidates)
+        if self._model is None or not self._fitted:
+            return np.arange(len(candidates))
+        predicted = self._model.predict(features)
+        if candidates.cache.trace.sizes is None or self.goal == "bytes":
+            return -predicted
+        return self._model.worth(predicted) / candidates.size
+
+    def _note(self, candidates: Candidates) -> np.ndarray:
+        """The features of candidates, of which some become examples."""
         if self._model is None:
             self._model = self._begin(candidates.cache)
         features = feature_matrix(candidates, self._features)
@@ -169,12 +180,7 @@ class LRB(PageRankingPolicy):
         count = int(whole) + (self._random.random() < chance)
         for place in self._random.integers(len(candidates), size=count).tolist() if count else ():
             self._pending.setdefault(candidates.pages[place], (candidates.access, features[place].copy()))
-        if not self._fitted:
-            return np.arange(len(candidates))
-        predicted = self._model.predict(features)
-        if candidates.cache.trace.sizes is None or self.goal == "bytes":
-            return -predicted
-        return self._model.worth(predicted) / candidates.size
+        return features
 
     def _begin(self, cache: PageCache) -> _Ridge | _Trees:
         names = features_of(cache.trace, "prefix" if cache.prefix else "objects")
@@ -186,6 +192,9 @@ class LRB(PageRankingPolicy):
     def observe(self, cache: PageCache, begin: int, end: int) -> None:
         if self.shadow:
             self._lru = self._lru or ShadowLRU(cache, self.shadow, self.credit)
+            if cache.leave_to_lru and cache.evictions > self._evictions:  # it goes on learning
+                self._note(Candidates(cache, cache.proposed()))
+            self._evictions = cache.evictions
             self._lru.follow(cache, begin, end)
         pages = cache.trace.lists["pages"]
         capacity = min(cache.capacity, len(cache.size) + 1)  # in pages, where that of the cache is in bytes
