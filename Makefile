@@ -79,7 +79,7 @@ $(DOCS): $(READY)
 # not with constraints.txt: some of these libraries want other versions of what they share
 $(CLIENTS): benchmarks/clients.txt benchmarks/clients_constraints.txt setup.cfg $(READY)
 	@.venv-clients/bin/python -m pip --version >/dev/null 2>&1 || $(BIN)/python -m venv --clear .venv-clients
-	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --config-settings editable_mode=compat -c benchmarks/clients_constraints.txt -r benchmarks/clients.txt -e '.[datasets,lm-eval,ray]'
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check --no-compile --config-settings editable_mode=compat -c benchmarks/clients_constraints.txt -r benchmarks/clients.txt -e '.[datasets,lm-eval,ray]'
 	@touch $@
 
 $(BESIDE): tests/kvpress/constraints.txt setup.cfg $(READY)
