@@ -1,6 +1,7 @@
 """Tasks that are scripts: batched and forked runs against one context, one configuration and one token at a time."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,11 +10,12 @@ from kv_gym.budgets import parse_allocation
 from kv_gym.errors import UserError
 from kv_gym.evaluation.configurations import Configuration, configurations_of, full_cache
 from kv_gym.evaluation.outcomes import Outcome, measured_fields, per_context
-from kv_gym.evaluation.tasks import parse_tasks
+from kv_gym.evaluation.tasks import parse_tasks, scripted
 from kv_gym.evaluation.tasks.dialogue import context_facts
 from kv_gym.evaluation.tasks.perplexity import perplexity
 from kv_gym.files import MODEL
 from kv_gym.live import EvictingCache
+from kv_gym.live.selection import parse_selection
 from kv_gym.policies import make_policy
 from kv_gym.reference.generator import make_context
 from kv_gym.reference.tokenizer import build_tokenizer, encode, vocabulary
@@ -112,6 +114,31 @@ def test_batched_runs_equal_a_plain_loop_over_tokens(model, tasks, name, policy)
         for part, (asked, right, nll) in expected.items():
             assert own[part][:2] == (asked, right), part
             assert own[part][2] == pytest.approx(nll, abs=2e-3 * asked)
+
+
+@pytest.mark.parametrize("select", ["all", "mpcache:0.5:group=4"])
+def test_questions_of_other_lengths_are_asked_as_each_alone(model, tasks, select):
+    """Together, padded behind; where queries read a selection, with those of their length."""
+    (script,) = tasks["multi_key"].scripts[:1]
+    first, second = script.questions[:2]
+    longer = replace(second, question_ids=(*second.question_ids[:1], *second.question_ids))
+    configurations = configurations_of(
+        {"keydiff": make_policy("keydiff")}, [0.5], [parse_allocation("uniform")], select=[parse_selection(select)]
+    )
+
+    def answers(*questions):
+        task = replace(tasks["multi_key"], scripts=[replace(script, questions=questions)], list_answers=True)
+        (batch,) = task.batches()
+        ((_, outcomes),) = task.measure(model, batch, configurations)
+        return sorted((*answer, outcome.slots_read) for outcome in outcomes for answer in outcome.answers)
+
+    together, alone = answers(first, longer), sorted(answers(first) + answers(longer))
+    assert [grade for grade, _, _ in together] == [grade for grade, _, _ in alone]
+    assert [loss for _, loss, _ in together] == pytest.approx([loss for _, loss, _ in alone], abs=2e-3)
+    assert together[0][2] == pytest.approx((alone[0][2] + alone[1][2]) / 2)  # of a row the mean over its questions
+    (group,) = scripted._similar([(0, longer), (0, first)], 1.25)
+    assert [question for _, question in group] == [first, longer]
+    assert len(list(scripted._similar([(0, longer), (0, first)], 1.0))) == 2
 
 
 def test_all_configurations_of_a_policy_share_its_second_reading(model, tasks, monkeypatch):
