@@ -180,7 +180,9 @@ def test_reinforcement_learning_learns_it_too(tmp_path, agent, steps):
     trace = loop_and_wonders()
     policy = train_pages(agent, trace, tmp_path, CAPACITY, rounds=1, decisions=1200, steps=steps)
     assert policy.card.agent == agent and policy.card.validation["learned"] > policy.card.validation["lru"] + 0.1
-    assert simulate(trace, str(tmp_path), CAPACITY, warm_up=0.7).hit_rate > 0.2
+    alone = simulate(trace, Learned.load(tmp_path, shadow=0), CAPACITY, warm_up=0.7).hit_rate
+    beside_lru = simulate(trace, str(tmp_path), CAPACITY, warm_up=0.7).hit_rate  # LRU decides where it lost at first
+    assert alone > 0.2 and simulate(trace, "lru", CAPACITY, warm_up=0.7).hit_rate < beside_lru <= alone
 
 
 def test_double_targets_and_dueling_values_by_hand():
