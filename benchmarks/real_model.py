@@ -101,7 +101,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="training runs")
     parser.add_argument("--targets", default=",".join(TARGETS), help="utilities of `joint` to choose from")
     parser.add_argument("--trained", action="store_true", help="measure the policies in --out, trained elsewhere")
-    parser.add_argument("--workers", type=int, default=1, help="processes")
+    parser.add_argument("--workers", type=int, help="processes; by default this one")
     parser.add_argument("--publish", type=Path, help="folder for compact rows, such as benchmarks/results/real_model")
     arguments = parser.parse_args()
 
@@ -157,7 +157,7 @@ def prepare(arguments: argparse.Namespace) -> tuple[str, str]:
 
 
 def record_all(
-    model: Any, tokenizer: Any, out: Path, stats: tuple[str, ...], times: int, tokens: int | None, workers: int
+    model: Any, tokenizer: Any, out: Path, stats: tuple[str, ...], times: int, tokens: int | None, workers: int | None
 ) -> None:
     """Record the training contexts, so many times as many as usual, of their own lengths or all of `tokens` tokens."""
     tasks = [f"{task}:count={times * count}" for task, count in TRAINING.items()]
@@ -168,8 +168,7 @@ def record_all(
     prompts = list(prompts_of_tasks(parse_tasks(",".join(tasks), tokenizer)))
     prompts += prompts_from_text(TEXTS / "train.txt", tokenizer, **prose)
     recipe = {"tasks": tasks, "prose": prose["count"]}
-    processes = None if workers == 1 else workers
-    record(model, prompts, out, tokenizer=tokenizer, stats=stats, recipe=recipe, workers=processes)
+    record(model, prompts, out, tokenizer=tokenizer, stats=stats, recipe=recipe, workers=workers)
 
 
 class Run(NamedTuple):
@@ -190,9 +189,8 @@ def train_all(arguments: argparse.Namespace, model: Any, runs: list[Run]) -> Non
     check = trainer(model, arguments.out)
     for run in done:
         check(run)
-    workers = arguments.workers if arguments.workers > 1 else None
     pool: WorkerPool = WorkerPool(
-        loaded_trainer, lambda: (arguments.model, arguments.out), workers, here=check, tasks=len(missing)
+        loaded_trainer, lambda: (arguments.model, arguments.out), arguments.workers, here=check, tasks=len(missing)
     )
     with pool:
         for _ in pool.run(missing):
@@ -223,9 +221,9 @@ def chosen_target(model: Any, tokenizer: Any, arguments: argparse.Namespace, tar
     policies = {target: out / f"joint-{target}-0" for target in targets}
     known = read_json(file) if file.is_file() else {"rows": [], "contexts": 0}
     if known["contexts"] != count or {row["policy"] for row in known["rows"]} != {FULL, *targets}:
-        workers = None if arguments.workers == 1 else arguments.workers
         evaluate(
-            policies, ["1/8", "1/16"], model=model, tasks=tasks, allocations=["global"], json=file, workers=workers
+            policies, ["1/8", "1/16"], model=model, tasks=tasks, allocations=["global"], json=file,
+            workers=arguments.workers,
         )  # fmt: skip
     quality: dict[str, tuple[float, float]] = {}
     for row in read_json(file)["rows"]:

@@ -72,7 +72,7 @@ def main() -> None:
                 row = {
                     "policy": PEER + name, "budget": budget, "allocation": allocation, "evicted": "drop",
                     "select": "all", "episodes": "none", "policy_bytes": 0, "task": task.name, "trigger": task.trigger,
-                    "chosen_on_validation": True, "weights": WEIGHTS,
+                    "chosen_on_validation": True,
                 }  # fmt: skip
                 rows.append(complete(row | measured_fields(outcomes), name))
     known = [row for row in read_rows(arguments.publish) if not _is_replaced(row, task.name)]
