@@ -6,9 +6,12 @@ configuration's mean step and of its ratio to the floor in the same turn. Caches
 of the context, in chunks: what was evicted before them costs nothing any more. Times are processor time of one
 thread, so that a busy machine shows less.
 
+Beside the time stand the bytes that the cache holds, and a bound: a step reads all weights and the whole cache once.
+Where memory limits the speed, these bytes compared with the floor's are the least that the ratio of times can be.
+
 The model is shaped like a small Llama (hidden 512, 8 layers, 8 query and 8 KV heads of 64) with random weights;
-``--model`` takes another one. With ``--kvpress`` (in the environment of `make kvpress`) its decoding presses run as
-configurations of their own.
+``--model`` takes another one, and ``--trained`` the folder of a policy for it. With ``--kvpress`` (in the environment
+of `make kvpress`) its decoding presses run as configurations of their own.
 
 Run: ``python benchmarks/decode_step.py --json benchmarks/results/decode_step.json``
 """
@@ -32,7 +35,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
 from kv_gym import EvictingCache
 from kv_gym.models import load_model
 from kv_gym.models.fingerprint import Fingerprint
-from kv_gym.policies import Policy
+from kv_gym.policies import Policy, make_policy
 from kv_gym.policies.scorer import GroupedScorer, Scorer
 from kv_gym.policies.scoring.inputs import DEFAULT
 
@@ -91,6 +94,9 @@ class Plain:
         with self.around():
             return seconds(self.model, cache)
 
+    def nbytes(self) -> int:
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self.kept.layers)
+
 
 class Evicting:
     """A configuration with an evicting cache, which stays at its budget however long it decodes."""
@@ -105,6 +111,9 @@ class Evicting:
 
     def turn(self) -> float:
         return seconds(self.model, self.cache)
+
+    def nbytes(self) -> int:
+        return self.cache.nbytes()
 
 
 def seconds(model, cache) -> float:
@@ -122,7 +131,7 @@ def learned(model, inputs: tuple[str, ...] = DEFAULT) -> Scorer:
     return Scorer(network, Fingerprint.of(model), (1, 1 << 20), calibrated=True)
 
 
-def our_configurations(model, budget: int, policies: list[str]) -> dict:
+def our_configurations(model, budget: int, policies: list[str], trained: str | None) -> dict:
     configurations = {}
     for name in policies:
         policy = learned(model) if name == "scorer" else name
@@ -131,6 +140,10 @@ def our_configurations(model, budget: int, policies: list[str]) -> dict:
     static = learned(model, ("key", "value"))
     configurations["scorer of key and value, every 1"] = Evicting(model, static, budget, 1)
     configurations["scorer of key and value, one threshold, every 1"] = Evicting(model, static, budget, 1, "global")
+    if trained is not None:
+        for interval in (1, STEPS):
+            name = f"trained policy, one threshold, every {interval}"
+            configurations[name] = Evicting(model, make_policy(trained), budget, interval, "global")
     configurations["equal heads, every 16"] = Evicting(model, Taste(), budget, STEPS)
     configurations["ragged heads, every 16"] = Evicting(model, Taste(), budget, STEPS, "global")
     return configurations
@@ -148,10 +161,10 @@ def kvpress_configurations(model, budget: int) -> dict:
 
 
 @torch.no_grad()
-def compare(model, context: int, turns: int, policies: list[str], kvpress: bool) -> list[dict]:
+def compare(model, context: int, turns: int, policies: list[str], trained: str | None, kvpress: bool) -> list[dict]:
     budget = context // 8
     configurations: dict = {"floor": Plain(model, budget), "full cache": Plain(model, context)}
-    configurations |= our_configurations(model, budget, policies)
+    configurations |= our_configurations(model, budget, policies, trained)
     if kvpress:
         configurations |= kvpress_configurations(model, budget)
     took: dict[str, list[float]] = {name: [] for name in configurations}
@@ -159,6 +172,8 @@ def compare(model, context: int, turns: int, policies: list[str], kvpress: bool)
         for name, configuration in configurations.items():
             took[name].append(configuration.turn())
     spread = configurations["ragged heads, every 16"].cache.kept().double().mean((0, 1))
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    held = {name: configuration.nbytes() for name, configuration in configurations.items()}
     rows = []
     for name, times in took.items():
         base = took["equal heads, every 16" if name.startswith("ragged") else "floor"]
@@ -166,6 +181,8 @@ def compare(model, context: int, turns: int, policies: list[str], kvpress: bool)
         rows.append({
             "context": context, "budget": budget, "configuration": name, "ms": 1e3 * statistics.median(times),
             "ratio": statistics.median(ratios), "to": "equal heads" if name.startswith("ragged") else "floor",
+            "tokens_per_second": 1 / statistics.median(times), "cache_bytes": held[name],
+            "bound": (weights + held[name]) / (weights + held["floor"]),
         })  # fmt: skip
     rows[-1 if not kvpress else list(took).index("ragged heads, every 16")]["head_sizes"] = [
         round(size) for size in spread.tolist()
@@ -181,17 +198,19 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="also write the numbers to this file")
     parser.add_argument("--policies", nargs="+", default=list(POLICIES), choices=POLICIES)
     parser.add_argument("--model", help="a transformers model instead of the random one")
+    parser.add_argument("--trained", help="folder of a policy that was trained for the model")
     args = parser.parse_args()
     torch.set_num_threads(1)
     model = load_model(args.model)[0].eval() if args.model else random_model()
     rows = []
-    print("| context | budget | configuration | ms per step | ratio | to |\n|---|---|---|---|---|---|")
+    print("| context | budget | configuration | ms per step | ratio | to | bound | cache, MiB |")
+    print("|---|---|---|---|---|---|---|---|")
     for context in args.context:
-        for row in compare(model, context, args.turns, args.policies, args.kvpress):
+        for row in compare(model, context, args.turns, args.policies, args.trained, args.kvpress):
             rows.append(row)
             print(
                 f"| {row['context']} | {row['budget']} | {row['configuration']} | {row['ms']:.1f} | {row['ratio']:.2f} "
-                f"| {row['to']} |"
+                f"| {row['to']} | {row['bound']:.2f} | {row['cache_bytes'] / 2**20:.1f} |"
             )
     if args.json:
         about = {

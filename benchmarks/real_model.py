@@ -68,9 +68,10 @@ TASKS = {  # by the name of --tasks
 }
 AGENTS = ("joint", "rloo", "end_to_end")
 LONG = "long"  # folder of what --long records and trains
+FITTED = "fit/fit/policy"  # what `real_model_fit.py` wrote
 HEURISTICS = ("keydiff", "snapkv", "h2o", "tova", "expected_attention")
 EQUAL = ("rloo", "joint, equal budgets", "end_to_end, equal budgets")
-VALIDATION = "needle:{tokens}:keys=4:split=validation:rows={rows}"  # chooses the settings of heuristics
+VALIDATION = "needle:1024:keys=4:split=validation:rows={rows}"  # chooses the settings of heuristics, for any length
 BUDGETS = ("1/2", "1/4", "1/8", "1/16", "1/32")
 TWICE = "kvzip, reads twice"  # its name in tables
 REPEAT = "\n\nRepeat the previous context exactly."  # KVzip's own words (arXiv 2505.23416, code)
@@ -97,6 +98,7 @@ def main() -> None:
     parser.add_argument(
         "--long", type=int, help="train one more `joint` on contexts of so many tokens, as few as usual"
     )
+    parser.add_argument("--fitted", action="store_true", help="measure the policy of real_model_fit.py, too")
     parser.add_argument("--agents", default=",".join(AGENTS), help="that are trained")
     parser.add_argument("--seeds", type=int, default=3, help="training runs")
     parser.add_argument("--targets", default=",".join(TARGETS), help="utilities of `joint` to choose from")
@@ -246,7 +248,7 @@ def specification(
                 tasks.append(
                     {
                         "task": f"{name}:count={count}:rows={rows}{place}",
-                        "validation": VALIDATION.format(tokens=tokens, rows=rows),
+                        "validation": VALIDATION.format(rows=arguments.rows),
                     }
                 )
     learned = {
@@ -257,6 +259,8 @@ def specification(
         learned[agent] = [str(out / f"{agent}-{{seed}}")]
     if arguments.long is not None:
         learned[f"joint, trained at {arguments.long} tokens"] = [str(out / LONG / "joint")]
+    if arguments.fitted:
+        learned["end_to_end, fitted"] = [str(out / FITTED)]
     if "end_to_end" in agents:
         learned["end_to_end, equal budgets"] = [str(out / "end_to_end-0")]
     return {

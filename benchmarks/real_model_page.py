@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 
 from kv_gym.budgets import format_budget
 from kv_gym.evaluation.leaderboard import accuracy_table, read_rows
@@ -19,6 +20,7 @@ FOLDER, PICTURE, TRIED = "real_model", "real_model.png", "targets.json"
 FIRST = "4 needles 1024"  # the task of the README
 SINGLE = "needle 1024"  # the task that the full cache always answers
 CLOSE = 1 / 8  # the budget that is looked at closely
+PEER = "kvpress "  # what the names of `real_model_kvpress.py` begin with
 
 
 def rows_of(results: Path) -> list[dict]:
@@ -29,13 +31,14 @@ def rows_of(results: Path) -> list[dict]:
 
 def draw(results: Path) -> None:
     """The picture of the README's task."""
-    rows = [row for row in rows_of(results) if row["task"] == FIRST]
+    rows = [row for row in _without_peers(rows_of(results)) if row["task"] == FIRST]
     if rows:
         picture(rows, results / PICTURE, ["accuracy"])
 
 
 def first_screen(rows: Sequence[Mapping]) -> str:
     """Picture, table and what they show."""
+    rows = _without_peers(rows)
     # variants of a policy are on the page
     shown = [row for row in rows if ", " not in row["policy"] or row["policy"].startswith("kvzip")]
     return (
@@ -90,12 +93,15 @@ def page(rows: Sequence[Mapping], results: Path) -> str:
     """Every task: accuracy at every budget, other measures of the same answers at one budget; and the utilities."""
     parts = []
     for task in dict.fromkeys(row["task"] for row in rows):
-        of_task = [row for row in rows if row["task"] == task]
+        of_task = [row for row in _without_peers(rows) if row["task"] == task]
         if any(row["policy"] == FULL for row in of_task):
             if any(row.get("answers") for row in of_task):
                 parts += [f"## {task}", accuracy_table(of_task, task), about(of_task, task), close_look(of_task)]
             else:
                 parts += [f"## {task}", likelihoods(of_task)]
+        theirs = [row for row in rows if row["task"] == task and row["policy"].startswith(PEER)]
+        if theirs:
+            parts += [f"### The presses of kvpress, {task}", peers(theirs, of_task)]
     if (results / FOLDER / TRIED).is_file():
         parts += ["## Which utility `joint` learns", utilities(read_rows(results / FOLDER / TRIED), rows[0]["target"])]
     return "\n\n".join(parts) + "\n"
@@ -119,6 +125,32 @@ def likelihoods(rows: Sequence[Mapping]) -> str:
         f"Nats per token, {full['questions']} tokens of {full['n']} contexts of a {full['weights']}; the full cache "
         f"has {full['nll']:.3f}. There is little to be won: prose is predicted from what stands last and, with "
         "the first tokens kept, the policies lie close together."
+    )
+
+
+def peers(theirs: Sequence[Mapping], ours: Sequence[Mapping]) -> str:
+    """The presses of kvpress and what competes with them, on the contexts that the presses were asked about."""
+    contexts = set(theirs[0]["contexts"])
+    budgets = sorted({row["budget"] for row in theirs}, reverse=True)
+    found: dict[tuple, dict[float, list[float]]] = {}
+    for row in [*theirs, *ours]:
+        competes = row.get("seed") is not None or row.get("chosen_on_validation") or row["policy"] in (FULL, *NULLS)
+        if contexts <= set(row["contexts"]) and competes and (row["budget"] in budgets or row["policy"] == FULL):
+            counted = [row["contexts"][name] for name in contexts]
+            share = sum(right for right, *_ in counted) / sum(questions for _, questions, _ in counted)
+            name = f"**{row['policy']}**" if row.get("seed") is not None else row["policy"]
+            ends = "" if row["sinks"] is None else f", ends {row['sinks']} + {row['recent']}"
+            found.setdefault((name, row["allocation"] + ends), {}).setdefault(row["budget"], []).append(share)
+    ((_, full),) = (found.pop(key).popitem() for key in list(found) if key[0] == FULL)
+    ordered = sorted(found.items(), key=lambda item: -sum(map(fmean, item[1].values())) / len(item[1]))
+    body = [[*key, *(f"{100 * fmean(of[b]):.1f}" if b in of else "-" for b in budgets)] for key, of in ordered]
+    questions = sum(asked for _, asked, _ in theirs[0]["contexts"].values())
+    return (
+        f"{pipe_table(('policy', 'allocation', *map(format_budget, budgets)), body, 2)}\n\n"
+        f"Percent right on the {questions} questions about the first {len(contexts)} contexts, of which the full cache "
+        f"answers {100 * fmean(full):.1f}. Rows of `kvpress` were made by `benchmarks/real_model_kvpress.py` with "
+        "its own presses and transformers' cache, of which it protects what each press protects; the others are those "
+        "of the table above, on the same contexts."
     )
 
 
@@ -170,6 +202,11 @@ def close_look(rows: Sequence[Mapping]) -> str:
         "percent with the right first token, negative log-likelihood of a whole answer, and the difference to the full "
         f"cache in points, paired by question, with its 95 % interval over contexts.\n\n{pipe_table(head, body, 2)}"
     )
+
+
+def _without_peers(rows: Sequence[Mapping]) -> list[Mapping]:
+    """Rows of the contexts that all policies were asked about."""
+    return [row for row in rows if not row["policy"].startswith(PEER)]
 
 
 def _by_configuration(rows: Sequence[Mapping]) -> dict[tuple, list[Mapping]]:

@@ -14,7 +14,7 @@ from kv_gym.cache_view import CacheView
 from kv_gym.errors import UserError
 from kv_gym.policies.base import Policy
 
-LOWEST = -(2**63)  # the priority of an invalid slot
+LOWEST, HIGHEST = -(2**63), 2**63 - 1  # the priority of an invalid slot; above every priority
 UNSEEN = 2**62  # above every position
 _PROTECTED = 0x7FFFFFFF  # above every score
 
@@ -59,16 +59,31 @@ def priorities(scores: Tensor, view: CacheView, protect: Tensor | None = None) -
         UserError: a score of a valid slot is NaN. On an accelerator that check would wait for the device: there such a
             slot goes first.
     """
+    return slot_priorities(scores, view.positions, view.valid, protect, view.layer)
+
+
+def slot_priorities(
+    scores: Tensor, positions: Tensor, valid: Tensor, protect: Tensor | None, layer: int | None
+) -> Tensor:
+    """:func:`priorities` of slots in tensors of any one shape.
+
+    Args:
+        scores: of the slots, compared as float32.
+        positions: int64.
+        valid: bool.
+        protect: bool, protected slots.
+        layer: named in the error; None: they are of several.
+    """
     # adding zero makes -0.0 the same as 0.0
-    scores = scores.detach().float().masked_fill(~view.valid, 0.0) + 0.0
+    scores = scores.detach().float().masked_fill(~valid, 0.0) + 0.0
     if _may_wait_for(scores):
-        _refuse_nan(scores, view.layer)
+        _refuse_nan(scores, layer)
     else:
         scores = _nan_as_lowest(scores)
     upper = sortable(scores)
     if protect is not None:
         upper.masked_fill_(protect, _PROTECTED)
-    return ((upper << 31) + view.positions).masked_fill_(~view.valid, LOWEST)
+    return ((upper << 31) + positions).masked_fill_(~valid, LOWEST)
 
 
 def sortable(scores: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from kv_gym.devices import HostCopy, to_device
 from kv_gym.errors import UserError
 from kv_gym.live.cascade import Cascade
 from kv_gym.live.config import CacheConfig
-from kv_gym.live.decoding import decide_together
+from kv_gym.live.decoding import decide_together, remove_lowest
 from kv_gym.live.forward_inputs import (
     new_token_mask,
     new_tokens,
@@ -634,6 +634,10 @@ class EvictingCache(Cache):
         if not allocation.whole_model:
             for state in states:
                 state.evict(rows_to_evict, trim)
+                state.forget_probe()
+            return
+        if not trim and all(rows_to_evict or [True]) and remove_lowest(states):
+            for state in states:
                 state.forget_probe()
             return
         masks = allocation.kept([state.score_slots(rows_to_evict) for state in states])

@@ -402,21 +402,26 @@ class CacheConfig:
         )
 
     @cached_property
-    def decides_together(self) -> bool:
-        """Whether all layers score and cut the token of a decoding step together, at the end of the forward.
+    def scores_together(self) -> bool:
+        """Whether all layers may score the token of a decoding step together, at the end of the forward.
 
-        The same decisions as one layer after the other, in a fraction of the operations: every layer has attended by
-        then, and neither scores nor cuts need its queries.
+        The same scores as one layer after the other, in a fraction of the operations.
         """
         return (
             self.scores_on_arrival
             and not self.needs_hidden
             and self.trigger.every is not None
             and not self.trigger.within_forward
-            and self.allocation.equal
             and isinstance(self.layer_tier, Drop)
-            and not self.evicts_after_forward
         )
+
+    @cached_property
+    def decides_together(self) -> bool:
+        """Whether all layers also cut the token of a decoding step together, each by its own slots alone.
+
+        Every layer has attended by then, and neither scores nor cuts need its queries.
+        """
+        return self.scores_together and self.allocation.equal and not self.evicts_after_forward
 
     @cached_property
     def stored_scores(self) -> dict[str, Policy]:

@@ -81,6 +81,10 @@ class Slots(ABC):
         """
 
     @abstractmethod
+    def write_newest(self, name: str, tensor: Tensor) -> None:
+        """Replace a buffer's entries of the token that was appended last to every head, `[batch, kv_heads, 1]`."""
+
+    @abstractmethod
     def waits_to_keep(self, slack: int, trim: bool = False) -> bool:
         """Whether :meth:`keep` has to know the new lengths on the host, for which an accelerator is waited for."""
 
@@ -248,7 +252,6 @@ class EqualSlots(Slots):
             buffer.scatter_(2, indices[width], tensor)
 
     def write_newest(self, name: str, tensor: Tensor) -> None:
-        """Replace a buffer's entries of the token that was appended last, `[batch, kv_heads, 1]`."""
         if self._newest is None:
             self._writable(name)[:, :, self.length - 1 : self.length] = tensor
         else:
@@ -573,6 +576,33 @@ class RaggedSlots(Slots):
             self.lengths.sub_(v)
         self._count(-v)
 
+    def can_remove(self) -> bool:
+        """Whether single slots of any head may be removed in place, see :meth:`remove`."""
+        return self.device.type == "cpu" and not _is_frozen(self._any())
+
+    def remove(self, entries: Tensor) -> None:
+        """Remove single slots in place; nothing is allocated. On a CPU, which knows how many every head loses.
+
+        Survivors at the end of a head move into the places of slots before them.
+
+        Args:
+            entries: `[n]` int64, where they lie in the flat buffers, ascending.
+        """
+        starts = self.starts.flatten()
+        heads = torch.searchsorted(starts, entries, right=True) - 1
+        gone = heads.bincount(minlength=len(starts))
+        ends = starts + self.lengths.flatten() - gone  # of the heads when the slots have gone
+        tails = torch.arange(len(entries)) + (ends - (gone.cumsum(0) - gone)).repeat_interleave(gone)
+        source, target = tails[~torch.isin(tails, entries)], entries[entries < ends[heads]]
+        for buffer in self.buffers.values():
+            buffer.index_copy_(0, target, buffer[source])
+        gone = gone.view_as(self.lengths)
+        if self._stay is None:
+            self.lengths = self.lengths - gone
+        else:
+            self.lengths.sub_(gone)
+        self._count(-gone)
+
     def padded(self, names: Collection[str] | None = None) -> tuple[dict[str, Tensor], Tensor]:
         """A copy of what is asked for, or a view where all heads are alike: for evictions, not for every token."""
         length, capacity = self.common_length, int(self.capacities.view(-1)[0])
@@ -593,6 +623,10 @@ class RaggedSlots(Slots):
         if "positions" in out:
             out["positions"].masked_fill_(~real, -1)
         return out, real
+
+    def write_newest(self, name: str, tensor: Tensor) -> None:
+        index = (self.starts_on_device + self.lengths - 1).flatten()
+        self.buffers[name].index_copy_(0, index, tensor.flatten())
 
     def add(self, name: str, tensor: Tensor) -> None:
         self.buffers[name] = tensor.new_zeros(len(self._any()), *tensor.shape[3:])

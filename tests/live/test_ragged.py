@@ -9,7 +9,7 @@ from masked_reference import MaskedReference
 
 from kv_gym import EvictingCache, make_policy
 from kv_gym.live import ragged_attention
-from kv_gym.live.slots import EqualSlots, concatenate
+from kv_gym.live.slots import EqualSlots, RaggedSlots, concatenate
 from kv_gym.policies import Policy
 
 
@@ -22,6 +22,17 @@ class BiasedByHead(Policy):
     def score(self, view):
         taste = view.layer * 2 + torch.arange(view.keys.shape[1])[:, None]
         return view.keys.sum(-1).tanh() + 0.7 * taste
+
+
+@dataclass(frozen=True)
+class LikesKeys(Policy):
+    """Looks at the keys alone, and rounds: some slots of different heads have equal scores."""
+
+    comparable = True
+    static = True
+
+    def score(self, view):
+        return (4 * view.keys.sum(-1).tanh()).round()
 
 
 EXACT = {"rtol": 0, "atol": 1e-5}
@@ -75,6 +86,42 @@ def slow_global(cache_view_scores, positions, total, shield):
                 position = positions[layer][head][slot]
                 ranked.append((position in shield, score, position, -layer, -head))
     return {(-a, -b, position) for _, _, position, a, b in sorted(ranked, reverse=True)[:total]}
+
+
+@pytest.mark.parametrize("interval", [1, 3])
+def test_one_threshold_step_by_step(interval, monkeypatch):
+    """A few slots go at a time, in place: the same ones that a list of all slots says, and attention reads the rest."""
+    copied, keep = [], RaggedSlots.keep
+    monkeypatch.setattr(RaggedSlots, "keep", lambda self, *args: copied.append(1) or keep(self, *args))
+    model, policy, budget, sinks, recent = tiny("llama"), LikesKeys(), 24, 2, 1
+    reference, heads, scores = MaskedReference(model), 2, {}
+    with EvictingCache(
+        model, policy, budget, allocation="global", trigger=f"every:{interval}", sinks=sinks, recent=recent
+    ) as cache:
+        for at, piece in enumerate(split(tokens(1, 100), 40, *[1] * 60)):
+            before = dict(scores)
+            torch.testing.assert_close(feed(model, piece, cache), reference(piece).to(torch.float64), **EXACT)
+            for layer in range(3):
+                reference.hide(layer, cache.kept_positions(layer))
+                view = cache.layers[layer].state.view()
+                for head in range(heads):
+                    for slot, score in zip(
+                        view.positions[0, head].tolist(), policy.score(view)[0, head].tolist(), strict=True
+                    ):
+                        if slot >= 0:
+                            scores[layer, head, slot] = score
+            held = {key for key in scores if key[2] in cache.kept_positions(key[0])[0][key[1]].tolist()}
+            if at and at % interval == 0:
+                seen = 40 + at
+                came = [key for key in scores if key not in before]
+                assert all(key[2] == seen - 1 for key in came)
+                kept = sorted(
+                    scores,
+                    key=lambda key: (key[2] < sinks or key[2] >= seen - recent, scores[key], key[2], -key[0], -key[1]),
+                )[-3 * heads * budget :]
+                assert held == set(kept)
+            scores = {key: scores[key] for key in held}
+    assert len(copied) == 3  # the first eviction of each layer
 
 
 def test_one_threshold_keeps_the_best_slots_of_the_model():
