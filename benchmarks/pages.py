@@ -13,6 +13,7 @@ Parts, chosen with ``--parts``:
 - ``credit``: how long the shadow's credit lasts, by the same hits on a few of them.
 - ``evidence``: hit rates on the last 0.3 of every trace; trained policies see the first half, choose their best round
   on the next fifth, and run on all of it with their shadow LRU. Of `lrb` also the setting that ``settings`` chose.
+- ``drawn``: of 2_pools, whose requests are drawn at random, what can be expected without the future.
 - ``noise``: the oracle of 16 candidates, 12 of them drawn, with noise on the logarithm of the time to the next use.
 - ``capacities``: hit rates over the capacity, on whole traces.
 - ``predictions``: misses of Flush, Mark0 and Mark&Predict over the share of wrong bits, with the proven bounds.
@@ -72,7 +73,8 @@ CLASSIC = tuple(name for name in list_page_policies() if name not in NOT_CLASSIC
 ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
 ORDERED = tuple(f"tail_oracle:order={order}" for order in ("lirs", "s3_fifo", "w_tinylfu"))
 TREES = "lrb:trees=60:sample=4:candidates=32"
-SETTINGS = ("lrb", f"{TREES}:drawn=0", f"{TREES}:drawn=16", f"{TREES}:drawn=16:order=s3_fifo")
+SETTINGS = ("lrb", "lrb:sample=4:forget=0.9", "lrb:forget=0.95", f"{TREES}:drawn=16",
+            f"{TREES}:drawn=16:order=s3_fifo")  # fmt: skip
 CHOSEN, ALONE = "lrb:chosen", "lrb:chosen:shadow=0"
 AGENTS = (CHOSEN, ALONE, "lrb", "clone", "dqn", "ppo")
 ON_EVERY_TRACE, ELSEWHERE = AGENTS[:4], {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
@@ -109,7 +111,7 @@ def main() -> None:
     parser.add_argument("--traces", default=",".join(FILES), help="names of those to take")
     parser.add_argument("--agents", default=",".join(AGENTS), help="names of those to train")
     parser.add_argument("--seeds", type=int, default=5, help="how often each is trained")
-    parser.add_argument("--parts", default="settings,credit,evidence,noise,capacities,predictions,speed,decisions")
+    parser.add_argument("--parts", default=",".join(PARTS))
     parser.add_argument("--quick", action="store_true", help="the bundled sample alone")
     arguments = parser.parse_args()
     results = Results(arguments.out, Traces(arguments))
@@ -158,8 +160,13 @@ class Traces:
     def measured(self, key: Cell, setting: str) -> Cell | None:
         """What was found with a setting of `lrb` for the same requests and seed, under whatever name."""
         same = {name: key[name] for name in ("trace", "capacity", "seed")} | {"part": "evidence"}
-        cells = (cell for cell in self.cells if same.items() <= cell["key"].items())
-        return next((cell["found"] for cell in cells if cell["found"].get("setting") == setting), None)
+        found = [cell["found"] for cell in self.cells if same.items() <= cell["key"].items()]
+        for each in found:
+            if each.get("setting") == setting:
+                return each
+            if each.get("shadow_share") == 0 and f"{each.get('setting')}:shadow=0" == setting:  # it never stood in
+                return {name: value for name, value in each.items() if name != "shadow_share"} | {"setting": setting}
+        return None
 
 
 @cache
@@ -267,6 +274,21 @@ def credit(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
         if trace in traces:
             key = {"trace": trace, "capacity": capacity, "policy": f"lrb:credit={capacities}", "seed": None}
             yield key, lambda key=key: count_hits(traces, **key, part=(0.5, WARM_UP))
+
+
+def drawn(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
+    for trace, capacity in traces.cases():
+        if trace == "2_pools":
+            yield {"trace": trace, "capacity": capacity}, lambda capacity=capacity: expect(traces["2_pools"], capacity)
+
+
+def expect(trace: RequestTrace, capacity: int) -> Cell:
+    """Of accesses to two pools in turn, uniform in each: the small pool stays, and as many of the large one as fit."""
+    counts = np.bincount(trace.pages)
+    small = counts > 100
+    share, others = counts[small].sum() / len(trace), len(counts) - small.sum()
+    rate = share + (1 - share) * (capacity - small.sum()) / others
+    return {"hit_rate": float(rate), "small": int(small.sum()), "share": float(share), "others": int(others)}
 
 
 def noise(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
@@ -419,8 +441,8 @@ def time_decisions(form: str) -> Cell:
 
 
 PARTS: dict[str, Callable[[Traces], Iterator[tuple[Cell, Callable[[], Cell]]]]] = {
-    "settings": settings, "credit": credit, "evidence": evidence, "noise": noise, "capacities": capacities,
-    "predictions": predictions, "speed": speed, "decisions": decisions,
+    "settings": settings, "credit": credit, "evidence": evidence, "drawn": drawn, "noise": noise,
+    "capacities": capacities, "predictions": predictions, "speed": speed, "decisions": decisions,
 }  # fmt: skip
 
 
@@ -446,6 +468,8 @@ def page(cells: list[Cell], command: str) -> str:
         "## Hit rates",
         evidence_text(cells),
     ]
+    if expected := [cell for cell in cells if cell["part"] == "drawn"]:
+        text += [drawn_text(expected)]
     if noisy := [cell for cell in cells if cell["part"] == "noise"]:
         text += [
             f"How exact a prediction must be: the oracle of 16 candidates, 12 of them drawn, on {noisy[0]['trace']} at "
@@ -538,6 +562,17 @@ def goal_text(rates: dict[tuple[str, int], dict[str, list[Cell]]]) -> str:
     missing = [f"`{policy}`" for policy in AGENTS if not any(policy in found for found in rates.values())]
     left = f"Not measured yet with the present shadow: {', '.join(missing)}.\n\n" if missing else ""
     return f"{left}What was aimed at, and where it is reached:\n\n" + pipe_table(head, said, left=None)
+
+
+def drawn_text(cells: list[Cell]) -> str:
+    first = cells[0]
+    rates = " and ".join(f"{percent(cell['hit_rate'])} % at {cell['capacity']:,}" for cell in cells)
+    return (
+        f"{first['trace']} is drawn at random: {first['share']:.0%} of its accesses go to {first['small']} pages, the "
+        f"others to any of {first['others']:,}. A policy that keeps the former and any of the latter can expect "
+        f"{rates}, and none that does not know the future can expect more: what the tail oracle finds beyond that "
+        "cannot be learned."
+    )
 
 
 def best_classic(found: dict[str, list[Cell]]) -> tuple[float, str]:

@@ -22,15 +22,15 @@ class ShadowLRU:
     """Compares a cache's hits with those of LRU, and lets LRU decide where the cache has fallen behind.
 
     `loss` is how many hits LRU had more. What the policy gained is its credit, a negative loss, which fades with the
-    accesses; a loss does not fade, but half a percent of the accesses is forgiven. Above `limit` (ten hits and a
-    hundredth of the shadow's pages) LRU decides until the loss is 0 again.
+    accesses; a loss does not fade, but half a percent of the accesses is forgiven. While the loss is above `limit` (ten
+    hits and a hundredth of the shadow's pages) LRU decides.
 
     So a policy never falls further behind than this, for objects of which the shadow follows all: over the first `n`
     accesses it has at most ``0.005 n + limit + 1`` hits fewer than LRU, and as many as the cache of LRU has pages. For
-    the policy decides only while the loss is within `limit`; after LRU has taken over, only pages that LRU holds and
-    the cache does not can miss where LRU hits, each once, since the pages used from then on are in both. Over later
-    accesses alone the credit comes on top. With a sample, with pages that expire, for prefixes and for requests of
-    several pages this is what is to be expected, no proof.
+    the policy decides only while the loss is within `limit`, however often LRU took over before; and while LRU decides,
+    only pages that LRU held and the cache did not when it took over can miss where LRU hits, each once, since the pages
+    used from then on are in both. Over later accesses alone the credit comes on top. With a sample, with pages that
+    expire, for prefixes and for requests of several pages this is what is to be expected, no proof.
 
     Args:
         cache: the real one.
@@ -94,7 +94,7 @@ class ShadowLRU:
             self.loss *= self._fading ** len(sampled)
         else:
             self.loss = max(0.0, self.loss - TOLERATED * len(sampled))
-        self.stands_in = cache.leave_to_lru = self.loss > (0.0 if self.stands_in else self.limit)
+        self.stands_in = cache.leave_to_lru = self.loss > self.limit
 
     def _serve(self, at: int) -> bool:
         page, size = self._pages[at], 1 if self._sizes is None else self._sizes[at]

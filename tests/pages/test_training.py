@@ -157,7 +157,7 @@ def test_lrb_counts_hits_of_objects_or_of_bytes():
     trace = RequestTrace.from_keys(keys, "large and small", sizes=np.where(keys % 2, 20, 1))
     rates = [simulate(trace, f"lrb:sample=1.0:goal={goal}", 200, warm_up=0.5).hit_rate for goal in ("objects", "bytes")]
     assert rates[0] > rates[1] + 0.05, rates
-    for wrong in ("goal=hits", "credit=-1"):
+    for wrong in ("goal=hits", "credit=-1", "forget=1.0"):
         with pytest.raises(UserError, match=f"lrb with {wrong}"):
             make_page_policy(f"lrb:{wrong}")
 

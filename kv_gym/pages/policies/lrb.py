@@ -27,7 +27,6 @@ class _Ridge:
     """Ridge regression on the features and their squares, in which older examples fade."""
 
     batch = 512  # examples between two fits
-    forget = 0.8  # weight of older examples at each fit
 
     @staticmethod
     def target(distance: float, capacity: int) -> float:
@@ -39,7 +38,8 @@ class _Ridge:
         """Hits per access that a page brings, up to a factor."""
         return np.exp(-predicted)
 
-    def __init__(self, features: int):
+    def __init__(self, features: int, forget: float):
+        self._forget = forget
         self._width = 2 * features + 1
         self._products: np.ndarray = np.zeros((self._width, self._width))
         self._sums: np.ndarray = np.zeros(self._width)
@@ -47,8 +47,8 @@ class _Ridge:
 
     def fit(self, features: np.ndarray, targets: np.ndarray) -> None:
         inputs = self._expand(features)
-        self._products = self.forget * self._products + inputs.T @ inputs
-        self._sums = self.forget * self._sums + inputs.T @ targets
+        self._products = self._forget * self._products + inputs.T @ inputs
+        self._sums = self._forget * self._sums + inputs.T @ targets
         self._weights = np.linalg.solve(self._products + 1e-2 * np.eye(self._width), self._sums)
 
     def predict(self, features: np.ndarray) -> np.ndarray:
@@ -116,6 +116,8 @@ class LRB(PageRankingPolicy):
         window: memory window, in capacities: a page that is not used again within it counts as used at its double end.
         sample: candidates of a decision that become examples, on average.
         trees: gradient-boosted trees, fitted by LightGBM (`pip install 'kv-gym[trees]'`); 0: ridge regression.
+        forget: weight that older examples keep at each fit of the ridge regression, which follows 512 new ones. With a
+            low one it follows changes of the requests sooner, with a high one it is less noisy.
         shadow: pages of an LRU cache that is simulated beside the real one, see
             :class:`~kv_gym.pages.shadow.ShadowLRU`: where the policy has fallen behind it, LRU decides. 0: none.
         seed: of what is drawn.
@@ -132,6 +134,7 @@ class LRB(PageRankingPolicy):
     window: float = 4.0
     sample: float = 0.25
     trees: int = 0
+    forget: float = 0.8
     shadow: int = 65_536
     seed: int = 0
     order: str = "lru"
@@ -142,6 +145,8 @@ class LRB(PageRankingPolicy):
         for name, least in (("window", 0.0), ("sample", 0.0), ("trees", 0), ("shadow", 0), ("credit", 0.0)):
             if not least <= (value := getattr(self, name)) < float("inf"):
                 raise UserError(f"lrb with {name}={value} cannot run; expected {least} or more")
+        if not 0 <= self.forget < 1:
+            raise UserError(f"lrb with forget={self.forget} cannot run; expected from 0 to below 1")
         if self.goal not in ("objects", "bytes"):
             raise UserError(f"lrb with goal={self.goal} cannot run; expected objects or bytes")
 
@@ -187,7 +192,7 @@ class LRB(PageRankingPolicy):
         self._features = tuple(name for name in names if name != "order")  # it says nothing of pages that were drawn
         if self.trees and not cache.prefix:
             self._features += NEIGHBOUR_FEATURES
-        return _Trees(self.trees, self.seed) if self.trees else _Ridge(len(self._features))
+        return _Trees(self.trees, self.seed) if self.trees else _Ridge(len(self._features), self.forget)
 
     def observe(self, cache: PageCache, begin: int, end: int) -> None:
         if self.shadow:
