@@ -14,9 +14,10 @@ from kv_gym.evaluation.leaderboard import accuracy_table, read_rows
 from kv_gym.evaluation.report import picture
 from kv_gym.evaluation.statistics import paired_difference
 from kv_gym.evaluation.summary import FULL, NULLS, regrade, smallest_budgets, summarise
+from kv_gym.files import read_json
 from kv_gym.markdown import pipe_table
 
-FOLDER, PICTURE, TRIED = "real_model", "real_model.png", "targets.json"
+FOLDER, PICTURE, TRIED, SPEED = "real_model", "real_model.png", "targets.json", "decode_step_smollm2.json"
 FIRST = "4 needles 1024"  # the task of the README
 SINGLE = "needle 1024"  # the task that the full cache always answers
 CLOSE = 1 / 8  # the budget that is looked at closely
@@ -104,7 +105,33 @@ def page(rows: Sequence[Mapping], results: Path) -> str:
             parts += [f"### The presses of kvpress, {task}", peers(theirs, of_task)]
     if (results / FOLDER / TRIED).is_file():
         parts += ["## Which utility `joint` learns", utilities(read_rows(results / FOLDER / TRIED), rows[0]["target"])]
+    if (results / SPEED).is_file():
+        parts += ["## Speed of a decoding step", speed(read_json(results / SPEED)["rows"])]
     return "\n\n".join(parts) + "\n"
+
+
+def speed(rows: Sequence[Mapping]) -> str:
+    """Tokens per second and bytes of every configuration of `decode_step.py`, compared with the full cache's."""
+    full = {row["context"]: row for row in rows if row["configuration"] == "full cache"}
+    body = []
+    for row in rows:
+        whole = full[row["context"]]
+        body.append([
+            f"{row['context']:,}", row["configuration"].replace("floor", "cache that only ever held 1/8"),
+            f"{row['tokens_per_second']:.1f}", f"{row['tokens_per_second'] / whole['tokens_per_second']:.2f}",
+            f"{whole['bound'] / row['bound']:.2f}", f"{row['cache_bytes'] / 2**20:.0f}",
+            f"{row['ratio']:.2f} of the {row['to']}",
+        ])  # fmt: skip
+    head = ("context", "cache", "tokens/s", "to the full cache", "bound", "MiB", "time")
+    return (
+        f"{pipe_table(head, body, 2)}\n\n"
+        "One thread of a CPU, all configurations in turns in one run (`benchmarks/decode_step.py`), float32. `bound`: "
+        "how much faster than with the full cache a step could be if nothing counted but the bytes that it reads, "
+        "weights and cache. A step gains more than that, because transformers copies keys and values for grouped "
+        "queries. `every 1` evicts at every step, `every 16` every 16 steps. `scorer` is an untrained network of the "
+        "learned policies' size: with inputs that change, so that all slots are scored anew at every eviction, or "
+        "with key and value alone, which are scored once."
+    )
 
 
 def likelihoods(rows: Sequence[Mapping]) -> str:

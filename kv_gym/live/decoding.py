@@ -63,7 +63,7 @@ def remove_lowest(states: Sequence[LayerState]) -> bool:
         return False
     if not all(isinstance(slots, RaggedSlots) and slots.can_remove() for slots in parts):
         return False
-    lengths = torch.cat([slots.lengths.flatten() for slots in parts])
+    lengths = torch.cat([slots.counts().flatten() for slots in parts])
     held, budget = int(lengths.sum()), states[0].row_budgets(None)[0]
     surplus = held - budget * len(lengths)
     if not 0 < surplus <= held // 8:  # more are copied faster than moved
