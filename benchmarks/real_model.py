@@ -10,11 +10,12 @@ and every question is asked from a fork of the compressed cache. Test contexts a
 task at a time, and rows are published after each portion, so that the command may be stopped at any time; it goes on
 where it was. ``--contexts`` says how many are wanted in all.
 
-On two idle cores recording and training with one seed take eight CPU minutes without `end_to_end`, the choice of
-settings four, and a portion of four contexts of `needles` and four of `needle` five, two of them for the second
-readings of KVzip: ``--agents joint,rloo --tasks needles,needle --contexts 40 --workers 2`` is about an hour with three
-seeds. A GPU is used where there is one; contexts are then better measured many at a time, by several processes, and
-more of them can be trained on: ``--workers 8 --rows 25 --portion 50 --training 6``.
+CPU minutes, of which two cores do two a minute: recording 4; `joint` 2.5 for each seed, `rloo` as many, `end_to_end`
+7; the choice of settings 3. Of 1,024 tokens, reading a context takes 0.08, its second reading by KVzip 0.2, and a
+question 0.003 for each of about 100 configurations: four contexts of `needles` 7 in all. So the README's table with 35
+contexts and three seeds is an hour on two cores (``--tasks needles --contexts 35 --targets layers --workers 2``), and
+35 contexts of all tasks are four. A GPU measures 200 contexts in two minutes; contexts are then better read many at a
+time, by several processes, and more of them can be trained on: ``--workers 8 --rows 25 --portion 50 --training 6``.
 
 The model is a 4-bit copy of the published one, dequantised to float32 (`benchmarks/get_real_model.py`).
 """
