@@ -73,8 +73,9 @@ CLASSIC = tuple(name for name in list_page_policies() if name not in NOT_CLASSIC
 ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
 ORDERED = tuple(f"tail_oracle:order={order}" for order in ("lirs", "s3_fifo", "w_tinylfu"))
 TREES = "lrb:trees=60:sample=4:candidates=32"
+EIGHT = "lrb:trees=60:sample=8:candidates=32:drawn=8"
 SETTINGS = ("lrb", "lrb:sample=4:forget=0.9", "lrb:forget=0.95", f"{TREES}:drawn=16",
-            f"{TREES}:drawn=16:order=s3_fifo")  # fmt: skip
+            f"{TREES}:drawn=16:order=s3_fifo", EIGHT)  # fmt: skip
 CHOSEN, ALONE = "lrb:chosen", "lrb:chosen:shadow=0"
 AGENTS = (CHOSEN, ALONE, "lrb", "clone", "dqn", "ppo")
 ON_EVERY_TRACE, ELSEWHERE = AGENTS[:4], {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
@@ -97,8 +98,8 @@ than it. Oracles are best over a whole trace, not in its last part. Where the ta
 LRU, K candidates from the tail cannot help; where it is `below it`, it is below the best classic policy, so that a
 policy must look beyond the tail to be better. Mooncake's blocks are prefixes for ranking policies, and stand alone for
 queues. cs is a loop that is gone through less than five times: what is found in its last part depends on where in the
-loop a policy begins to keep pages, and says little. Capacities are pages, those of adapt_size bytes. What is missing
-has not been measured yet."""
+loop a policy begins to keep pages, and says little. Capacities are pages, those of adapt_size bytes. Where a policy
+has fewer than five seeds, the others have not been run."""
 
 Cell = dict[str, Any]
 
@@ -264,8 +265,8 @@ def settings(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
 
 
 def settings_of(trace: str) -> list[str]:
-    """Those that can serve a trace: the order of a queue policy is one of single pages."""
-    return [policy for policy in SETTINGS if not (trace in PREFIXES and "order=" in policy)]
+    """Those for a trace: the order of a queue policy is one of single pages, and chains have very many decisions."""
+    return [policy for policy in SETTINGS if not (trace in PREFIXES and ("order=" in policy or policy == EIGHT))]
 
 
 def credit(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
@@ -511,7 +512,7 @@ def evidence_text(cells: list[Cell]) -> str:
     for cell in cells:
         if cell["part"] == "evidence":
             rates.setdefault((cell["trace"], cell["capacity"]), {}).setdefault(cell["policy"], []).append(cell)
-    rates = {case: found for case, found in rates.items() if set(CLASSIC) | set(ORACLES) <= set(found)}
+    rates = {case: found for case, found in sorted(rates.items()) if set(CLASSIC) | set(ORACLES) <= set(found)}
     if not rates:
         return "Not measured yet."
     oracles = ["LRU", "best classic", "", "tail oracle, K = 16", "in a classic order", "", "with 12 drawn", "Belady"]
@@ -626,7 +627,7 @@ def way(start: float, reached: float, end: float | None) -> str:
 def settings_text(cells: list[Cell]) -> str:
     short = {policy: policy.replace(TREES, "trees").removeprefix("lrb:") for policy in SETTINGS}
     rows = []
-    for case in dict.fromkeys((cell["trace"], cell["capacity"]) for cell in cells):
+    for case in sorted({(cell["trace"], cell["capacity"]) for cell in cells}):
         rates = {cell["policy"]: cell["hit_rate"] for cell in cells if (cell["trace"], cell["capacity"]) == case}
         if set(tried := settings_of(case[0])) <= set(rates):
             best = short[max(tried, key=rates.__getitem__)]
