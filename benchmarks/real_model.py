@@ -119,8 +119,8 @@ def main() -> None:
         rows = leaderboard(spec, arguments.out / "rows", arguments.workers)
         if arguments.publish is not None:
             measured = named(join_portions(rows), kvzip, target)
-            tasks = {row["task"] for row in measured}
-            others = [row for row in read_rows(arguments.publish) if row["task"] not in tasks]
+            known = {replaced(row) for row in measured}
+            others = [row for row in read_rows(arguments.publish) if replaced(row) not in known]
             publish([*measured, *others], arguments.publish)
             if (arguments.out / TRIED).is_file():
                 shutil.copyfile(arguments.out / TRIED, arguments.publish / TRIED)
@@ -282,6 +282,11 @@ def specification(
             "windows": [128],
         },
     }
+
+
+def replaced(row: dict) -> tuple:
+    """What a new row has in common with the published ones that it replaces; other budgets and policies stay."""
+    return row["task"], row["policy"], row["budget"]
 
 
 def named(rows: list[dict], kvzip: str, target: str) -> list[dict]:
