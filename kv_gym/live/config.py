@@ -473,8 +473,9 @@ class CacheConfig:
             lengths = shortest if shortest == longest else f"{shortest} to {longest}"
             name = getattr(self.policy, "training", {}).get("agent", self.policy.name)
             warnings.warn(
-                f"policy {name!r} was trained on contexts of {lengths} tokens and evicts "
-                f"now after {seen}: its choice may be poor",
+                # no number that grows: Python shows a sentence once
+                f"policy {name!r} was trained on contexts of {lengths} tokens and evicts now after "
+                f"{'fewer' if seen < shortest else 'more'}: its choice may be poor",
                 stacklevel=2,
             )
 

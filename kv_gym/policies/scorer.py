@@ -96,6 +96,25 @@ class GroupedScorer(ScoringNetwork):
         with torch.no_grad():  # scores start almost equal, so that no slot begins with all of the softmax
             self.weights[-1] *= 0.1
 
+    @torch.no_grad()
+    def with_inputs(self, inputs: tuple[str, ...]) -> GroupedScorer:
+        """These networks without some of their inputs, as if those always had their means.
+
+        Args:
+            inputs: those that stay, in any order.
+        """
+        widths = [INPUTS[name].width(self.head_dim, self.hidden_size) for name in self.inputs]
+        columns = dict(zip(self.inputs, torch.arange(sum(widths)).split(widths), strict=True))
+        chosen = torch.cat([columns[name] for name in inputs])
+        hidden_size = self.hidden_size if any(INPUTS[name].hidden for name in inputs) else 0
+        frequencies = self.frequencies if any(INPUTS[name].rotary for name in inputs) else None
+        fewer = GroupedScorer(self.heads, self.head_dim, self.hidden, inputs, hidden_size, self.depth, frequencies)
+        state = self.state_dict() | {
+            "mean": self.mean[..., chosen], "scale": self.scale[..., chosen], "weights.0": self.weights[0][:, chosen],
+        }  # fmt: skip
+        fewer.load_state_dict({name: state[name] for name in fewer.state_dict()})
+        return fewer.to(self.mean.device)
+
     def scores(self, x: Tensor, heads: slice | Tensor = slice(None)) -> Tensor:
         """Scores `[heads, m]` of standardised inputs `[heads, m, f]`."""
         *inner, last = zip(self.weights, self.biases, strict=True)

@@ -10,6 +10,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +28,7 @@ from kv_gym.models.fingerprint import Fingerprint, state_dict_hash
 from kv_gym.models.loading import usable_device
 from kv_gym.models.wrapped_model import transformers_model
 from kv_gym.policies import StatefulPolicy, make_policy
-from kv_gym.policies.scorer import FOLDER, Scorer, input_frequencies
+from kv_gym.policies.scorer import FOLDER, GroupedScorer, Scorer, input_frequencies
 from kv_gym.policies.scoring.inputs import DEFAULT, HIDDEN
 from kv_gym.progress import duration
 from kv_gym.traces import TraceSet, open_traces
@@ -82,7 +83,8 @@ def train(
         out: folder of the exported policy, the TensorBoard log and the checkpoint.
         seed: of weights and random draws.
         init: exported policy (or its folder) to start from instead of random weights: its networks, their hidden
-            layers included, and the way they standardise their inputs.
+            layers included, and the way they standardise their inputs. Of its inputs some may be left out
+            (``inputs``); its networks then begin as if those always had their means.
         model: transformers decoder of the traces, which ``end_to_end`` and some targets of ``joint`` need.
         resume: continue an interrupted run, and refuse where there is none; if false, start anew. By default a run
             continues where it can.
@@ -131,6 +133,8 @@ def train(
         )
     FOLDER.refuse_foreign(Path(out))
     if start is not None:
+        if set(resolved.inputs) < set(start.inputs) and isinstance(start.network, GroupedScorer):
+            start = replace(start, network=start.network.with_inputs(resolved.inputs))
         _refuse_unfit_start(start, resolved, trace_set.fingerprint)
     if requirement := kind.model_requirement(resolved):
         if model is None:

@@ -103,6 +103,22 @@ def test_any_agent_starts_from_any_policy(traces, start_policy, tmp_path, agent)
     )
 
 
+def test_inputs_of_the_start_may_be_left_out(traces, start_policy, tmp_path):
+    settings = FAST | {"hidden": None, "inputs": ["value", "key"]}
+    fewer = train(
+        "joint", traces, tmp_path / "fewer", init=start_policy.folder, **(settings | {"steps": 1, "rate": 0.0})
+    )
+    network, whole = fewer.network, start_policy.policy.network
+    assert network.inputs == ("value", "key") and fewer.static and not start_policy.policy.static
+    key, value = torch.randn(2, whole.heads, 5, 4)
+    at_mean = whole.mean[..., 8:].expand(-1, 5, -1)
+    torch.testing.assert_close(
+        network(torch.cat((value, key), -1)), whole(torch.cat((key, value, at_mean), -1))
+    )  # as if the place of every token were the mean
+    moved = train("joint", traces, tmp_path / "moved", init=start_policy.folder, **(settings | {"steps": 3}))
+    assert not torch.equal(weights(moved), weights(fewer))
+
+
 def test_a_policy_to_start_from_has_to_fit(traces, start_policy, tmp_path):
     start_policy = start_policy.policy
     with pytest.raises(UserError, match="width 8 and hidden is 9"):
