@@ -74,8 +74,9 @@ ORACLES = ("tail_oracle", "tail_oracle:drawn=12", "belady")
 ORDERED = tuple(f"tail_oracle:order={order}" for order in ("lirs", "s3_fifo", "w_tinylfu"))
 TREES = "lrb:trees=60:sample=4:candidates=32"
 EIGHT = "lrb:trees=60:sample=8:candidates=32:drawn=8"
+WIDE = "lrb:forget=0.95:candidates=128:drawn=127"
 SETTINGS = ("lrb", "lrb:sample=4:forget=0.9", "lrb:forget=0.95", f"{TREES}:drawn=16",
-            f"{TREES}:drawn=16:order=s3_fifo", EIGHT)  # fmt: skip
+            f"{TREES}:drawn=16:order=s3_fifo", EIGHT, WIDE)  # fmt: skip
 CHOSEN, ALONE = "lrb:chosen", "lrb:chosen:shadow=0"
 AGENTS = (CHOSEN, ALONE, "lrb", "clone", "dqn", "ppo")
 ON_EVERY_TRACE, ELSEWHERE = AGENTS[:4], {("dqn", "web07", 1000), ("ppo", "web07", 1000)}
@@ -265,8 +266,9 @@ def settings(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
 
 
 def settings_of(trace: str) -> list[str]:
-    """Those for a trace: the order of a queue policy is one of single pages, and chains have very many decisions."""
-    return [policy for policy in SETTINGS if not (trace in PREFIXES and ("order=" in policy or policy == EIGHT))]
+    """Those for a trace: chains have no order of a queue policy, many more decisions, and more pages to choose from."""
+    others = (WIDE,) if trace not in PREFIXES else (f"{TREES}:drawn=16:order=s3_fifo", EIGHT)
+    return [policy for policy in SETTINGS if policy not in others]
 
 
 def credit(traces: Traces) -> Iterator[tuple[Cell, Callable[[], Cell]]]:
