@@ -68,8 +68,6 @@ TASKS = {  # by the name of --tasks
     "validation": "needle:{tokens}:keys=4:split=validation:seed=1",  # which agent is best, before test wordings tell
 }
 AGENTS = ("joint", "rloo", "end_to_end")
-STATIC = ("pre_rope_key", "value")  # without the place and age of a token, so that its score never changes
-ONCE = "end_to_end, scored once"
 LONG = "long"  # folder of what --long records and trains
 FITTED = "fit/fit/policy"  # what `real_model_fit.py` wrote
 HEURISTICS = ("keydiff", "snapkv", "h2o", "tova", "expected_attention")
@@ -100,9 +98,6 @@ def main() -> None:
     parser.add_argument("--training", type=int, default=1, help="so many times the contexts, and steps, of training")
     parser.add_argument(
         "--long", type=int, help="train one more `joint` on contexts of so many tokens, as few as usual"
-    )
-    parser.add_argument(
-        "--scored-once", action="store_true", help="go on from `end_to_end` without the age of a token among its inputs"
     )
     parser.add_argument("--fitted", action="store_true", help="measure the policy of real_model_fit.py, too")
     parser.add_argument("--agents", default=",".join(AGENTS), help="that are trained")
@@ -161,13 +156,6 @@ def prepare(arguments: argparse.Namespace) -> tuple[str, str]:
         train_all(
             arguments, model, [Run("end_to_end", seed, f"end_to_end-{seed}", finer, joint[seed]) for seed in seeds]
         )
-        if arguments.scored_once:
-            fewer = finer | {"inputs": list(STATIC)}
-            train_all(
-                arguments,
-                model,
-                [Run("end_to_end", seed, f"scored_once-{seed}", fewer, f"end_to_end-{seed}") for seed in seeds],
-            )
     return kvzip, best
 
 
@@ -272,8 +260,6 @@ def specification(
         learned[agent] = [str(out / f"{agent}-{{seed}}")]
     if arguments.long is not None:
         learned[f"joint, trained at {arguments.long} tokens"] = [str(out / LONG / "joint")]
-    if arguments.scored_once:
-        learned[ONCE] = [str(out / "scored_once-{seed}")]
     if arguments.fitted:
         learned["end_to_end, fitted"] = [str(out / FITTED)]
     if "end_to_end" in agents:

@@ -130,7 +130,8 @@ def speed(rows: Sequence[Mapping]) -> str:
         "weights and cache. A step gains more than that, because transformers copies keys and values for grouped "
         "queries. `every 1` evicts at every step, `every 16` every 16 steps. `scorer` is an untrained network of the "
         "learned policies' size: with inputs that change, so that all slots are scored anew at every eviction, or "
-        "with key and value alone, which are scored once."
+        "with key and value alone, which are scored once. The trained policy is `agents/trained/smollm2`; it reads the "
+        "age of a token, which changes."
     )
 
 
