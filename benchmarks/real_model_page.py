@@ -76,9 +76,13 @@ def about(rows: Sequence[Mapping], task: str) -> str:
     full = next(row for row in rows if row["task"] == task and row["policy"] == FULL)
     seeds = {row["seed"] for row in rows if row["task"] == task and row.get("seed") is not None}
     trained = f"means over {len(seeds)} training runs" if len(seeds) > 1 else "one training run"
+    fitted = (
+        ", but `joint, fitted`" if any(row["policy"] == "joint, fitted" for row in rows if row["task"] == task) else ""
+    )
     return (
         f"Percent right on {full['questions']} questions about {full['n']} contexts (`{task}`), asked of a "
-        f"{full['weights']} in wordings that no policy was trained on; the full cache answers {full['accuracy']:.1%}. "
+        f"{full['weights']} in wordings that no policy{fitted} was trained on; the full cache answers "
+        f"{full['accuracy']:.1%}. {on_fewer(rows, task, full['n'])}"
         "The question is not seen while the cache is compressed. A budget is a share of all slots of the model. "
         f"Learned policies are bold ({trained}; `rloo` is KVP's agent). Heuristics have the allocation (who gets how "
         "many slots), protected ends (`ends 4 + 32`: the first 4 and last 32 tokens stay) and window (how many of the "
@@ -88,6 +92,18 @@ def about(rows: Sequence[Mapping], task: str) -> str:
         f"no width where every answer is right: {full['n']} contexts exclude a loss of more than about "
         f"{300 / full['n']:.0f} points."
     )
+
+
+def on_fewer(rows: Sequence[Mapping], task: str, contexts: int) -> str:
+    """A sentence about the policies and budgets of a task that were measured on fewer contexts; "" without any."""
+    counts: dict[str, list[int]] = {}
+    for row in rows:
+        if row["task"] == task and row["policy"] != FULL:
+            for name in (f"`{row['policy']}`", format_budget(row["budget"])):
+                counts.setdefault(name, []).append(row["n"])
+    fewer = {name: max(found) for name, found in counts.items() if max(found) < contexts}
+    listed = " and ".join(f"{name} on the first {count}" for name, count in fewer.items())
+    return f"Measured on fewer contexts: {listed}. " if fewer else ""
 
 
 def page(rows: Sequence[Mapping], results: Path) -> str:
