@@ -100,7 +100,14 @@ def test_no_page_is_stale():
 
 
 def test_portions_of_the_real_benchmark_add_up(tmp_path):
-    choices = {"agents": "joint,rloo", "seeds": 2, "long": None, "budgets": "1/8,1/16", "learned_only": False}
+    choices = {
+        "agents": "joint,rloo",
+        "seeds": 2,
+        "long": None,
+        "budgets": "1/8,1/16",
+        "learned_only": False,
+        "fitted": False,
+    }
     arguments = SimpleNamespace(out=tmp_path, model="m", portion=4, rows=2, validation=4, **choices)
     counts = {("needle:1024:keys=4", 1024): 10, ("quote:2048", 2048): 4}
     spec = read_spec(real_model.specification(arguments, counts, 3, "kvzip", "layers"))

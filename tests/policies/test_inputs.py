@@ -272,7 +272,7 @@ def test_agents_train_on_other_inputs_and_go_on_from_such_policies(traces, tmp_p
     second = train("joint", traces, tmp_path / "b", init=tmp_path / "a", steps=2, every=2, progress=False)
     assert second.inputs == first.inputs
     with pytest.raises(UserError, match="the policy to start from has inputs"):
-        train("joint", traces, tmp_path / "c", init=tmp_path / "a", inputs=["key"], **FAST)
+        train("joint", traces, tmp_path / "c", init=tmp_path / "a", inputs=["key", "value"], **FAST)
 
 
 @pytest.mark.parametrize("agent", ["foresight", "ppo"])
