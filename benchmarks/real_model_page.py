@@ -167,8 +167,12 @@ def likelihoods(rows: Sequence[Mapping]) -> str:
     return (
         f"{pipe_table(('policy', 'allocation', *map(format_budget, budgets)), body, 2)}\n\n"
         f"Nats per token, {full['questions']} tokens of {full['n']} contexts of a {full['weights']}; the full cache "
-        f"has {full['nll']:.3f}. There is little to be won: prose is predicted from what stands last and, with "
-        "the first tokens kept, the policies lie close together."
+        f"has {full['nll']:.3f}. "
+        + (
+            "A part of the context is to be repeated word for word, which is what KVzip scores slots by."
+            if full["task"].startswith("quote")
+            else "What comes next in prose depends mostly on what stands last, and on the first tokens."
+        )
     )
 
 
