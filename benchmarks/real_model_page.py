@@ -136,7 +136,7 @@ def speed(rows: Sequence[Mapping]) -> str:
             f"{row['context']:,}", row["configuration"].replace("floor", "cache that only ever held 1/8"),
             f"{row['tokens_per_second']:.1f}", f"{row['tokens_per_second'] / whole['tokens_per_second']:.2f}",
             f"{whole['bound'] / row['bound']:.2f}", f"{row['cache_bytes'] / 2**20:.0f}",
-            f"{row['ratio']:.2f} of the {row['to']}",
+            f"{row['ratio']:.2f} of the {row['to'].replace('floor', 'first row')}",
         ])  # fmt: skip
     head = ("context", "cache", "tokens/s", "to the full cache", "bound", "MiB", "time")
     return (
