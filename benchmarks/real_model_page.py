@@ -77,7 +77,7 @@ def about(rows: Sequence[Mapping], task: str) -> str:
     seeds = {row["seed"] for row in rows if row["task"] == task and row.get("seed") is not None}
     trained = f"means over {len(seeds)} training runs" if len(seeds) > 1 else "one training run"
     fitted = (
-        ", but `joint, fitted`" if any(row["policy"] == "joint, fitted" for row in rows if row["task"] == task) else ""
+        " but `joint, fitted`" if any(row["policy"] == "joint, fitted" for row in rows if row["task"] == task) else ""
     )
     return (
         f"Percent right on {full['questions']} questions about {full['n']} contexts (`{task}`), asked of a "
@@ -159,9 +159,7 @@ def likelihoods(rows: Sequence[Mapping]) -> str:
     found: dict[tuple, dict[float, float]] = {}
     for line in lines:
         if line["learned"] or line["chosen_on_validation"] or line["policy"] in NULLS:
-            name = f"**{line['policy']}**" if line["learned"] else line["policy"]
-            ends = "" if line["sinks"] is None else f", ends {line['sinks']} + {line['recent']}"
-            found.setdefault((name, line["allocation"] + ends), {})[line["budget"]] = line["nll"]
+            found.setdefault(_label(line, line["learned"]), {})[line["budget"]] = line["nll"]
     ordered = sorted(found.items(), key=lambda item: sum(item[1].values()))
     body = [[*key, *(f"{of[budget]:.3f}" for budget in budgets)] for key, of in ordered]
     return (
@@ -186,9 +184,8 @@ def peers(theirs: Sequence[Mapping], ours: Sequence[Mapping]) -> str:
         if contexts <= set(row["contexts"]) and competes and (row["budget"] in budgets or row["policy"] == FULL):
             counted = [row["contexts"][name] for name in contexts]
             share = sum(right for right, *_ in counted) / sum(questions for _, questions, _ in counted)
-            name = f"**{row['policy']}**" if row.get("seed") is not None else row["policy"]
-            ends = "" if row["sinks"] is None else f", ends {row['sinks']} + {row['recent']}"
-            found.setdefault((name, row["allocation"] + ends), {}).setdefault(row["budget"], []).append(share)
+            label = _label(row, row.get("seed") is not None)
+            found.setdefault(label, {}).setdefault(row["budget"], []).append(share)
     ((_, full),) = (found.pop(key).popitem() for key in list(found) if key[0] == FULL)
     ordered = sorted(found.items(), key=lambda item: -sum(map(fmean, item[1].values())) / len(item[1]))
     body = [[*key, *(f"{100 * fmean(of[b]):.1f}" if b in of else "-" for b in budgets)] for key, of in ordered]
@@ -250,6 +247,12 @@ def close_look(rows: Sequence[Mapping]) -> str:
         "percent with the right first token, negative log-likelihood of a whole answer, and the difference to the full "
         f"cache in points, paired by question, with its 95 % interval over contexts.\n\n{pipe_table(head, body, 2)}"
     )
+
+
+def _label(row: Mapping, learned: bool) -> tuple[str, str]:
+    """Policy, bold where it was trained, and allocation with the protected ends that were chosen."""
+    ends = "" if row["sinks"] is None else f", ends {row['sinks']} + {row['recent']}"
+    return f"**{row['policy']}**" if learned else row["policy"], row["allocation"] + ends
 
 
 def _without_peers(rows: Sequence[Mapping]) -> list[Mapping]:

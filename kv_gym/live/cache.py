@@ -636,17 +636,20 @@ class EvictingCache(Cache):
                 state.evict(rows_to_evict, trim)
                 state.forget_probe()
             return
-        if not trim and all(rows_to_evict or [True]) and remove_lowest(states):
-            for state in states:
-                state.forget_probe()
-            return
-        masks = allocation.kept([state.score_slots(rows_to_evict) for state in states])
+        if trim or not all(rows_to_evict or [True]) or not remove_lowest(states):
+            self._keep_together(rows_to_evict, trim)
+        for state in states:
+            state.forget_probe()
+
+    def _keep_together(self, rows_to_evict: Sequence[bool] | None, trim: bool) -> None:
+        """Copy the slots that one rule over all layers keeps; arguments as of :meth:`_evict_together`."""
+        states = self._states
+        masks = self.config.allocation.kept([state.score_slots(rows_to_evict) for state in states])
         lengths: Iterable[Tensor | None] = [None] * len(states)
         if any(state.waits_to_keep(trim) for state in states):  # one wait for all layers
             lengths = HostCopy.read(torch.stack([to_device(kept.sum(2), masks[0].device) for kept in masks]))
         for state, kept, counts in zip(states, masks, lengths, strict=True):
             state.keep_slots(kept, trim, counts)
-            state.forget_probe()
 
     def _use_budget(self, budget: str | int | float) -> None:
         self.config = self.config.fork(budget=budget)

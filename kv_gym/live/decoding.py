@@ -71,12 +71,12 @@ def remove_lowest(states: Sequence[LayerState]) -> bool:
     for state in states:
         state.begin_eviction(None)
     victims = _lowest(states, lengths, budget, surplus)
-    before = 0  # entries of the layers before
-    ends = torch.tensor([len(slots.data("scores")) for slots in parts]).cumsum(0)
-    for slots, own in zip(parts, victims.tensor_split(torch.searchsorted(victims, ends)[:-1]), strict=True):
+    sizes = torch.tensor([len(slots.data("scores")) for slots in parts])
+    ends = sizes.cumsum(0)
+    of_layers = victims.tensor_split(torch.searchsorted(victims, ends)[:-1])
+    for slots, start, own in zip(parts, ends - sizes, of_layers, strict=True):
         if len(own):
-            _ragged(slots).remove(own - before)
-        before += len(slots.data("scores"))
+            _ragged(slots).remove(own - start)
     return True
 
 

@@ -108,12 +108,15 @@ class LayerState:
         self._store(pairs, token_mask, self._slack(), hidden)
 
     def decides_with_others(self, m: int, token_mask: Tensor | None) -> bool:
-        """Whether a forward of `m` tokens is a decoding step that all layers score, and cut, together at its end."""
+        """Whether a forward of `m` tokens is a decoding step that all layers score, and cut, together at its end.
+
+        Uneven heads do so where one rule cuts all layers; where each layer is cut alone, it scores alone, too.
+        """
         if m > 1 or token_mask is not None:
             return False
         if isinstance(self.slots, EqualSlots):
             return self.slots.length > 0 and self.config.decides_together
-        return self.slots.device.type == "cpu" and self.config.scores_together
+        return self.slots.device.type == "cpu" and self.config.scores_together and self.config.evicts_after_forward
 
     def _refuse_not_finite(self, keys: Tensor, token_mask: Tensor | None) -> None:
         """Policies would rank such keys by numbers that mean nothing; those of padding may be anything."""

@@ -124,6 +124,15 @@ def test_one_threshold_step_by_step(interval, monkeypatch):
     assert len(copied) == 3  # the first eviction of each layer
 
 
+@pytest.mark.parametrize("allocation", ["ada", "pyramid"])
+def test_uneven_heads_of_a_layer_step_by_step(allocation):
+    """Scores that are stored do not keep a layer from being cut at every step, as its own rule says."""
+    model = tiny("llama")
+    with EvictingCache(model, LikesKeys(), 24, allocation=allocation, trigger="every:1") as cache:
+        held = compare(model, cache, split(tokens(1, 60), 40, *[1] * 20))
+        assert held == [[3 * 2 * 24]] * 21
+
+
 def test_one_threshold_keeps_the_best_slots_of_the_model():
     model = tiny("qwen2")
     ids = tokens(2, 40)
